@@ -1,0 +1,93 @@
+"""Every exception graphopt raises, on one screen.
+
+Each error is one sentence, the place it is about (a source line of the user's, an argument, a
+node) and one thing to try. Its `code` is stable and can be searched for.
+"""
+
+from __future__ import annotations
+
+
+class GraphoptError(Exception):
+    """Base of all graphopt errors.
+
+    Args:
+        message: one sentence saying what is wrong.
+        where: the user's source line, argument or node that it is about.
+        hint: one thing to try.
+    """
+
+    code = "GO-000"
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [f"[{self.code}] {self.message}"]
+        if self.where:
+            lines.append(f"  at: {self.where}")
+        if self.hint:
+            lines.append(f"  try: {self.hint}")
+        return "\n".join(lines)
+
+
+class CaptureError(GraphoptError):
+    """The model cannot be captured as one graph."""
+
+    code = "GO-C01"
+
+
+class ArgumentError(GraphoptError, ValueError):
+    """An argument of a public function cannot be used."""
+
+    code = "GO-A01"
+
+
+class SpecError(GraphoptError, ValueError):
+    """A pass specification cannot be parsed, or names a pass or option that does not exist."""
+
+    code = "GO-S01"
+
+
+class PipelineError(GraphoptError):
+    """Passes are in an impossible order, or a pass broke its own contract."""
+
+    code = "GO-P01"
+
+
+class InvariantError(GraphoptError):
+    """A graph violates a named invariant of `graphopt.verify`."""
+
+    code = "GO-V01"
+
+
+class MismatchError(GraphoptError):
+    """The captured graph does not compute what PyTorch eager computes."""
+
+    code = "GO-V02"
+
+
+class TextError(GraphoptError, ValueError):
+    """A `.gopt` text cannot be parsed."""
+
+    code = "GO-T01"
+
+
+class DoubleBackwardError(GraphoptError):
+    """A gradient of a captured step was asked to be differentiated again."""
+
+    code = "GO-R01"
+
+
+class BackendError(GraphoptError):
+    """A backend cannot run on this machine."""
+
+    code = "GO-R02"
+
+
+class StateError(GraphoptError):
+    """A saved pass state does not belong to this model."""
+
+    code = "GO-L01"

@@ -1,0 +1,227 @@
+"""The graph of one step, forward and backward together, with names for everything.
+
+`Graph` wraps one `torch.fx.GraphModule` of ATen operators. Its `Signature` gives every input and
+output a role and a qualified name. What passes want to tell each other goes into a typed side table,
+not into `node.meta`, which copies and retracing lose. A version counter invalidates analyses.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import fx
+
+from graphopt.plan import Phase, Role, Signature, Slot
+
+T = TypeVar("T")
+
+# The only entries of `node.meta` that graphopt reads; everything else is disposable.
+KEPT_META = (
+    "val",
+    "partitioner_tag",
+    "recompute",
+    "ac_graph_id",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "stack_trace",
+    "seq_nr",
+)
+
+
+class Level(StrEnum):
+    """What kind of graph this is.
+
+    ``FORWARD``: torch-level operators, differentiable, for rewrites whose backward autograd derives.
+    ``JOINT``: ATen operators, forward and backward. ``INFERENCE``: ATen operators, no backward.
+    """
+
+    FORWARD = "forward"
+    JOINT = "joint"
+    INFERENCE = "inference"
+
+
+@dataclass(frozen=True)
+class Annotation(Generic[T]):
+    """The key of one column of the side table; define it once, next to the pass that writes it."""
+
+    name: str
+
+
+class Graph:
+    """One `fx.GraphModule` with a signature, a side table and cached analyses.
+
+    Args:
+        module: ATen-level (or torch-level) module; its graph has one placeholder per input slot and
+            one output node whose argument is a flat list with one entry per output slot.
+        signature: roles and names of inputs and outputs.
+        level: what kind of graph it is.
+        facts: what is known about it (``"captured"``, later what passes provided).
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        signature: Signature,
+        level: Level,
+        *,
+        facts: frozenset[str] = frozenset({"captured"}),
+    ) -> None:
+        self.module = module
+        self.signature = signature
+        self.level = level
+        self.facts = facts
+        self._version = 0
+        self._annotations: dict[Annotation[Any], dict[fx.Node, Any]] = {}
+        self._analyses: dict[Callable[[Graph], Any], tuple[int, Any]] = {}
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def fx(self) -> fx.Graph:
+        """The wrapped `torch.fx.Graph`."""
+        return self.module.graph
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes, in order."""
+        return tuple(self.fx.nodes)
+
+    @property
+    def operators(self) -> Iterator[fx.Node]:
+        """The nodes that compute something."""
+        return (n for n in self.nodes if n.op == "call_function")
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Placeholders, one per input slot."""
+        return tuple(n for n in self.fx.nodes if n.op == "placeholder")
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node."""
+        return self.fx.output_node()
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes that are returned, one per output slot."""
+        return tuple(cast("list[fx.Node]", self.output.args[0]))
+
+    def input(self, role: Role, name: str) -> fx.Node:
+        """The placeholder with this role and name; raises ``KeyError``."""
+        return self.inputs[self.signature.input_index(role, name)]
+
+    def gradient(self, name: str) -> fx.Node:
+        """The node that produces the gradient of parameter (or input) `name`."""
+        return self.outputs[self.signature.output_index(Role.GRAD, name)]
+
+    def slot(self, placeholder: fx.Node) -> Slot:
+        """The input slot of a placeholder."""
+        return self.signature.inputs[self.inputs.index(placeholder)]
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Grows with every change that was announced by `changed`."""
+        return self._version
+
+    def changed(self) -> None:
+        """Announce that the fx graph was edited: recompile it and drop cached analyses."""
+        self._version += 1
+        alive = set(self.fx.nodes)
+        for column in self._annotations.values():
+            for node in [n for n in column if n not in alive]:
+                del column[node]
+        self.module.recompile()
+
+    def set_outputs(self, outputs: Mapping[Slot, fx.Node]) -> None:
+        """Replace all outputs; forward slots must come before backward slots."""
+        self.signature = Signature(self.signature.inputs, tuple(outputs))
+        self.output.args = (list(outputs.values()),)
+
+    def annotate(self, node: fx.Node, key: Annotation[T], value: T) -> None:
+        """Write one cell of the side table."""
+        self._annotations.setdefault(key, {})[node] = value
+
+    def annotation(self, node: fx.Node, key: Annotation[T]) -> T | None:
+        """Read one cell of the side table."""
+        return cast("T | None", self._annotations.get(key, {}).get(node))
+
+    def get(self, analysis: Callable[[Graph], T]) -> T:
+        """The result of an analysis, cached until the graph changes."""
+        cached = self._analyses.get(analysis)
+        if cached is None or cached[0] != self._version:
+            cached = (self._version, analysis(self))
+            self._analyses[analysis] = cached
+        return cast("T", cached[1])
+
+    def copy(self) -> Graph:
+        """An independent copy with the same parameters and constants by reference."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.fx, mapping)
+        output = graph.output(result)
+        output.meta.update(self.output.meta)
+        copy = Graph(
+            fx.GraphModule(self.module, graph), self.signature, self.level, facts=self.facts
+        )
+        for key, column in self._annotations.items():
+            copy._annotations[key] = {mapping[n]: v for n, v in column.items() if n in mapping}
+        return copy
+
+    def __len__(self) -> int:
+        return len(self.fx.nodes)
+
+
+# -- what is written on a node ---------------------------------------------------------------------
+
+
+def phase_of(node: fx.Node) -> Phase:
+    """The half of the step that a node belongs to."""
+    is_backward = node.meta.get("partitioner_tag") == "is_backward"
+    return Phase.BACKWARD if is_backward else Phase.FORWARD
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of a node: a `FakeTensor`, a tuple of them, or a number."""
+    return node.meta.get("val")
+
+
+_ROOT = re.compile(r"^L\['\w+'\]\.?")
+_CONTAINER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
+
+
+def module_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module that a node comes from; ``""`` for the root.
+
+    Backward nodes belong to the module whose forward they differentiate.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = _ROOT.sub("", next(reversed(stack.values()))[0])
+    return _CONTAINER.sub(lambda m: "." + next(g for g in m.groups() if g), path).lstrip(".")
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's source line of a node as ``file:line: code``; ``""`` when it is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', trace)
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return "{}:{}: {}".format(*own[-1]) if own else ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """Qualified name of what a node calls (``"aten.mm.default"``, ``"getitem"``)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if target is operator.getitem:
+        return "getitem"
+    return getattr(target, "__name__", str(target))

@@ -1,0 +1,136 @@
+"""What a pass is: a frozen dataclass that declares what it needs, gives and may change.
+
+Options are the dataclass's fields and live nowhere else. `apply` rewrites the graph in place and
+returns an `Outcome` in which every candidate site is either applied or declined with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from graphopt.graph import Graph, Level
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How far a pass may move the results; decides the tolerance of every check.
+
+    Attributes:
+        kind: ``"exact"`` (bit-equal in eager), ``"reassociated"`` (float sums in another order),
+            ``"lowered"`` (less precision, within `bound`), ``"algorithm"`` (another training method
+            by design; the pass brings its own oracle).
+        bound: largest allowed error, relative to the largest magnitude of the compared tensor.
+    """
+
+    kind: str
+    bound: float
+
+    def __str__(self) -> str:
+        return f"lowered({self.bound:g})" if self.kind == "lowered" else self.kind
+
+
+EXACT = Numerics("exact", 0.0)
+REASSOCIATED = Numerics("reassociated", 1e-4)
+ALGORITHM = Numerics("algorithm", float("inf"))
+
+
+def lowered(bound: float) -> Numerics:
+    """Less precision, with relative error of at most `bound`."""
+    return Numerics("lowered", bound)
+
+
+Number = int | float | str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One site that a pass rewrote.
+
+    Attributes:
+        site: the node, parameter or module that it is about.
+        what: a short verb phrase (``"merged with add_3"``).
+        numbers: measured or computed figures about it.
+    """
+
+    site: str
+    what: str
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """One candidate site that a pass left alone.
+
+    Attributes:
+        site: the node, parameter or module that it is about.
+        reason: a stable code in kebab-case (``"random-op"``).
+        detail: one sentence for people.
+        numbers: measured or computed figures about it.
+    """
+
+    site: str
+    reason: str
+    detail: str
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did to a graph."""
+
+    applied: tuple[Applied, ...] = ()
+    declined: tuple[Declined, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether the graph was rewritten."""
+        return bool(self.applied)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beside the graph.
+
+    Attributes:
+        mesh: sizes of the parallel dimensions (``{"dp": 8}``); empty on one device.
+    """
+
+    mesh: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes.
+
+    Subclasses are frozen dataclasses. The graph is verified before and after `apply`, not during.
+
+    Class attributes:
+        name: the name in the spec language.
+        numerics: how far results may move; a property where an option decides it.
+        levels: names of the graph levels that it works on.
+        requires: facts that an earlier pass or capture must have provided.
+        provides: facts that hold afterwards.
+        conflicts: facts that must not hold yet when it runs (``kfac`` must not see lowered tensors).
+        changes_signature: whether it may add or remove inputs or outputs.
+        source: the publication that the method comes from, if any.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics] = EXACT
+    levels: ClassVar[frozenset[str]] = frozenset({"joint", "inference"})
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+    changes_signature: ClassVar[bool] = False
+    source: ClassVar[str] = ""
+
+    def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
+        """Rewrite `graph` in place and say what was done and what was not."""
+        raise NotImplementedError
+
+    def works_on(self, level: Level) -> bool:
+        """Whether the pass runs on graphs of this level; on others it is skipped and reported."""
+        return str(level) in self.levels

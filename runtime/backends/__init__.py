@@ -1,0 +1,1 @@
+"""Engines that turn the halves of a step into callables."""
