@@ -51,6 +51,12 @@ class SpecError(GraphoptError, ValueError):
     code = "GO-S01"
 
 
+class PluginError(GraphoptError):
+    """A pass of an installed package cannot be loaded, or has the name of another one."""
+
+    code = "GO-S02"
+
+
 class PipelineError(GraphoptError):
     """Passes are in an impossible order, or a pass broke its own contract."""
 

@@ -145,6 +145,14 @@ class Graph:
         self.signature = Signature(self.signature.inputs, tuple(outputs))
         self.output.args = (list(outputs.values()),)
 
+    def add_input(self, slot: Slot, value: Any) -> fx.Node:
+        """Append an input; `value` is its fake value. Used by passes that own state."""
+        with self.fx.inserting_after(self.inputs[-1]):
+            node = self.fx.placeholder(slot.name.replace(".", "_"))
+        node.meta["val"] = value
+        self.signature = Signature((*self.signature.inputs, slot), self.signature.outputs)
+        return node
+
     def annotate(self, node: fx.Node, key: Annotation[T], value: T) -> None:
         """Write one cell of the side table."""
         self._annotations.setdefault(key, {})[node] = value
@@ -202,11 +210,23 @@ def module_of(node: fx.Node) -> str:
 
     Backward nodes belong to the module whose forward they differentiate.
     """
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path = _ROOT.sub("", next(reversed(stack.values()))[0])
-    return _CONTAINER.sub(lambda m: "." + next(g for g in m.groups() if g), path).lstrip(".")
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def module_stack(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """Qualified name and class name of all modules around a node, outermost first."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return tuple((_module_path(path), _class_name(kind)) for path, kind in stack.values())
+
+
+def _module_path(raw: str) -> str:
+    path = _CONTAINER.sub(lambda m: "." + next(g for g in m.groups() if g), _ROOT.sub("", raw))
+    return path.lstrip(".")
+
+
+def _class_name(kind: object) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
 
 
 def source_of(node: fx.Node) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from graphopt.graph import Graph, Level
 
 
@@ -96,9 +98,12 @@ class PassContext:
 
     Attributes:
         mesh: sizes of the parallel dimensions (``{"dp": 8}``); empty on one device.
+        state: tensors of the ``STATE`` inputs by name, shared by all specialisations of a model; a
+            pass that adds such an input puts its initial value here unless it is there already.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,24 @@ def _index(slots: tuple[Slot, ...], role: Role, name: str) -> int:
 
 
 @dataclass(frozen=True)
+class OutputAlias:
+    """An output of the model that is one of its inputs, or a view of one.
+
+    Attributes:
+        output: position among the model's outputs.
+        input: position among the graph's inputs.
+        size, stride, offset: geometry of the view; empty `size` and ``offset == -1`` for the input
+            itself.
+    """
+
+    output: int
+    input: int
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = -1
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that was decided for one specialisation.
 
@@ -110,6 +128,7 @@ class Plan:
         backend: ``"eager"`` or ``"inductor"``.
         gradient_sources: for each ``GRAD`` output, in order, the tangents it depends on. A gradient
             all of whose tangents are absent is absent, as in eager.
+        aliases: outputs of the model that the graph does not compute.
         facts: what the passes provided.
     """
 
@@ -117,6 +136,7 @@ class Plan:
     signature: Signature
     backend: str = "eager"
     gradient_sources: tuple[tuple[int, ...], ...] = ()
+    aliases: tuple[OutputAlias, ...] = ()
     facts: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:
@@ -136,6 +156,10 @@ class Plan:
             ),
             backend=data["backend"],
             gradient_sources=tuple(tuple(s) for s in data["gradient_sources"]),
+            aliases=tuple(
+                OutputAlias(a["output"], a["input"], tuple(a["size"]), tuple(a["stride"]), a["offset"])
+                for a in data["aliases"]
+            ),
             facts=tuple(data["facts"]),
         )
 

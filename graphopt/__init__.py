@@ -1,0 +1,63 @@
+"""graphopt: a compiler for PyTorch training steps.
+
+The public names are loaded when they are first used, so that the command line can show its help
+without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "optimize": "graphopt.api",
+    "state_dict": "graphopt.api",
+    "load_state_dict": "graphopt.api",
+    "capture": "graphopt.capture",
+    "Graph": "graphopt.graph",
+    "Level": "graphopt.graph",
+    "Plan": "graphopt.plan",
+    "Role": "graphopt.plan",
+    "Signature": "graphopt.plan",
+    "Slot": "graphopt.plan",
+    "Pass": "graphopt.passbase",
+    "PassContext": "graphopt.passbase",
+    "Outcome": "graphopt.passbase",
+    "Applied": "graphopt.passbase",
+    "Declined": "graphopt.passbase",
+    "Pipeline": "graphopt.pipeline",
+    "Report": "graphopt.report",
+    "print_graph": "graphopt.text",
+    "parse_graph": "graphopt.text",
+    "verify": "graphopt.verify",
+    "GraphoptError": "graphopt.errors",
+    "CaptureError": "graphopt.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from graphopt.api import load_state_dict, optimize, state_dict
+    from graphopt.capture import capture
+    from graphopt.errors import CaptureError, GraphoptError
+    from graphopt.graph import Graph, Level
+    from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
+    from graphopt.pipeline import Pipeline
+    from graphopt.plan import Plan, Role, Signature, Slot
+    from graphopt.report import Report
+    from graphopt.text import parse_graph, print_graph
+    from graphopt.verify import verify
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m graphopt`: the same as the `graphopt` command."""
+
+from graphopt.cli.main import app
+
+app(prog_name="graphopt")

@@ -1,0 +1,139 @@
+"""What each node of a graph costs: floating-point operations and bytes of memory traffic.
+
+FLOPs follow the convention of `torch.utils.flop_counter`: matrix products, convolutions and
+attention count two per multiply-add, pointwise operators and reductions count none. Bytes are those
+that an unfused execution reads and writes, so they bound the traffic of a fused one from above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from graphopt.analysis.aliasing import storage
+from graphopt.graph import Graph, operator_name, value_of
+
+aten = torch.ops.aten
+
+# Attention on the CPU has the same arithmetic as on the GPU, but no formula of its own.
+_SAME_FORMULA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+_DOT_PRODUCTS = frozenset({aten.mv, aten.dot, aten.vdot})
+# These read the rows that they return and not the whole of their first argument.
+_GATHERS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What running something once takes.
+
+    Attributes:
+        flops: floating-point operations.
+        read: bytes read from memory.
+        written: bytes written to memory.
+    """
+
+    flops: int = 0
+    read: int = 0
+    written: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops, self.read + other.read, self.written + other.written
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory traffic, reads and writes together."""
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of every node of a graph."""
+
+    by_node: Mapping[fx.Node, Cost]
+
+    def of(self, nodes: Iterable[fx.Node]) -> Cost:
+        """The sum over some nodes."""
+        return sum((self.by_node[node] for node in nodes), Cost())
+
+
+def cost(graph: Graph) -> Costs:
+    """Count every node of `graph`; views, inputs and the output node cost nothing."""
+    free = graph.get(storage).views
+    return Costs(
+        {
+            node: Cost() if node in free or node.op != "call_function" else _cost(node)
+            for node in graph.nodes
+        }
+    )
+
+
+def tensor_bytes(value: object) -> int:
+    """Bytes of all distinct elements in a (possibly nested) value; broadcast ones count once."""
+    if isinstance(value, torch.Tensor):
+        sizes = (n for n, s in zip(value.shape, _strides(value), strict=True) if s != 0)
+        return math.prod(sizes) * value.element_size()
+    if isinstance(value, tuple | list):
+        return sum(tensor_bytes(item) for item in value)
+    return 0
+
+
+def _strides(value: torch.Tensor) -> tuple[int, ...]:
+    # Sparse layouts have no strides; their dense size is then the bound.
+    return value.stride() if value.layout is torch.strided else (1,) * value.dim()
+
+
+def _cost(node: fx.Node) -> Cost:
+    written = tensor_bytes(value_of(node))
+    sources = node.all_input_nodes
+    read = sum(tensor_bytes(value_of(source)) for source in sources)
+    if _packet(node) in _GATHERS:
+        whole = tensor_bytes(value_of(sources[0]))
+        read += min(written, whole) - whole
+    bodies = [_body(node, s) for s in sources if s.op == "get_attr"]
+    inner = [_total(body) for body in bodies if body is not None]
+    if inner:
+        # Which branch runs is not known before it does: the dearest one is the bound.
+        return max(inner, key=lambda c: (c.flops, c.bytes))
+    return Cost(_flops(node), read, written)
+
+
+def _flops(node: fx.Node) -> int:
+    packet = _packet(node)
+    if packet in _DOT_PRODUCTS:
+        return 2 * math.prod(value_of(node.all_input_nodes[0]).shape)
+    formula = cast(
+        "Callable[..., int] | None", flop_registry.get(_SAME_FORMULA.get(packet, packet))
+    )
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return int(formula(*args, **kwargs, out_val=value_of(node)))
+
+
+def _packet(node: fx.Node) -> Any:
+    target = node.target
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def _body(node: fx.Node, source: fx.Node) -> fx.GraphModule | None:
+    owner = node.graph.owning_module
+    body = getattr(owner, str(source.target), None)
+    return body if isinstance(body, fx.GraphModule) else None
+
+
+def _total(body: fx.GraphModule) -> Cost:
+    operators = (n for n in body.graph.nodes if n.op == "call_function")
+    return sum((_cost(n) for n in operators if operator_name(n) != "getitem"), Cost())

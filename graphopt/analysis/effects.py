@@ -1,0 +1,106 @@
+"""What an operator does beside computing its result, from its schema and tags.
+
+The answer decides what a pass may delete, merge, move or compute once. It errs on the safe side: an
+operator that graphopt does not know is opaque, and nothing is done to it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.graph import Graph
+
+_KNOWN_NAMESPACES = frozenset({"aten", "prims"})
+_FROZEN = "graphopt::frozen"
+# Functional operators that exist for the check that they make.
+_CHECKS = ("assert", "sym_constrain", "dep_token")
+
+
+class Effect(StrEnum):
+    """What running a node does.
+
+    ``PURE``: computes its result from its operands and does nothing else. ``RANDOM``: also advances
+    a random number generator, so that deleting or repeating it changes later draws. ``VISIBLE``:
+    writes into an operand, or checks something. ``OPAQUE``: a higher-order operator, a collective or
+    an operator of another library, of which graphopt knows nothing.
+    """
+
+    PURE = "pure"
+    RANDOM = "random"
+    VISIBLE = "visible"
+    OPAQUE = "opaque"
+
+
+def effect_of(node: fx.Node) -> Effect:
+    """What running `node` does; node.op is neither ``placeholder`` nor ``output``."""
+    if node.op == "get_attr":
+        return Effect.PURE
+    return _effect(node.target) if node.op == "call_function" else Effect.OPAQUE
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether equal operands give an equal result, each time, in a shape that is known before."""
+    if node.op != "call_function" or effect_of(node) is not Effect.PURE:
+        return False
+    return _has_known_result(node.target)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether `node` changes one of its operands in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def derived(
+    graph: Graph,
+    sources: Collection[fx.Node],
+    admits: Callable[[fx.Node], bool] = lambda _: True,
+) -> dict[fx.Node, None]:
+    """Repeatable operators all of whose operands are `sources` or derived themselves, in order.
+
+    Args:
+        graph: where to look; operators without any operand are derived from nothing, and found too.
+        sources: nodes to start from; they are not part of the result.
+        admits: a further condition on a derived node, asked in graph order.
+    """
+    closed = set(sources)
+    result: dict[fx.Node, None] = {}
+    for node in graph.operators:
+        if not all(n in closed for n in node.all_input_nodes) or node in closed:
+            continue
+        if is_repeatable(node) and admits(node):
+            closed.add(node)
+            result[node] = None
+    return result
+
+
+@cache
+def _effect(target: Callable[..., Any]) -> Effect:
+    if not isinstance(target, torch._ops.OpOverload):
+        return Effect.PURE if target is operator.getitem else Effect.OPAQUE
+    schema = target._schema
+    if schema.is_mutable:
+        return Effect.VISIBLE
+    draws = any("Generator" in str(a.type) for a in schema.arguments)
+    if draws or torch.Tag.nondeterministic_seeded in target.tags:
+        return Effect.RANDOM
+    if target.namespace not in _KNOWN_NAMESPACES and schema.name != _FROZEN:
+        return Effect.OPAQUE
+    if not schema.returns or any(word in schema.name for word in _CHECKS):
+        return Effect.VISIBLE
+    return Effect.PURE
+
+
+@cache
+def _has_known_result(target: Callable[..., Any]) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    uninitialised = "empty" in target._schema.name
+    unknown = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(target.tags)
+    return not uninitialised and not unknown

@@ -1,0 +1,305 @@
+"""`optimize`: the only place where capture, passes and runtime meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.analysis.gradient_sources import gradient_sources
+from graphopt.arguments import check_model, parse_mesh, split_example_inputs
+from graphopt.capture import Capture, capture
+from graphopt.duel import choose
+from graphopt.errors import ArgumentError, MismatchError, StateError
+from graphopt.graph import Graph
+from graphopt.module import Variant, controller_of, install
+from graphopt.passbase import EXACT, Pass, PassContext
+from graphopt.pipeline import Pipeline
+from graphopt.plan import Plan
+from graphopt.report import BackendChoice, Report, Specialisation, Step, Verification
+from graphopt.trial import Trial, compare, named_arguments, tensors_of, tolerance
+
+log = logging.getLogger("graphopt")
+
+M = TypeVar("M", bound=nn.Module)
+Backend = Literal["auto", "eager", "inductor"]
+Verify = Literal["off", "structure", "eager", "full"]
+
+PRESETS = {"auto": "cleanup"}
+
+
+def optimize(
+    model: M,
+    example_inputs: object = None,
+    *,
+    passes: str | Sequence[Pass] = "auto",
+    mesh: object = None,
+    backend: Backend = "auto",
+    verify: Verify = "eager",
+    dry_run: bool = False,
+) -> M | Plan:
+    """Optimize a model in place and return it.
+
+    The model stays the same object with the same parameters, keys and signature; only its class is
+    swapped for a subclass. Each kind of call (shapes, dtypes, training mode, grad mode, autocast, …)
+    is captured once, when it first happens, and guarded afterwards.
+
+    Args:
+        model: any module that can be captured as one graph.
+        example_inputs: capture now instead of at the first call: a tensor, a tuple of positional
+            arguments, a dict of keyword arguments, or a pair of both.
+        passes: ``"auto"``, a spec such as ``"cleanup,fold_inference"``, or a list of passes.
+        mesh: sizes of the parallel dimensions, as ``"dp=8"`` or ``{"dp": 8}``.
+        backend: ``"eager"``, ``"inductor"``, or ``"auto"`` for the faster of the two on the first
+            real step.
+        verify: ``"off"``; ``"structure"``: the invariants after every pass; ``"eager"``: also
+            compare outputs, gradients and buffers of the captured graph with PyTorch eager, once per
+            specialisation, on the first real batch; ``"full"``: also after each pass.
+        dry_run: return the `Plan` for `example_inputs` and leave the model alone.
+
+    Returns:
+        The same model; with ``dry_run`` the plan.
+
+    Raises:
+        CaptureError: the model cannot be captured as one graph.
+        MismatchError: the captured graph computes something else than eager.
+        SpecError: `passes` names something that does not exist.
+        PipelineError: the passes are in an impossible order.
+        ArgumentError: an argument cannot be used.
+    """
+    _set_up_logging()
+    check_model(model)
+    _one_of("backend", backend, Backend)
+    _one_of("verify", verify, Verify)
+    compiler = Compiler(_pipeline(passes), parse_mesh(mesh), backend, verify)
+    example = split_example_inputs(example_inputs)
+    if dry_run:
+        if example is None:
+            raise ArgumentError(
+                "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
+            )
+        return compiler.plan(model, *example)
+    controller = install(model, compiler)
+    if example is not None:
+        controller.specialise(model, *example)
+    return model
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that passes own (factors, histories); save them beside the optimizer's."""
+    controller = controller_of(model)
+    return {} if controller is None else {k: v.clone() for k, v in controller.state.items()}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Continue from a saved `state_dict`.
+
+    Raises:
+        StateError: the state belongs to another model, or the model is not optimized; nothing was
+            loaded.
+    """
+    controller = controller_of(model)
+    if controller is None:
+        raise StateError("the model is not optimized", hint="call graphopt.optimize(model) first")
+    for name, tensor in controller.state.items():
+        if name not in state:
+            raise StateError(f"the saved state lacks {name!r}", hint="use the passes it was saved with")
+        if state[name].shape != tensor.shape:
+            raise StateError(
+                f"{name!r} has shape {tuple(state[name].shape)} in the saved state and "
+                f"{tuple(tensor.shape)} here",
+                hint="load the state of this model",
+            )
+    for name, tensor in state.items():
+        if name in controller.state:
+            controller.state[name].copy_(tensor)
+        else:
+            controller.state[name] = tensor.clone()
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """The arguments of one `optimize`, and what it takes to make a specialisation."""
+
+    pipeline: Pipeline
+    mesh: Mapping[str, int]
+    backend: Backend
+    verify: Verify
+
+    def report(self, model: str) -> Report:
+        """An empty report for a model of this class name."""
+        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=_notes())
+
+    def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
+        """What would be done for one call; runs no step."""
+        captured = capture(model, args, kwargs, forward=_own_forward(model))
+        self.pipeline.run(captured.graph, PassContext(mesh=self.mesh), verify="structure")
+        backend = "eager" if self.backend == "auto" else self.backend
+        return self._plan(captured, backend)
+
+    def compile(
+        self,
+        model: nn.Module,
+        forward: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        state: dict[str, Tensor],
+    ) -> Variant:
+        """Capture, rewrite, check and build the variant for one call."""
+        captured = capture(model, args, kwargs, forward=forward)
+        trial = Trial(model, args, kwargs, state)
+        verification = self._check(trial, forward, captured)
+        pipeline = self.pipeline
+        if self.verify == "full":
+            pipeline = replace(pipeline, observers=(_EachPass(self, trial, captured, state),))
+        steps = pipeline.run(
+            captured.graph,
+            PassContext(mesh=self.mesh, state=state),
+            verify="structure" if self.verify == "eager" else self.verify,
+        )
+        choice, call, plan = self._build(trial, captured, state)
+        entry = Specialisation(
+            signature=describe_call(model, args, kwargs),
+            level=str(captured.graph.level),
+            route=captured.route,
+            capture_seconds=captured.seconds,
+            steps=steps,
+            backend=choice,
+            verification=verification,
+            plan=plan,
+            notes=captured.notes,
+        )
+        return Variant(call, captured.holds, entry)
+
+    def _check(
+        self, trial: Trial, forward: Callable[..., object], captured: Capture
+    ) -> Verification:
+        """Compare the captured graph, before any pass, with eager on the user's batch."""
+        if self.verify in ("off", "structure"):
+            return Verification(self.verify, "not run")
+        start = time.perf_counter()
+        reference = trial.observe(forward)
+        worst = compare(reference, trial.observe(self.eager_call(captured, {})))
+        if worst.error > tolerance(reference, EXACT):
+            raise MismatchError(
+                f"the captured graph differs from eager: {worst.name} has a relative error of "
+                f"{worst.error:.2g}",
+                where=describe_call(trial.model, trial.args, trial.kwargs),
+                hint="please report this model; verify='structure' runs it nevertheless",
+            )
+        return Verification(
+            level=self.verify,
+            result="bit-equal" if worst.equal else "within tolerance",
+            worst_name=worst.name,
+            worst_error=worst.error,
+            seconds=time.perf_counter() - start,
+        )
+
+    def eager_call(self, captured: Capture, state: dict[str, Tensor]) -> Callable[..., object]:
+        """The graph as it is now, runnable as a call of the model."""
+        from graphopt.runtime.backends import build
+
+        return captured.bind(build(captured.graph.module, self._plan(captured, "eager"), state))
+
+    def _build(
+        self, trial: Trial, captured: Capture, state: dict[str, Tensor]
+    ) -> tuple[BackendChoice, Callable[..., object], Plan]:
+        from graphopt.runtime.backends import build
+
+        def make(backend: str) -> Callable[..., object]:
+            plan = self._plan(captured, backend)
+            return captured.bind(build(captured.graph.module, plan, state))
+
+        choice, call = choose(self.backend, make, trial, captured.graph)
+        return choice, call, self._plan(captured, choice.backend)
+
+    def _plan(self, captured: Capture, backend: str) -> Plan:
+        graph: Graph = captured.graph
+        return Plan(
+            spec=str(self.pipeline),
+            signature=graph.signature,
+            backend=backend,
+            gradient_sources=graph.get(gradient_sources),
+            aliases=captured.aliases,
+            facts=tuple(sorted(graph.facts)),
+        )
+
+
+class _EachPass:
+    """Observer for ``verify="full"``: each pass on its own, at its numerics class."""
+
+    def __init__(
+        self, compiler: Compiler, trial: Trial, captured: Capture, state: dict[str, Tensor]
+    ) -> None:
+        self.run = lambda: trial.observe(compiler.eager_call(captured, state))
+        self.reference = self.run()
+
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
+        actual = self.run()
+        worst = compare(self.reference, actual)
+        if worst.error > tolerance(self.reference, pass_.numerics):
+            raise MismatchError(
+                f"pass {pass_.name!r} promises {pass_.numerics} and changes {worst.name} by a relative "
+                f"error of {worst.error:.2g}",
+                where=f"pass {index + 1} of the pipeline",
+                hint="run the pipeline without this pass, and report it to its author",
+            )
+        self.reference = actual
+
+
+def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """One line on what kind of call this is: inputs and mode."""
+    inputs = ", ".join(
+        f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+        for name, t in tensors_of(named_arguments(model, args, kwargs))
+    )
+    mode = ["train" if model.training else "eval"]
+    mode += [] if torch.is_grad_enabled() else ["no_grad"]
+    mode += ["autocast"] if torch.is_autocast_enabled("cpu") else []
+    return f"{inputs} ({', '.join(mode)})"
+
+
+def _pipeline(passes: str | Sequence[Pass]) -> Pipeline:
+    if isinstance(passes, str):
+        return Pipeline.parse(PRESETS.get(passes, passes))
+    for item in passes:
+        if not isinstance(item, Pass):
+            raise ArgumentError(
+                f"passes must be a spec or a list of passes, and holds {item!r}",
+                hint="passes='cleanup', or passes=[Cleanup()] with an instance of each pass",
+            )
+    return Pipeline(tuple(passes))
+
+
+def _own_forward(model: nn.Module) -> Callable[..., object]:
+    controller = controller_of(model)
+    return (controller.base if controller else type(model)).forward
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def _notes() -> tuple[str, ...]:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        return (
+            "gradients are not reduced across ranks: wrap the optimized model in "
+            "DistributedDataParallel",
+        )
+    return ()
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("GRAPHOPT_LOG")
+    if level and not log.handlers:
+        logging.basicConfig()
+        log.setLevel(level.upper())

@@ -1,0 +1,470 @@
+"""Model and inputs to `Graph`: the only file that touches torch's capture APIs.
+
+Dynamo captures the bound ``forward`` as one torch-level graph, with its guards and with generated
+bytecode that flattens the call's inputs and rebuilds its outputs. AOTAutograd derives from it the
+joint forward and backward graph, without decompositions. These APIs are semi-private; `SUPPORTED`
+names the torch releases they were checked on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import CaptureOutput, fullgraph_capture, get_compile_id
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    IntermediateBaseAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+
+from graphopt.errors import CaptureError
+from graphopt.graph import KEPT_META, Graph, Level
+from graphopt.leaves import capturable_leaves, replace_leaves
+from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
+
+SUPPORTED = ("2.11", "2.14")
+
+Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One model, captured for one kind of call.
+
+    Attributes:
+        graph: the joint graph, or the inference graph where nothing requires a gradient.
+        aliases: outputs of the model that are inputs of it, or views of inputs; they are not
+            outputs of the graph.
+        route: ``"dynamo"`` or ``"export"``.
+        seconds: how long the capture took.
+        inputs: the live tensors of the captured call, one per primal input of the graph.
+        bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
+        holds: whether a call ``(model, *args, **kwargs)`` is one this capture was made for.
+        notes: what the user should know about how it was captured.
+    """
+
+    graph: Graph
+    aliases: tuple[OutputAlias, ...]
+    route: str
+    seconds: float
+    inputs: tuple[Tensor, ...]
+    bind: Callable[[Runner], Callable[..., object]]
+    holds: Callable[..., bool]
+    notes: tuple[str, ...] = ()
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    forward: Callable[..., object] | None = None,
+) -> Capture:
+    """Capture one call of `model` as one graph.
+
+    Args:
+        model: any module whose ``forward`` Dynamo or `torch.export` can capture without a break.
+        args: positional arguments of the call; live tensors, whose values are not changed.
+        kwargs: keyword arguments of the call.
+        forward: the unbound ``forward`` to capture; by default the one of the model's class.
+
+    Returns:
+        The captured graph, in the mode the call would run in now (``training``, grad mode,
+        autocast).
+
+    Raises:
+        CaptureError: the call cannot be captured as one graph; names the user's source line.
+    """
+    _check_version()
+    forward = forward or type(model).forward
+    start = time.perf_counter()
+    try:
+        flat = _by_dynamo(model, forward, tuple(args), dict(kwargs or {}))
+    except CaptureError as refusal:
+        from graphopt.capture_export import by_export
+
+        flat = by_export(model, forward, tuple(args), dict(kwargs or {}), refusal)
+    graph, aliases = _derive(flat)
+    return Capture(
+        graph=graph,
+        aliases=aliases,
+        route=flat.route,
+        seconds=time.perf_counter() - start,
+        inputs=flat.inputs,
+        bind=flat.bind,
+        holds=flat.holds,
+        notes=flat.notes,
+    )
+
+
+@dataclass(frozen=True)
+class FlatForward:
+    """A torch-level graph whose placeholders are all the tensors that the call uses.
+
+    `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
+    came from in the call.
+    """
+
+    module: fx.GraphModule
+    slots: tuple[Slot, ...]
+    inputs: tuple[Tensor, ...]
+    context: TracingContext
+    route: str
+    bind: Callable[[Runner], Callable[..., object]]
+    holds: Callable[..., bool]
+    notes: tuple[str, ...]
+
+
+# -- by Dynamo -------------------------------------------------------------------------------------
+
+
+class _Inputs(Exception):  # noqa: N818
+    """Carries the flat inputs of a call out of Dynamo's bytecode."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+
+def _by_dynamo(
+    model: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FlatForward:
+    bound = types.MethodType(forward, model)
+    with _dynamo_settings():
+        try:
+            output = fullgraph_capture(bound, args, kwargs)
+            guards = _build_guards(output, forward)
+        except (TorchDynamoException, AssertionError, RuntimeError) as error:
+            raise refused(error, forward) from error
+    if output.backend_input is None:
+        raise CaptureError(
+            "forward runs no tensor operator, so there is nothing to capture",
+            where=location(forward),
+            hint="optimize a module whose forward computes something from its inputs",
+        )
+    backend_input = output.backend_input
+    f_globals = output.graph_capture_output.f_globals
+
+    def bind(runner: Runner) -> Callable[..., object]:
+        def compiled(*tensors: Tensor) -> Sequence[Tensor]:
+            return runner(tensors)
+
+        return output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+
+    def take(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        raise _Inputs(tuple(tensors))
+
+    try:
+        bind(take)(model, *args, **kwargs)
+        raise CaptureError("the captured call did not reach its graph", where=location(forward))
+    except _Inputs as taken:
+        inputs = taken.tensors
+
+    module = backend_input.graph_module
+    leaves = replace_leaves(module)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    context = TracingContext(backend_input.fake_mode)
+    context.tensor_to_context = backend_input.tensor_to_context
+    return FlatForward(
+        module=module,
+        slots=name_inputs(model, inputs, [_source_name(node) for node in placeholders]),
+        inputs=inputs,
+        context=context,
+        route="dynamo",
+        bind=bind,
+        holds=_guard(guards, forward),
+        notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
+    )
+
+
+@contextlib.contextmanager
+def _dynamo_settings() -> Iterator[None]:
+    """One static graph per call, guarded on hooks too, with the known refusals cured."""
+    with (
+        get_metrics_context(),
+        dynamo_timed("graphopt_capture"),
+        torch._dynamo.config.patch(
+            automatic_dynamic_shapes=False,
+            assume_static_by_default=True,
+            # A hook added to a submodule later must lead to a new capture, not be lost.
+            skip_nnmodule_hook_guards=False,
+            # What forward prints or logs is not part of the step.
+            reorderable_logging_functions={print, warnings.warn},
+            ignore_logging_functions={
+                logging.Logger.debug,
+                logging.Logger.info,
+                logging.Logger.warning,
+                *_once_loggers(),
+            },
+            side_effect_replay_policy="silent",
+        ),
+        fx.traceback.preserve_node_meta(),
+        capturable_leaves(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _once_loggers() -> set[Callable[..., Any]]:
+    """Logger methods that transformers adds: cached, hence opaque to Dynamo."""
+    names = ("warning_once", "info_once", "warning_advice")
+    return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
+
+
+def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
+    with compile_context(CompileContext(get_compile_id({}))):
+        return output.graph_capture_output.build_guards(forward.__code__).guard_manager
+
+
+def _guard(manager: Any, forward: Callable[..., object]) -> Callable[..., bool]:
+    """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
+
+    They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
+    and every Python value that forward read.
+    """
+    import inspect
+
+    signature = inspect.signature(forward)
+    names = tuple(signature.parameters)
+    simple = all(
+        p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
+        for p in signature.parameters.values()
+    )
+
+    def holds(*args: object, **kwargs: object) -> bool:
+        if simple and not kwargs and len(args) == len(names):
+            return bool(manager.check(dict(zip(names, args, strict=True))))
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        bound.apply_defaults()
+        return bool(manager.check(bound.arguments))
+
+    return holds
+
+
+def _source_name(placeholder: fx.Node) -> str:
+    """``L_batch_ids_`` -> ``batch_ids``."""
+    return str(placeholder.target).removeprefix("L_").removeprefix("self_").strip("_")
+
+
+def name_inputs(
+    model: nn.Module, inputs: Sequence[Tensor], fallback: Sequence[str]
+) -> tuple[Slot, ...]:
+    """Role and name of every flat input, found by identity with the model's own tensors."""
+    known = {id(t): Slot(Role.BUFFER, n) for n, t in model.named_buffers(remove_duplicate=True)}
+    known |= {id(t): Slot(Role.PARAM, n) for n, t in model.named_parameters()}
+    taken = {slot.name for slot in known.values()}
+    slots = []
+    for tensor, name in zip(inputs, fallback, strict=True):
+        slot = known.get(id(tensor))
+        if slot is None:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            slot = Slot(Role.INPUT, name)
+        slots.append(slot)
+    return tuple(slots)
+
+
+# -- the joint graph -------------------------------------------------------------------------------
+
+
+def _derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
+    """The joint (or inference) graph of a flat forward graph."""
+    module = fx.GraphModule(flat.module, flat.module.graph)
+    joint, metadata = _export_joint(module, flat)
+    if any(isinstance(d, IntermediateBaseAOTOutput) for d in joint.graph.output_node().meta["desc"]):
+        # Two outputs share one storage. Giving each its own keeps the graph a plain function.
+        _clone_outputs(module)
+        joint, metadata = _export_joint(module, flat)
+    _refuse_unsupported(metadata, flat)
+    aliases = _aliases(joint, metadata)
+    signature = _sign(joint, flat, {alias.output for alias in aliases})
+    level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
+    graph = Graph(joint, signature, level)
+    _settle(graph)
+    return graph, aliases
+
+
+def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphModule, Any]:
+    with (
+        contextlib.ExitStack() as stack,
+        tracing(flat.context),
+        fx.traceback.preserve_node_meta(),
+        torch._functorch.config.patch(functionalize_rng_ops=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            exported = aot_export_joint_with_descriptors(stack, module, flat.inputs)
+        except Exception as error:
+            raise CaptureError(
+                f"the backward graph cannot be derived: {_first_line(error)}",
+                hint="run the model once without graphopt: if that works, please report this model",
+            ) from error
+    return exported.graph_module, exported._aot_state.fw_metadata
+
+
+def _clone_outputs(module: fx.GraphModule) -> None:
+    output = module.graph.output_node()
+    with module.graph.inserting_before(output):
+        returned = fx.node.map_arg(
+            output.args[0], lambda n: module.graph.call_function(torch.clone, (n,))
+        )
+    output.args = (returned,)
+    module.recompile()
+
+
+def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
+    for info, slot in zip(metadata.input_info, flat.slots, strict=True):
+        if info.mutates_metadata:
+            raise CaptureError(
+                f"forward changes the shape or strides of {slot} in place",
+                hint="return the reshaped tensor instead of changing the input",
+            )
+        if info.mutates_data and info.requires_grad and not (
+            info.mutations_under_no_grad_or_inference_mode or info.mutations_hidden_from_autograd
+        ):
+            raise CaptureError(
+                f"forward changes {slot}, which requires a gradient, in place",
+                hint="work on a clone: x = x.clone()",
+            )
+    if metadata.tokens:
+        raise CaptureError(
+            f"forward calls operators with ordered side effects: {list(metadata.tokens)}",
+            hint="move them out of the model",
+        )
+
+
+def _aliases(joint: fx.GraphModule, metadata: Any) -> tuple[OutputAlias, ...]:
+    nodes = _by_position(joint)
+    aliases = []
+    for position, info in enumerate(metadata.output_info):
+        kind = info.output_type.name
+        if kind == "is_input":
+            aliases.append(OutputAlias(position, info.base_idx))
+        elif kind == "alias_of_input":
+            value = nodes[position].meta["val"]
+            view = (tuple(value.shape), tuple(value.stride()), int(value.storage_offset()))
+            aliases.append(OutputAlias(position, info.base_idx, *view))
+    return tuple(aliases)
+
+
+def _by_position(joint: fx.GraphModule) -> dict[int, fx.Node]:
+    output = joint.graph.output_node()
+    return {
+        desc.idx: node
+        for node, desc in zip(output.args[0], output.meta["desc"], strict=True)
+        if isinstance(desc, PlainAOTOutput)
+    }
+
+
+def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signature:
+    """Translate torch's descriptors into slots and drop outputs that are not computed."""
+    inputs = []
+    for node in joint.graph.find_nodes(op="placeholder"):
+        desc = node.meta["desc"]
+        if isinstance(desc, PlainAOTInput):
+            inputs.append(flat.slots[desc.idx])
+        elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, PlainAOTOutput):
+            inputs.append(Slot(Role.TANGENT, str(desc.output.idx), Phase.BACKWARD))
+        else:
+            raise CaptureError(f"an input of a kind that is not supported yet: {desc!r}")
+    slots, nodes = [], []
+    output = joint.graph.output_node()
+    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+        if node is None or (isinstance(desc, PlainAOTOutput) and desc.idx in aliased):
+            continue
+        slots.append(_output_slot(desc, flat.slots))
+        nodes.append(node)
+    output.args = (nodes,)
+    output.meta.clear()
+    return Signature(tuple(inputs), tuple(slots))
+
+
+def _output_slot(desc: object, slots: Sequence[Slot]) -> Slot:
+    if isinstance(desc, PlainAOTOutput):
+        return Slot(Role.OUTPUT, str(desc.idx))
+    if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
+        return Slot(Role.GRAD, slots[desc.grad_of.idx].name, Phase.BACKWARD)
+    if isinstance(desc, InputMutationAOTOutput) and isinstance(desc.mutated_input, PlainAOTInput):
+        return Slot(Role.MUTATION, slots[desc.mutated_input.idx].name)
+    raise CaptureError(f"an output of a kind that is not supported yet: {desc!r}")
+
+
+def _settle(graph: Graph) -> None:
+    """Readable placeholder names, and only the metadata that graphopt keeps."""
+    graph.fx.set_codegen(fx.graph.CodeGen())
+    inputs = graph.inputs
+    for index, node in enumerate(inputs):  # first free the names that another input may want
+        node._rename(f"graphopt_input_{index}")
+    for node, slot in zip(inputs, graph.signature.inputs, strict=True):
+        prefix = "tangent_" if slot.role is Role.TANGENT else ""
+        node._rename(prefix + slot.name.replace(".", "_"))
+        node.target = node.name
+    for node in graph.nodes:
+        for key in [k for k in node.meta if k not in KEPT_META]:
+            del node.meta[key]
+    graph.changed()
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def _check_version() -> None:
+    release = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
+    low, high = (tuple(int(p) for p in v.split(".")) for v in SUPPORTED)
+    if not low <= release < high:
+        raise CaptureError(
+            f"torch {torch.__version__} is outside the supported range "
+            f">={SUPPORTED[0]},<{SUPPORTED[1]}",
+            hint="install torch 2.13",
+        )
+
+
+def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
+    """What Dynamo said, as one sentence with the user's source line."""
+    stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
+    where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
+    message = str(error)
+    hint = "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
+    for line in message.splitlines():
+        if line.strip().startswith("Hint:"):
+            hint = line.split("Hint:", 1)[1].strip()
+            break
+    return CaptureError(
+        f"forward cannot be captured as one graph: {_first_line(error)}",
+        where=where or location(forward),
+        hint=hint,
+    )
+
+
+def location(forward: Callable[..., object]) -> str:
+    """``file:line`` of a function, for messages."""
+    code = getattr(forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}: def {code.co_name}" if code else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

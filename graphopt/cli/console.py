@@ -1,0 +1,61 @@
+"""Where output goes: the answer to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+
+PATIENCE = 1.0
+"""Seconds after which a phase says what it is doing."""
+
+
+def show(*answers: RenderableType) -> None:
+    """Print an answer; colours and width follow the terminal, ``NO_COLOR`` and ``COLUMNS``."""
+    console = Console(highlight=False, soft_wrap=False)
+    for answer in answers:
+        console.print(answer)
+
+
+def show_text(text: str) -> None:
+    """Print an answer that is a file format: as it is, neither wrapped nor coloured."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def show_json(command: str, answer: Mapping[str, object]) -> None:
+    """Print an answer as one JSON object, its first key naming the schema."""
+    document = json.dumps({"schema": f"graphopt.{command}/1", **answer})
+    # JSON has no infinity and no NaN; as strings they survive in every reader.
+    show_text(json.dumps(json.loads(document, parse_constant=str), indent=1))
+
+
+@contextmanager
+def phase(label: str) -> Iterator[None]:
+    """Run one phase; if it takes longer than `PATIENCE`, say so on stderr, and how long it took."""
+    announced = threading.Event()
+
+    def announce() -> None:
+        announced.set()
+        _progress(f"{label}…")
+
+    timer = threading.Timer(PATIENCE, announce)
+    timer.daemon = True
+    start = time.perf_counter()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if announced.is_set():
+            _progress(f" {time.perf_counter() - start:.1f} s\n")
+
+
+def _progress(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,63 @@
+"""`graphopt show`: the graph by module."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.cli.console import show as show_answer
+from graphopt.cli.console import show_json, show_text
+from graphopt.cli.options import Json, ModelName, NoGrad, OptionalPasses
+
+
+def show(
+    model: ModelName,
+    passes: OptionalPasses = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=0, help="Levels of modules to show; by default what fits a screen."),
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the graph as .gopt text.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the graph as HTML.")
+    ] = None,
+    no_grad: NoGrad = False,
+    json: Json = False,
+) -> None:
+    """Show the graph of M by module: operators, shapes, parameters, FLOPs, bytes, activations.
+
+    Operators are written forward+backward. Bytes are those an unfused execution moves; saved are
+    the activations that a module computes and backward reads. Equal neighbours share one line.
+
+    JSON: model, level, passes, peak_bytes, and modules, a tree of {path, kind, output, parameters,
+    forward: {ops, flops, bytes}, backward: {ops, flops, bytes}, saved, children}.
+    """
+    from graphopt.analysis.liveness import liveness
+    from graphopt.analysis.summary import summary
+    from graphopt.cli.subject import load_subject, rewrite
+    from graphopt.render.html import graph_html
+    from graphopt.render.text import graph_table
+    from graphopt.text import print_graph
+
+    subject = load_subject(model, no_grad=no_grad)
+    if passes:
+        rewrite(subject, passes)
+    graph = subject.graph
+    if html is not None:
+        html.write_text(graph_html(graph, subject.name))
+    if json:
+        answer = {
+            "model": subject.name,
+            "level": str(graph.level),
+            "passes": passes or "",
+            "peak_bytes": graph.get(liveness).peak,
+            "modules": asdict(graph.get(summary)),
+        }
+        show_json("show", answer)
+    elif text:
+        show_text(print_graph(graph))
+    else:
+        show_answer(graph_table(graph, subject.name, depth))

@@ -1,0 +1,95 @@
+"""`graphopt why`: everything decided about one parameter or node."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli.console import show, show_json
+from graphopt.cli.options import Json, ModelName, NoGrad
+
+if TYPE_CHECKING:
+    from graphopt.analysis.story import Story
+    from graphopt.report import Step
+
+
+def why(
+    model: ModelName,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A parameter, buffer or node, as `graphopt show --text` has it."
+        ),
+    ],
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", metavar="SPEC", help="The passes to ask about.")
+    ] = "cleanup",
+    no_grad: NoGrad = False,
+    json: Json = False,
+) -> None:
+    """Tell everything about one parameter or node of M, and what each pass did or declined there.
+
+    Its origin, type, producers and users are those in the captured graph, or in the rewritten one
+    for a node that a pass made.
+
+    JSON: model, passes, graph ("captured" or "rewritten"), removed (whether a pass removed it),
+    story (the fields shown), and decisions, a list of {pass, skipped, applied: [{site, what,
+    numbers}], declined: [{site, reason, detail, numbers}]}.
+    """
+    from graphopt.analysis.story import names, story
+    from graphopt.cli.model import near
+    from graphopt.cli.subject import load_subject, rewrite
+    from graphopt.errors import ArgumentError
+
+    subject = load_subject(model, no_grad=no_grad)
+    captured = names(subject.graph)
+    told = story(subject.graph, name) if name in captured else None
+    steps = rewrite(subject, passes)
+    rewritten = names(subject.graph)
+    origin = "captured"
+    if told is None:
+        if name not in rewritten:
+            raise ArgumentError(
+                f"{subject.name} has no parameter, buffer or node {name!r}",
+                hint=f"near names: {near(name, [*captured, *rewritten])}",
+            )
+        told, origin = story(subject.graph, name), "rewritten"
+    removed = name not in rewritten
+    decisions = [_about(step, told) for step in steps]
+    if json:
+        answer = {
+            "model": subject.name,
+            "passes": passes,
+            "graph": origin,
+            "removed": removed,
+            "story": asdict(told),
+            "decisions": [
+                {"pass": step.spec, "skipped": step.skipped, **asdict(step.outcome)}
+                for step in decisions
+            ],
+        }
+        show_json("why", answer)
+    else:
+        from graphopt.render.story import story_view
+
+        show(story_view(told, decisions, removed=removed))
+
+
+def _about(step: Step, told: Story) -> Step:
+    """The step with only those sites that are this parameter or node, or mention it."""
+    about = {told.name, told.node, *([told.gradient.node] if told.gradient else [])}
+    if told.what != "operator" and told.module:
+        about.add(told.module)
+    words = "|".join(map(re.escape, sorted(about)))
+    mention = re.compile(rf"(?<![\w.])(?:{words})(?![\w.])")
+    outcome = replace(
+        step.outcome,
+        applied=tuple(a for a in step.outcome.applied if mention.search(f"{a.site} {a.what}")),
+        declined=tuple(
+            d for d in step.outcome.declined if mention.search(f"{d.site} {d.detail}")
+        ),
+    )
+    return replace(step, outcome=outcome)

@@ -1,0 +1,193 @@
+"""The optimized model: the user's own object, with its class swapped for a subclass.
+
+Only ``forward`` changes. Parameters, buffers, keys, hooks on the model itself, ``train()`` and
+``eval()``, optimizers and everything else stay as they are, because the object stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.report import Report, Specialisation
+
+if TYPE_CHECKING:
+    from graphopt.api import Compiler
+
+log = logging.getLogger("graphopt")
+
+M = TypeVar("M", bound=nn.Module)
+
+# How many specialisations one model keeps; the least recently used one goes first.
+MAX_SPECIALISATIONS = 8
+
+_KEY = "_graphopt"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation, ready to run.
+
+    Attributes:
+        call: takes the model and the call's arguments.
+        holds: whether a call is one that this variant was made for.
+        entry: what is reported about it.
+    """
+
+    call: Callable[..., object]
+    holds: Callable[..., bool]
+    entry: Specialisation
+
+
+class Controller:
+    """Chooses the specialisation for each call of one model, and makes new ones.
+
+    Args:
+        base: the model's own class.
+        compiler: makes variants; holds the arguments of `optimize`.
+
+    Attributes:
+        state: tensors that passes own, by name.
+    """
+
+    def __init__(self, base: type[nn.Module], compiler: Compiler) -> None:
+        self.base = base
+        self.compiler = compiler
+        self.state: dict[str, Tensor] = {}
+        self.variants: list[Variant] = []
+        self.made = 0
+
+    def __call__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> object:
+        for index, variant in enumerate(self.variants):
+            if variant.holds(model, *args, **kwargs):
+                if index:
+                    self.variants.insert(0, self.variants.pop(index))
+                return variant.call(model, *args, **kwargs)
+        return self.specialise(model, args, kwargs).call(model, *args, **kwargs)
+
+    def specialise(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Variant:
+        """Make the variant for this call; on any error the model is given back as it was."""
+        try:
+            variant = self.compiler.compile(model, self.base.forward, args, kwargs, self.state)
+        except BaseException:
+            restore(model)
+            raise
+        self.made += 1
+        self.variants.insert(0, variant)
+        if self.made > 1:
+            log.info("captured again, for %s", variant.entry.signature)
+        if len(self.variants) > MAX_SPECIALISATIONS:
+            self.variants.pop()
+            if self.made == MAX_SPECIALISATIONS + 1:
+                warnings.warn(
+                    f"this model was captured {self.made} times, for as many kinds of calls (the "
+                    f"last: {variant.entry.signature}); only {MAX_SPECIALISATIONS} are kept. Pad or "
+                    "bucket the inputs to a few shapes.",
+                    stacklevel=5,
+                )
+        return variant
+
+    def report(self, model: nn.Module) -> Report:
+        """What was done so far, newest specialisation last."""
+        return replace(
+            self.compiler.report(type(model).__name__),
+            specialisations=tuple(v.entry for v in reversed(self.variants)),
+        )
+
+
+def controller_of(model: nn.Module) -> Controller | None:
+    """The controller of an optimized model; ``None`` for any other."""
+    found = model.__dict__.get(_KEY)
+    return found if isinstance(found, Controller) else None
+
+
+def install(model: M, compiler: Compiler) -> Controller:
+    """Swap the model's class; optimizing again replaces what was there."""
+    old = controller_of(model)
+    base = old.base if old else type(model)
+    controller = Controller(base, compiler)
+    object.__setattr__(model, _KEY, controller)
+    model.__class__ = _subclass(base)
+    return controller
+
+
+def restore(model: nn.Module) -> None:
+    """Give the model its own class back."""
+    controller = controller_of(model)
+    if controller is not None:
+        model.__class__ = controller.base
+        del model.__dict__[_KEY]
+
+
+@functools.cache
+def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `base` that runs through the controller and looks like `base`."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        if torch.compiler.is_compiling():  # somebody else captures a program around this model
+            return base.forward(self, *args, **kwargs)
+        controller: Controller = self.__dict__[_KEY]
+        return controller(self, args, kwargs)
+
+    def explain(self: nn.Module) -> str:
+        """What graphopt did to this model, what it declined, and why."""
+        return report(self).explain()
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """Pickle as the plain model: a capture belongs to a process."""
+        _, (_, *arguments), state, *rest = base.__reduce_ex__(self, protocol)
+        state = {k: v for k, v in state.items() if k != _KEY}
+        return (_new, (base, *arguments), state, *rest)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """Copy as an optimized model with its own captures and its own pass state."""
+        constructor, arguments, state, *_ = self.__reduce_ex__(4)
+        plain: nn.Module = constructor(*arguments)
+        memo[id(self)] = plain
+        plain.__setstate__(copy.deepcopy(state, memo))
+        controller = controller_of(self)
+        assert controller is not None
+        install(plain, controller.compiler).state = copy.deepcopy(controller.state, memo)
+        return plain
+
+    namespace = {
+        "forward": forward,
+        "explain": explain,
+        "__reduce_ex__": reduce,
+        "__deepcopy__": deepcopy,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
+    """An empty instance for unpickling; pickle insists on the object's own class elsewhere."""
+    return cls.__new__(cls, *arguments)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of an optimized model; raises ``ArgumentError`` for any other."""
+    from graphopt.errors import ArgumentError
+
+    controller = controller_of(model)
+    if controller is None:
+        raise ArgumentError(
+            f"this {type(model).__name__} is not optimized",
+            hint="call graphopt.optimize(model) first",
+        )
+    return controller.report(model)

@@ -1,0 +1,7 @@
+"""The `graphopt::` operators; importing this package registers them under `torch.ops.graphopt`."""
+
+from __future__ import annotations
+
+from graphopt.ops import ctc, frozen, rnn
+
+__all__ = ["ctc", "frozen", "rnn"]

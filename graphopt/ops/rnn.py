@@ -1,0 +1,121 @@
+"""`graphopt::rnn`: a whole LSTM, GRU or plain RNN, all layers and directions, as one operator.
+
+    rnn(str mode, Tensor input, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers,
+        float dropout, bool train, bool bidirectional, bool batch_first, ...)
+        -> (Tensor output, Tensor hn, Tensor cn, Tensor tape)
+
+Parameters are those of the function that `torch.nn.LSTM` and its relatives call (`torch.lstm`,
+`torch.gru`, `torch.rnn_tanh`, `torch.rnn_relu`), whose name is `mode`; `hx` is ``[h0, c0]`` for
+``"lstm"`` and ``[h0]`` otherwise. Projections (`proj_size`) are covered, packed sequences are not.
+`cn` is empty except for ``"lstm"``. See `graphopt.ops.taped` for the remaining arguments, the
+backward operator and how results stay bit-equal to eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt.ops.taped import Function, define
+
+MODES = {
+    "lstm": torch._VF.lstm,
+    "gru": torch._VF.gru,
+    "rnn_tanh": torch._VF.rnn_tanh,
+    "rnn_relu": torch._VF.rnn_relu,
+}
+
+_PARAMETERS = (
+    "str mode, Tensor input, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
+    "float dropout, bool train, bool bidirectional, bool batch_first"
+)
+
+
+def _time_major(x: Tensor, batch_first: bool) -> Tensor:
+    """`x` laid out with time outermost, as all eager kernels leave it; usually `x` itself."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if batch_first else x.contiguous()
+
+
+def _eager(
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    state = tuple(hx) if mode == "lstm" else hx[0]
+    output, *hidden = MODES[mode](
+        input,
+        state,
+        list(params),
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+        batch_first,
+    )
+    if mode != "lstm":
+        hidden.append(output.new_empty(0))
+    return (_time_major(output, batch_first), *(h.contiguous() for h in hidden))
+
+
+def _fake(
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    autocast: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    dtype = autocast if autocast and input.dtype is not torch.float64 else input.dtype
+    if autocast and mode == "gru" and input.device.type == "cpu":
+        # Only its matrix products are cast; the state is interpolated in its own dtype.
+        dtype = torch.promote_types(autocast, hx[0].dtype)
+    size = hx[0].shape[-1] * (2 if bidirectional else 1)
+    output = input.new_empty((*input.shape[:2], size), dtype=dtype)
+    cn = hx[1].shape if mode == "lstm" else (0,)
+    return (
+        _time_major(output, batch_first),
+        hx[0].new_empty(hx[0].shape, dtype=dtype),
+        hx[0].new_empty(cn, dtype=dtype),
+    )
+
+
+def _is_random(
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    *_: bool,
+) -> bool:
+    return train and dropout > 0 and num_layers > 1
+
+
+def _can_repeat(mode: str, input: Tensor, *_: object) -> bool:
+    # cuDNN keeps a dropout state of its own, which nothing outside of it can read.
+    return input.device.type == "cpu" or not torch.backends.cudnn.is_acceptable(input)
+
+
+def _arrange(gradient: Tensor, index: int, *call: object) -> Tensor:
+    *_, batch_first, _ = call
+    return _time_major(gradient, bool(batch_first)) if index == 0 else gradient.contiguous()
+
+
+define("rnn", _PARAMETERS, 3, Function(_eager, _fake, _is_random, _can_repeat, _arrange))

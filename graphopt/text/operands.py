@@ -1,0 +1,148 @@
+"""Reads types and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import torch
+
+from graphopt.text.names import CPU, DTYPES, SHORT, closest, constant_of, device_of
+from graphopt.text.source import Line, Token
+from graphopt.text.syntax import SCALARS, Literal, OpName, Ref, TensorType, Type, default_stride
+
+T = TypeVar("T")
+
+
+def read_type(line: Line) -> Type:
+    """Read one type."""
+    if line.accept("("):
+        return tuple(_until(line, ")", lambda: read_type(line)))
+    token = line.take("word", "a type")
+    if token.text in SCALARS and line.peek.text != "[":
+        return token.text
+    if token.text not in DTYPES:
+        hint = f"write {SHORT[token.text]}" if token.text in SHORT else ""
+        raise line.error(
+            f"`{token.text}` is not a type", hint or closest(token.text, DTYPES), at=token
+        )
+    line.expect("[")
+    shape = tuple(_until(line, "]", lambda: _size(line)))
+    stride = default_stride(shape)
+    brace = line.peek
+    if line.accept("{"):
+        stride = tuple(_until(line, "}", lambda: _size(line)))
+        if len(stride) != len(shape):
+            raise line.error(f"{len(stride)} strides for {len(shape)} dimensions", at=brace)
+    return TensorType(DTYPES[token.text], shape, stride, _device(line))
+
+
+def _size(line: Line) -> int:
+    token = line.take("number", "a size")
+    if not token.text.isdecimal():
+        raise line.error("sizes and strides are whole numbers, zero or more", at=token)
+    return int(token.text)
+
+
+def _device(line: Line) -> torch.device:
+    if line.peek.kind != "word":
+        return CPU
+    token = line.next()
+    device = device_of(token.text)
+    if device is None:
+        raise line.error(f"`{token.text}` is not a device", "write cpu, cuda:0 or meta", at=token)
+    return device
+
+
+def read_literal(line: Line, known: Collection[str]) -> Literal:
+    """Read one argument, which may use the values `known`."""
+    token = line.next()
+    match token.kind:
+        case "value":
+            name = token.text[1:]
+            if name not in known:
+                hint = closest(name, known) or "a value must be defined on a line above its use"
+                raise line.error(f"the value {token.text} is not defined", hint, at=token)
+            return Ref(name)
+        case "string":
+            return line.unquote(token)
+        case "number":
+            return number(token)
+        case "word":
+            return _word(line, token)
+    match token.text:
+        case "(":
+            return tuple(_until(line, ")", lambda: read_literal(line, known)))
+        case "[":
+            return _until(line, "]", lambda: read_literal(line, known))
+        case "{":
+            return dict(_until(line, "}", lambda: _entry(line, known)))
+    raise line.error(f"expected an argument but found {token}", at=token)
+
+
+def number(token: Token) -> int | float:
+    """The value of a number token."""
+    whole = token.text.removeprefix("-").isdecimal()
+    return int(token.text) if whole else float(token.text)
+
+
+_CONSTANTS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
+
+
+def _word(line: Line, token: Token) -> Literal:
+    if token.text in _CONSTANTS:
+        return _CONSTANTS[token.text]
+    if token.text == "complex" and line.accept("("):
+        parts = _until(line, ")", lambda: float(line.take("number", "a number").text))
+        if len(parts) != 2:
+            raise line.error("a complex number has two parts", at=token)
+        return complex(*parts)
+    if "." in token.text:
+        return OpName(token.text)
+    value = constant_of(token.text)
+    if value is None:
+        hint = closest(token.text, [*DTYPES, *_CONSTANTS]) or "texts stand in double quotes"
+        raise line.error(f"`{token.text}` is not an argument", hint, at=token)
+    return value
+
+
+def _entry(line: Line, known: Collection[str]) -> tuple[str, Literal]:
+    key = line.string("a key")
+    line.expect(":")
+    return key, read_literal(line, known)
+
+
+def read_arguments(
+    line: Line, known: Collection[str]
+) -> tuple[tuple[Literal, ...], dict[str, Literal]]:
+    """Read ``(…)``: positional arguments, then ``name=value`` ones."""
+    args: list[Literal] = []
+    kwargs: dict[str, Literal] = {}
+
+    def argument() -> None:
+        token = line.peek
+        if line.names_argument():
+            name = line.next().text
+            line.expect("=")
+            if name in kwargs:
+                raise line.error(f"the argument {name} is given twice", at=token)
+            kwargs[name] = read_literal(line, known)
+        elif kwargs:
+            raise line.error("an argument without a name after one with a name", at=token)
+        else:
+            args.append(read_literal(line, known))
+
+    line.expect("(")
+    _until(line, ")", argument)
+    return tuple(args), kwargs
+
+
+def _until(line: Line, close: str, item: Callable[[], T]) -> list[T]:
+    """Read items between commas up to `close`; a comma may also stand before `close`."""
+    items: list[T] = []
+    while not line.accept(close):
+        items.append(item())
+        if not line.accept(","):
+            line.expect(close)
+            break
+    return items

@@ -1,0 +1,183 @@
+"""PyTorch's own code generator: Triton on GPUs, C++ on CPUs.
+
+The joint graph reaches Inductor after the passes, so it is decomposed here, then partitioned by the
+min-cut partitioner after Inductor's joint-graph passes, as `torch.compile` does. Random operators
+fall back to PyTorch's, so that the random stream is the one eager would have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphopt.errors import BackendError
+from graphopt.plan import Phase, Plan, Role
+from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
+from graphopt.runtime.partition import Halves, split
+
+
+def build(module: fx.GraphModule, plan: Plan, state: Any) -> TrainingEngine | InferenceEngine:
+    """Compile a joint or inference module.
+
+    Raises:
+        BackendError: Inductor's toolchain is missing, or it failed on this graph.
+    """
+    require_toolchain(module)
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    try:
+        with _settings(values):
+            decomposed = _decompose(module, values)
+            if not plan.signature.names(Role.TANGENT):
+                return InferenceEngine(plan, _compile_inference(decomposed, plan), state)
+            from torch._inductor.compile_fx import partition_fn
+
+            halves = split(decomposed, plan.signature, partition_fn)
+            forward, strides = _compile_forward(halves.forward, plan)
+            backward = _compile_backward(halves, strides, plan)
+            return TrainingEngine(plan, halves, forward, backward, state)
+    except Exception as error:
+        raise BackendError(
+            f"Inductor failed on this graph: {type(error).__name__}: {str(error).splitlines()[0]}",
+            hint="use backend='eager', or report the graph to PyTorch",
+        ) from error
+
+
+def require_toolchain(module: fx.GraphModule) -> None:
+    """Raise `BackendError` where Inductor cannot generate code for the module's device."""
+    device = _device(module)
+    if device == "cpu":
+        from torch._inductor import config
+
+        compilers = [c for c in config.cpp.cxx if c] or ["g++"]
+        if not any(shutil.which(c) for c in compilers):
+            raise BackendError(
+                f"Inductor needs a C++ compiler for CPU code, and none of {compilers} is on PATH",
+                hint="install g++, or use backend='eager'",
+            )
+    elif device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise BackendError(
+                "Inductor needs Triton for GPU code",
+                hint="pip install 'graphopt[gpu]', or use backend='eager'",
+            )
+
+
+def _device(module: fx.GraphModule) -> str:
+    devices = {
+        value.device.type
+        for node in module.graph.find_nodes(op="placeholder")
+        if isinstance(value := node.meta["val"], Tensor)
+    }
+    return (devices - {"cpu"} or devices).pop() if devices else "cpu"
+
+
+@contextlib.contextmanager
+def _settings(values: Sequence[Any]) -> Iterator[None]:
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None
+    with (
+        config.patch(fallback_random=True),
+        V.set_fake_mode(fake_mode),
+        tracing(TracingContext(fake_mode)),
+        torch._C._DisableAutocast(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decompose(module: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    """Retrace the graph through Inductor's decompositions, keeping the phase of every node."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def run(*arguments: Any) -> Any:
+        return fx.Interpreter(module).run(*arguments)
+
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None
+    with (
+        torch.no_grad(),
+        fx.traceback.preserve_node_meta(),
+        fake_mode,
+        enable_python_dispatcher(),
+    ):
+        decomposed = make_fx(run, decomposition_table=select_decomp_table())(*values)
+    for node in decomposed.graph.nodes:
+        node.meta.setdefault("partitioner_tag", "is_forward")
+    return cast("fx.GraphModule", decomposed)
+
+
+def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **options: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    output = module.graph.output_node()
+    returned = cast("Sequence[Any]", output.args[0])
+    output.meta["user_visible_output_idxs"] = [
+        i for i, node in enumerate(returned) if i < visible and isinstance(node, fx.Node)
+    ]
+    return compile_fx_inner(module, list(values), **options)
+
+
+def _compile_inference(module: fx.GraphModule, plan: Plan) -> Executable:
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+    module = _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    compiled = _compile(
+        module,
+        values,
+        len(plan.signature.outputs),
+        static_input_idxs=_weights(plan),
+        is_inference=True,
+    )
+    return cast("Executable", compiled)
+
+
+def _compile_forward(module: fx.GraphModule, plan: Plan) -> tuple[Executable, list[Any]]:
+    """The forward executable, and the strides that it gives its outputs."""
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    with TracingContext.report_output_strides() as strides:
+        compiled = _compile(
+            module,
+            values,
+            plan.signature.num_forward_outputs,
+            static_input_idxs=_weights(plan),
+        )
+    return cast("Executable", compiled), list(strides or [])
+
+
+def _compile_backward(halves: Halves, strides: Sequence[Any], plan: Plan) -> Executable:
+    """The backward executable, for saved values in the layout the forward really gives them."""
+    first_saved = plan.signature.num_forward_outputs
+    values = []
+    nodes = halves.backward.graph.find_nodes(op="placeholder")
+    for (kind, index), node in zip(halves.sources, nodes, strict=True):
+        value = node.meta["val"]
+        if kind == "saved" and first_saved + index < len(strides):
+            stride = strides[first_saved + index]
+            if stride is not None and tuple(stride) != value.stride():
+                value = value.as_strided(value.size(), tuple(int(s) for s in stride))
+        values.append(value)
+    static = [i for i, (kind, _) in enumerate(halves.sources) if kind != "tangent"]
+    count = sum(s.phase is Phase.BACKWARD for s in plan.signature.outputs)
+    compiled = _compile(halves.backward, values, count, static_input_idxs=static, is_backward=True)
+    return cast("Executable", compiled)
+
+
+def _weights(plan: Plan) -> list[int]:
+    weights = (Role.PARAM, Role.BUFFER)
+    return [i for i, s in enumerate(plan.signature.inputs) if s.role in weights]

@@ -1,0 +1,252 @@
+"""Run a plan: forward and backward executables behind one autograd function.
+
+The engine takes the step's inputs as one flat list, in the order of the plan's signature, and returns
+the model's outputs. It writes mutations back, gives absent gradients for absent tangents as eager
+does, and frees saved values as soon as the backward has taken them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.errors import DoubleBackwardError
+from graphopt.plan import Phase, Plan, Role
+from graphopt.runtime.partition import Halves
+
+# Takes a list of arguments, empties it, returns the outputs.
+Executable = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Geometry that a tangent must have, because the backward graph was traced for it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> Expected:
+        """The geometry of a (fake) tensor."""
+        return cls(tuple(value.shape), value.stride(), value.dtype, value.device)
+
+    def coerce(self, tangent: Tensor | None) -> Tensor:
+        """The tangent in this geometry; zeros where there is none."""
+        if tangent is None:
+            tangent = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.size)
+        if tangent.stride() == self.stride:
+            return tangent
+        out = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        return out.copy_(tangent)
+
+
+class Engine:
+    """What every engine does around its executable: mutations and aliased outputs.
+
+    Attributes:
+        state: tensors of ``STATE`` inputs by name; owned by the model, updated by mutations.
+    """
+
+    def __init__(self, plan: Plan, state: Mapping[str, Tensor]) -> None:
+        self.plan = plan
+        self.state = state
+        self.slots = tuple(s for s in plan.signature.inputs if s.role is not Role.TANGENT)
+        self._position = {slot.name: i for i, slot in enumerate(self.slots)}
+        self._state_names = [s.name for s in self.slots if s.role is Role.STATE]
+        outputs = plan.signature.outputs
+        self._mutations = {
+            phase: tuple(
+                (i, s.name)
+                for i, s in enumerate([o for o in outputs if o.phase is phase])
+                if s.role is Role.MUTATION
+            )
+            for phase in Phase
+        }
+        forward = [s for s in outputs if s.phase is Phase.FORWARD]
+        self._outputs = tuple(
+            (i, int(s.name)) for i, s in enumerate(forward) if s.role is Role.OUTPUT
+        )
+
+    def _with_state(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [*inputs, *(self.state[name] for name in self._state_names)]
+
+    def _write_back(self, phase: Phase, inputs: Sequence[Tensor], results: Sequence[Any]) -> None:
+        mutations = self._mutations[phase]
+        if mutations:
+            with torch.no_grad():
+                targets = [inputs[self._position[name]] for _, name in mutations]
+                torch._foreach_copy_(targets, [results[i] for i, _ in mutations])
+
+    def _assemble(self, inputs: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
+        """The model's outputs in order: what was computed, and views of inputs."""
+        if not self.plan.aliases:
+            return list(computed)
+        outputs = {position: t for (_, position), t in zip(self._outputs, computed, strict=True)}
+        for alias in self.plan.aliases:
+            base = inputs[alias.input]
+            outputs[alias.output] = (
+                base
+                if alias.offset < 0
+                else base.as_strided(alias.size, alias.stride, alias.offset)
+            )
+        return [outputs[i] for i in sorted(outputs)]
+
+
+class InferenceEngine(Engine):
+    """Runs an inference graph; no autograd."""
+
+    def __init__(
+        self, plan: Plan, forward: Executable, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(plan, state or {})
+        self._forward = forward
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the model for its flat inputs."""
+        values = self._with_state(inputs)
+        with torch._C._DisableAutocast(), torch.no_grad():
+            results = self._forward(list(values))
+        self._write_back(Phase.FORWARD, values, results)
+        return self._assemble(values, [results[i] for i, _ in self._outputs])
+
+
+@dataclass(eq=False)
+class TrainingEngine(Engine):
+    """Runs a joint graph, split into halves, behind one autograd function.
+
+    Args:
+        plan: what to obey.
+        halves: from `graphopt.runtime.partition.split`; gives the origin of backward arguments.
+        forward, backward: executables of the two halves.
+        state: tensors of ``STATE`` inputs.
+
+    Attributes:
+        weights_for_backward: tensors by parameter name that the backward reads instead of the ones
+            the forward read; empty unless a schedule fills it.
+    """
+
+    plan: Plan
+    halves: Halves
+    forward: Executable
+    backward: Executable
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    weights_for_backward: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.plan, self.state)
+        signature = self.plan.signature
+        self.num_outputs = signature.num_forward_outputs
+        tangents = [s for s in signature.inputs if s.role is Role.TANGENT]
+        # Tangents belong to outputs of the model; the autograd function returns the computed ones.
+        computed = [position for _, position in self._outputs]
+        self.tangent_of_output = tuple(computed.index(int(t.name)) for t in tangents)
+        placeholders = {n.target: n for n in self.halves.backward.graph.find_nodes(op="placeholder")}
+        arguments = zip(self.halves.sources, placeholders.values(), strict=True)
+        self.tangents = {
+            index: Expected.of(node.meta["val"])
+            for (kind, index), node in arguments
+            if kind == "tangent"
+        }
+        grads = [
+            (i, s.name)
+            for i, s in enumerate(signature.outputs[self.num_outputs :])
+            if s.role is Role.GRAD
+        ]
+        self.gradients = tuple(
+            (i, self._position[name], frozenset(sources))
+            for (i, name), sources in zip(grads, self.plan.gradient_sources, strict=True)
+        )
+        # Only what receives a gradient passes through autograd; the rest rides along.
+        self.differentiable = tuple(index for _, index, _ in self.gradients)
+        self.saved_inputs = tuple(
+            dict.fromkeys(
+                i
+                for kind, i in self.halves.sources
+                if kind == "input" and self.slots[i].role is not Role.STATE
+            )
+        )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the model for its flat inputs, connected to autograd."""
+        values = self._with_state(inputs)
+        computed = _Step.apply(self, values, *(values[i] for i in self.differentiable))
+        return self._assemble(values, computed)
+
+    def run_forward(self, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's computed outputs and the values to save."""
+        with torch._C._DisableAutocast():
+            results = self.forward(list(values))
+        self._write_back(Phase.FORWARD, values, results)
+        outputs = [results[i] for i, _ in self._outputs]
+        return outputs, list(results[self.num_outputs :])
+
+    def run_backward(
+        self, saved: list[Tensor], inputs: dict[int, Tensor], tangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """One gradient per differentiable input; ``None`` where no tangent reaches it."""
+        given = [tangents[i] for i in self.tangent_of_output]
+        slots = self.slots
+        arguments: list[Any] = []
+        for kind, index in self.halves.sources:
+            if kind == "saved":
+                arguments.append(saved[index])
+            elif kind == "tangent":
+                arguments.append(self.tangents[index].coerce(given[index]))
+            elif slots[index].role is Role.STATE:
+                arguments.append(self.state[slots[index].name])
+            else:
+                arguments.append(self.weights_for_backward.get(slots[index].name, inputs[index]))
+        saved.clear()
+        with torch._C._DisableAutocast():
+            results = self.backward(arguments)
+        if self._mutations[Phase.BACKWARD]:
+            everything = [self.state.get(s.name, inputs.get(i)) for i, s in enumerate(slots)]
+            self._write_back(Phase.BACKWARD, cast("list[Tensor]", everything), results)
+        live = {i for i, t in enumerate(given) if t is not None}
+        return [results[i] if live & sources else None for i, _, sources in self.gradients]
+
+
+class _Step(torch.autograd.Function):
+    """One training step's model part as a node of autograd."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, engine: TrainingEngine, values: list[Tensor], *differentiable: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, saved = engine.run_forward(values)
+        ctx.engine = engine
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
+        with_tangent = set(engine.tangent_of_output)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in with_tangent)
+        )
+        # A view made inside a custom function may not be changed in place outside; as the model's
+        # own result it may.
+        return tuple(
+            torch.ops.aten._unsafe_view.default(t, t.shape) if t._is_view() else t for t in outputs
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(
+                "the backward of a captured step was called with create_graph=True, and it cannot "
+                "be differentiated again",
+                hint="use the model without graphopt where you need second derivatives",
+            )
+        engine: TrainingEngine = ctx.engine
+        tensors = list(ctx.saved_tensors)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.maybe_clear_saved_tensors()
+        count = len(tensors) - len(engine.saved_inputs)
+        inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
+        saved = tensors[:count]
+        del tensors
+        return (None, None, *engine.run_backward(saved, inputs, tangents))

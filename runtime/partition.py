@@ -1,0 +1,166 @@
+"""Cut one joint module into its forward and backward halves, by PyTorch's own partitioners.
+
+The partitioner chooses which values the forward saves for the backward. graphopt adds one rule:
+parameters, buffers and state that the backward reads are not saved but bound when it runs, so that a
+schedule may give forward and backward different versions of a weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from graphopt.plan import Phase, Role, Signature, Slot
+
+Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two halves of a step.
+
+    Attributes:
+        forward: takes the primal inputs, in signature order; returns the forward outputs, then the
+            saved values.
+        backward: takes values in the order of `sources`; returns the backward outputs.
+        sources: where each backward argument comes from: ``("saved", k)`` the k-th saved value,
+            ``("input", i)`` the i-th input of the step (tangents not counted), ``("tangent", j)``
+            the j-th tangent.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    sources: tuple[tuple[str, int], ...]
+
+
+def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner) -> Halves:
+    """Partition a joint module.
+
+    Args:
+        module: one placeholder per input slot, one flat list of outputs. It is copied, not
+            changed.
+        signature: the roles of its inputs and outputs.
+        partitioner: with the calling convention of `functorch.compile.default_partition`.
+    """
+    joint, primals, tangents = _prepared(module, signature)
+    kept = [s for s in signature.inputs if s.role is not Role.TANGENT]
+    parameters = [i for i, slot in enumerate(kept) if slot.role is Role.PARAM]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        forward, backward = partitioner(
+            joint,
+            [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")],
+            num_fwd_outputs=signature.num_forward_outputs,
+            static_lifetime_input_indices=parameters,
+        )
+    return _trimmed(forward, backward, signature, primals, tangents)
+
+
+def _prepared(
+    module: fx.GraphModule, signature: Signature
+) -> tuple[fx.GraphModule, dict[str, int], dict[str, int]]:
+    """A copy whose inputs are named as torch's partitioners recognise them."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    primals: dict[str, int] = {}
+    tangents: dict[str, int] = {}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for node, slot in zip(placeholders, signature.inputs, strict=True):
+        kind, names = ("tangents", tangents) if slot.role is Role.TANGENT else ("primals", primals)
+        env[node] = graph.placeholder(f"{kind}_{len(names) + 1}")
+        env[node].meta = dict(node.meta)
+        names[env[node].name] = len(names)
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    parameters = {env[n] for n, s in zip(placeholders, signature.inputs, strict=True) if _late(s)}
+    _repeat_views(graph, parameters)
+    output = graph.output_node()
+    output.meta["desc"] = [None] * len(cast("list[Any]", output.args[0]))
+    return fx.GraphModule(module, graph), primals, tangents
+
+
+def _late(slot: Slot) -> bool:
+    return slot.role in (Role.PARAM, Role.STATE)
+
+
+def _repeat_views(graph: fx.Graph, roots: set[fx.Node]) -> None:
+    """Let the backward take its own views of parameters, instead of saving the forward's."""
+    views = set(roots)
+    for node in graph.nodes:
+        if is_view(node) and node.all_input_nodes and set(node.all_input_nodes) <= views:
+            views.add(node)
+    views -= roots
+    copies: dict[fx.Node, fx.Node] = {}
+    for user in list(graph.nodes):
+        if user.meta.get("partitioner_tag") != "is_backward" or user.op == "output":
+            continue
+        for view in [n for n in user.all_input_nodes if n in views]:
+            if view.meta.get("partitioner_tag") == "is_backward":
+                continue
+            user.replace_input_with(view, _backward_copy(graph, view, user, copies, roots))
+
+
+def _backward_copy(
+    graph: fx.Graph,
+    view: fx.Node,
+    before: fx.Node,
+    copies: dict[fx.Node, fx.Node],
+    roots: set[fx.Node],
+) -> fx.Node:
+    if view in roots:
+        return view
+    if view not in copies:
+        source = _backward_copy(graph, view.all_input_nodes[0], before, copies, roots)
+        with graph.inserting_before(before):
+            copy = graph.node_copy(view, lambda _: source)
+        copy.meta["partitioner_tag"] = "is_backward"
+        copies[view] = copy
+    return copies[view]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node computes nothing and returns its first argument's storage."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return len(returns) == 1 and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
+
+
+def _trimmed(
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    signature: Signature,
+    primals: dict[str, int],
+    tangents: dict[str, int],
+) -> Halves:
+    """Saved values that are inputs of the step are read from the step, not saved again."""
+    output = forward.graph.output_node()
+    returned = list(cast("Sequence[Any]", output.args[0]))
+    count = signature.num_forward_outputs
+    saved = returned[count:]
+    arguments = backward.graph.find_nodes(op="placeholder")
+    sources: list[tuple[str, int]] = []
+    kept: list[fx.Node] = []
+    values = iter(saved)
+    for argument in arguments:
+        if str(argument.target) in tangents:
+            sources.append(("tangent", tangents[str(argument.target)]))
+            continue
+        value = next(values)
+        if isinstance(value, fx.Node) and value.op == "placeholder":
+            sources.append(("input", primals[str(value.target)]))
+        else:
+            sources.append(("saved", len(kept)))
+            kept.append(value)
+    output.args = (tuple(returned[:count]) + tuple(kept),)
+    forward.recompile()
+    assert all(s.phase is Phase.BACKWARD for s in signature.outputs[count:])
+    return Halves(forward, backward, tuple(sources))
