@@ -175,7 +175,7 @@ class Compiler:
             plan=plan,
             notes=captured.notes,
         )
-        return Variant(call, captured.holds, entry)
+        return Variant(call, captured.holds, captured.failure, entry)
 
     def _check(
         self, trial: Trial, forward: Callable[..., object], captured: Capture

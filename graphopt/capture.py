@@ -9,6 +9,7 @@ names the torch releases they were checked on.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 import types
@@ -58,6 +59,7 @@ class Capture:
         inputs: the live tensors of the captured call, one per primal input of the graph.
         bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
         holds: whether a call ``(model, *args, **kwargs)`` is one this capture was made for.
+        failure: says which condition does not hold for a call.
         notes: what the user should know about how it was captured.
     """
 
@@ -68,6 +70,7 @@ class Capture:
     inputs: tuple[Tensor, ...]
     bind: Callable[[Runner], Callable[..., object]]
     holds: Callable[..., bool]
+    failure: Callable[..., str]
     notes: tuple[str, ...] = ()
 
 
@@ -111,6 +114,7 @@ def capture(
         inputs=flat.inputs,
         bind=flat.bind,
         holds=flat.holds,
+        failure=flat.failure,
         notes=flat.notes,
     )
 
@@ -130,6 +134,7 @@ class FlatForward:
     route: str
     bind: Callable[[Runner], Callable[..., object]]
     holds: Callable[..., bool]
+    failure: Callable[..., str]
     notes: tuple[str, ...]
 
 
@@ -150,7 +155,7 @@ def _by_dynamo(
     with _dynamo_settings():
         try:
             output = fullgraph_capture(bound, args, kwargs)
-            guards = _build_guards(output, forward)
+            guard = _Guard(_build_guards(output, forward), forward)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
             raise refused(error, forward) from error
     if output.backend_input is None:
@@ -189,7 +194,8 @@ def _by_dynamo(
         context=context,
         route="dynamo",
         bind=bind,
-        holds=_guard(guards, forward),
+        holds=guard,
+        failure=guard.failure,
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 
@@ -234,32 +240,46 @@ def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
         return output.graph_capture_output.build_guards(forward.__code__).guard_manager
 
 
-def _guard(manager: Any, forward: Callable[..., object]) -> Callable[..., bool]:
+class _Guard:
     """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
 
     They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
     and every Python value that forward read.
     """
-    import inspect
 
-    signature = inspect.signature(forward)
-    names = tuple(signature.parameters)
-    simple = all(
-        p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
-        for p in signature.parameters.values()
-    )
+    def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
+        self._manager = manager
+        # The guards speak of the variables of the code itself, whatever function it wraps.
+        self._signature = inspect.signature(forward, follow_wrapped=False)
+        parameters = self._signature.parameters.values()
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        self._closure = {name: cell.cell_contents for name, cell in cells}
+        self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
 
-    def holds(*args: object, **kwargs: object) -> bool:
-        if simple and not kwargs and len(args) == len(names):
-            return bool(manager.check(dict(zip(names, args, strict=True))))
+    def __call__(self, *args: object, **kwargs: object) -> bool:
+        variables = self._variables(args, kwargs)
+        return variables is not None and bool(self._manager.check(variables))
+
+    def failure(self, *args: object, **kwargs: object) -> str:
+        """The first guard that does not hold for a call, as Dynamo words it."""
+        variables = self._variables(args, kwargs)
+        if variables is None:
+            return "the arguments do not fit"
+        parts = self._manager.check_verbose(variables).verbose_code_parts
+        return _first_line(Exception(parts[0])) if parts else ""
+
+    def _variables(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, object] | None:
+        if not kwargs and len(args) == len(self._names):
+            return dict(zip(self._names, args, strict=True))
         try:
-            bound = signature.bind(*args, **kwargs)
+            bound = self._signature.bind(*args, **kwargs)
         except TypeError:
-            return False
+            return None
         bound.apply_defaults()
-        return bool(manager.check(bound.arguments))
-
-    return holds
+        return {**self._closure, **bound.arguments}
 
 
 def _source_name(placeholder: fx.Node) -> str:

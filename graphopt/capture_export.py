@@ -84,6 +84,7 @@ def by_export(
         route="export",
         bind=bind,
         holds=lambda m, *a, **k: _fingerprint(m, a, k) == expected,
+        failure=lambda *_: "the inputs, the mode or an attribute of a module changed",
         notes=(f"captured by torch.export, because Dynamo refused: {refusal.message}",),
     )
 

@@ -1,9 +1,11 @@
 """Calls that a captured forward must not take apart: recurrent networks and the CTC loss.
 
-PyTorch decomposes both while a graph is traced. An LSTM or GRU is unrolled over time, which is slow,
-and its dropout between layers is lost; the CTC loss is refused, because the shape of an intermediate
-depends on data. Here they become operators of `graphopt.ops` instead: enter `capturable_leaves`
-while Dynamo captures, and call `replace_leaves` on the graph before its backward is derived.
+PyTorch decomposes both while a graph is traced. An LSTM or GRU is unrolled over time, which is
+slow, and its dropout between layers is lost; the CTC loss is refused, because the shape of an
+intermediate depends on data. Here they become operators of `graphopt.ops` instead: enter
+`capturable_leaves` while Dynamo captures, and call `replace_leaves` on the graph before its
+backward is derived. Recurrent networks on packed sequences stay refused: how they unroll depends on
+data.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor, fx
+from torch import fx
+from torch.nn import _reduction, functional
 
-from graphopt.errors import CaptureError
-from graphopt.graph import module_of, source_of
+from graphopt.graph import module_of
 from graphopt.ops.rnn import MODES
 
-Kernel = Callable[..., Any]
+Call = tuple[torch._ops.OpOverload, tuple[Any, ...]]
 
 
-# -- what each leaf becomes ------------------------------------------------------------------------
+# -- what each leaf becomes; parameters are those of the aten operator -----------------------------
 
 
 def _rnn(
@@ -33,17 +35,16 @@ def _rnn(
     input: Any,
     hx: Any,
     params: Any,
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> Call:
     state = list(hx) if mode == "lstm" else [hx]
     options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    call = (mode, input, state, list(params), *options, None, [])
-    return torch.ops.graphopt.rnn.default, call
+    return torch.ops.graphopt.rnn.default, (mode, input, state, list(params), *options, None, [])
 
 
 def _ctc_loss(
@@ -51,61 +52,46 @@ def _ctc_loss(
     targets: Any,
     input_lengths: Any,
     target_lengths: Any,
-    blank: int = 0,
-    reduction: int = 1,
-    zero_infinity: bool = False,
-) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
-    operators = torch.ops.graphopt.ctc_loss
-    listed = isinstance(input_lengths, list | tuple)
-    lengths = (list(input_lengths), list(target_lengths)) if listed else (input_lengths, target_lengths)
-    call = (log_probs, targets, *lengths, blank, reduction, zero_infinity, None, [])
-    return operators.IntList if listed else operators.default, call
-
-
-def _refuse_packed(*args: Any, **kwargs: Any) -> Any:
-    raise CaptureError(
-        "a recurrent network on a packed sequence cannot be captured: its shapes depend on data",
-        hint="pass the padded batch and mask the outputs beyond each length",
-    )
+    blank: Any = 0,
+    reduction: Any = 1,
+    zero_infinity: Any = False,
+) -> Call:
+    packet = torch.ops.graphopt.ctc_loss
+    target, lengths = packet.default, (input_lengths, target_lengths)
+    if isinstance(input_lengths, list | tuple):
+        target, lengths = packet.IntList, (list(input_lengths), list(target_lengths))
+    return target, (log_probs, targets, *lengths, blank, reduction, zero_infinity, None, [])
 
 
 # -- while Dynamo captures -------------------------------------------------------------------------
 
 
-def _kernels() -> Mapping[torch._ops.OpOverload, Kernel]:
-    """Stand-ins under which PyTorch's tracing sees the shapes of a leaf without entering it."""
+def _kernels() -> Mapping[torch._ops.OpOverload, Callable[..., Any]]:
+    """Stand-ins under which tracing sees a leaf's outputs without entering it."""
 
-    def rnn(mode: str) -> Kernel:
-        def kernel(*args: Any) -> tuple[Tensor, ...]:
+    def rnn(mode: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
             target, call = _rnn(mode, *args)
-            output, hn, cn, _ = target(*call)
-            return (output, hn, cn) if mode == "lstm" else (output, hn)
+            outputs = target(*call)
+            return outputs[:3] if mode == "lstm" else outputs[:2]
 
         return kernel
 
-    def ctc_loss(*args: Any) -> Tensor:
+    def ctc_loss(*args: Any) -> Any:
         target, call = _ctc_loss(*args)
-        loss: Tensor = target(*call)[0]
-        return loss
+        return target(*call)[0]
 
     aten = torch.ops.aten
-    kernels: dict[torch._ops.OpOverload, Kernel] = {
-        aten.ctc_loss.Tensor: ctc_loss,
-        aten.ctc_loss.IntList: ctc_loss,
-    }
-    for mode in MODES:
-        packet = getattr(aten, mode)
-        kernels[packet.input] = rnn(mode)
-        kernels[packet.data] = _refuse_packed
-    return kernels
+    kernels = {getattr(aten, mode).input: rnn(mode) for mode in MODES}
+    return kernels | {aten.ctc_loss.Tensor: ctc_loss, aten.ctc_loss.IntList: ctc_loss}
 
 
 @contextmanager
 def capturable_leaves() -> Iterator[None]:
     """Let Dynamo (or `torch.export`) trace through leaves without taking them apart.
 
-    Nothing that a guard can see is changed, and everything is put back on leaving: guards of a graph
-    captured inside hold outside. Real tensors still run PyTorch's own kernels, in all threads.
+    Nothing that a guard can see is changed and everything is put back on leaving, so the guards of
+    a graph that was captured inside hold outside. Untraced calls are not affected at all.
     """
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))
@@ -115,7 +101,7 @@ def capturable_leaves() -> Iterator[None]:
 
 
 @contextmanager
-def _python_kernel(op: torch._ops.OpOverload, kernel: Kernel) -> Iterator[None]:
+def _python_kernel(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Iterator[None]:
     """Replace what the Python dispatcher, which only tracing turns on, runs for `op`."""
     keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
     before = dict(op.py_kernels)
@@ -136,22 +122,55 @@ def replace_leaves(module: fx.GraphModule) -> tuple[str, ...]:
     """Rewrite the leaf calls of a torch-level graph, in place, into `graphopt::` operators.
 
     Args:
-        module: as Dynamo made it; call nodes carry ``meta["example_value"]``.
+        module: as Dynamo made it inside `capturable_leaves`, with ``meta["example_value"]`` on its
+            nodes. The names and the metadata of the values that other nodes use stay.
 
     Returns:
-        One description per rewritten call: the module it belongs to and what it computes.
-
-    Raises:
-        CaptureError: a recurrent network works on a packed sequence.
+        One description per rewritten call, in order (``"lstm in encoder.rnn"``).
     """
+    modes = {function: mode for mode, function in MODES.items()}
     replaced = []
-    for node in module.graph.find_nodes(op="call_function", target=torch.ctc_loss):
-        _replace_ctc_loss(node)
-        replaced.append(_describe(node, "ctc_loss"))
-    for mode, function in MODES.items():
-        for node in module.graph.find_nodes(op="call_function", target=function):
-            _replace_rnn(node, mode)
-            replaced.append(_describe(node, mode))
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in modes:
+            name = modes[node.target]
+            _replace_rnn(node, name)
+        elif node.target in (functional.ctc_loss, torch.ctc_loss):
+            name = "ctc_loss"
+            _replace_ctc_loss(node)
+        else:
+            continue
+        owner = module_of(node)
+        replaced.append(f"{name} in {owner}" if owner else name)
     if replaced:
         module.recompile()
     return tuple(replaced)
+
+
+def _replace_rnn(node: fx.Node, mode: str) -> None:
+    target, call = _rnn(mode, *node.args, **node.kwargs)
+    node.target, node.args, node.kwargs = target, call, {}
+    node.meta["example_value"] = _example(target, call)
+
+
+def _replace_ctc_loss(node: fx.Node) -> None:
+    if node.target is functional.ctc_loss:
+        bound = inspect.signature(functional.ctc_loss).bind(*node.args, **node.kwargs).arguments
+        reduction = str(bound.pop("reduction", "mean"))
+        number = _reduction.get_enum(reduction)
+    else:
+        bound = inspect.signature(_ctc_loss).bind(*node.args, **node.kwargs).arguments
+        # Unlike the operator that it calls, the function in `torch` reduces only when told to.
+        number = bound.pop("reduction", 0)
+    target, call = _ctc_loss(**bound, reduction=number)
+    with node.graph.inserting_before(node):
+        both = node.graph.call_function(target, call)
+    both.meta = {**node.meta, "example_value": _example(target, call)}
+    node.target, node.args, node.kwargs = operator.getitem, (both, 0), {}
+
+
+def _example(target: torch._ops.OpOverload, call: tuple[Any, ...]) -> Any:
+    """What the operator returns for the example values of its arguments."""
+    values = fx.node.map_arg(call, lambda argument: argument.meta["example_value"])
+    return target(*values)

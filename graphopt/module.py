@@ -39,11 +39,13 @@ class Variant:
     Attributes:
         call: takes the model and the call's arguments.
         holds: whether a call is one that this variant was made for.
+        failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
     """
 
     call: Callable[..., object]
     holds: Callable[..., bool]
+    failure: Callable[..., str]
     entry: Specialisation
 
 
@@ -79,6 +81,7 @@ class Controller:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Variant:
         """Make the variant for this call; on any error the model is given back as it was."""
+        reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
         try:
             variant = self.compiler.compile(model, self.base.forward, args, kwargs, self.state)
         except BaseException:
@@ -86,15 +89,15 @@ class Controller:
             raise
         self.made += 1
         self.variants.insert(0, variant)
-        if self.made > 1:
-            log.info("captured again, for %s", variant.entry.signature)
+        if reason:
+            log.info("captured again for %s, because of %s", variant.entry.signature, reason)
         if len(self.variants) > MAX_SPECIALISATIONS:
             self.variants.pop()
             if self.made == MAX_SPECIALISATIONS + 1:
                 warnings.warn(
                     f"this model was captured {self.made} times, for as many kinds of calls (the "
-                    f"last: {variant.entry.signature}); only {MAX_SPECIALISATIONS} are kept. Pad or "
-                    "bucket the inputs to a few shapes.",
+                    f"last: {variant.entry.signature}, because of {reason}); only "
+                    f"{MAX_SPECIALISATIONS} are kept. Pad or bucket the inputs to a few shapes.",
                     stacklevel=5,
                 )
         return variant

@@ -120,6 +120,7 @@ class Pass:
         provides: facts that hold afterwards.
         conflicts: facts that must not hold yet when it runs (``kfac`` must not see lowered tensors).
         changes_signature: whether it may add or remove inputs or outputs.
+        idempotent: whether a second application, right after the first, changes nothing.
         source: the publication that the method comes from, if any.
     """
 
@@ -130,6 +131,7 @@ class Pass:
     provides: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
     changes_signature: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:

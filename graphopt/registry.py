@@ -19,7 +19,7 @@ from graphopt.passbase import Pass
 
 GROUP = "graphopt.passes"
 
-_BUILT_IN = {
+BUILT_IN = {
     "cleanup": "graphopt.passes.cleanup:Cleanup",
     "fold_inference": "graphopt.passes.fold_inference:FoldInference",
 }
@@ -98,7 +98,7 @@ def _entries() -> Mapping[str, _Entry]:
 @lru_cache(maxsize=4)
 def _entries_on(path: tuple[str, ...]) -> Mapping[str, _Entry]:
     """The table for one `sys.path`, which is what the search for entry points depends on."""
-    table = {name: _Entry(value, "built-in") for name, value in _BUILT_IN.items()}
+    table = {name: _Entry(value, "built-in") for name, value in BUILT_IN.items()}
     for point in entry_points(group=GROUP):
         distribution = point.dist
         origin = f"{distribution.name} {distribution.version}" if distribution else "unknown"

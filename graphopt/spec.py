@@ -142,7 +142,10 @@ class _Scanner:
     def value(self) -> tuple[str, int]:
         self._skip(_SPACE)
         start = self.column
-        return self._skip(_VALUE).strip(), start
+        value = self._skip(_VALUE).strip()
+        if self.text.startswith('"', self.column):
+            self.fail(self.column, "this quote is never closed")
+        return value, start
 
     def fail(self, column: int, sentence: str, hint: str = "") -> NoReturn:
         line = re.sub(r"\s", " ", self.text)

@@ -163,7 +163,8 @@ def arguments_bind(scan: Scan) -> Iterator[Violation]:
         positional, known, required = _parameters(node.target)
         given, by_name = len(node.args), node.kwargs
         if given > len(positional):
-            yield node, f"{given} positional arguments for {node.target}, which has less"
+            limit = f"takes at most {len(positional)}"
+            yield node, f"{given} positional arguments for {node.target}, which {limit}"
             continue
         if unknown := [name for name in by_name if name not in known]:
             yield node, f"{node.target} has no argument {unknown[0]!r}"
@@ -180,7 +181,7 @@ def values_present(scan: Scan) -> Iterator[Violation]:
     for node in (*scan.placeholders, *scan.calls):
         value = node.meta.get("val")
         if value is None:
-            if node.target is not operator.getitem and _returns_something(node):
+            if not _may_be_none(node):
                 yield node, "it has no `val` in its meta"
         elif not isinstance(value, FakeTensor) and _has_real_tensor(value):
             yield node, "the `val` in its meta is a real tensor, not a fake one"
@@ -189,8 +190,11 @@ def values_present(scan: Scan) -> Iterator[Violation]:
             yield node, "it has no `val` in its meta"
 
 
-def _returns_something(node: fx.Node) -> bool:
-    return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
+def _may_be_none(node: fx.Node) -> bool:
+    """Some operators return nothing, and some leave elements of their result out."""
+    if node.target is operator.getitem:
+        return "val" in node.meta
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns
 
 
 def _has_real_tensor(value: object) -> bool:
@@ -213,5 +217,3 @@ def elements_exist(scan: Scan) -> Iterator[Violation]:
             yield node, f"{source} has no elements"
         elif type(index) is not int or not 0 <= index < len(values):
             yield node, f"{source} has {len(values)} elements and no element {index}"
-        elif node.meta.get("val") is None and values[index] is not None:
-            yield node, "it has no `val` in its meta"

@@ -146,10 +146,10 @@ def collectives_waited(scan: Scan) -> Iterator[Violation]:
             yield from _waited_once(node)
             continue
         elements = [user for user in node.users if user.target is operator.getitem]
-        taken = {user.args[1] for user in elements}
+        taken = [user.args[1] for user in elements]
         for index in range(len(value_of(node))):
-            if index not in taken:
-                yield node, f"its result {index} is never waited on"
+            if (times := taken.count(index)) != 1:
+                yield node, f"its result {index} is taken {times} times, not once"
         for element in elements:
             yield from _waited_once(element)
         if len(elements) < len(node.users):

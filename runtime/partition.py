@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch._functorch.config
 from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from graphopt.plan import Phase, Role, Signature, Slot
 
@@ -50,11 +52,16 @@ def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner
     joint, primals, tangents = _prepared(module, signature)
     kept = [s for s in signature.inputs if s.role is not Role.TANGENT]
     parameters = [i for i, slot in enumerate(kept) if slot.role is Role.PARAM]
-    with warnings.catch_warnings():
+    values = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
+    with (
+        tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(values))),
+        torch._functorch.config.patch(graphsafe_rng_functionalization=False),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         forward, backward = partitioner(
             joint,
-            [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")],
+            values,
             num_fwd_outputs=signature.num_forward_outputs,
             static_lifetime_input_indices=parameters,
         )
@@ -83,6 +90,15 @@ def _prepared(
     output = graph.output_node()
     output.meta["desc"] = [None] * len(cast("list[Any]", output.args[0]))
     return fx.GraphModule(module, graph), primals, tangents
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """An independent copy with its own nodes."""
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = copy.node_copy(node, lambda n: env[n])
+    return copy
 
 
 def _late(slot: Slot) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.graph import Graph, operator_name
+from graphopt.graph import Graph
 
 # Operators that return their input's memory although their schema does not say so.
 _UNDECLARED = frozenset({"aten._unsafe_view.default", "_c10d_functional.wait_tensor.default"})
@@ -25,7 +27,7 @@ class Storage:
 
     Attributes:
         owner: for each node the node whose memory its value lies in, itself when it allocates.
-            A ``getitem`` of an allocating operator owns its own piece.
+            The first ``getitem`` of each piece of an allocating operator owns that piece.
         views: nodes that neither compute nor copy.
     """
 
@@ -37,6 +39,7 @@ def storage(graph: Graph) -> Storage:
     """Follow every view and in-place operator of `graph` to the node that allocated its memory."""
     owner: dict[fx.Node, fx.Node] = {}
     views: set[fx.Node] = set()
+    pieces: dict[tuple[fx.Node, Any], fx.Node] = {}
     for node in graph.nodes:
         owner[node] = node
         if node.op != "call_function":
@@ -46,6 +49,8 @@ def storage(graph: Graph) -> Storage:
             producer = node.all_input_nodes[0]
             if owner[producer] is not producer:
                 owner[node] = owner[producer]
+            else:
+                owner[node] = pieces.setdefault((producer, node.args[1]), node)
             continue
         source, written = _aliased(node)
         if source is not None:
@@ -57,19 +62,28 @@ def storage(graph: Graph) -> Storage:
 
 def _aliased(node: fx.Node) -> tuple[fx.Node | None, bool]:
     """The argument whose memory the result lies in, and whether the operator writes into it."""
-    if operator_name(node) in _UNDECLARED:
-        return node.all_input_nodes[0], False
     if not isinstance(node.target, torch._ops.OpOverload):
         return None, False
-    schema = node.target._schema
+    found = _aliased_argument(node.target)
+    if found is None:
+        return None, False
+    position, name, written = found
+    value = node.args[position] if position < len(node.args) else node.kwargs[name]
+    return (value, written) if isinstance(value, fx.Node) else (None, False)
+
+
+@cache
+def _aliased_argument(target: torch._ops.OpOverload) -> tuple[int, str, bool] | None:
+    """Position and name of the argument whose memory an operator returns, and whether it writes."""
+    schema = target._schema
+    if str(target) in _UNDECLARED:
+        return 0, schema.arguments[0].name, False
     result = schema.returns[0].alias_info if schema.returns else None
     if result is None:
-        return None, False
+        return None
     for position, argument in enumerate(schema.arguments):
         info = argument.alias_info
-        if info is None or not (info.before_set & result.before_set):
-            continue
-        value = node.args[position] if position < len(node.args) else node.kwargs[argument.name]
-        if isinstance(value, fx.Node):
-            return value, info.is_write
-    return None, False
+        # A list of views, as `split` returns it, has an alias annotation without names.
+        if info is not None and (info.before_set & result.before_set or not result.before_set):
+            return position, argument.name, info.is_write
+    return None

@@ -48,9 +48,7 @@ class Cost:
     written: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops, self.read + other.read, self.written + other.written
-        )
+        return Cost(self.flops + other.flops, self.read + other.read, self.written + other.written)
 
     @property
     def bytes(self) -> int:
@@ -113,7 +111,8 @@ def _cost(node: fx.Node) -> Cost:
 def _flops(node: fx.Node) -> int:
     packet = _packet(node)
     if packet in _DOT_PRODUCTS:
-        return 2 * math.prod(value_of(node.all_input_nodes[0]).shape)
+        shape: torch.Size = value_of(node.all_input_nodes[0]).shape
+        return 2 * shape.numel()
     formula = cast(
         "Callable[..., int] | None", flop_registry.get(_SAME_FORMULA.get(packet, packet))
     )

@@ -11,8 +11,15 @@ from graphopt.analysis.cost import cost
 from graphopt.analysis.dependency import backward_before
 from graphopt.analysis.liveness import liveness
 from graphopt.analysis.summary import describe
-from graphopt.graph import Graph, module_of, module_stack, operator_name, phase_of, source_of
-from graphopt.graph import value_of
+from graphopt.graph import (
+    Graph,
+    module_of,
+    module_stack,
+    operator_name,
+    phase_of,
+    source_of,
+    value_of,
+)
 from graphopt.plan import Phase, Role
 
 
@@ -154,16 +161,16 @@ def _gradient(graph: Graph, name: str) -> Gradient | None:
         return None
     node = graph.gradient(name)
     backward = [n for n in graph.operators if phase_of(n) is Phase.BACKWARD]
-    computes = _origin(node)
     return Gradient(
         node=node.name,
-        operator=operator_name(computes),
+        operator=operator_name(_origin(graph, node)),
         position=backward.index(node) + 1 if node in backward else 0,
         needs=backward_before(graph, node),
         of=len(backward),
     )
 
 
-def _origin(node: fx.Node) -> fx.Node:
-    """The operator behind a ``getitem``."""
-    return node.all_input_nodes[0] if operator_name(node) == "getitem" else node
+def _origin(graph: Graph, node: fx.Node) -> fx.Node:
+    """The operator that computed a value, behind views and ``getitem``."""
+    owner = graph.get(storage).owner[node]
+    return owner.all_input_nodes[0] if operator_name(owner) == "getitem" else owner

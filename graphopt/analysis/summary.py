@@ -110,9 +110,7 @@ def _output(graph: Graph, nodes: Sequence[fx.Node]) -> str:
 
 
 def _reads(user: fx.Node, inside: set[fx.Node]) -> bool:
-    return (
-        user.op == "call_function" and user not in inside and phase_of(user) is Phase.FORWARD
-    )
+    return user.op == "call_function" and user not in inside and phase_of(user) is Phase.FORWARD
 
 
 def describe(value: object) -> str:

@@ -113,7 +113,7 @@ def _find_imports_in(folder: Path) -> None:
 
 
 def _factory(module: ModuleType, attribute: str, place: str) -> Callable[[], object]:
-    factory = getattr(module, attribute, None)
+    factory: Callable[[], object] | None = getattr(module, attribute, None)
     if not callable(factory):
         own = [
             name

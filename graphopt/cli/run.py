@@ -22,8 +22,9 @@ def run(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json = 
     nodes_before, nodes_after, applied: [{site, what, numbers}], declined: [{site, reason, detail,
     numbers}], diff}, where diff is as in `graphopt diff --json`.
     """
-    from graphopt.cli.subject import load_subject
-    from graphopt.pipeline import Pipeline
+    with phase("importing torch"):
+        from graphopt.cli.subject import load_subject
+        from graphopt.pipeline import Pipeline
 
     pipeline = Pipeline.parse(passes)
     subject = load_subject(model, no_grad=no_grad)

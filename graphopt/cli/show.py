@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.console import phase, show_json, show_text
 from graphopt.cli.console import show as show_answer
-from graphopt.cli.console import show_json, show_text
 from graphopt.cli.options import Json, ModelName, NoGrad, OptionalPasses
 
 
@@ -35,9 +35,10 @@ def show(
     JSON: model, level, passes, peak_bytes, and modules, a tree of {path, kind, output, parameters,
     forward: {ops, flops, bytes}, backward: {ops, flops, bytes}, saved, children}.
     """
-    from graphopt.analysis.liveness import liveness
-    from graphopt.analysis.summary import summary
-    from graphopt.cli.subject import load_subject, rewrite
+    with phase("importing torch"):
+        from graphopt.analysis.liveness import liveness
+        from graphopt.analysis.summary import summary
+        from graphopt.cli.subject import load_subject, rewrite
     from graphopt.render.html import graph_html
     from graphopt.render.text import graph_table
     from graphopt.text import print_graph

@@ -75,9 +75,9 @@ def rewrite(subject: Subject, spec: str, ctx: PassContext | None = None) -> tupl
 
 
 @contextlib.contextmanager
-def mode(example: Example, *, no_grad: bool) -> Iterator[None]:
-    """The mode in which the example's call is made."""
-    if no_grad:
+def mode(example: Example | None, *, no_grad: bool) -> Iterator[None]:
+    """The mode in which the example's call is made; nothing for a graph without a model."""
+    if example is not None and no_grad:
         example.model.eval()
     with torch.set_grad_enabled(not no_grad):
         yield

@@ -11,22 +11,25 @@ from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, ModelName, NoGrad, Passes
 
 if TYPE_CHECKING:
+    from graphopt.cli.observe import Observe
+    from graphopt.graph import Graph
     from graphopt.passbase import Numerics, Pass
     from graphopt.report import Step
-    from graphopt.graph import Graph
-    from graphopt.cli.observe import Observe
+    from graphopt.trial import Observed
+
+BAD = "out of its class"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One comparison: a graph with the one before it.
+    """One graph, compared with the one before it.
 
     Attributes:
-        stage: ``"capture"``, which is compared with PyTorch eager, or a pass, compared with the
-            graph before it.
+        stage: ``"capture"``, which is compared with PyTorch eager, or a pass, which is compared
+            with the graph before it.
         numerics: how far it may move results.
-        allowed: largest error, relative to the largest magnitude of a tensor, that this means.
-        error: the largest there is.
+        allowed: the error that this allows, relative to the largest magnitude of a tensor.
+        error: the largest error.
         worst: the output, gradient or buffer that has it.
         result: ``"bit-equal"``, ``"within its class"``, ``"out of its class"`` or ``"skipped"``.
     """
@@ -40,25 +43,104 @@ class Stage:
 
 
 def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json = False) -> None:
-    """Run M on its inputs in PyTorch eager, as captured, and after each pass, and compare.
+    """Run M in PyTorch eager, as captured, and after each pass, and compare what it computes.
 
-    Compared are all outputs, gradients and buffers, from the same random numbers, each graph with
-    the one before it, at the numerics class of the pass between them. Exits with 1 and names the
-    first pass that is out of its class.
+    Compared are all outputs, gradients and buffers, from the same inputs and random numbers, each
+    graph with the one before it, at the numerics class of the pass between them. Exits with 1 and
+    names the first pass that is out of its class. A .gopt file is run on made-up inputs.
 
     JSON: model, passes, ok, first_bad (a stage or null), and stages, a list of {stage, numerics,
     allowed, error, worst, result}.
     """
-    from graphopt.cli.observe import observer_of
-    from graphopt.cli.subject import load_subject, mode
+    with phase("importing torch"):
+        from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
+        from graphopt.cli.subject import load_subject, mode
     from graphopt.passbase import EXACT, PassContext
     from graphopt.pipeline import Pipeline
+    from graphopt.trial import tolerance
 
     pipeline = Pipeline.parse(passes)
     subject = load_subject(model, no_grad=no_grad)
-    context = PassContext()
-    observe = observer_of(subject, context.state)
-    stages = _Stages(observe)
-    with phase("running before and after each pass"), mode(subject.example, no_grad=no_grad):
-        stages.start(subject.graph)
-        Pipeline(pipeline.passes, (stages,)).run(subject.graph, context)
+    graph, context = subject.graph, PassContext()
+    stages: list[Stage] = []
+    if subject.example and subject.capture:
+        with phase("running PyTorch eager"), mode(subject.example, no_grad=no_grad):
+            reference = by_eager(subject.example)
+            observe = on_example(subject.example, subject.capture, context.state)
+            captured = observe(graph)
+        stages.append(_stage("capture", EXACT, tolerance(reference, EXACT), reference, captured))
+    else:
+        observe = on_made_up_inputs(graph, context.state)
+        captured = observe(graph)
+    checks = _Checks(stages, captured, observe)
+    with phase(f"running {passes}"), mode(subject.example, no_grad=no_grad):
+        Pipeline(pipeline.passes, (checks,)).run(graph, context)
+    first_bad = next((s.stage for s in stages if s.result == BAD), None)
+    if json:
+        answer = {
+            "model": subject.name,
+            "passes": passes,
+            "ok": first_bad is None,
+            "first_bad": first_bad,
+            "stages": [asdict(stage) for stage in stages],
+        }
+        show_json("verify", answer)
+    else:
+        _show(stages, first_bad)
+    if first_bad is not None:
+        raise typer.Exit(1)
+
+
+class _Checks:
+    """Observes a pipeline: runs the graph after each pass and compares it with the one before."""
+
+    def __init__(self, stages: list[Stage], captured: Observed, observe: Observe) -> None:
+        self.stages = stages
+        self._before = captured
+        self._observe = observe
+
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
+        """Add one stage."""
+        if step.skipped:
+            self.stages.append(Stage(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
+            return
+        after = self._observe(graph)
+        allowed = step.numerics.bound
+        self.stages.append(_stage(step.spec, step.numerics, allowed, self._before, after))
+        self._before = after
+
+
+def _stage(
+    name: str, numerics: Numerics, allowed: float, before: Observed, after: Observed
+) -> Stage:
+    from graphopt.trial import Observed, compare
+
+    # A pass may declare that it adds or removes outputs; the pipeline checks that it did.
+    common = before.values.keys() & after.values.keys()
+    old, new = (Observed({n: o.values[n] for n in sorted(common)}) for o in (before, after))
+    worst = compare(old, new)
+    within = "bit-equal" if worst.equal else "within its class"
+    result = within if worst.error <= allowed else BAD
+    return Stage(name, str(numerics), allowed, worst.error, worst.name, result)
+
+
+def _show(stages: list[Stage], first_bad: str | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("stage", "numerics", "error", "allowed", "result"):
+        table.add_column(title, overflow="fold")
+    for stage in stages:
+        colour = {BAD: "red", "skipped": "yellow"}.get(stage.result, "green")
+        worst = f", worst {escape(stage.worst)}" if stage.worst else ""
+        table.add_row(
+            escape(stage.stage),
+            stage.numerics,
+            f"{stage.error:.2g}",
+            f"{stage.allowed:.2g}",
+            f"[{colour}]{stage.result}[/]{worst}",
+        )
+    show(table)
+    if first_bad is not None:
+        show(f"\nfirst out of its class: [bold]{escape(first_bad)}[/]")

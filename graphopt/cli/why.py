@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.console import show, show_json
+from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, ModelName, NoGrad
 
 if TYPE_CHECKING:
@@ -39,10 +39,12 @@ def why(
     story (the fields shown), and decisions, a list of {pass, skipped, applied: [{site, what,
     numbers}], declined: [{site, reason, detail, numbers}]}.
     """
-    from graphopt.analysis.story import names, story
-    from graphopt.cli.model import near
-    from graphopt.cli.subject import load_subject, rewrite
+    with phase("importing torch"):
+        from graphopt.analysis.story import names, story
+        from graphopt.cli.model import near
+        from graphopt.cli.subject import load_subject, rewrite
     from graphopt.errors import ArgumentError
+    from graphopt.render.story import story_view
 
     subject = load_subject(model, no_grad=no_grad)
     captured = names(subject.graph)
@@ -73,8 +75,6 @@ def why(
         }
         show_json("why", answer)
     else:
-        from graphopt.render.story import story_view
-
         show(story_view(told, decisions, removed=removed))
 
 
@@ -88,8 +88,6 @@ def _about(step: Step, told: Story) -> Step:
     outcome = replace(
         step.outcome,
         applied=tuple(a for a in step.outcome.applied if mention.search(f"{a.site} {a.what}")),
-        declined=tuple(
-            d for d in step.outcome.declined if mention.search(f"{d.site} {d.detail}")
-        ),
+        declined=tuple(d for d in step.outcome.declined if mention.search(f"{d.site} {d.detail}")),
     )
     return replace(step, outcome=outcome)

@@ -11,19 +11,20 @@ how results stay bit-equal to eager.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.ops.taped import Function, define
+from graphopt.ops.record import Function
+from graphopt.ops.taped import define
 
 
 def _eager(
     log_probs: Tensor,
     targets: Tensor,
-    input_lengths: Tensor | Sequence[int],
-    target_lengths: Tensor | Sequence[int],
+    input_lengths: Any,
+    target_lengths: Any,
     blank: int,
     reduction: int,
     zero_infinity: bool,
@@ -37,8 +38,8 @@ def _eager(
 def _fake(
     log_probs: Tensor,
     targets: Tensor,
-    input_lengths: object,
-    target_lengths: object,
+    input_lengths: Any,
+    target_lengths: Any,
     blank: int,
     reduction: int,
     zero_infinity: bool,

@@ -7,14 +7,19 @@ in which the mark is ignored is still right: it computes `x` at every step.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-_library = torch.library.Library("graphopt", "FRAGMENT")
+import torch
+from torch import Tensor
+
+# Typed `Any` because torch leaves the methods of `Library` untyped.
+_library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("frozen(Tensor(a) x) -> Tensor(a)")
 
 
-def _frozen(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.alias.default(x)
+def _frozen(x: Tensor) -> Tensor:
+    alias: Tensor = torch.ops.aten.alias.default(x)
+    return alias
 
 
 # One kernel for every device, for fake and for meta tensors: the result is a view of `x`.

@@ -13,14 +13,15 @@ backward operator and how results stay bit-equal to eager.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from graphopt.ops.taped import Function, define
+from graphopt.ops.record import Function
+from graphopt.ops.taped import define
 
-MODES = {
+MODES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "lstm": torch._VF.lstm,
     "gru": torch._VF.gru,
     "rnn_tanh": torch._VF.rnn_tanh,
@@ -80,18 +81,30 @@ def _fake(
     batch_first: bool,
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    dtype = autocast if autocast and input.dtype is not torch.float64 else input.dtype
-    if autocast and mode == "gru" and input.device.type == "cpu":
-        # Only its matrix products are cast; the state is interpolated in its own dtype.
-        dtype = torch.promote_types(autocast, hx[0].dtype)
+    hidden, cell = _dtypes(mode, input, hx, autocast)
     size = hx[0].shape[-1] * (2 if bidirectional else 1)
-    output = input.new_empty((*input.shape[:2], size), dtype=dtype)
+    output = input.new_empty((*input.shape[:2], size), dtype=hidden)
     cn = hx[1].shape if mode == "lstm" else (0,)
     return (
         _time_major(output, batch_first),
-        hx[0].new_empty(hx[0].shape, dtype=dtype),
-        hx[0].new_empty(cn, dtype=dtype),
+        hx[0].new_empty(hx[0].shape, dtype=hidden),
+        hx[0].new_empty(cn, dtype=cell),
     )
+
+
+def _dtypes(
+    mode: str, input: Tensor, hx: Sequence[Tensor], autocast: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the hidden and of the cell state."""
+    if autocast is None or input.dtype is torch.float64:
+        return input.dtype, input.dtype
+    projects = mode == "lstm" and hx[0].shape[-1] != hx[1].shape[-1]
+    is_fused = mode == "lstm" and torch.backends.mkldnn.enabled and not projects
+    if input.device.type != "cpu" or is_fused or mode.startswith("rnn"):
+        return autocast, autocast
+    # Step by step on CPU, only matrix products are cast; the carried state keeps its dtype.
+    carried = torch.promote_types(autocast, hx[-1].dtype)
+    return (autocast if projects else carried), carried
 
 
 def _is_random(
@@ -110,12 +123,13 @@ def _is_random(
 
 def _can_repeat(mode: str, input: Tensor, *_: object) -> bool:
     # cuDNN keeps a dropout state of its own, which nothing outside of it can read.
-    return input.device.type == "cpu" or not torch.backends.cudnn.is_acceptable(input)
+    if input.device.type != "cuda":
+        return True
+    return not torch.backends.cudnn.is_acceptable(input)  # type: ignore[no-untyped-call]
 
 
 def _arrange(gradient: Tensor, index: int, *call: object) -> Tensor:
-    *_, batch_first, _ = call
-    return _time_major(gradient, bool(batch_first)) if index == 0 else gradient.contiguous()
+    return _time_major(gradient, bool(call[-1])) if index == 0 else gradient.contiguous()
 
 
 define("rnn", _PARAMETERS, 3, Function(_eager, _fake, _is_random, _can_repeat, _arrange))

@@ -25,48 +25,19 @@ mode each, and CPU GRU has none to build on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import BackendError
+from graphopt.ops.record import Call, Function, Record, tensors_of
 
-_library = torch.library.Library("graphopt", "FRAGMENT")
+# Typed `Any` because torch leaves the methods of `Library` untyped.
+_library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 _RECORD = "_graphopt_record"
-# Bytes of a generator's state: fake kernels must know them without a generator.
-_RANDOM_STATE_BYTES = {"cpu": torch.get_rng_state().numel(), "cuda": 16}
-
-
-def _contiguous(gradient: Tensor, index: int, *args: object) -> Tensor:
-    return gradient.contiguous()
-
-
-@dataclass(frozen=True)
-class Function:
-    """What an operator computes.
-
-    All callables take the operator's parameters; `eager` runs under autocast where it applies, and
-    `fake` also takes the autocast dtype.
-
-    Attributes:
-        eager: returns the outputs, with the strides that `fake` promises.
-        fake: returns uninitialised outputs of the right sizes, strides, dtypes and devices.
-        is_random: whether the outputs depend on the random generator of the device.
-        can_repeat: whether a random result can be repeated from the generator's state.
-        arrange: lays out a gradient; takes it, the index of its tensor, and the parameters.
-    """
-
-    eager: Callable[..., tuple[Tensor, ...]]
-    fake: Callable[..., tuple[Tensor, ...]]
-    is_random: Callable[..., bool] = lambda *_: False
-    can_repeat: Callable[..., bool] = lambda *_: True
-    arrange: Callable[..., Tensor] = _contiguous
 
 
 def define(name: str, parameters: str, outputs: int, function: Function) -> None:
@@ -95,48 +66,57 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
     backward_op = getattr(getattr(operators, f"{packet}_backward"), overload or "default")
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *call, wanted = args
-        tape = _new_tape(function, call)
+        *parameters, autocast, wanted = args
+        call = Call(function, parameters, autocast)
+        tape = call.random_state()
         if not any(wanted):
-            return (*_eager(function, call), tape)
-        record = _record(function, call, wanted)
+            return (*call.run(), tape)
+        record = call.record(wanted)
         setattr(tape, _RECORD, record)
-        return (*(output.detach() for output in record.outputs), tape)
+        # Copies: what autograd recorded must stay, even if the graph reuses an output's memory.
+        return (*(output.detach().clone() for output in record.outputs), tape)
 
     def forward_fake(*args: Any) -> tuple[Tensor, ...]:
-        *call, _ = args
-        random = function.is_random(*call[:-1])
-        size = _RANDOM_STATE_BYTES[_device(call)] if random else 0
-        return (*function.fake(*call), torch.empty(size, dtype=torch.uint8))
+        *parameters, autocast, _ = args
+        call = Call(function, parameters, autocast)
+        return (*call.fake(), call.fake_random_state())
 
-    def backward(grads: Sequence[Tensor | None], wanted: Sequence[bool], *args: Any) -> list[Tensor]:
-        *call, tape = args
-        record: _Record | None = tape.__dict__.pop(_RECORD, None)
-        if record is None or not record.is_of(_tensors(call)):
-            record = _repeat(function, call, wanted, tape)
-        indices, found = record.differentiate(grads, wanted)
-        return [function.arrange(g, i, *call) for i, g in zip(indices, found, strict=True)]
+    def backward(
+        grads: Sequence[Tensor | None], wanted: Sequence[bool], *args: Any
+    ) -> list[Tensor]:
+        *parameters, autocast, tape = args
+        call = Call(function, parameters, autocast)
+        record: Record | None = tape.__dict__.pop(_RECORD, None)
+        if record is None or not record.is_of(call.tensors):
+            record = call.repeat(wanted, tape)
+        return [call.arrange(g, i) for i, g in record.differentiate(grads, wanted).items()]
 
     def backward_fake(grads: object, wanted: Sequence[bool], *args: Any) -> list[Tensor]:
-        *call, _ = args
+        *parameters, autocast, _ = args
+        call = Call(function, parameters, autocast)
+        tensors = zip(call.tensors, wanted, strict=True)
         return [
-            function.arrange(tensor.new_empty(tensor.shape), i, *call)
-            for i, tensor in enumerate(_tensors(call))
-            if wanted[i]
+            call.arrange(tensor.new_empty(tensor.shape), i)
+            for i, (tensor, want) in enumerate(tensors)
+            if want
         ]
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
         leaves, spec = pytree.tree_flatten(args[:-1])
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(leaves)):
-            return tuple(_Differentiable.apply(forward_op, backward_op, spec, *leaves))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(leaves)):
+            outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]
+                forward_op, backward_op, spec, *leaves
+            )
+            return tuple(outputs)
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(forward_op(*args))
 
     def autocast(*args: Any) -> tuple[Tensor, ...]:
-        *call, dtype, wanted = args
-        device = _device(call)
+        *parameters, dtype, wanted = args
+        device = tensors_of(parameters)[0].device.type
+        dtype = dtype or torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return tuple(forward_op(*call, dtype or torch.get_autocast_dtype(device), wanted))
+            return tuple(forward_op(*parameters, dtype, wanted))
 
     _library.impl(name, forward, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
@@ -154,19 +134,21 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, forward_op: Any, backward_op: Any, spec: Any, *leaves: Any) -> Any:
         ctx.needed = ctx.needs_input_grad[3:]
         ctx.wanted = [
-            n for n, leaf in zip(ctx.needed, leaves, strict=True) if isinstance(leaf, Tensor)
+            needed
+            for needed, leaf in zip(ctx.needed, leaves, strict=True)
+            if isinstance(leaf, Tensor)
         ]
         with torch._C._AutoDispatchBelowAutograd():
             outputs = tuple(forward_op(*pytree.tree_unflatten(leaves, spec), ctx.wanted))
         ctx.mark_non_differentiable(outputs[-1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_tensors(leaves), outputs[-1])
+        ctx.save_for_backward(*tensors_of(leaves), outputs[-1])
         ctx.backward_op, ctx.spec = backward_op, spec
         ctx.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *tensors, tape = ctx.saved_tensors
         saved = iter(tensors)
@@ -174,110 +156,3 @@ class _Differentiable(torch.autograd.Function):
         call = pytree.tree_unflatten(leaves, ctx.spec)
         found = iter(ctx.backward_op(list(grads[:-1]), ctx.wanted, *call, tape))
         return None, None, None, *(next(found) if needed else None for needed in ctx.needed)
-
-
-# -- parts of the kernels; a `call` is the parameters and the autocast dtype -----------------------
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What autograd remembers of one call."""
-
-    leaves: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    outputs: tuple[Tensor, ...]
-
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the call was made with these tensors, and they hold what they held."""
-        return all(
-            leaf.is_set_to(tensor) and tensor._version == version
-            for leaf, tensor, version in zip(self.leaves, tensors, self.versions, strict=True)
-        )
-
-    def differentiate(
-        self, grads: Sequence[Tensor | None], wanted: Sequence[bool]
-    ) -> tuple[list[int], list[Tensor]]:
-        """Indices and gradients of the wanted leaves; the record cannot be used again."""
-        indices = [i for i, want in enumerate(wanted) if want]
-        given = {
-            output: grad
-            for output, grad in zip(self.outputs, grads, strict=True)
-            if grad is not None and output.requires_grad
-        }
-        with _recording():
-            found = torch.autograd.grad(
-                list(given),
-                [self.leaves[i] for i in indices],
-                list(given.values()),
-                materialize_grads=True,
-            )
-        return indices, list(found)
-
-
-def _tensors(call: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, Tensor)]
-
-
-def _device(call: Sequence[Any]) -> str:
-    return _tensors(call)[0].device.type
-
-
-def _eager(function: Function, call: Sequence[Any]) -> tuple[Tensor, ...]:
-    *parameters, dtype = call
-    if dtype is None:
-        return function.eager(*parameters)
-    with torch.autocast(_device(call), dtype):
-        return function.eager(*parameters)
-
-
-def _record(function: Function, call: Sequence[Any], wanted: Sequence[bool]) -> _Record:
-    tensors = _tensors(call)
-    leaves = tuple(t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True))
-    replacement = iter(leaves)
-    with _recording():
-        outputs = _eager(
-            function, pytree.tree_map_only(Tensor, lambda _: next(replacement), list(call))
-        )
-    return _Record(leaves, tuple(tensor._version for tensor in tensors), outputs)
-
-
-def _repeat(
-    function: Function, call: Sequence[Any], wanted: Sequence[bool], tape: Tensor
-) -> _Record:
-    """Record the call anew, with the randomness that it had when `tape` was made."""
-    if not function.is_random(*call[:-1]):
-        return _record(function, call, wanted)
-    if not function.can_repeat(*call[:-1]):
-        raise BackendError(
-            "The random numbers of this operator cannot be repeated and its record is gone.",
-            hint="run backward once per forward, without hooks that copy saved tensors",
-        )
-    device = _tensors(call)[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tape, device)
-        else:
-            torch.set_rng_state(tape)
-        return _record(function, call, wanted)
-
-
-def _new_tape(function: Function, call: Sequence[Any]) -> Tensor:
-    if not function.is_random(*call[:-1]):
-        return torch.empty(0, dtype=torch.uint8)
-    device = _tensors(call)[0].device
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd as it is outside of operators; inside one, the dispatcher has left it behind."""
-    key, keyset = torch._C.DispatchKey, torch._C.DispatchKeySet
-    autograd = (
-        keyset(key.AutogradFunctionality)
-        | keyset(key.AutogradOther)
-        | keyset(key.AutogradNestedTensor)
-    )
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C._dispatch_tls_local_exclude_set() - autograd
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        yield

@@ -59,6 +59,6 @@ def _group(
 ) -> RenderableType:
     shown = ", ".join(escape(s.site) + numbers_text(s.numbers) for s in sites[:SITES_SHOWN])
     more = f" and {len(sites) - SITES_SHOWN} more" if len(sites) > SITES_SHOWN else ""
-    times = f"{len(sites)}× " if len(sites) > 1 else ""
+    times = f"{len(sites)}x " if len(sites) > 1 else ""
     line = f"[{colour}]{verdict}[/] {times}{escape(what)}: [dim]{shown}{more}[/]"
     return Padding(line, (0, 0, 0, 2), expand=False)

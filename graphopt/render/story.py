@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -27,8 +28,9 @@ def story_view(told: Story, decisions: Sequence[Step], *, removed: bool) -> Rend
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    here = f"{Path.cwd()}/"
     for key, text in _facts(told):
-        table.add_row(key, escape(text))
+        table.add_row(key, escape(text.replace(here, "")))
     if removed:
         table.add_row("removed", "by the passes below")
     for step in decisions:
@@ -47,10 +49,10 @@ def _facts(told: Story) -> Iterator[tuple[str, str]]:
         yield "module", f"{told.module} {told.kind}".rstrip()
     if told.source:
         yield "source", told.source
-    yield from (("reads", _link(link)) for link in told.producers)
+    yield from (("reads", _link(link, told)) for link in told.producers)
     for half in ("forward", "backward"):
         links = [link for link in told.users if link.phase == half]
-        yield from ((f"used {half}", _link(link)) for link in links[:USERS_SHOWN])
+        yield from ((f"used {half}", _link(link, told)) for link in links[:USERS_SHOWN])
         if len(links) > USERS_SHOWN:
             yield f"used {half}", f"and by {len(links) - USERS_SHOWN} more"
     yield from (("returned as", output) for output in told.outputs)
@@ -66,8 +68,10 @@ def _facts(told: Story) -> Iterator[tuple[str, str]]:
         yield "saved", f"{size(told.saved)} kept for backward"
 
 
-def _link(link: Link) -> str:
-    return f"{link.node}  {link.operator}" + (f"  {link.source}" if link.source else "")
+def _link(link: Link, told: Story) -> str:
+    """A neighbour, with its source line unless that was told already."""
+    source = f"  {link.source}" if link.source not in ("", told.source) else ""
+    return f"{link.node}  {link.operator}{source}"
 
 
 def _verdicts(step: Step) -> Iterator[str]:

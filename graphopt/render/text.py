@@ -41,7 +41,7 @@ def _label(row: Row) -> Text:
     if row.summary.kind:
         label.append(f" {row.summary.kind}", style="dim")
     if row.times > 1:
-        label.append(f" ×{row.times}, each", style="cyan")
+        label.append(f" x{row.times}, each", style="cyan")
     return label
 
 
@@ -63,7 +63,8 @@ def _totals(graph: Graph) -> RenderableType:
     table.add_row("forward", _half(root.forward))
     if root.backward.ops:
         table.add_row("backward", _half(root.backward))
-        table.add_row("saved", f"{size(live.saved_bytes)} of activations kept for backward")
+    if live.saved_bytes:
+        table.add_row("saved", f"{size(live.saved_bytes)} of activations, at most, for backward")
     if live.peak_at is not None:
         peak = f"{size(live.peak)} beside inputs and parameters, at {live.peak_at.name}"
         table.add_row("peak", peak)
@@ -71,4 +72,4 @@ def _totals(graph: Graph) -> RenderableType:
 
 
 def _half(half: Half) -> str:
-    return f"{half.ops} ops, {count(half.flops)}FLOP, {size(half.bytes)} moved"
+    return f"{half.ops} ops, {count(half.flops)} FLOP, {size(half.bytes)} moved"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 def count(value: float) -> str:
-    """``5758176`` as ``"5.76 M"``; ``0`` as ``"–"``, which a column of figures needs to be read."""
-    return _scaled(value, ("", "k", "M", "G", "T", "P")) if value else "–"
+    """``5758176`` as ``"5.76 M"``; ``0`` as ``"-"``, which a column of figures needs to be read."""
+    return _scaled(value, ("", "k", "M", "G", "T", "P")) if value else "-"
 
 
 def size(value: float) -> str:
-    """``151104`` bytes as ``"151 kB"``, ``0`` as ``"–"``."""
-    return _scaled(value, ("B", "kB", "MB", "GB", "TB", "PB")) if value else "–"
+    """``151104`` bytes as ``"151 kB"``, ``0`` as ``"-"``."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB", "PB")) if value else "-"
 
 
 def duration(seconds: float) -> str:
@@ -19,11 +19,9 @@ def duration(seconds: float) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if value < 999.5:
-            break
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
         value /= 1000
-    else:
-        unit = units[-1]
+        power += 1
     digits = f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
-    return f"{digits} {unit}".rstrip()
+    return f"{digits} {units[power]}".rstrip()

@@ -1,25 +1,46 @@
 """The kit that lets any pass author prove a pass: generated graphs, oracles, a check, a corpus.
 
-Needs the ``testing`` extra (hypothesis); some corpus models need the ``corpus`` extra.
+`strategies` and `check` need the ``testing`` extra (hypothesis), some corpus models the ``corpus``
+extra; so the names below are loaded when they are first used.
 """
 
-from graphopt.testing.inputs import inputs_for
-from graphopt.testing.comparison import assert_same, relative_error
-from graphopt.testing.oracles import run_graph, run_graph_fp64
-from graphopt.testing.strategies import (
-    Program,
-    Step,
-    build,
-    inference_graphs,
-    joint_graphs,
-    programs,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphopt.testing.check import check_pass
+    from graphopt.testing.comparison import assert_same, relative_error
+    from graphopt.testing.corpus import CORPUS
+    from graphopt.testing.inputs import inputs_for
+    from graphopt.testing.oracles import run_graph, run_graph_fp64
+    from graphopt.testing.program import Program, Step, build
+    from graphopt.testing.strategies import inference_graphs, joint_graphs, programs
+
+_HOMES = {
+    "CORPUS": "corpus",
+    "Program": "program",
+    "Step": "program",
+    "assert_same": "comparison",
+    "build": "program",
+    "check_pass": "check",
+    "inference_graphs": "strategies",
+    "inputs_for": "inputs",
+    "joint_graphs": "strategies",
+    "programs": "strategies",
+    "relative_error": "comparison",
+    "run_graph": "oracles",
+    "run_graph_fp64": "oracles",
+}
 
 __all__ = [
+    "CORPUS",
     "Program",
     "Step",
     "assert_same",
     "build",
+    "check_pass",
     "inference_graphs",
     "inputs_for",
     "joint_graphs",
@@ -28,3 +49,9 @@ __all__ = [
     "run_graph",
     "run_graph_fp64",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"graphopt.testing.{_HOMES[name]}"), name)

@@ -92,8 +92,8 @@ def amplification_of(
 ) -> list[float]:
     """How much more than usual a graph amplifies rounding, per output; at least 1.
 
-    A batch norm over equal values, say, turns rounding errors into results, and then no rewrite that
-    touches rounding stays within a bound made for ordinary graphs. Measured as the error of
+    A batch norm over equal values, say, turns rounding errors into results, and then no rewrite
+    that touches rounding stays within a bound made for ordinary graphs. Measured as the error of
     `outputs` against double precision.
     """
     exact = run_graph_fp64(graph, inputs, seed)

@@ -10,6 +10,7 @@ from graphopt.text.source import Line
 
 
 def read_module(line: Line) -> str:
+    """``@layers.0.attn``, or ``""``."""
     if line.peek.kind != "module":
         return ""
     token = line.next()
@@ -17,6 +18,7 @@ def read_module(line: Line) -> str:
 
 
 def read_recompute(line: Line) -> tuple[str, int | None]:
+    """Policy and number of a checkpointed region, ``!must_save:0``, or nothing."""
     if not line.accept("!"):
         return "", None
     token = line.take("word", "a recompute policy")
@@ -29,6 +31,7 @@ def read_recompute(line: Line) -> tuple[str, int | None]:
 
 
 def read_values(line: Line) -> tuple[bool | int | float, ...] | bytes:
+    """The elements of a small constant: ``[1.0, 2.0]`` or ``bytes "0000803f"``."""
     if line.accept("bytes"):
         token = line.peek
         try:

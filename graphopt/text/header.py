@@ -1,4 +1,4 @@
-"""The first lines of a text: versions, level and facts."""
+"""Reads the first lines of a text: versions, level and facts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 
 import torch
 
+from graphopt.errors import TextError
 from graphopt.graph import Level
-from graphopt.text.source import Line
+from graphopt.text.source import Line, Source
+from graphopt.text.syntax import LAST_LINE, Place
 
 FORMAT_VERSION = 1
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
@@ -15,40 +17,63 @@ TORCH_RELEASES = ("2.11", "2.12", "2.13")
 _LEVELS = (Level.JOINT.value, Level.INFERENCE.value)
 
 
-def read_header(line: Line) -> tuple[str, str]:
-    """Level and torch release; refuses texts of another format or of an unknown release."""
-    line.expect("gopt")
-    version = line.take("number", "the version of the format")
-    if version.text != str(FORMAT_VERSION):
-        raise line.error(
-            f"this text has format {version.text}; this graphopt reads format {FORMAT_VERSION}",
-            "print the graph again with this graphopt",
-            at=version,
-        )
-    level = line.take("word", "the level of the graph")
-    if level.text not in _LEVELS:
-        raise line.error(f"`{level.text}` is not a level", f"one of {', '.join(_LEVELS)}", at=level)
-    line.expect("torch")
-    release = line.take("number", "a torch release")
-    if release.text not in TORCH_RELEASES:
-        raise line.error(
-            f"this text was written with torch {release.text}; this is torch {running_torch()}, "
-            f"and texts of {TORCH_RELEASES[0]} to {TORCH_RELEASES[-1]} can be read",
-            f"capture and print the graph again with torch {running_torch()}",
-            at=release,
-        )
-    line.finish()
-    return level.text, release.text
-
-
 def running_torch() -> str:
     """``major.minor`` of the torch that runs now."""
     return ".".join(re.split(r"[.+]", torch.__version__)[:2])
 
 
-def read_facts(line: Line) -> set[str]:
+def read_header(source: Source, line: Line | None) -> tuple[str, str]:
+    """Level and torch release.
+
+    Refuses a text of another format, of a torch release whose operators may mean something else,
+    and one that does not reach its last line.
+    """
+    if line is None:
+        raise TextError(
+            "the text is empty",
+            hint=f"a text starts with: gopt {FORMAT_VERSION} joint torch {running_torch()}",
+        )
+    line.expect("gopt")
+    version = line.take("number", "the version of the format")
+    if version.text != str(FORMAT_VERSION):
+        raise line.error(
+            f"this text has format {version.text}, and this graphopt reads format {FORMAT_VERSION}",
+            "print the graph again with this graphopt",
+            at=version,
+        )
+    level = line.take("word", "the level of the graph")
+    if level.text not in _LEVELS:
+        raise line.error(f"{level} is not a level", f"write {' or '.join(_LEVELS)}", at=level)
+    line.expect("torch")
+    release = line.take("number", "a torch release")
+    if release.text not in TORCH_RELEASES:
+        raise line.error(
+            f"this text was written with torch {release.text}, but this is torch {running_torch()} "
+            f"and texts of torch {TORCH_RELEASES[0]} to {TORCH_RELEASES[-1]} can be read",
+            f"print the graph again with torch {running_torch()}",
+            at=release,
+        )
+    line.finish()
+    _refuse_truncated(source)
+    return level.text, release.text
+
+
+def _refuse_truncated(source: Source) -> None:
+    numbered = enumerate(source.lines, 1)
+    said = [(n, words) for n, text in numbered if (words := text.split("#")[0].rstrip())]
+    number, last = said[-1]
+    if last != LAST_LINE:
+        raise source.error(
+            Place(number, len(last) + 1),
+            f"the text ends early, after line {number}",
+            f"the last line of a complete text is `{LAST_LINE}`",
+        )
+
+
+def read_facts(line: Line) -> frozenset[str]:
+    """What is known about the graph: ``facts "captured" "grouped"``."""
     line.expect("facts")
     facts = set()
     while not line.done:
         facts.add(line.string("a fact"))
-    return facts
+    return frozenset(facts)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from graphopt.text.names import CPU, DTYPES, SHORT, closest, constant_of, device_of
+from graphopt.text.names import CPU, DTYPES, SHORT, closest, constant_of, device_of, operator_hint, operator_of
 from graphopt.text.source import Line, Token
 from graphopt.text.syntax import SCALARS, Literal, OpName, Ref, TensorType, Type, default_stride
 
@@ -98,6 +98,9 @@ def _word(line: Line, token: Token) -> Literal:
             raise line.error("a complex number has two parts", at=token)
         return complex(*parts)
     if "." in token.text:
+        if operator_of(token.text) is None:
+            hint = operator_hint(token.text)
+            raise line.error(f"there is no operator {token.text}", hint, at=token)
         return OpName(token.text)
     value = constant_of(token.text)
     if value is None:

@@ -12,7 +12,7 @@ from typing import Union
 
 import torch
 
-from graphopt.plan import Phase, Role, Slot
+from graphopt.plan import INPUT_ROLES, OUTPUT_ROLES, Phase, Role, Slot
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,9 @@ def default_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+LAST_LINE = "end"
+DEFAULT_FACTS = frozenset({"captured"})
 INPUT_WORDS = {
-    role.value: role
-    for role in (Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE)
+    role.value: role for role in Role if role in INPUT_ROLES
 }
-OUTPUT_WORDS = {role.value: role for role in (Role.OUTPUT, Role.GRAD, Role.MUTATION)}
+OUTPUT_WORDS = {role.value: role for role in Role if role in OUTPUT_ROLES}

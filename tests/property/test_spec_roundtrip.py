@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from graphopt.errors import SpecError
 from graphopt.pipeline import Pipeline
-from graphopt.spec import parse_spec
+from graphopt.spec import format_spec, parse_spec
 from tests.unit.demo_passes import ALL, Idle, Needy, Tuned
 from tests.unit.plugins import write_demo_passes
 
@@ -69,4 +69,4 @@ def test_any_text_parses_or_is_refused_with_a_caret_inside_it(text):
             return
         assert 0 <= lines[-1].index("^") - 4 <= len(text)
         return
-    assert parse_spec(",".join(map(str, [Pipeline(passes)]))) == passes
+    assert parse_spec(format_spec(passes)) == passes

@@ -80,14 +80,14 @@ class Unreadable(Idle):
 @dataclass(frozen=True)
 class Canonical(Idle):
     name: ClassVar[str] = "canonical"
-    provides = frozenset({"canonical"})
+    provides = frozenset({"tidy"})
 
 
 @dataclass(frozen=True)
 class Factors(Idle):
     name: ClassVar[str] = "factors"
-    requires = frozenset({"canonical"})
-    provides = frozenset({"factors"})
+    requires = frozenset({"tidy"})
+    provides = frozenset({"factored"})
     conflicts = frozenset({"lowered"})
     levels = frozenset({"joint"})
 
@@ -101,7 +101,7 @@ class Lower(Idle):
 @dataclass(frozen=True)
 class UsesFactors(Idle):
     name: ClassVar[str] = "uses_factors"
-    requires = frozenset({"factors"})
+    requires = frozenset({"factored"})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ aten = torch.ops.aten
 TAGS = {Phase.FORWARD: "is_forward", Phase.BACKWARD: "is_backward"}
 
 
+def operator_name(target: object) -> str:
+    """How capture names the nodes of an operator."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return target.__name__
+
+
 class Builder:
     """Builds one graph node by node; every node gets its fake value and its phase."""
 
@@ -54,7 +61,8 @@ class Builder:
     def call(
         self, target: object, *args: object, phase: Phase = Phase.FORWARD, **kwargs: object
     ) -> fx.Node:
-        node = self.fx.call_function(target, args, kwargs)
+        name = operator_name(target)
+        node = self.fx.create_node("call_function", target, args, kwargs, name=name)
 
         def value(used: fx.Node) -> object:
             return used.meta.get("val", getattr(self.module, str(used.target), None))

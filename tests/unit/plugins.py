@@ -8,9 +8,7 @@ from pathlib import Path
 from tests.unit import demo_passes
 
 
-def write_distribution(
-    folder: Path, name: str, version: str, passes: Mapping[str, str]
-) -> Path:
+def write_distribution(folder: Path, name: str, version: str, passes: Mapping[str, str]) -> Path:
     """Write the metadata of a distribution that offers `passes` as entry points."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)

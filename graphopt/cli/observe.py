@@ -1,0 +1,82 @@
+"""Running a graph on real inputs, to see what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphopt.analysis.gradient_sources import gradient_sources
+from graphopt.cli.model import SEED, Example
+from graphopt.errors import ArgumentError
+from graphopt.graph import Graph
+from graphopt.plan import Plan, Role, Slot
+from graphopt.trial import Observed, Trial
+
+if TYPE_CHECKING:
+    from graphopt.capture import Capture
+
+Observe = Callable[[Graph], Observed]
+
+
+def by_eager(example: Example) -> Observed:
+    """What the example's call computes in PyTorch eager: outputs, gradients, buffers."""
+    trial = Trial(example.model, example.args, example.kwargs)
+    return trial.observe(type(example.model).forward)
+
+
+def on_example(example: Example, captured: Capture, state: dict[str, Tensor]) -> Observe:
+    """Runs graphs in place of the model, on the example's own inputs.
+
+    Args:
+        example: the model and its call.
+        captured: how the call was captured.
+        state: the tensors that passes own; read when a graph runs.
+    """
+    from graphopt.runtime.backends import eager
+
+    def observe(graph: Graph) -> Observed:
+        plan = Plan(
+            spec="",
+            signature=graph.signature,
+            gradient_sources=graph.get(gradient_sources),
+            aliases=captured.aliases,
+        )
+        # Building an engine changes the code of the module that it is given.
+        call = captured.bind(eager.build(graph.copy().module, plan, state))
+        return Trial(example.model, example.args, example.kwargs, state).observe(call)
+
+    return observe
+
+
+def on_made_up_inputs(graph: Graph, state: dict[str, Tensor]) -> Observe:
+    """Runs a graph, and what passes make of it, on inputs made up for its signature.
+
+    Args:
+        graph: the graph before any pass.
+        state: the tensors that passes own; read when a graph runs.
+
+    Raises:
+        ArgumentError: the part of graphopt that makes inputs up is not installed.
+    """
+    try:
+        from graphopt.testing.inputs import inputs_for
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            f"making up inputs for a .gopt file needs {error.name}",
+            hint="pip install 'graphopt[testing]', or name a model",
+        ) from error
+    values = dict(zip(graph.signature.inputs, inputs_for(graph, SEED), strict=True))
+
+    def value(slot: Slot) -> Tensor:
+        return (state[slot.name] if slot.role is Role.STATE else values[slot]).clone()
+
+    def observe(graph: Graph) -> Observed:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(SEED)
+            results = graph.copy().module(*map(value, graph.signature.inputs))
+        return Observed(dict(zip(map(str, graph.signature.outputs), results, strict=True)))
+
+    return observe

@@ -1,0 +1,178 @@
+"""Running an eager function inside an operator's kernel so that it can be differentiated later.
+
+A `Call` is one call of a `Function`: its parameters and the autocast dtype that it runs under. A
+`Record` is such a call together with what autograd remembers of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import BackendError
+
+# Bytes of a generator's state: fake kernels must know them without a generator.
+_RANDOM_STATE_BYTES = {"cpu": torch.get_rng_state().numel(), "cuda": 16}
+
+
+def _contiguous(gradient: Tensor, index: int, *args: object) -> Tensor:
+    return gradient.contiguous()
+
+
+@dataclass(frozen=True)
+class Function:
+    """What an operator computes.
+
+    All callables take the operator's parameters; `eager` runs under autocast where it applies, and
+    `fake` also takes the autocast dtype.
+
+    Attributes:
+        eager: returns the outputs, with the strides that `fake` promises.
+        fake: returns uninitialised outputs of the right sizes, strides, dtypes and devices.
+        is_random: whether the outputs depend on the random generator of the device.
+        can_repeat: whether a random result can be repeated from the generator's state.
+        arrange: lays out a gradient; takes it, the index of its tensor, and the parameters.
+    """
+
+    eager: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., tuple[Tensor, ...]]
+    is_random: Callable[..., bool] = lambda *_: False
+    can_repeat: Callable[..., bool] = lambda *_: True
+    arrange: Callable[..., Tensor] = _contiguous
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function; the first tensor among its parameters decides the device."""
+
+    function: Function
+    parameters: Sequence[Any]
+    autocast: torch.dtype | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the parameters, in order."""
+        return tensors_of(self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """The device it runs on."""
+        return self.tensors[0].device
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The outputs."""
+        if self.autocast is None:
+            return self.function.eager(*self.parameters)
+        with torch.autocast(self.device.type, self.autocast):
+            return self.function.eager(*self.parameters)
+
+    def fake(self) -> tuple[Tensor, ...]:
+        """Uninitialised outputs."""
+        return self.function.fake(*self.parameters, self.autocast)
+
+    def arrange(self, gradient: Tensor, index: int) -> Tensor:
+        """A gradient of the tensor with this index, in its promised layout."""
+        return self.function.arrange(gradient, index, *self.parameters)
+
+    def random_state(self) -> Tensor:
+        """The state of the random generator as a CPU tensor; empty where it does not matter."""
+        if not self.function.is_random(*self.parameters):
+            return torch.empty(0, dtype=torch.uint8)
+        device = self.device
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+    def fake_random_state(self) -> Tensor:
+        """An uninitialised `random_state`."""
+        random = self.function.is_random(*self.parameters)
+        size = _RANDOM_STATE_BYTES[self.device.type] if random else 0
+        return torch.empty(size, dtype=torch.uint8)
+
+    def record(self, wanted: Sequence[bool]) -> Record:
+        """Run, with autograd recording for the tensors whose gradient is wanted."""
+        tensors = self.tensors
+        leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        replacement = iter(leaves)
+        parameters = pytree.tree_map_only(
+            Tensor, lambda _: next(replacement), list(self.parameters)
+        )
+        with _autograd():
+            outputs = Call(self.function, parameters, self.autocast).run()
+        return Record(leaves, [t._version for t in tensors], outputs)
+
+    def repeat(self, wanted: Sequence[bool], random_state: Tensor) -> Record:
+        """Record as if the generator were in this state; the generator itself is left as it is."""
+        if not self.function.is_random(*self.parameters):
+            return self.record(wanted)
+        if not self.function.can_repeat(*self.parameters):
+            raise BackendError(
+                "The random numbers of this operator cannot be repeated and its record is gone.",
+                hint="run backward once per forward, without hooks that copy saved tensors",
+            )
+        device = self.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(random_state, device)
+            else:
+                torch.set_rng_state(random_state)
+            return self.record(wanted)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What autograd remembers of one call."""
+
+    leaves: Sequence[Tensor]
+    versions: Sequence[int]
+    outputs: Sequence[Tensor]
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the call was made with these tensors, and they hold what they held."""
+        return all(
+            leaf.dtype == tensor.dtype and leaf.is_set_to(tensor) and tensor._version == version
+            for leaf, tensor, version in zip(self.leaves, tensors, self.versions, strict=True)
+        )
+
+    def differentiate(
+        self, grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> dict[int, Tensor]:
+        """Gradients of the wanted leaves by index; the record cannot be used again."""
+        indices = [i for i, want in enumerate(wanted) if want]
+        given = {
+            output: grad
+            for output, grad in zip(self.outputs, grads, strict=True)
+            if grad is not None and output.requires_grad
+        }
+        with _autograd():
+            found = torch.autograd.grad(
+                list(given),
+                [self.leaves[i] for i in indices],
+                list(given.values()),
+                materialize_grads=True,
+            )
+        return dict(zip(indices, found, strict=True))
+
+
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """All tensors among arguments that may be lists, in order."""
+    return [leaf for leaf in pytree.tree_leaves(list(arguments)) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd as it is outside of operators; inside one, the dispatcher has left it behind."""
+    key, keyset = torch._C.DispatchKey, torch._C.DispatchKeySet
+    keys = (
+        keyset(key.AutogradFunctionality)
+        | keyset(key.AutogradOther)
+        | keyset(key.AutogradNestedTensor)
+    )
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set() - keys
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield

@@ -1,0 +1,86 @@
+"""A program: the plain value that a generated graph is built from, and how it is built.
+
+A generated graph obeys everything a captured one does: placeholders first and in order of role, one
+node per output slot, forward outputs before gradients, `meta["val"]` and `meta["partitioner_tag"]`
+on every node, functional ATen operators. Its backward half is the true derivative of its forward
+half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import ArgumentError
+from graphopt.graph import Graph, Level
+from graphopt.testing.builder import Builder, Choices
+from graphopt.testing.ops_catalogue import CATALOGUE
+from graphopt.testing.recording import Recorder
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer or expression of a program: a kind of the catalogue and the tape that it reads."""
+
+    kind: str
+    tape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a graph is generated from; every value of this type means a valid graph.
+
+    Attributes:
+        steps: layers and expressions, in order.
+        inputs: shapes of the plain inputs that exist from the start.
+        outputs: which results are returned; ``0`` is the most recent.
+        input_grads: whether the floating inputs want gradients too.
+    """
+
+    steps: tuple[Step, ...] = ()
+    inputs: tuple[tuple[int, ...], ...] = ((2, 3),)
+    outputs: tuple[int, ...] = (0,)
+    input_grads: bool = False
+
+
+def build(program: Program, level: Level = Level.JOINT) -> Graph:
+    """The graph that a program means, as a training step or as inference alone."""
+    if level is Level.FORWARD:
+        raise ArgumentError("programs build joint and inference graphs only", where=str(level))
+    training = level is Level.JOINT
+    recorder = Recorder()
+    builder = Builder(recorder, training=training)
+    with recorder.recording():
+        for shape in program.inputs:
+            builder.input(shape, requires_grad=program.input_grads)
+        for index, step in enumerate(program.steps):
+            builder.enter(f"{step.kind}{index}")
+            made = CATALOGUE[step.kind](builder, Choices(step.tape))
+            for value in (made,) if isinstance(made, Tensor) else made or ():
+                builder.add(value)
+        builder.enter("")
+        outputs = _outputs(builder, program.outputs)
+        gradients = recorder.differentiate(outputs) if training else {}
+    return recorder.finish(outputs, gradients, level)
+
+
+def _outputs(builder: Builder, wanted: tuple[int, ...]) -> list[Tensor]:
+    """Distinct results that share no memory with inputs, constants, mutations and each other.
+
+    Capture never returns such aliases either: it rebuilds them outside the graph.
+    """
+    taken = builder.recorder.read_memory()
+    free: list[Tensor] = []
+    for value in builder.computed:
+        memory = value.untyped_storage()._cdata
+        if memory not in taken:
+            taken.add(memory)
+            free.append(value)
+    outputs = [free[-1 - index % len(free)] for index in dict.fromkeys(wanted)] if free else []
+    outputs = list({id(value): value for value in outputs}.values())
+    if not outputs or (builder.training and not any(v.requires_grad for v in outputs)):
+        value = builder.value(Choices(()))
+        outputs.append(torch.mul(value, builder.param("scale", value.shape[-1:])))
+    return outputs

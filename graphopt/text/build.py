@@ -1,0 +1,220 @@
+"""`Program` to `Graph`: operators are looked up and run on fake tensors, and types are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.checkpoint import CheckpointPolicy
+
+from graphopt.errors import TextError
+from graphopt.graph import Graph, Level
+from graphopt.plan import Phase, Signature
+from graphopt.text.elements import elements_of, restored
+from graphopt.text.lift import type_of
+from graphopt.text.names import operator_hint, operator_of
+from graphopt.text.source import Source
+from graphopt.text.syntax import (
+    Body,
+    Call,
+    Constant,
+    Input,
+    Literal,
+    OpName,
+    Program,
+    Ref,
+    Statement,
+    SubGraph,
+    TensorType,
+    Type,
+)
+from graphopt.text.writer import write_type
+
+
+def build(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
+    """The graph that a program means; errors point into `source`, the text it was read from."""
+    builder = _Builder(source, constants)
+    frame = _Frame("")
+    for statement in program.statements:
+        builder.add(statement, frame)
+    frame.graph.output([frame.nodes[name] for _, name in program.outputs])
+    inputs = [s.what.slot for s in program.statements if isinstance(s.what, Input)]
+    signature = Signature(
+        inputs=tuple(slot for slot in inputs if slot),
+        outputs=tuple(slot for slot, _ in program.outputs),
+    )
+    return Graph(frame.module(), signature, Level(program.level), facts=program.facts)
+
+
+class _Frame:
+    """One graph under construction; `path` is the prefix of a sub-graph's constants."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.graph = fx.Graph()
+        self.nodes: dict[str, fx.Node] = {}
+        self.attributes: dict[str, Tensor | fx.GraphModule] = {}
+
+    def module(self) -> fx.GraphModule:
+        return fx.GraphModule(dict(self.attributes), self.graph)
+
+    def argument(self, value: Literal) -> Any:
+        """An argument of the text as an argument of a node."""
+        match value:
+            case Ref():
+                return self.nodes[value.name]
+            case OpName():
+                return operator_of(value.name)
+            case tuple():
+                return tuple(self.argument(item) for item in value)
+            case list():
+                return [self.argument(item) for item in value]
+            case dict():
+                return {key: self.argument(item) for key, item in value.items()}
+        return value
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node stands for when an operator is run on fake tensors."""
+        return node.meta["val"] if "val" in node.meta else self.attributes[str(node.target)]
+
+
+class _Builder:
+    def __init__(self, source: Source, constants: Mapping[str, Tensor]) -> None:
+        self._source = source
+        self._constants = constants
+        # As capture does it: some operators choose strides differently without a shape environment.
+        self._fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+
+    def add(self, statement: Statement, frame: _Frame) -> None:
+        """Append one line to a graph."""
+        what = statement.what
+        if isinstance(what, Input):
+            node = frame.graph.placeholder(statement.name)
+            node.meta["val"] = self._input(statement)
+        elif isinstance(what, Call):
+            node = self._call(statement, what, frame)
+        else:
+            node = frame.graph.create_node("get_attr", what.target, name=statement.name)
+            if isinstance(what, Constant):
+                value = self._constant(statement, what, frame)
+                frame.attributes[what.target] = value
+                node.meta["val"] = self._fake.from_tensor(value)
+            elif what.body:
+                frame.attributes[what.target] = self._sub_graph(what, what.body, frame)
+        if not isinstance(what, SubGraph):
+            self._check(statement, node.meta["val"])
+        frame.nodes[statement.name] = node
+        _annotate(node, statement)
+
+    def _input(self, statement: Statement) -> Tensor:
+        type_ = statement.type
+        if not isinstance(type_, TensorType):
+            raise self._source.error(
+                statement.type_place, "an input must be a tensor", "write its type, as : f32[2,3]"
+            )
+        with self._fake:
+            return torch.empty_strided(
+                type_.shape, type_.stride, dtype=type_.dtype, device=type_.device
+            )
+
+    def _constant(self, statement: Statement, what: Constant, frame: _Frame) -> Tensor:
+        before = frame.attributes.get(what.target)
+        if isinstance(before, Tensor) and what.values is None:
+            return before
+        if what.values is None:
+            name = frame.path + what.target
+            if name not in self._constants:
+                raise self._source.error(
+                    statement.place,
+                    f'the constant "{name}" is not in the text and was not given',
+                    f'parse_graph(text, {{"{name}": tensor}})',
+                )
+            return self._constants[name]
+        if not isinstance(statement.type, TensorType):
+            raise self._source.error(statement.type_place, "a constant must be a tensor")
+        try:
+            value = restored(statement.type, what.values)
+        except ValueError as error:
+            raise self._source.error(statement.type_place, str(error)) from error
+        if isinstance(before, Tensor):
+            if elements_of(before) != elements_of(value):
+                raise self._source.error(statement.place, f'const "{what.target}" has two values')
+            return before
+        return value
+
+    def _sub_graph(self, what: SubGraph, body: Body, parent: _Frame) -> fx.GraphModule:
+        frame = _Frame(f"{parent.path}{what.target}.")
+        for statement in body.statements:
+            self.add(statement, frame)
+        frame.graph.output(frame.argument(body.result))
+        return frame.module()
+
+    def _call(self, statement: Statement, what: Call, frame: _Frame) -> fx.Node:
+        target = operator_of(what.op)
+        if target is None:
+            raise self._source.error(
+                statement.place, f"there is no operator {what.op}", operator_hint(what.op)
+            )
+        args = tuple(frame.argument(arg) for arg in what.args)
+        kwargs = {key: frame.argument(arg) for key, arg in what.kwargs.items()}
+        node = frame.graph.create_node("call_function", target, args, kwargs, statement.name)
+        try:
+            with self._fake, torch.no_grad():
+                node.meta["val"] = _restride(_run(target, node, frame.value), statement.type)
+        except Exception as error:
+            # Whatever a fake kernel raises, it means: not with these arguments.
+            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise self._source.error(
+                statement.place, f"{what.op} refuses these arguments: {said}"
+            ) from error
+        return node
+
+    def _check(self, statement: Statement, value: object) -> None:
+        try:
+            actual = type_of(value, statement.name)
+        except TextError as error:
+            raise self._source.error(statement.place, error.message) from error
+        if actual != statement.type:
+            raise self._source.error(
+                statement.type_place,
+                f"%{statement.name} is {write_type(actual)}, but the text says "
+                f"{write_type(statement.type)}",
+            )
+
+
+def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    return target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+
+
+def _restride(value: Any, type_: Type) -> Any:
+    """The value with the strides that are written, where the two differ in nothing that matters.
+
+    The stride of a dimension of size one is arbitrary, and some operators choose it differently
+    inside autograd; others look at it to choose the memory format of their result.
+    """
+    if isinstance(value, tuple | list) and isinstance(type_, tuple) and len(value) == len(type_):
+        return type(value)(map(_restride, value, type_))
+    if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
+        return value
+    sizes = zip(value.shape, value.stride(), type_.stride, strict=False)
+    if tuple(value.shape) != type_.shape or any(n > 1 and old != new for n, old, new in sizes):
+        return value
+    if value.stride() == type_.stride:
+        return value
+    return value.as_strided(type_.shape, type_.stride, value.storage_offset())
+
+
+def _annotate(node: fx.Node, statement: Statement) -> None:
+    backward = statement.phase is Phase.BACKWARD
+    node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
+    if statement.module:
+        key = "fwd_nn_module_stack" if backward else "nn_module_stack"
+        node.meta[key] = {statement.module: (statement.module, "")}
+    if statement.recompute:
+        node.meta["recompute"] = CheckpointPolicy[statement.recompute.upper()]
+    if statement.region is not None:
+        node.meta["ac_graph_id"] = statement.region

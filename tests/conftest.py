@@ -1,0 +1,23 @@
+"""Settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("graphopt", deadline=None, print_blob=True)
+settings.load_profile("graphopt")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Verdicts of duels must not leak between tests or from the user's own runs."""
+    cache: Path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

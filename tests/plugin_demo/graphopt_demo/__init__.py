@@ -1,0 +1,1 @@
+"""A graphopt pass in a package of its own."""
