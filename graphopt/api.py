@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.arguments import check_model, parse_mesh, split_example_inputs
 from graphopt.capture import Capture, capture
-from graphopt.duel import choose
+from graphopt.duel import Built, choose
 from graphopt.errors import ArgumentError, MismatchError, StateError
 from graphopt.graph import Graph
 from graphopt.module import Variant, controller_of, install
@@ -163,7 +164,9 @@ class Compiler:
             PassContext(mesh=self.mesh, state=state),
             verify="structure" if self.verify == "eager" else self.verify,
         )
-        choice, call, plan = self._build(trial, captured, state)
+        choice, built = choose(
+            self.backend, partial(self._build, captured, state), trial, captured.graph
+        )
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -172,10 +175,10 @@ class Compiler:
             steps=steps,
             backend=choice,
             verification=verification,
-            plan=plan,
+            plan=self._plan(captured, choice.backend),
             notes=captured.notes,
         )
-        return Variant(call, captured.holds, captured.failure, entry)
+        return Variant(built.call, built.engine, captured.holds, captured.failure, entry)
 
     def _check(
         self, trial: Trial, forward: Callable[..., object], captured: Capture
@@ -203,21 +206,13 @@ class Compiler:
 
     def eager_call(self, captured: Capture, state: dict[str, Tensor]) -> Callable[..., object]:
         """The graph as it is now, runnable as a call of the model."""
+        return self._build(captured, state, "eager").call
+
+    def _build(self, captured: Capture, state: dict[str, Tensor], backend: str) -> Built:
         from graphopt.runtime.backends import build
 
-        return captured.bind(build(captured.graph.module, self._plan(captured, "eager"), state))
-
-    def _build(
-        self, trial: Trial, captured: Capture, state: dict[str, Tensor]
-    ) -> tuple[BackendChoice, Callable[..., object], Plan]:
-        from graphopt.runtime.backends import build
-
-        def make(backend: str) -> Callable[..., object]:
-            plan = self._plan(captured, backend)
-            return captured.bind(build(captured.graph.module, plan, state))
-
-        choice, call = choose(self.backend, make, trial, captured.graph)
-        return choice, call, self._plan(captured, choice.backend)
+        engine = build(captured.graph.module, self._plan(captured, backend), state)
+        return Built(engine, captured.bind(engine))
 
     def _plan(self, captured: Capture, backend: str) -> Plan:
         graph: Graph = captured.graph

@@ -28,7 +28,6 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
-    IntermediateBaseAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
@@ -313,9 +312,14 @@ def _derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     """The joint (or inference) graph of a flat forward graph."""
     module = fx.GraphModule(flat.module, flat.module.graph)
     joint, metadata = _export_joint(module, flat)
-    if any(isinstance(d, IntermediateBaseAOTOutput) for d in joint.graph.output_node().meta["desc"]):
-        # Two outputs share one storage. Giving each its own keeps the graph a plain function.
-        _clone_outputs(module)
+    sharing = [
+        position
+        for position, info in enumerate(metadata.output_info)
+        if info.output_type.name.startswith("alias_of_intermediate")
+    ]
+    if sharing:
+        # Outputs share one storage. Giving each its own keeps the graph a plain function.
+        _clone_outputs(module, sharing)
         joint, metadata = _export_joint(module, flat)
     _refuse_unsupported(metadata, flat)
     aliases = _aliases(joint, metadata)
@@ -345,13 +349,13 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
     return exported.graph_module, exported._aot_state.fw_metadata
 
 
-def _clone_outputs(module: fx.GraphModule) -> None:
+def _clone_outputs(module: fx.GraphModule, positions: Sequence[int]) -> None:
     output = module.graph.output_node()
+    returned = list(output.args[0])
     with module.graph.inserting_before(output):
-        returned = fx.node.map_arg(
-            output.args[0], lambda n: module.graph.call_function(torch.clone, (n,))
-        )
-    output.args = (returned,)
+        for position in positions:
+            returned[position] = module.graph.call_function(torch.clone, (returned[position],))
+    output.args = (tuple(returned),)
     module.recompile()
 
 

@@ -9,7 +9,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +29,22 @@ ROUNDS = 7
 SECONDS = 4.0
 
 
+@dataclass(frozen=True)
+class Built:
+    """A graph, built by one backend: the engine, and a call of the model that runs it."""
+
+    engine: Callable[..., Any]
+    call: Call
+
+
 def choose(
-    requested: str, make: Callable[[str], Call], trial: Trial, graph: Graph
-) -> tuple[BackendChoice, Call]:
-    """The backend for this graph, and the call built with it.
+    requested: str, make: Callable[[str], Built], trial: Trial, graph: Graph
+) -> tuple[BackendChoice, Built]:
+    """The backend for this graph, and what was built with it.
 
     Args:
         requested: what the user asked for; ``"auto"`` runs the duel.
-        make: builds a call by backend name; may raise `BackendError`.
+        make: builds the engine and the call by backend name; may raise `BackendError`.
         trial: the user's own step.
         graph: what will run; its text is part of the fingerprint under which verdicts are kept.
     """
@@ -49,7 +59,7 @@ def choose(
     return _duel(make, trial, graph)
 
 
-def _duel(make: Callable[[str], Call], trial: Trial, graph: Graph) -> tuple[BackendChoice, Call]:
+def _duel(make: Callable[[str], Built], trial: Trial, graph: Graph) -> tuple[BackendChoice, Built]:
     verdicts = _Verdicts()
     key = _fingerprint(graph)
     kept = verdicts.get(key)
@@ -62,7 +72,7 @@ def _duel(make: Callable[[str], Call], trial: Trial, graph: Graph) -> tuple[Back
         return BackendChoice("eager", "auto", error.message, {}), eager
     if kept is not None:
         return kept, inductor
-    seconds = _measure(trial, {"eager": eager, "inductor": inductor})
+    seconds = _measure(trial, {"eager": eager.call, "inductor": inductor.call})
     ratio = seconds["inductor"] / seconds["eager"]
     winner = "inductor" if ratio < MARGIN else "eager"
     reason = f"measured on this step: inductor takes {ratio:.2f}x the time of eager"

@@ -38,12 +38,14 @@ class Variant:
 
     Attributes:
         call: takes the model and the call's arguments.
+        engine: what runs the graph.
         holds: whether a call is one that this variant was made for.
         failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
     """
 
     call: Callable[..., object]
+    engine: Callable[..., Any]
     holds: Callable[..., bool]
     failure: Callable[..., str]
     entry: Specialisation

@@ -86,11 +86,18 @@ class Trial:
         names = (f"gradient of {n}" for n in self.sources)
         return dict(zip(names, gradients, strict=True))
 
+    def _hooked(self) -> list[Any]:
+        """Tensors with gradient hooks of the user's, which must not see a trial's gradients."""
+        return [t for t in self.sources.values() if t._backward_hooks]
+
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Restore random streams, buffers, inputs and plain attributes on the way out."""
         before = [(t, t.detach().clone()) for t in self._changeable]
         attributes = [(m, m.__dict__.copy()) for m in self.model.modules()]
+        hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in self._hooked()]
+        for registered, _ in hooks:
+            registered.clear()
         with torch.random.fork_rng(devices=self.devices):
             try:
                 yield
@@ -99,6 +106,8 @@ class Trial:
                     for tensor, value in before:
                         if not _same(tensor, value):
                             tensor.copy_(value)
+                for registered, functions in hooks:
+                    registered.update(functions)
                 for module, saved in attributes:
                     now = module.__dict__
                     if now.keys() != saved.keys() or any(now[k] is not saved[k] for k in saved):

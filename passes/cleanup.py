@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.analysis.effects import Effect, effect_of
+from graphopt.analysis.sharing import Sharing
 from graphopt.graph import Graph, operator_name
 from graphopt.passbase import EXACT, Applied, Declined, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.cleanup_constants import fold_constants
@@ -50,16 +51,19 @@ class Cleanup(Pass):
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Rewrite `graph` until nothing is left to do."""
-        applied: list[Applied] = []
+        applied = list(remove_dead(graph).applied)
         while True:
-            steps = [part(graph) for part in (remove_dead, merge_equal, fold_constants)]
+            sharing = Sharing(graph)
+            steps = (merge_equal(graph, sharing), fold_constants(graph, sharing), remove_dead(graph))
             done = [item for step in steps for item in step.applied]
-            if not done:
-                break
+            declined = [item for step in steps for item in step.declined]
             applied += done
+            # Only what was declined can have become possible by what was done.
+            if not (done and declined):
+                break
         if applied:
             graph.changed()
-        return Outcome(_grouped(applied), tuple(d for step in steps for d in step.declined))
+        return Outcome(_grouped(applied), tuple(declined))
 
 
 def _grouped(applied: Iterable[Applied]) -> tuple[Applied, ...]:

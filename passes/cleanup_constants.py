@@ -43,9 +43,8 @@ _FILLS = frozenset(
 )
 
 
-def fold_constants(graph: Graph) -> Outcome:
+def fold_constants(graph: Graph, sharing: Sharing) -> Outcome:
     """Replace constants that take computing by attributes ``_folded_0``, … of the module."""
-    sharing = Sharing(graph)
     applied: list[Applied] = []
     declined: list[Declined] = []
     values: dict[fx.Node, Any] = {}

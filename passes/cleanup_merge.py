@@ -33,19 +33,20 @@ DETAILS = {
 _LITERAL = torch.ops.aten.lift_fresh_copy.default
 
 
-def merge_equal(graph: Graph) -> Outcome:
+def merge_equal(graph: Graph, sharing: Sharing) -> Outcome:
     """Replace views, copies and calls by an earlier node of the same value, where nobody can tell.
 
     A backward node is replaced by a forward node only if that keeps no further memory for backward.
-    Calls without operands (``full``) are not merged across the two halves.
+    Calls without operands (``full``) are not merged across the two halves. `sharing` is that of
+    `graph`, and is kept up to date.
     """
-    return _Walk(graph).run()
+    return _Walk(graph, sharing).run()
 
 
 class _Walk:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, sharing: Sharing) -> None:
         self.graph = graph
-        self.sharing = Sharing(graph)
+        self.sharing = sharing
         self.outputs = set(graph.outputs)
         self.applied: list[Applied] = []
         self.declined: list[Declined] = []
@@ -56,33 +57,40 @@ class _Walk:
 
     def run(self) -> Outcome:
         for node in self.graph.nodes:
-            if node.op == "call_function":
+            if node.op != "output":
                 self._visit(node)
-            elif node.op != "output":
-                self._remember(node, None)
         return Outcome(tuple(self.applied), tuple(self.declined))
 
     def _visit(self, node: fx.Node) -> None:
-        if node.target in VIEWS and node.args:
-            self.base[node] = self.base.get(node.args[0], node.args[0])  # type: ignore[arg-type]
-        key = call_key(node) if effect_of(node) is not Effect.VISIBLE else None
+        form, key = self._keys(node)
         refused: dict[str, fx.Node] = {}
-        for kept, what in self._candidates(node, key):
+        for kept, what in self._candidates(node, form, key):
             reason = self._obstacle(node, kept)
             if not reason:
                 self._replace(node, kept, what)
                 return
             refused.setdefault(reason, kept)
-        self._remember(node, key)
+        self._remember(node, form, key)
         for reason, kept in refused.items():
             numbers = {"bytes": tensor_bytes(value_of(kept))} if reason == "saves-activation" else {}
             detail = f"equal to {kept.name}, but {DETAILS[reason]}"
             self.declined.append(Declined(node.name, reason, detail, numbers))
 
-    def _candidates(self, node: fx.Node, key: Hashable) -> Iterator[tuple[fx.Node, str]]:
+    def _keys(self, node: fx.Node) -> tuple[Hashable, Hashable]:
+        """What two equal views have in common, and two equal calls."""
+        if node.target in VIEWS and node.args:
+            base = node.args[0]
+            self.base[node] = self.base.get(base, base)  # type: ignore[arg-type]
+            return (self.base[node], geometry(node)), None
+        is_call = node.op == "call_function" and effect_of(node) is not Effect.VISIBLE
+        return (node, geometry(node)), call_key(node) if is_call else None
+
+    def _candidates(
+        self, node: fx.Node, form: Hashable, key: Hashable
+    ) -> Iterator[tuple[fx.Node, str]]:
         """Earlier nodes with the value of `node`, best first, and what replacing it means."""
         if node in self.base:
-            equal = self.views.get((self.base[node], geometry(node)))
+            equal = self.views.get(form)
             if equal is not None and _may_precede(equal, node):
                 yield equal, "removed view"
             return
@@ -97,12 +105,10 @@ class _Walk:
             if equal is not None and _may_precede(equal, node) and _same_form(equal, node):
                 yield equal, "merged duplicate"
 
-    def _remember(self, node: fx.Node, key: Hashable) -> None:
-        """Offer `node` to later ones; the newest of several that could not be merged."""
-        if (form := geometry(node)) is not None:
-            seen = self.views.setdefault((self.base.get(node, node), form), node)
-            if not _may_precede(seen, node):
-                self.views[self.base.get(node, node), form] = node
+    def _remember(self, node: fx.Node, form: Hashable, key: Hashable) -> None:
+        """Offer `node` to later ones; of several that could not be merged, the newest call."""
+        if not _may_precede(self.views.setdefault(form, node), node):
+            self.views[form] = node
         if key is not None:
             self.calls[key, phase_of(node)] = node
 

@@ -60,7 +60,7 @@ def why(
             )
         told, origin = story(subject.graph, name), "rewritten"
     removed = name not in rewritten
-    decisions = [_about(step, told) for step in steps]
+    decisions = [_about(step, told, removed=removed) for step in steps]
     if json:
         answer = {
             "model": subject.name,
@@ -78,11 +78,17 @@ def why(
         show(story_view(told, decisions, removed=removed))
 
 
-def _about(step: Step, told: Story) -> Step:
-    """The step with only those sites that are this parameter or node, or mention it."""
+def _about(step: Step, told: Story, *, removed: bool) -> Step:
+    """The step with only those sites that are this parameter or node, or mention it.
+
+    What a pass says about the module of a parameter, or about all nodes of the operator of a node
+    that is gone, is about it too.
+    """
     about = {told.name, told.node, *([told.gradient.node] if told.gradient else [])}
     if told.what != "operator" and told.module:
         about.add(told.module)
+    if removed:
+        about.add(told.operator)
     words = "|".join(map(re.escape, sorted(about)))
     mention = re.compile(rf"(?<![\w.])(?:{words})(?![\w.])")
     outcome = replace(

@@ -80,17 +80,28 @@ class Call:
         """A gradient of the tensor with this index, in its promised layout."""
         return self.function.arrange(gradient, index, *self.parameters)
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the outputs depend on the random generator; raises on unknown generators."""
+        if not self.function.is_random(*self.parameters):
+            return False
+        if self.device.type not in _RANDOM_STATE_BYTES:
+            raise BackendError(
+                f"Dropout inside an operator is not supported on {self.device.type!r} devices.",
+                hint="use a CPU or CUDA device, or set dropout to 0",
+            )
+        return True
+
     def random_state(self) -> Tensor:
         """The state of the random generator as a CPU tensor; empty where it does not matter."""
-        if not self.function.is_random(*self.parameters):
+        if not self.is_random:
             return torch.empty(0, dtype=torch.uint8)
         device = self.device
         return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
     def fake_random_state(self) -> Tensor:
         """An uninitialised `random_state`."""
-        random = self.function.is_random(*self.parameters)
-        size = _RANDOM_STATE_BYTES[self.device.type] if random else 0
+        size = _RANDOM_STATE_BYTES[self.device.type] if self.is_random else 0
         return torch.empty(size, dtype=torch.uint8)
 
     def record(self, wanted: Sequence[bool]) -> Record:
@@ -107,7 +118,7 @@ class Call:
 
     def repeat(self, wanted: Sequence[bool], random_state: Tensor) -> Record:
         """Record as if the generator were in this state; the generator itself is left as it is."""
-        if not self.function.is_random(*self.parameters):
+        if not self.is_random:
             return self.record(wanted)
         if not self.function.can_repeat(*self.parameters):
             raise BackendError(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.errors import DoubleBackwardError
 from graphopt.ops.record import Call, Function, Record, tensors_of
 
 # Typed `Any` because torch leaves the methods of `Library` untyped.
@@ -69,7 +70,7 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
         *parameters, autocast, wanted = args
         call = Call(function, parameters, autocast)
         tape = call.random_state()
-        if not any(wanted):
+        if not any(wanted) or torch.is_inference_mode_enabled():
             return (*call.run(), tape)
         record = call.record(wanted)
         setattr(tape, _RECORD, record)
@@ -148,8 +149,12 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(
+                f"gradients of {ctx.backward_op} cannot be differentiated again",
+                hint="compute the first gradient without create_graph=True",
+            )
         *tensors, tape = ctx.saved_tensors
         saved = iter(tensors)
         leaves = [next(saved) if held is None else held[0] for held in ctx.constants]

@@ -34,7 +34,7 @@ def story_view(told: Story, decisions: Sequence[Step], *, removed: bool) -> Rend
     if removed:
         table.add_row("removed", "by the passes below")
     for step in decisions:
-        for verdict in _verdicts(step):
+        for verdict in _verdicts(step, told):
             table.add_row("pass", f"[bold]{escape(step.spec)}[/]: {verdict}")
     return Group(f"[bold]{escape(told.name)}[/]  {told.what}", table)
 
@@ -74,14 +74,19 @@ def _link(link: Link, told: Story) -> str:
     return f"{link.node}  {link.operator}{source}"
 
 
-def _verdicts(step: Step) -> Iterator[str]:
+def _verdicts(step: Step, told: Story) -> Iterator[str]:
     if step.skipped:
         yield f"[yellow]skipped[/], {escape(step.skipped)}"
         return
     for applied in step.outcome.applied:
-        yield f"[green]applied[/] {escape(applied.what)}{numbers_text(applied.numbers)}"
+        site = _site(applied.site, told)
+        yield f"[green]applied[/] {site}{escape(applied.what)}{numbers_text(applied.numbers)}"
     for declined in step.outcome.declined:
-        numbers = numbers_text(declined.numbers)
-        yield f"[yellow]declined[/] {declined.reason}: {escape(declined.detail)}{numbers}"
+        words = f"{declined.reason}: {escape(declined.detail)}{numbers_text(declined.numbers)}"
+        yield f"[yellow]declined[/] {_site(declined.site, told)}{words}"
     if not (step.outcome.applied or step.outcome.declined):
         yield "no candidate here"
+
+
+def _site(site: str, told: Story) -> str:
+    return "" if site in (told.name, told.node) else f"{escape(site)}: "

@@ -29,8 +29,9 @@ def gpt2() -> Made:
         eos_token_id=1,
         use_cache=False,
     )
-    config.loss_type = "ForCausalLM"  # the class name says it for all other models
-    return _with_labels(GPT2LMHeadModel(config))
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # other models say it by the name of their class
+    return _with_labels(model)
 
 
 def llama() -> Made:

@@ -130,7 +130,7 @@ def test_a_name_that_leads_nowhere_is_wrong_usage(name: str, message: str, hint:
 def test_a_factory_that_raises_is_shown_with_its_own_line() -> None:
     stderr = graphopt("show", f"{FILE}:raising", code=2).stderr
     assert "the factory raised: RuntimeError: no weights here" in stderr
-    assert 'models_for_cli.py:92: raise RuntimeError("no weights here")' in stderr
+    assert 'models_for_cli.py:80: raise RuntimeError("no weights here")' in stderr
     assert "Traceback" not in stderr
 
 
@@ -304,7 +304,8 @@ def test_why_tells_only_what_is_about_the_name(plugins: None) -> None:
 def test_why_of_a_node_that_a_pass_removed_and_of_one_it_made(plugins: None) -> None:
     removed = answer("why", MLP, "sin_1", "-p", "cleanup")
     assert (removed["graph"], removed["removed"]) == ("captured", True)
-    assert removed["decisions"][0]["applied"] != []
+    applied = [(a["site"], a["what"]) for a in removed["decisions"][0]["applied"]]
+    assert applied == [("aten.sin.default", "merged duplicate")]
     made = answer("why", MLP, "mul_tensor", "-p", "liar")
     assert (made["graph"], made["removed"]) == ("rewritten", False)
 
@@ -425,7 +426,7 @@ def test_a_real_process_answers_on_stdout_without_colour() -> None:
 def test_a_real_process_exits_with_the_codes_that_are_documented() -> None:
     done = in_a_process("show", f"{FILE}:nett")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("[GO-A01] ")
+    assert re.search(r"^\[GO-A01\] .* has no factory 'nett'$", done.stderr, re.MULTILINE)
     narrow = in_a_process("passes", COLUMNS="50")
     assert narrow.returncode == 0, narrow.stderr
     assert max(map(len, narrow.stdout.splitlines())) <= 50
