@@ -23,7 +23,7 @@ from graphopt.module import Variant, controller_of, install
 from graphopt.passbase import EXACT, Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan
-from graphopt.report import BackendChoice, Report, Specialisation, Step, Verification
+from graphopt.report import Report, Specialisation, Step, Verification
 from graphopt.trial import Trial, compare, named_arguments, tensors_of, tolerance
 
 log = logging.getLogger("graphopt")

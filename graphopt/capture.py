@@ -9,7 +9,6 @@ names the torch releases they were checked on.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 import types
@@ -36,13 +35,12 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 
 from graphopt.errors import CaptureError
+from graphopt.flat import FlatForward, Guard, Runner, first_line, location, name_inputs, refused
 from graphopt.graph import KEPT_META, Graph, Level
-from graphopt.leaves import capturable_leaves, replace_leaves
+from graphopt.leaves import capturable_leaves, eager_resampling, replace_leaves
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
 
 SUPPORTED = ("2.11", "2.14")
-
-Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -118,29 +116,10 @@ def capture(
     )
 
 
-@dataclass(frozen=True)
-class FlatForward:
-    """A torch-level graph whose placeholders are all the tensors that the call uses.
-
-    `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
-    came from in the call.
-    """
-
-    module: fx.GraphModule
-    slots: tuple[Slot, ...]
-    inputs: tuple[Tensor, ...]
-    context: TracingContext
-    route: str
-    bind: Callable[[Runner], Callable[..., object]]
-    holds: Callable[..., bool]
-    failure: Callable[..., str]
-    notes: tuple[str, ...]
-
-
 # -- by Dynamo -------------------------------------------------------------------------------------
 
 
-class _Inputs(Exception):  # noqa: N818
+class _Inputs(Exception):
     """Carries the flat inputs of a call out of Dynamo's bytecode."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
@@ -154,7 +133,7 @@ def _by_dynamo(
     with _dynamo_settings():
         try:
             output = fullgraph_capture(bound, args, kwargs)
-            guard = _Guard(_build_guards(output, forward), forward)
+            guard = Guard(_build_guards(output, forward), forward)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
             raise refused(error, forward) from error
     if output.backend_input is None:
@@ -185,7 +164,6 @@ def _by_dynamo(
     leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")
     context = TracingContext(backend_input.fake_mode)
-    context.tensor_to_context = backend_input.tensor_to_context
     return FlatForward(
         module=module,
         slots=name_inputs(model, inputs, [_source_name(node) for node in placeholders]),
@@ -239,70 +217,9 @@ def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
         return output.graph_capture_output.build_guards(forward.__code__).guard_manager
 
 
-class _Guard:
-    """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
-
-    They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
-    and every Python value that forward read.
-    """
-
-    def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
-        self._manager = manager
-        # The guards speak of the variables of the code itself, whatever function it wraps.
-        self._signature = inspect.signature(forward, follow_wrapped=False)
-        parameters = self._signature.parameters.values()
-        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
-        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
-        self._closure = {name: cell.cell_contents for name, cell in cells}
-        self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
-
-    def __call__(self, *args: object, **kwargs: object) -> bool:
-        variables = self._variables(args, kwargs)
-        return variables is not None and bool(self._manager.check(variables))
-
-    def failure(self, *args: object, **kwargs: object) -> str:
-        """The first guard that does not hold for a call, as Dynamo words it."""
-        variables = self._variables(args, kwargs)
-        if variables is None:
-            return "the arguments do not fit"
-        parts = self._manager.check_verbose(variables).verbose_code_parts
-        return _first_line(Exception(parts[0])) if parts else ""
-
-    def _variables(
-        self, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> dict[str, object] | None:
-        if not kwargs and len(args) == len(self._names):
-            return dict(zip(self._names, args, strict=True))
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError:
-            return None
-        bound.apply_defaults()
-        return {**self._closure, **bound.arguments}
-
-
 def _source_name(placeholder: fx.Node) -> str:
     """``L_batch_ids_`` -> ``batch_ids``."""
     return str(placeholder.target).removeprefix("L_").removeprefix("self_").strip("_")
-
-
-def name_inputs(
-    model: nn.Module, inputs: Sequence[Tensor], fallback: Sequence[str]
-) -> tuple[Slot, ...]:
-    """Role and name of every flat input, found by identity with the model's own tensors."""
-    known = {id(t): Slot(Role.BUFFER, n) for n, t in model.named_buffers(remove_duplicate=True)}
-    known |= {id(t): Slot(Role.PARAM, n) for n, t in model.named_parameters()}
-    taken = {slot.name for slot in known.values()}
-    slots = []
-    for tensor, name in zip(inputs, fallback, strict=True):
-        slot = known.get(id(tensor))
-        if slot is None:
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            slot = Slot(Role.INPUT, name)
-        slots.append(slot)
-    return tuple(slots)
 
 
 # -- the joint graph -------------------------------------------------------------------------------
@@ -336,14 +253,22 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         tracing(flat.context),
         fx.traceback.preserve_node_meta(),
         torch._functorch.config.patch(functionalize_rng_ops=False),
+        eager_resampling(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
         try:
-            exported = aot_export_joint_with_descriptors(stack, module, flat.inputs)
+            exported = aot_export_joint_with_descriptors(
+                stack,
+                module,
+                flat.inputs,
+                # Shapes are static. With a shape environment, tracing would go through Python
+                # decompositions (bilinear upsampling, recurrent layers) that eager does not run.
+                ignore_shape_env=True,
+            )
         except Exception as error:
             raise CaptureError(
-                f"the backward graph cannot be derived: {_first_line(error)}",
+                f"the backward graph cannot be derived: {first_line(error)}",
                 hint="run the model once without graphopt: if that works, please report this model",
             ) from error
     return exported.graph_module, exported._aot_state.fw_metadata
@@ -446,7 +371,14 @@ def _settle(graph: Graph) -> None:
         prefix = "tangent_" if slot.role is Role.TANGENT else ""
         node._rename(prefix + slot.name.replace(".", "_"))
         node.target = node.name
+    tangents = graph.signature.names(Role.TANGENT)
+    after = set(inputs[len(inputs) - len(tangents) :]) if tangents else set()
     for node in graph.nodes:
+        # The inlined backward of a custom autograd.Function is traced as forward code.
+        if node in after or after.intersection(node.all_input_nodes):
+            after.add(node)
+            if node.op != "output":
+                node.meta["partitioner_tag"] = "is_backward"
         for key in [k for k in node.meta if k not in KEPT_META]:
             del node.meta[key]
     graph.changed()
@@ -464,31 +396,3 @@ def _check_version() -> None:
             f">={SUPPORTED[0]},<{SUPPORTED[1]}",
             hint="install torch 2.13",
         )
-
-
-def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
-    """What Dynamo said, as one sentence with the user's source line."""
-    stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
-    where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
-    message = str(error)
-    hint = "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
-    for line in message.splitlines():
-        if line.strip().startswith("Hint:"):
-            hint = line.split("Hint:", 1)[1].strip()
-            break
-    return CaptureError(
-        f"forward cannot be captured as one graph: {_first_line(error)}",
-        where=where or location(forward),
-        hint=hint,
-    )
-
-
-def location(forward: Callable[..., object]) -> str:
-    """``file:line`` of a function, for messages."""
-    code = getattr(forward, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}: def {code.co_name}" if code else ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -19,8 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from graphopt.capture import FlatForward, Runner, name_inputs
 from graphopt.errors import CaptureError
+from graphopt.flat import FlatForward, Runner, name_inputs
+from graphopt.leaves import capturable_leaves, replace_leaves
 
 
 def by_export(
@@ -38,7 +39,8 @@ def by_export(
     # Export calls model.forward, which optimize() may have replaced on the class.
     object.__setattr__(model, "forward", types.MethodType(forward, model))
     try:
-        program = torch.export.export(model, args, kwargs, strict=False)
+        with capturable_leaves():
+            program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise refusal from error
     finally:
@@ -65,6 +67,7 @@ def by_export(
         return call
 
     module = program.graph_module
+    replace_leaves(module)
     names = []
     for node, value in zip(
         module.graph.find_nodes(op="placeholder"), flatten(model, args, kwargs), strict=True

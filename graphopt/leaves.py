@@ -122,13 +122,17 @@ def replace_leaves(module: fx.GraphModule) -> tuple[str, ...]:
     """Rewrite the leaf calls of a torch-level graph, in place, into `graphopt::` operators.
 
     Args:
-        module: as Dynamo made it inside `capturable_leaves`, with ``meta["example_value"]`` on its
-            nodes. The names and the metadata of the values that other nodes use stay.
+        module: as Dynamo or `torch.export` made it inside `capturable_leaves`, with
+            ``meta["example_value"]`` or ``meta["val"]`` on its nodes. The names and the metadata of
+            the values that other nodes use stay.
 
     Returns:
         One description per rewritten call, in order (``"lstm in encoder.rnn"``).
     """
-    modes = {function: mode for mode, function in MODES.items()}
+    aten = torch.ops.aten
+    modes: dict[Any, str] = {function: mode for mode, function in MODES.items()}
+    modes |= {getattr(aten, mode).input: mode for mode in MODES}
+    losses = (functional.ctc_loss, torch.ctc_loss, aten.ctc_loss.Tensor, aten.ctc_loss.IntList)
     replaced = []
     for node in module.graph.nodes:
         if node.op != "call_function":
@@ -136,7 +140,7 @@ def replace_leaves(module: fx.GraphModule) -> tuple[str, ...]:
         if node.target in modes:
             name = modes[node.target]
             _replace_rnn(node, name)
-        elif node.target in (functional.ctc_loss, torch.ctc_loss):
+        elif node.target in losses:
             name = "ctc_loss"
             _replace_ctc_loss(node)
         else:
@@ -150,27 +154,61 @@ def replace_leaves(module: fx.GraphModule) -> tuple[str, ...]:
 
 def _replace_rnn(node: fx.Node, mode: str) -> None:
     target, call = _rnn(mode, *node.args, **node.kwargs)
+    node.meta |= _example(node, target, call)
     node.target, node.args, node.kwargs = target, call, {}
-    node.meta["example_value"] = _example(target, call)
 
 
 def _replace_ctc_loss(node: fx.Node) -> None:
     if node.target is functional.ctc_loss:
         bound = inspect.signature(functional.ctc_loss).bind(*node.args, **node.kwargs).arguments
-        reduction = str(bound.pop("reduction", "mean"))
-        number = _reduction.get_enum(reduction)
+        bound["reduction"] = _reduction.get_enum(str(bound.get("reduction", "mean")))
     else:
         bound = inspect.signature(_ctc_loss).bind(*node.args, **node.kwargs).arguments
+    if node.target is torch.ctc_loss:
         # Unlike the operator that it calls, the function in `torch` reduces only when told to.
-        number = bound.pop("reduction", 0)
-    target, call = _ctc_loss(**bound, reduction=number)
+        bound.setdefault("reduction", 0)
+    target, call = _ctc_loss(**bound)
     with node.graph.inserting_before(node):
         both = node.graph.call_function(target, call)
-    both.meta = {**node.meta, "example_value": _example(target, call)}
+    both.meta = node.meta | _example(node, target, call)
     node.target, node.args, node.kwargs = operator.getitem, (both, 0), {}
 
 
-def _example(target: torch._ops.OpOverload, call: tuple[Any, ...]) -> Any:
-    """What the operator returns for the example values of its arguments."""
-    values = fx.node.map_arg(call, lambda argument: argument.meta["example_value"])
-    return target(*values)
+def _example(node: fx.Node, target: torch._ops.OpOverload, call: tuple[Any, ...]) -> dict[str, Any]:
+    """The metadata that holds a node's value, as it is when the node makes this call instead."""
+    key = "example_value" if "example_value" in node.meta else "val"
+    return {key: target(*fx.node.map_arg(call, lambda argument: argument.meta[key]))}
+
+
+# -- what stays whole while the backward is derived -----------------------------------------------
+
+_RESAMPLING = (
+    *(f"upsample_nearest{d}d" for d in (1, 2, 3)),
+    *(f"_upsample_nearest_exact{d}d" for d in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+)
+
+
+@contextlib.contextmanager
+def eager_resampling() -> Iterator[None]:
+    """Keep upsampling as the operators that eager runs.
+
+    Tracing prefers Python decompositions of these composite operators. They are written for code
+    generators and round differently.
+    """
+    keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
+    operators = [
+        getattr(packet, overload)
+        for packet in (getattr(torch.ops.aten, n) for n in _RESAMPLING)
+        for overload in packet.overloads()
+    ]
+    kernels = [(op, k, op.py_kernels.pop(k)) for op in operators for k in keys if k in op.py_kernels]
+    try:
+        for operator in operators:
+            operator._dispatch_cache.clear()
+        yield
+    finally:
+        for operator, key, kernel in kernels:
+            operator.py_kernels[key] = kernel
+            operator._dispatch_cache.clear()

@@ -170,10 +170,8 @@ def arguments_bind(scan: Scan) -> Iterator[Violation]:
             yield node, f"{node.target} has no argument {unknown[0]!r}"
         elif twice := [name for name in positional[:given] if name in by_name]:
             yield node, f"{node.target} gets its argument {twice[0]!r} twice"
-        elif given < len(positional) or len(known) > len(positional):
-            bound = {*positional[:given], *by_name}
-            if missing := sorted(required - bound):
-                yield node, f"{node.target} needs the argument {missing[0]!r}"
+        elif missing := required.difference(positional[:given], by_name):
+            yield node, f"{node.target} needs the argument {min(missing)!r}"
 
 
 def values_present(scan: Scan) -> Iterator[Violation]:

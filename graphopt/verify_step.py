@@ -66,9 +66,9 @@ def _belongs(scan: Scan, role: Role, owners: frozenset[Role]) -> Iterator[Violat
 
 
 def _same_form(left: object, right: object) -> bool:
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        return left.dtype == right.dtype and left.shape == right.shape
-    return type(left) is type(right) and not isinstance(left, torch.Tensor)
+    if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
+        return False
+    return left.dtype == right.dtype and left.shape == right.shape
 
 
 def _form(value: object) -> str:

@@ -18,9 +18,9 @@ from graphopt.passes.cleanup_merge import DETAILS, merge_equal
 def remove_dead(graph: Graph) -> Outcome:
     """Delete operators whose result nobody reads and that do nothing else.
 
-    An unread random operator stays, since without it later ones would draw other numbers; so does an
-    operator that graphopt does not know. An operator that would have raised an error on its operands
-    does not raise it any more.
+    An unread random operator stays, since without it later ones would draw other numbers; so does
+    an operator that graphopt does not know. An operator that would have raised an error on its
+    operands does not raise it any more.
     """
     applied: list[Applied] = []
     declined: list[Declined] = []
@@ -32,9 +32,14 @@ def remove_dead(graph: Graph) -> Outcome:
             applied.append(Applied(operator_name(node), "removed dead code", {"nodes": 1}))
             graph.fx.erase_node(node)
         elif effect is not Effect.VISIBLE:
-            detail = f"nobody reads it, but {DETAILS[f'{effect}-op']}"
-            declined.append(Declined(node.name, f"{effect}-op", detail))
+            declined.append(Declined(node.name, f"{effect}-op", _UNREAD[effect]))
     return Outcome(tuple(applied), tuple(declined))
+
+
+_UNREAD = {
+    Effect.RANDOM: "nobody reads it, but without it later operators would draw other numbers",
+    Effect.OPAQUE: f"nobody reads it, but {DETAILS['opaque-op']}",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ class Cleanup(Pass):
         applied = list(remove_dead(graph).applied)
         while True:
             sharing = Sharing(graph)
-            steps = (merge_equal(graph, sharing), fold_constants(graph, sharing), remove_dead(graph))
+            steps = (
+                merge_equal(graph, sharing),
+                fold_constants(graph, sharing),
+                remove_dead(graph),
+            )
             done = [item for step in steps for item in step.applied]
             declined = [item for step in steps for item in step.declined]
             applied += done

@@ -7,10 +7,10 @@ Whether two values may become one is asked of `graphopt.analysis.sharing`; that 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import fx
 
 from graphopt.analysis.cost import tensor_bytes
@@ -29,8 +29,6 @@ DETAILS = {
     "recompute": "activation checkpointing computes one of them again, and not the other",
     "saves-activation": "backward would read a forward value that is not kept for it so far",
 }
-
-_LITERAL = torch.ops.aten.lift_fresh_copy.default
 
 
 def merge_equal(graph: Graph, sharing: Sharing) -> Outcome:
@@ -72,18 +70,21 @@ class _Walk:
             refused.setdefault(reason, kept)
         self._remember(node, form, key)
         for reason, kept in refused.items():
-            numbers = {"bytes": tensor_bytes(value_of(kept))} if reason == "saves-activation" else {}
+            numbers = (
+                {"bytes": tensor_bytes(value_of(kept))} if reason == "saves-activation" else {}
+            )
             detail = f"equal to {kept.name}, but {DETAILS[reason]}"
             self.declined.append(Declined(node.name, reason, detail, numbers))
 
     def _keys(self, node: fx.Node) -> tuple[Hashable, Hashable]:
         """What two equal views have in common, and two equal calls."""
-        if node.target in VIEWS and node.args:
-            base = node.args[0]
-            self.base[node] = self.base.get(base, base)  # type: ignore[arg-type]
-            return (self.base[node], geometry(node)), None
+        form = geometry(node)
+        if node.target in VIEWS and form is not None:
+            operand = cast("fx.Node", node.args[0])
+            self.base[node] = self.base.get(operand, operand)
+            return (self.base[node], form), None
         is_call = node.op == "call_function" and effect_of(node) is not Effect.VISIBLE
-        return (node, geometry(node)), call_key(node) if is_call else None
+        return (node, form), call_key(node) if is_call else None
 
     def _candidates(
         self, node: fx.Node, form: Hashable, key: Hashable
@@ -127,10 +128,7 @@ class _Walk:
             return ""
         if any(self.sharing.seen(operand) & Seen.WRITTEN for operand in node.all_input_nodes):
             return "mutated"
-        reason = self._memory_obstacle(node, kept)
-        if reason == "snapshot" and node.target is _LITERAL and kept.op == "get_attr":
-            return ""  # nobody else holds the tensor behind a literal
-        return reason
+        return self._memory_obstacle(node, kept)
 
     def _memory_obstacle(self, node: fx.Node, kept: fx.Node) -> str:
         sharing = self.sharing
@@ -199,5 +197,5 @@ def _pieces(node: fx.Node, kept: fx.Node) -> list[tuple[fx.Node, fx.Node | None]
     """What readers of `node` read, each with the node that holds the same in `kept`."""
     if not isinstance(value_of(node), tuple | list):
         return [(node, kept)]
-    existing = {user.args[1]: user for user in kept.users if operator_name(user) == "getitem"}
+    existing = {user.args[1]: user for user in kept.users if user.target is operator.getitem}
     return [(user, existing.get(user.args[1])) for user in node.users]

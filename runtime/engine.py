@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphopt.errors import DoubleBackwardError
 from graphopt.plan import Phase, Plan, Role

@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
-from graphopt.graph import Graph, phase_of
+from graphopt.graph import Graph, operator_name, phase_of
 from graphopt.plan import Phase
 
 
@@ -17,7 +17,16 @@ def dependency(graph: Graph) -> nx.DiGraph[fx.Node]:
     return nx.freeze(result)
 
 
+def backward_operators(graph: Graph) -> tuple[fx.Node, ...]:
+    """The operators of the backward half, in order; a ``getitem`` is no operator of its own."""
+    return tuple(
+        node
+        for node in graph.operators
+        if phase_of(node) is Phase.BACKWARD and operator_name(node) != "getitem"
+    )
+
+
 def backward_before(graph: Graph, node: fx.Node) -> int:
     """How many backward operators must have run before `node` can, in any order of execution."""
     ancestors = nx.ancestors(graph.get(dependency), node)
-    return sum(n.op == "call_function" and phase_of(n) is Phase.BACKWARD for n in ancestors)
+    return sum(operator in ancestors for operator in graph.get(backward_operators))

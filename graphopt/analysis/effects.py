@@ -7,15 +7,13 @@ operator that graphopt does not know is opaque, and nothing is done to it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-
-from graphopt.graph import Graph
 
 _KNOWN_NAMESPACES = frozenset({"aten", "prims"})
 _FROZEN = "graphopt::frozen"
@@ -28,8 +26,8 @@ class Effect(StrEnum):
 
     ``PURE``: computes its result from its operands and does nothing else. ``RANDOM``: also advances
     a random number generator, so that deleting or repeating it changes later draws. ``VISIBLE``:
-    writes into an operand, or checks something. ``OPAQUE``: a higher-order operator, a collective or
-    an operator of another library, of which graphopt knows nothing.
+    writes into an operand, or checks something. ``OPAQUE``: a higher-order operator, a collective
+    or an operator of another library, of which graphopt knows nothing.
     """
 
     PURE = "pure"
@@ -55,29 +53,6 @@ def is_repeatable(node: fx.Node) -> bool:
 def writes(node: fx.Node) -> bool:
     """Whether `node` changes one of its operands in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def derived(
-    graph: Graph,
-    sources: Collection[fx.Node],
-    admits: Callable[[fx.Node], bool] = lambda _: True,
-) -> dict[fx.Node, None]:
-    """Repeatable operators all of whose operands are `sources` or derived themselves, in order.
-
-    Args:
-        graph: where to look; operators without any operand are derived from nothing, and found too.
-        sources: nodes to start from; they are not part of the result.
-        admits: a further condition on a derived node, asked in graph order.
-    """
-    closed = set(sources)
-    result: dict[fx.Node, None] = {}
-    for node in graph.operators:
-        if not all(n in closed for n in node.all_input_nodes) or node in closed:
-            continue
-        if is_repeatable(node) and admits(node):
-            closed.add(node)
-            result[node] = None
-    return result
 
 
 @cache

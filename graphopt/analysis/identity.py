@@ -1,7 +1,7 @@
 """When two nodes have the same value, bit for bit, as far as that can be told without running them.
 
-Three ways: two views show the same elements of the same tensor; a node copies its operand; two nodes
-call the same operator with the same operands.
+Three ways: two views show the same elements of the same tensor; a node copies its operand; two
+nodes call the same operator with the same operands.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ VIEWS = frozenset(
 )
 """Views that only map indices of their first operand to indices.
 
-Chains of them on one tensor that end in the same sizes, strides and offset show the same elements in
-the same order. ``as_strided``, which ignores its operand's strides, does not belong here.
+Chains of them on one tensor that end in the same sizes, strides and offset show the same elements
+in the same order. ``as_strided``, which ignores its operand's strides, does not belong here.
 """
 
 # Every number of the first type is one of the second, so a cast there and back changes nothing.
@@ -72,9 +72,9 @@ def geometry(node: fx.Node) -> tuple[Hashable, ...] | None:
 def copied(node: fx.Node) -> fx.Node | None:
     """The node of which `node` is a bit-equal copy in new memory with the same layout, or None.
 
-    Adding zero is no copy, since ``-0.0 + 0.0`` is ``0.0``; multiplying by one is, up to the payload
-    of NaNs. A copy that changes strides or starts from an offset is none: kernels may add in another
-    order in another layout.
+    Adding zero is no copy, since ``-0.0 + 0.0`` is ``0.0``; multiplying by one is, up to the
+    payload of NaNs. A copy that changes strides or starts from an offset is none: kernels may add
+    in another order in another layout.
     """
     rule = _COPIES.get(node.target)
     source = rule(node) if rule else None
@@ -86,8 +86,8 @@ def copied(node: fx.Node) -> fx.Node | None:
 def call_key(node: fx.Node) -> Hashable | None:
     """Equal for two calls of one operator with the same operands and numbers, or None.
 
-    Numbers are equal if type and bits are: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0`` and
-    ``-0.0``.
+    Numbers are equal if type and bits are: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0``
+    and ``-0.0``.
     """
     key = (node.target, _key(node.args), _key(node.kwargs) if node.kwargs else ())
     try:
@@ -138,7 +138,6 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 _COPIES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.clone.default: _operand,
-    aten.lift_fresh_copy.default: _operand,
     aten._to_copy.default: _cast_source,
     aten.copy.default: _second,
     aten.mul.Tensor: _times_one,

@@ -1,8 +1,8 @@
 """Who can see a piece of memory, and so which values may live in the same one.
 
 Two equal values may be merged, and a copy may be replaced by its source, only if nobody can tell.
-The user can: by writing into an output, an input or a parameter, at any time when the graph does not
-run, also between forward and backward.
+The user can: by writing into an output, an input or a parameter, at any time when the graph does
+not run, also between forward and backward.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from graphopt.plan import Phase, Role
 class Seen(Flag):
     """Who sees a piece of memory.
 
-    ``GIVEN``: it comes from outside, as an input or as an attribute of the module. ``RETURNED``: the
-    user gets it, or a view of it. ``STORED``: it is copied into a buffer after its half of the step.
-    ``KEPT``: forward makes it and backward reads it. ``WRITTEN``: an operator writes into it.
+    ``GIVEN``: it comes from outside, as an input or as an attribute of the module. ``RETURNED``:
+    the user gets it, or a view of it. ``STORED``: it is copied into a buffer after its half of the
+    step. ``KEPT``: forward makes it and backward reads it. ``WRITTEN``: an operator writes into it.
     """
 
     GIVEN = auto()
@@ -38,7 +38,7 @@ class Seen(Flag):
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "escapes": "the result would share memory with another output or with an input",
-        "snapshot": "backward reads one of the two, and the user may have changed the other by then",
+        "snapshot": "backward reads one of the two, and the user may change the other before",
         "mutated": "an operator writes into the memory of one of the two",
     }
 )

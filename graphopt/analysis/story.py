@@ -8,7 +8,7 @@ from torch import fx
 
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.cost import cost
-from graphopt.analysis.dependency import backward_before
+from graphopt.analysis.dependency import backward_before, backward_operators
 from graphopt.analysis.liveness import liveness
 from graphopt.analysis.summary import describe
 from graphopt.graph import (
@@ -20,7 +20,7 @@ from graphopt.graph import (
     source_of,
     value_of,
 )
-from graphopt.plan import Phase, Role
+from graphopt.plan import Role
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Gradient:
     Attributes:
         node: the node that produces it.
         operator: what that node calls.
-        position: its place among the backward operators, from 1.
+        position: its place among the backward operators, from 1; 0 if forward computes it.
         needs: backward operators that must have run before it in any order.
         of: number of backward operators.
     """
@@ -160,12 +160,13 @@ def _gradient(graph: Graph, name: str) -> Gradient | None:
     if name not in graph.signature.names(Role.GRAD):
         return None
     node = graph.gradient(name)
-    backward = [n for n in graph.operators if phase_of(n) is Phase.BACKWARD]
+    backward = graph.get(backward_operators)
+    made = node.all_input_nodes[0] if operator_name(node) == "getitem" else node
     return Gradient(
         node=node.name,
         operator=operator_name(_origin(graph, node)),
-        position=backward.index(node) + 1 if node in backward else 0,
-        needs=backward_before(graph, node),
+        position=backward.index(made) + 1 if made in backward else 0,
+        needs=backward_before(graph, made),
         of=len(backward),
     )
 

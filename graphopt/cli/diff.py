@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, NoGrad
+
+if TYPE_CHECKING:
+    from graphopt.diff import Diff
 
 
 def diff(
@@ -26,28 +29,33 @@ def diff(
 
     `graphopt diff M SPEC SPEC` compares what two specs make of one model; '' is no pass at all.
 
-    JSON: a, b, equal, and diff.
+    JSON: a, b, equal, and diff: {headline, moved, changes}, with changes a list of {kind, module,
+    phase, what, before, after} where before and after are lines of .gopt text.
     """
     with phase("importing torch"):
-        from graphopt.cli.subject import load_subject, rewrite
-    from graphopt.diff import diff as compare
+        from graphopt.cli.subject import load_subject, rewrite, text_of
+        from graphopt.diff import diff_graphs, diff_texts
     from graphopt.render.diff import diff_view
 
-    first = load_subject(a, no_grad=no_grad)
     if c is None:
-        difference = compare(first.graph, load_subject(b, no_grad=no_grad).graph)
+        names = (a, b)
+        difference = diff_texts(*(text_of(name, no_grad=no_grad) for name in names))
     else:
-        second = replace(first, graph=first.graph.copy())
-        rewrite(first, b)
-        rewrite(second, c)
-        difference = compare(first.graph, second.graph)
+        names = (b, c)
+        graph = load_subject(a, no_grad=no_grad).graph
+        graphs = (graph.copy(), graph)
+        for spec, copy in zip(names, graphs, strict=True):
+            rewrite(copy, spec)
+        difference = diff_graphs(*graphs)
     if json:
-        names = (a, b) if c is None else (b, c)
-        show_json(
-            "diff",
-            {"a": names[0], "b": names[1], "equal": not difference, "diff": asdict(difference)},
-        )
+        answer = {"a": names[0], "b": names[1], "equal": not difference}
+        show_json("diff", {**answer, "diff": as_data(difference)})
     else:
-        show(diff_view(difference))
+        show(diff_view(difference, lines=True))
     if difference:
         raise typer.Exit(1)
+
+
+def as_data(difference: Diff) -> dict[str, object]:
+    """The difference as it stands in an answer by ``--json``."""
+    return {"headline": difference.headline, **asdict(difference)}

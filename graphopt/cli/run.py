@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.diff import as_data
 from graphopt.cli.options import Json, ModelName, NoGrad, Passes
 
 if TYPE_CHECKING:
@@ -15,7 +18,13 @@ if TYPE_CHECKING:
     from graphopt.report import Step
 
 
-def run(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json = False) -> None:
+def run(
+    model: ModelName,
+    passes: Passes,
+    lines: Annotated[bool, typer.Option("--lines", help="Show each line that differs.")] = False,
+    no_grad: NoGrad = False,
+    json: Json = False,
+) -> None:
     """Run passes on M: per pass the difference by module, times, what was applied and declined.
 
     JSON: model, level, and steps, a list of {pass, skipped, numerics, seconds, verify_seconds,
@@ -43,7 +52,7 @@ def run(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json = 
         from graphopt.render.steps import step_view
 
         for step, diff in zip(steps, changes.diffs, strict=True):
-            show(step_view(step, diff_view(diff)))
+            show(step_view(step, diff_view(diff, lines=lines)))
 
 
 class _Changes:
@@ -55,10 +64,10 @@ class _Changes:
 
     def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
         """Compare with the graph before this pass."""
-        from graphopt.diff import diff
+        from graphopt.diff import diff_graphs
 
         after = graph.copy()
-        self.diffs.append(diff(self._before, after))
+        self.diffs.append(diff_graphs(self._before, after))
         self._before = after
 
 
@@ -72,5 +81,5 @@ def _step(step: Step, diff: Diff) -> dict[str, object]:
         "nodes_before": step.nodes_before,
         "nodes_after": step.nodes_after,
         **asdict(step.outcome),
-        "diff": asdict(diff),
+        "diff": as_data(diff),
     }

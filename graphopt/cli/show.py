@@ -40,12 +40,12 @@ def show(
         from graphopt.analysis.summary import summary
         from graphopt.cli.subject import load_subject, rewrite
     from graphopt.render.html import graph_html
-    from graphopt.render.text import graph_table
+    from graphopt.render.text import GraphTable
     from graphopt.text import print_graph
 
     subject = load_subject(model, no_grad=no_grad)
     if passes:
-        rewrite(subject, passes)
+        rewrite(subject.graph, passes)
     graph = subject.graph
     if html is not None:
         html.write_text(graph_html(graph, subject.name))
@@ -61,4 +61,4 @@ def show(
     elif text:
         show_text(print_graph(graph))
     else:
-        show_answer(graph_table(graph, subject.name, depth))
+        show_answer(GraphTable(graph, subject.name, depth))

@@ -15,11 +15,10 @@ from graphopt.cli.model import Example, load_example, near
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph
 from graphopt.pipeline import Pipeline
-from graphopt.text import parse_graph
+from graphopt.text import parse_graph, print_graph
 
 if TYPE_CHECKING:
     from graphopt.capture import Capture
-    from graphopt.passbase import PassContext
     from graphopt.report import Step
 
 
@@ -57,7 +56,7 @@ def load_subject(name: str, *, no_grad: bool = False) -> Subject:
             raise ArgumentError(
                 "--no-grad is about how to capture, and a .gopt file is a graph already"
             )
-        return Subject(Path(name).stem, _read(Path(name)))
+        return Subject(Path(name).stem, parse_graph(_read(Path(name))))
     with phase("importing torch's compiler"):
         from graphopt.capture import capture
     with phase(f"making {name}"):
@@ -67,11 +66,22 @@ def load_subject(name: str, *, no_grad: bool = False) -> Subject:
     return Subject(example.name, captured.graph, example, captured)
 
 
-def rewrite(subject: Subject, spec: str, ctx: PassContext | None = None) -> tuple[Step, ...]:
-    """Run the passes of `spec` on the subject's graph, in place."""
+def text_of(name: str, *, no_grad: bool) -> str:
+    """The ``.gopt`` text of the argument M; of a file it is what stands there.
+
+    Raises:
+        ArgumentError, CaptureError: as in `load_subject`.
+    """
+    if name.endswith(".gopt"):
+        return _read(Path(name))
+    return print_graph(load_subject(name, no_grad=no_grad).graph)
+
+
+def rewrite(graph: Graph, spec: str) -> tuple[Step, ...]:
+    """Run the passes of `spec` on `graph`, in place."""
     pipeline = Pipeline.parse(spec)
     with phase(f"running {spec}"):
-        return pipeline.run(subject.graph, ctx) if ctx else pipeline.run(subject.graph)
+        return pipeline.run(graph)
 
 
 @contextlib.contextmanager
@@ -83,9 +93,9 @@ def mode(example: Example | None, *, no_grad: bool) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> Graph:
+def _read(path: Path) -> str:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.gopt")] if path.parent.is_dir() else []
         hint = f"files there: {near(path.name, siblings)}" if siblings else ""
         raise ArgumentError(f"there is no file {str(path)!r}", hint=hint)
-    return parse_graph(path.read_text())
+    return path.read_text()

@@ -49,7 +49,7 @@ def why(
     subject = load_subject(model, no_grad=no_grad)
     captured = names(subject.graph)
     told = story(subject.graph, name) if name in captured else None
-    steps = rewrite(subject, passes)
+    steps = rewrite(subject.graph, passes)
     rewritten = names(subject.graph)
     origin = "captured"
     if told is None:

@@ -142,11 +142,16 @@ class Record:
     versions: Sequence[int]
     outputs: Sequence[Tensor]
 
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the call was made with these tensors, and they hold what they held."""
+    def is_of(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> bool:
+        """Whether it has the wanted gradients of these tensors, which hold what they held."""
         return all(
-            leaf.dtype == tensor.dtype and leaf.is_set_to(tensor) and tensor._version == version
-            for leaf, tensor, version in zip(self.leaves, tensors, self.versions, strict=True)
+            leaf.dtype == tensor.dtype
+            and leaf.is_set_to(tensor)
+            and tensor._version == version
+            and (leaf.requires_grad or not want)
+            for leaf, tensor, version, want in zip(
+                self.leaves, tensors, self.versions, wanted, strict=True
+            )
         )
 
     def differentiate(

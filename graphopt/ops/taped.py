@@ -88,7 +88,7 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
         *parameters, autocast, tape = args
         call = Call(function, parameters, autocast)
         record: Record | None = tape.__dict__.pop(_RECORD, None)
-        if record is None or not record.is_of(call.tensors):
+        if record is None or not record.is_of(call.tensors, wanted):
             record = call.repeat(wanted, tape)
         return [call.arrange(g, i) for i, g in record.differentiate(grads, wanted).items()]
 

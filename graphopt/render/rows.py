@@ -57,7 +57,8 @@ def _row(equal: Sequence[Summary], level: int, name: str) -> Row:
     first = equal[0]
     groups = groupby(first.children, key=lambda child: _nameless(child, child.path))
     children = tuple(_row(list(group), level + 1, "") for _, group in groups)
-    label = name or " … ".join(s.path.rpartition(".")[2] for s in {equal[0]: 0, equal[-1]: 0})
+    names = [s.path.rpartition(".")[2] for s in equal]
+    label = name or (", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]}")
     return Row(level, label, len(equal), first, children)
 
 

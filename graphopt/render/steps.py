@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -14,6 +14,7 @@ from graphopt.render.units import duration
 from graphopt.report import Step
 
 SITES_SHOWN = 4
+GROUPS_SHOWN = 8
 
 
 def step_view(step: Step, change: RenderableType | None = None) -> RenderableType:
@@ -37,11 +38,21 @@ def step_view(step: Step, change: RenderableType | None = None) -> RenderableTyp
     declined: dict[str, list[Applied | Declined]] = {}
     for refusal in step.outcome.declined:
         declined.setdefault(f"{refusal.reason}: {refusal.detail}", []).append(refusal)
-    parts += [_group("applied", "green", what, sites) for what, sites in applied.items()]
-    parts += [_group("declined", "yellow", why, sites) for why, sites in declined.items()]
+    parts += _groups("applied", "green", applied)
+    parts += _groups("declined", "yellow", declined)
     if not (applied or declined):
         parts.append("  no candidate in this graph")
     return Group(*parts, Text())
+
+
+def _groups(
+    verdict: str, colour: str, groups: Mapping[str, Sequence[Applied | Declined]]
+) -> Iterator[RenderableType]:
+    for what in list(groups)[:GROUPS_SHOWN]:
+        yield _group(verdict, colour, what, groups[what])
+    if len(groups) > GROUPS_SHOWN:
+        rest = sum(len(sites) for sites in list(groups.values())[GROUPS_SHOWN:])
+        yield f"  [{colour}]{verdict}[/] {rest} more, which --json shows"
 
 
 def numbers_text(numbers: Mapping[str, Number]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,33 +17,60 @@ from graphopt.render.units import count, size
 SCREEN = 40
 
 
-def graph_table(graph: Graph, name: str, depth: int | None = None) -> RenderableType:
-    """The modules of `graph` with their figures, and totals.
+TITLES = ("params", "ops", "FLOPs", "bytes", "saved")
 
-    Args:
+
+@dataclass(frozen=True)
+class GraphTable:
+    """The modules of a graph with their figures, and totals, as wide as the console allows.
+
+    Attributes:
         graph: any graph.
         name: what to call the whole model.
-        depth: levels of modules to show; by default as many as fit a screen.
+        depth: levels of modules to show; None for as many as fit a screen.
     """
-    root = rows(graph.get(summary), name)
-    if depth is None:
-        depth = fitting_depth(root, SCREEN)
-    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    table.add_column("module", overflow="fold")
-    table.add_column("output", overflow="fold")
-    for title in ("params", "ops", "FLOPs", "bytes", "saved"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in root.walk(depth):
-        table.add_row(_label(row), row.summary.output, *_figures(row.summary))
-    return Group(table, Text(), _totals(graph))
+
+    graph: Graph
+    name: str
+    depth: int | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What `rich` prints."""
+        root = rows(self.graph.get(summary), self.name)
+        depth = fitting_depth(root, SCREEN) if self.depth is None else self.depth
+        lines = list(root.walk(depth))
+        figures = [_figures(row.summary) for row in lines]
+        columns = zip(TITLES, *figures, strict=True)
+        room = options.max_width - sum(max(map(len, column)) + 1 for column in columns)
+        table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+        table.add_column("module", width=_label_width(lines, room), no_wrap=True)
+        table.add_column("output", overflow="fold")
+        for title in TITLES:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row, cells in zip(lines, figures, strict=True):
+            table.add_row(_label(row), row.summary.output, *cells)
+        yield table
+        yield Text()
+        yield _totals(self.graph)
+
+
+def _label_width(lines: list[Row], room: int) -> int:
+    """Where it is narrow, class names are cut, and names of modules are not."""
+    output = max(len(row.summary.output) for row in lines) + 1
+    names = max(len(_name(row)) for row in lines)
+    longest = max(len("module"), *(len(_label(row)) for row in lines))
+    return min(longest, max(names, room - output))
+
+
+def _name(row: Row) -> str:
+    times = f" (x{row.times}, each)" if row.times > 1 else ""
+    return "  " * row.level + row.label + times
 
 
 def _label(row: Row) -> Text:
-    label = Text("  " * row.level + row.label, style="bold" if row.level == 0 else "")
+    label = Text(_name(row), style="" if row.level else "bold")
     if row.summary.kind:
         label.append(f" {row.summary.kind}", style="dim")
-    if row.times > 1:
-        label.append(f" x{row.times}, each", style="cyan")
     return label
 
 

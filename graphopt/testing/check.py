@@ -113,13 +113,13 @@ def _message(
     pass_: Pass, obligation: str, before: Graph, after: Graph, seed: int, error: Exception
 ) -> str:
     try:
-        result = print_graph(after)
+        result = print_graph(after).strip()
     except Exception as unprintable:  # a broken graph is what this message is about
         result = f"(not printable: {unprintable!r})\n{after.fx}"
     return (
         f"pass {pass_.name!r} fails {obligation!r}: {type(error).__name__}: {error}\n\n"
         f"spec: {format_pass(pass_)}\n"
         f"inputs: graphopt.testing.inputs_for(graph, seed={seed})\n\n"
-        f"graph before:\n{print_graph(before)}\n\n"
-        f"graph after:\n{result}"
+        f"graph before:\n{print_graph(before).strip()}\n\n"
+        f"graph after:\n{result}\n"
     )

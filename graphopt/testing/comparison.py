@@ -64,7 +64,7 @@ def assert_same(
         raise MismatchError(
             f"{worst.name} is off by {worst.error:.3g} of its largest magnitude; "
             f"{numerics} allows {worst.allowed:.3g}"
-            + (f" ({len(excessive) - 1} other outputs differ too)" if len(excessive) > 1 else ""),
+            + (f" (and {len(excessive) - 1} more)" if len(excessive) > 1 else ""),
             where=worst.place,
         )
 

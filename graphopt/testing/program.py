@@ -8,7 +8,7 @@ half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Program:
         steps: layers and expressions, in order.
         inputs: shapes of the plain inputs that exist from the start.
         outputs: which results are returned; ``0`` is the most recent.
-        input_grads: whether the floating inputs want gradients too.
+        input_grads: whether the floating inputs want gradients too; they do where nothing else does.
     """
 
     steps: tuple[Step, ...] = ()
@@ -62,6 +62,10 @@ def build(program: Program, level: Level = Level.JOINT) -> Graph:
                 builder.add(value)
         builder.enter("")
         outputs = _outputs(builder, program.outputs)
+        if training and not any(value.requires_grad for value in outputs):
+            if not program.input_grads:
+                return build(replace(program, input_grads=True), level)
+            outputs.append(_scaled(builder))
         gradients = recorder.differentiate(outputs) if training else {}
     return recorder.finish(outputs, gradients, level)
 
@@ -78,9 +82,12 @@ def _outputs(builder: Builder, wanted: tuple[int, ...]) -> list[Tensor]:
         if memory not in taken:
             taken.add(memory)
             free.append(value)
-    outputs = [free[-1 - index % len(free)] for index in dict.fromkeys(wanted)] if free else []
-    outputs = list({id(value): value for value in outputs}.values())
-    if not outputs or (builder.training and not any(v.requires_grad for v in outputs)):
-        value = builder.value(Choices(()))
-        outputs.append(torch.mul(value, builder.param("scale", value.shape[-1:])))
-    return outputs
+    if not free:
+        return [_scaled(builder)]
+    outputs = [free[-1 - index % len(free)] for index in wanted]
+    return list({id(value): value for value in outputs}.values())
+
+
+def _scaled(builder: Builder) -> Tensor:
+    value = builder.value(Choices(()))
+    return torch.mul(value, builder.param("scale", value.shape[-1:]))

@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._unrecorded():
             node.meta["val"] = tree_map_only(Tensor, lambda t: t.detach(), value)
         node.meta["partitioner_tag"] = f"is_{phase}"
-        if self.module:
+        if self.module and node.op == "call_function":
             stack = {self.module: (f"L['self'].{self.module}", "torch.nn.modules.module.Module")}
             node.meta["nn_module_stack"] = stack
 

@@ -28,7 +28,7 @@ def programs(
             f"unknown kinds of operators: {', '.join(unknown)}",
             hint=f"one of {', '.join(CATALOGUE)}",
         )
-    tape = st.tuples(*[st.integers(0, 31)] * _TAPE)
+    tape = st.binary(max_size=_TAPE).map(tuple)  # one choice to shrink per step, not six
     return st.builds(
         Program,
         steps=st.lists(st.builds(Step, st.sampled_from(list(kinds)), tape), max_size=max_steps).map(

@@ -42,10 +42,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from graphopt.graph import Graph
-from graphopt.text.build import build
+from graphopt.text.build import build_graph
 from graphopt.text.header import FORMAT_VERSION
-from graphopt.text.lift import lift
-from graphopt.text.reader import read
+from graphopt.text.lift import lift_graph
+from graphopt.text.reader import read_program
 from graphopt.text.source import Source
 from graphopt.text.writer import write_program
 
@@ -62,7 +62,7 @@ def print_graph(graph: Graph, *, sources: bool = False) -> str:
     Raises:
         TextError: a node cannot be written; names it.
     """
-    return write_program(lift(graph, sources=sources))
+    return write_program(lift_graph(graph, sources=sources))
 
 
 def parse_graph(text: str, constants: Mapping[str, Tensor] | None = None) -> Graph:
@@ -80,4 +80,4 @@ def parse_graph(text: str, constants: Mapping[str, Tensor] | None = None) -> Gra
         TextError: the text cannot be read, or says something that is not so; shows the line.
     """
     source = Source(text)
-    return build(read(source), source, constants or {})
+    return build_graph(read_program(source), source, constants or {})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from graphopt.text.lift import type_of
 from graphopt.text.names import operator_hint, operator_of
 from graphopt.text.source import Source
 from graphopt.text.syntax import (
+    NONE,
     Body,
     Call,
     Constant,
@@ -35,12 +38,13 @@ from graphopt.text.syntax import (
 from graphopt.text.writer import write_type
 
 
-def build(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
+def build_graph(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
     """The graph that a program means; errors point into `source`, the text it was read from."""
     builder = _Builder(source, constants)
     frame = _Frame("")
-    for statement in program.statements:
-        builder.add(statement, frame)
+    with _quiet():
+        for statement in program.statements:
+            builder.add(statement, frame)
     frame.graph.output([frame.nodes[name] for _, name in program.outputs])
     inputs = [s.what.slot for s in program.statements if isinstance(s.what, Input)]
     signature = Signature(
@@ -93,7 +97,7 @@ class _Builder:
         """Append one line to a graph."""
         what = statement.what
         if isinstance(what, Input):
-            node = frame.graph.placeholder(statement.name)
+            node = frame.graph.create_node("placeholder", statement.name, name=statement.name)
             node.meta["val"] = self._input(statement)
         elif isinstance(what, Call):
             node = self._call(statement, what, frame)
@@ -179,11 +183,23 @@ class _Builder:
         except TextError as error:
             raise self._source.error(statement.place, error.message) from error
         if actual != statement.type:
+            written = "nothing" if statement.type == NONE else write_type(statement.type)
             raise self._source.error(
                 statement.type_place,
-                f"%{statement.name} is {write_type(actual)}, but the text says "
-                f"{write_type(statement.type)}",
+                f"%{statement.name} is {write_type(actual)}, but the text says {written}",
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of what a fake kernel raised; our error says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:

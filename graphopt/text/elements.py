@@ -71,5 +71,6 @@ def elements_of(tensor: Tensor) -> bytes:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether every element has its own place in memory and there are no gaps."""
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), tensor.shape[d] == 1))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], tensor.shape[d] == 1))
     return tensor.permute(order).is_contiguous()

@@ -37,7 +37,9 @@ def read_values(line: Line) -> tuple[bool | int | float, ...] | bytes:
         try:
             return bytes.fromhex(line.string("bytes"))
         except ValueError as error:
-            raise line.error("bytes are written as pairs of hexadecimal digits", at=token) from error
+            raise line.error(
+                "bytes are written as pairs of hexadecimal digits", at=token
+            ) from error
     line.expect("[")
     values: list[bool | int | float] = []
     while not line.accept("]"):

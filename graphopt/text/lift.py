@@ -32,7 +32,7 @@ from graphopt.text.syntax import (
 _PHASES = {None: Phase.FORWARD, "is_forward": Phase.FORWARD, "is_backward": Phase.BACKWARD}
 
 
-def lift(graph: Graph, *, sources: bool = False) -> Program:
+def lift_graph(graph: Graph, *, sources: bool = False) -> Program:
     """The program that a graph is; with `sources`, the user's source lines too."""
     if graph.level is Level.FORWARD:
         raise TextError(
@@ -53,9 +53,7 @@ def lift(graph: Graph, *, sources: bool = False) -> Program:
         if not isinstance(node, fx.Node):
             raise TextError("an output is not a node of the graph", where=f"{slot}: {node!r}")
         outputs.append((slot, node.name))
-    return Program(
-        graph.level.value, running_torch(), graph.facts, statements, tuple(outputs)
-    )
+    return Program(graph.level.value, running_torch(), graph.facts, statements, tuple(outputs))
 
 
 class _Lifter:

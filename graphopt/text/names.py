@@ -91,8 +91,9 @@ def operator_of(name: str) -> Callable[..., Any] | None:
     if name == GETITEM:
         return operator.getitem
     namespace, *rest = name.split(".")
-    if namespace in _REGISTERED_BY:
-        importlib.import_module(_REGISTERED_BY[namespace])
+    module = _REGISTERED_BY.get(namespace) if rest else "torch._higher_order_ops"
+    if module:
+        importlib.import_module(module)
     found: Any = torch.ops if rest else torch.ops.higher_order
     kind = torch._ops.OpOverload if rest else torch._ops.HigherOrderOperator
     for part in (namespace, *rest):
@@ -104,7 +105,7 @@ def operator_hint(name: str) -> str:
     """What the writer of an unknown operator may have meant."""
     namespace, *rest = name.split(".")
     if not rest:
-        return closest(name, [GETITEM, *dir(torch.ops.higher_order)]) or _FULL_NAME
+        return closest(name, [GETITEM, *torch._ops._higher_order_ops]) or _FULL_NAME
     known = [n.replace("::", ".") for n in torch._C._dispatch_get_all_op_names()]
     known = [n if n.count(".") > 1 else f"{n}.default" for n in known]
     same = [n for n in known if n.startswith(f"{namespace}.")]
@@ -121,5 +122,5 @@ def name_of(target: object) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return str(target.name())
+        return str(target.__name__)
     return GETITEM if target is operator.getitem else None

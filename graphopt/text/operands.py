@@ -7,7 +7,16 @@ from typing import TypeVar
 
 import torch
 
-from graphopt.text.names import CPU, DTYPES, SHORT, closest, constant_of, device_of, operator_hint, operator_of
+from graphopt.text.names import (
+    CPU,
+    DTYPES,
+    SHORT,
+    closest,
+    constant_of,
+    device_of,
+    operator_hint,
+    operator_of,
+)
 from graphopt.text.source import Line, Token
 from graphopt.text.syntax import SCALARS, Literal, OpName, Ref, TensorType, Type, default_stride
 
@@ -59,11 +68,7 @@ def read_literal(line: Line, known: Collection[str]) -> Literal:
     token = line.next()
     match token.kind:
         case "value":
-            name = token.text[1:]
-            if name not in known:
-                hint = closest(name, known) or "a value must be defined on a line above its use"
-                raise line.error(f"the value {token.text} is not defined", hint, at=token)
-            return Ref(name)
+            return Ref(defined(line, token, known))
         case "string":
             return line.unquote(token)
         case "number":
@@ -78,6 +83,18 @@ def read_literal(line: Line, known: Collection[str]) -> Literal:
         case "{":
             return dict(_until(line, "}", lambda: _entry(line, known)))
     raise line.error(f"expected an argument but found {token}", at=token)
+
+
+def defined(line: Line, token: Token, known: Collection[str]) -> str:
+    """The name of the value that a token uses, which must be one of `known`."""
+    if token.text[1:] not in known:
+        hint = closest(token.text, [f"%{name}" for name in known])
+        raise line.error(
+            f"the value {token.text} is not defined",
+            hint or "a value must be defined on a line above its use",
+            at=token,
+        )
+    return token.text[1:]
 
 
 def number(token: Token) -> int | float:

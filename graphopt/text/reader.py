@@ -8,7 +8,7 @@ from graphopt.plan import Phase, Role, Slot
 from graphopt.text.fields import read_module, read_recompute, read_values
 from graphopt.text.header import read_facts, read_header
 from graphopt.text.names import closest
-from graphopt.text.operands import read_arguments, read_literal, read_type
+from graphopt.text.operands import defined, read_arguments, read_literal, read_type
 from graphopt.text.source import Line, Source
 from graphopt.text.syntax import (
     DEFAULT_FACTS,
@@ -31,7 +31,7 @@ _ORDER = ("start", "facts", "inputs", "body", "outputs")
 _SECTIONS = "sections are: forward, backward, and each of them followed by inputs or outputs"
 
 
-def read(source: Source) -> Program:
+def read_program(source: Source) -> Program:
     """The program that a text says; raises `TextError` at the first thing that is wrong."""
     return _Reader(source).program()
 
@@ -119,10 +119,7 @@ class _Reader:
         slot = self._slot(line, OUTPUT_WORDS[token.text], phase)
         line.expect("=")
         value = line.take("value", "a value")
-        if value.text[1:] not in scope.values:
-            hint = closest(value.text[1:], scope.values)
-            raise line.error(f"the value {value.text} is not defined", hint, at=value)
-        self._outputs.append((slot, value.text[1:]))
+        self._outputs.append((slot, defined(line, value, scope.values)))
 
     def _slot(self, line: Line, role: Role, phase: Phase) -> Slot:
         token = line.peek
@@ -139,7 +136,9 @@ class _Reader:
         name = value.text[1:]
         if name in scope.values:
             before = scope.values[name]
-            raise line.error(f"the value {value.text} is already defined on line {before}", at=value)
+            raise line.error(
+                f"the value {value.text} is already defined on line {before}", at=value
+            )
         line.expect("=")
         place = line.peek.place
         what = self._what(line, section, phase, scope)
@@ -155,9 +154,7 @@ class _Reader:
         if isinstance(what, SubGraph):
             what = self._sub_graph(line, what, phase, scope)
         scope.values[name] = line.number
-        return Statement(
-            name, what, type_, phase, module, recompute, region, "", place, type_place
-        )
+        return Statement(name, what, type_, phase, module, recompute, region, "", place, type_place)
 
     def _what(
         self, line: Line, section: str, phase: Phase, scope: _Scope

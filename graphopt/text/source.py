@@ -143,4 +143,3 @@ class Line:
         """Refuse whatever is left on the line."""
         if not self.done:
             raise self.error(f"unexpected {self.peek} at the end of this line")
-

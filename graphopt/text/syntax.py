@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 import torch
 
@@ -40,15 +39,15 @@ class TensorType:
 
 
 # A string is the type of a plain Python value; see `SCALARS`.
-Type = Union[TensorType, str, tuple["Type", ...]]
+Type = TensorType | str | tuple["Type", ...]
 NONE = "none"
 SCALARS = (NONE, "bool", "int", "float")
 
-Literal = Union[
-    None, bool, int, float, complex, str, Ref, OpName,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-    tuple["Literal", ...], list["Literal"], dict[str, "Literal"],
-]  # fmt: skip
+Literal = (
+    None | bool | int | float | complex | str | Ref | OpName
+    | torch.dtype | torch.device | torch.layout | torch.memory_format
+    | tuple["Literal", ...] | list["Literal"] | dict[str, "Literal"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,5 @@ def default_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 LAST_LINE = "end"
 DEFAULT_FACTS = frozenset({"captured"})
-INPUT_WORDS = {
-    role.value: role for role in Role if role in INPUT_ROLES
-}
+INPUT_WORDS = {role.value: role for role in Role if role in INPUT_ROLES}
 OUTPUT_WORDS = {role.value: role for role in Role if role in OUTPUT_ROLES}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from graphopt.plan import Slot
 from graphopt.text.header import FORMAT_VERSION
 from graphopt.text.names import CPU, DTYPE_WORDS, word_of
 from graphopt.text.syntax import (
@@ -35,21 +36,32 @@ def write_program(program: Program) -> str:
     if program.facts != DEFAULT_FACTS:
         lines.append(" ".join(["facts", *(json.dumps(f) for f in sorted(program.facts))]))
     section = ""
-    for statement in program.statements:
-        kind = " inputs" if isinstance(statement.what, Input) else ""
-        if section != (section := f"{statement.phase}{kind}"):
-            lines += ["", section]
-        lines += _statement(statement, "  ")
-    for slot, name in program.outputs:
-        if section != (section := f"{slot.phase} outputs"):
-            lines += ["", section]
-        lines.append(f"  {slot.role} {json.dumps(slot.name)} = %{name}")
+    for title, line in _titled_lines(program):
+        if title != section:
+            section = title
+            lines += ["", title]
+        lines.append(line)
     return "\n".join([*lines, "", LAST_LINE, ""])
 
 
+def _titled_lines(program: Program) -> Iterator[tuple[str, str]]:
+    """Every line with the title of the section that it stands in."""
+    for statement in program.statements:
+        kind = " inputs" if isinstance(statement.what, Input) else ""
+        for line in _statement(statement, "  "):
+            yield f"{statement.phase}{kind}", line
+    for slot, name in program.outputs:
+        yield f"{slot.phase} outputs", f"  {write_output(slot, name)}"
+
+
 def write_statement(statement: Statement) -> str:
-    """The line of one value, without the body of a sub-graph."""
+    """The line of one value; of a sub-graph, only the first one."""
     return next(_statement(statement, ""))
+
+
+def write_output(slot: Slot, name: str) -> str:
+    """The line of one output, which returns the value `name`."""
+    return f"{slot.role} {json.dumps(slot.name)} = %{name}"
 
 
 def _statement(statement: Statement, indent: str) -> Iterator[str]:
@@ -83,10 +95,8 @@ def _body(body: Body, indent: str) -> Iterator[str]:
 
 def _what(what: Input | Constant | SubGraph | Call) -> str:
     match what:
-        case Input(None):
-            return "arg"
         case Input(slot):
-            return f"{slot.role} {json.dumps(slot.name)}"
+            return f"{slot.role} {json.dumps(slot.name)}" if slot else "arg"
         case Constant():
             return f"const {json.dumps(what.target)}"
         case SubGraph():

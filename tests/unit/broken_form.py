@@ -267,6 +267,20 @@ def element_slice() -> Broken:
 
 
 @breaks("elements")
+def element_without_index() -> Broken:
+    graph, node, _ = _with_index(0, "")
+    named(graph, node).args = named(graph, node).args[:1]
+    return graph, node, "getitem takes a node and an index"
+
+
+@breaks("elements")
+def element_with_keyword() -> Broken:
+    graph, node, _ = _with_index(0, "")
+    named(graph, node).kwargs = {"default": 0}
+    return graph, node, "getitem takes a node and an index"
+
+
+@breaks("elements")
 def element_of_a_tensor() -> Broken:
     b, x = one_input()
     element = b.call(operator.getitem, x, 0)

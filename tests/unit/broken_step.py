@@ -43,6 +43,13 @@ def forward_output_is_tangent() -> Broken:
     return b.build({output(): tangent}), "tangent_0", "output '0' comes from the backward half"
 
 
+@breaks("mutations")
+def mutation_by_a_tuple() -> Broken:
+    b, x = one_input()
+    pair = b.call(aten.sort.default, x)
+    return b.build({mutation("0"): pair}), "sort", "but the input is float32[4]"
+
+
 def _with_owner(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, sentence: str) -> Broken:
     b = Builder()
     role = Role.PARAM if slot.role is Role.GRAD else Role.BUFFER
@@ -274,6 +281,14 @@ def one_of_two_never_waited_on() -> Broken:
 @breaks("collectives")
 def one_of_two_waited_on_twice() -> Broken:
     return _coalesced([0, 1, 0]), "all_reduce_coalesced", "its result 0 is taken 2 times"
+
+
+@breaks("collectives")
+def element_returned_without_waiting() -> Broken:
+    b, x = one_input()
+    sent = b.call(collective.all_reduce_coalesced.default, [x], "sum", "g")
+    part = b.call(operator.getitem, sent, 0)
+    return b.build({output(): part}), "getitem", "it is never waited on"
 
 
 @breaks("collectives")

@@ -20,7 +20,7 @@ from graphopt.render.html import graph_html
 from graphopt.render.rows import Row, fitting_depth, rows
 from graphopt.render.steps import step_view
 from graphopt.render.story import story_view
-from graphopt.render.text import graph_table
+from graphopt.render.text import GraphTable
 from graphopt.render.units import count, duration, size
 from graphopt.report import Step
 from tests.unit.graphs import inference_graph, linear_graph
@@ -121,14 +121,14 @@ def test_modules_that_differ_deep_inside_are_kept_apart() -> None:
     inner = [module(f"layers.{i}.lin", ops) for i, ops in enumerate((1, 1, 2))]
     layers = [module(f"layers.{i}", 5, child) for i, child in enumerate(inner)]
     labels = [(c.label, c.times) for c in rows(module("layers", 15, *layers)).children]
-    assert labels == [("0 … 1", 2), ("2", 1)]
+    assert labels == [("0, 1", 2), ("2", 1)]
 
 
 # -- text ------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_a_small_graph() -> None:
-    assert lines(graph_table(linear_graph(), "lin")) == [
+    assert lines(GraphTable(linear_graph(), "lin")) == [
         "module output   params ops FLOPs bytes saved",
         "lin    f32[4,2]      6 1+2    96 208 B     -",
         "",
@@ -139,31 +139,32 @@ def test_the_table_of_a_small_graph() -> None:
 
 
 def test_an_inference_graph_has_no_backward_line() -> None:
-    text = printed(graph_table(inference_graph(), "m"))
+    text = printed(GraphTable(inference_graph(), "m"))
     assert "backward" not in text
     assert "forward  2 ops" in text
 
 
 def test_equal_layers_share_a_line_and_the_last_one_differs(net_graph: Graph) -> None:
-    table = lines(graph_table(net_graph, "net", depth=2))
+    table = lines(GraphTable(net_graph, "net", depth=2))
     labels = [line.split("f32")[0].strip() for line in table[1:7]]
     assert labels == [
         "net",
         "stem Conv2d",
         "layers",
-        "0 … 2 Block x3, each",
+        "0 … 2 (x3, each) Block",
         "3 Block",
         "head Linear",
     ]
 
 
 def test_depth_limits_the_lines_and_narrow_terminals_lose_nothing(net_graph: Graph) -> None:
-    table = lines(graph_table(net_graph, "net", depth=0))
+    table = lines(GraphTable(net_graph, "net", depth=0))
     assert table[1].startswith("net ")
     assert table[2] == ""
-    narrow = printed(graph_table(net_graph, "net"), width=60)
-    assert "…" not in narrow.replace("0 … 2", "").replace("0 …", "")
-    assert max(map(len, narrow.splitlines())) <= 60
+    narrow = lines(GraphTable(net_graph, "net"), width=70)
+    assert max(map(len, narrow)) <= 70
+    assert any(line.startswith("    0 … 2 (x3, each)") for line in narrow)
+    assert any(line.startswith("      norm") for line in narrow)
 
 
 # -- steps and stories -----------------------------------------------------------------------------
@@ -184,6 +185,13 @@ def test_sites_are_grouped_by_what_was_done_and_by_reason() -> None:
         "  declined random-op: two draws differ: dropout (p=0.5)",
         "",
     ]
+
+
+def test_many_different_things_are_cut_with_their_number() -> None:
+    applied = tuple(Applied("w", f"computed mul_{i} once") for i in range(20))
+    shown = lines(step_view(step(Outcome(applied))))
+    assert len(shown) == 1 + 8 + 1 + 1
+    assert shown[-2] == "  applied 12 more, which --json shows"
 
 
 def test_a_pass_without_candidates_and_a_skipped_one_say_so() -> None:

@@ -1,0 +1,124 @@
+"""A captured forward before its backward is derived, and what every way in has to say about it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+
+from graphopt.errors import CaptureError
+from graphopt.plan import Role, Slot
+
+Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class FlatForward:
+    """A torch-level graph whose placeholders are all the tensors that the call uses.
+
+    `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
+    came from in the call.
+    """
+
+    module: fx.GraphModule
+    slots: tuple[Slot, ...]
+    inputs: tuple[Tensor, ...]
+    context: TracingContext
+    route: str
+    bind: Callable[[Runner], Callable[..., object]]
+    holds: Callable[..., bool]
+    failure: Callable[..., str]
+    notes: tuple[str, ...]
+
+
+class Guard:
+    """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
+
+    They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
+    and every Python value that forward read.
+    """
+
+    def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
+        self._manager = manager
+        # The guards speak of the variables of the code itself, whatever function it wraps.
+        self._signature = inspect.signature(forward, follow_wrapped=False)
+        parameters = self._signature.parameters.values()
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        self._closure = {name: cell.cell_contents for name, cell in cells}
+        self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
+
+    def __call__(self, *args: object, **kwargs: object) -> bool:
+        variables = self._variables(args, kwargs)
+        return variables is not None and bool(self._manager.check(variables))
+
+    def failure(self, *args: object, **kwargs: object) -> str:
+        """The first guard that does not hold for a call, as Dynamo words it."""
+        variables = self._variables(args, kwargs)
+        if variables is None:
+            return "the arguments do not fit"
+        parts = self._manager.check_verbose(variables).verbose_code_parts
+        return first_line(parts[0]) if parts else ""
+
+    def _variables(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, object] | None:
+        if not kwargs and len(args) == len(self._names):
+            return dict(zip(self._names, args, strict=True))
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return {**self._closure, **bound.arguments}
+
+
+def name_inputs(
+    model: nn.Module, inputs: Sequence[Tensor], fallback: Sequence[str]
+) -> tuple[Slot, ...]:
+    """Role and name of every flat input, found by identity with the model's own tensors."""
+    known = {id(t): Slot(Role.BUFFER, n) for n, t in model.named_buffers(remove_duplicate=True)}
+    known |= {id(t): Slot(Role.PARAM, n) for n, t in model.named_parameters()}
+    taken = {slot.name for slot in known.values()}
+    slots = []
+    for tensor, name in zip(inputs, fallback, strict=True):
+        slot = known.get(id(tensor))
+        if slot is None:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            slot = Slot(Role.INPUT, name)
+        slots.append(slot)
+    return tuple(slots)
+
+
+def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
+    """What Dynamo said, as one sentence with the user's source line."""
+    stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
+    where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
+    message = str(error)
+    hint = "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
+    for line in message.splitlines():
+        if line.strip().startswith("Hint:"):
+            hint = line.split("Hint:", 1)[1].strip()
+            break
+    return CaptureError(
+        f"forward cannot be captured as one graph: {first_line(error)}",
+        where=where or location(forward),
+        hint=hint,
+    )
+
+
+def location(forward: Callable[..., object]) -> str:
+    """``file:line`` of a function, for messages."""
+    code = getattr(forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}: def {code.co_name}" if code else ""
+
+
+def first_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
