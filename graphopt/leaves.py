@@ -190,7 +190,7 @@ _RESAMPLING = (
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def eager_resampling() -> Iterator[None]:
     """Keep upsampling as the operators that eager runs.
 

@@ -90,8 +90,10 @@ class _Builder:
     def __init__(self, source: Source, constants: Mapping[str, Tensor]) -> None:
         self._source = source
         self._constants = constants
-        # As capture does it: some operators choose strides differently without a shape environment.
-        self._fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
+        self._fake = FakeTensorMode(
+            shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
+        )
 
     def add(self, statement: Statement, frame: _Frame) -> None:
         """Append one line to a graph."""
@@ -209,8 +211,9 @@ def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], A
 def _restride(value: Any, type_: Type) -> Any:
     """The value with the strides that are written, where the two differ in nothing that matters.
 
-    The stride of a dimension of size one is arbitrary, and some operators choose it differently
-    inside autograd; others look at it to choose the memory format of their result.
+    The stride of a dimension of size one is arbitrary, and fake kernels differ in it between torch
+    releases, and even by what else the process has imported; others look at it to choose the memory
+    format of their result.
     """
     if isinstance(value, tuple | list) and isinstance(type_, tuple) and len(value) == len(type_):
         return type(value)(map(_restride, value, type_))

@@ -28,10 +28,15 @@ def inlined(tensor: Tensor) -> Elements | None:
     if tensor.layout is not torch.strided or tensor.is_quantized or not _is_dense(tensor):
         return None
     if tensor.dtype in _NUMBERS:
-        values = tuple(tensor.detach().flatten().tolist())
+        values = tuple(_as_written(value) for value in tensor.detach().flatten().tolist())
         if elements_of(torch.tensor(values, dtype=tensor.dtype)) == elements_of(tensor):
             return values
     return elements_of(tensor)
+
+
+def _as_written(value: bool | int | float) -> bool | int | float:
+    """The number that its text means: a NaN loses sign and payload."""
+    return float(repr(value)) if isinstance(value, float) else value
 
 
 def restored(type_: TensorType, elements: Elements) -> Tensor:

@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def applied(pass_: Pass, graph: Graph) -> Outcome:
-    """Apply a pass: results keep within its numerics class, the graph stays legal, once is enough."""
+    """Apply a pass: results stay within its numerics class, the graph legal, and once is enough."""
     verify(graph, full=True)
     inputs = inputs_for(graph)
     expected = run_graph(graph, inputs)
