@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 
 from graphopt.diff_collapse import Family, collapse
-from graphopt.diff_compare import Change, Kind, compare
+from graphopt.diff_compare import ROOT, Change, Kind, compare
 from graphopt.graph import Graph
 from graphopt.plan import Phase
 from graphopt.text.lift import lift_graph
@@ -22,7 +22,6 @@ from graphopt.text.syntax import Program
 
 __all__ = ["Change", "Count", "Diff", "Family", "Kind", "diff_graphs", "diff_texts"]
 
-_ROOT = "(root)"
 _MARKS = {Kind.ADDED: "+", Kind.REMOVED: "-"}
 
 
@@ -98,7 +97,7 @@ class Diff:
         text = [self.headline]
         for family in self.families:
             number = len(family.modules)
-            title = family.path or _ROOT
+            title = family.path or ROOT
             text += ["", f"{title}  ({number} modules)" if number > 1 else title]
             text += [f"  {count}" for count in self.counts(family.modules)]
             text += [f"      {line}" for line in self.lines(family.modules[0])]

@@ -14,6 +14,7 @@ from graphopt.text.names import word_of
 from graphopt.text.syntax import Program, TensorType, Type
 from graphopt.text.writer import write_type
 
+ROOT = "(root)"
 _CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default"})
 
 
@@ -86,7 +87,15 @@ def _compared(
         kind = Kind.REWIRED
     else:
         return None
-    return Change(kind, what, after.module, after.phase, before.line, after.line)
+    lines = _line(before, after), _line(after, before)
+    return Change(kind, what, after.module, after.phase, *lines)
+
+
+def _line(item: Item, other: Item) -> str:
+    """The line of an item, with its module and phase where those of `other` differ."""
+    module = f" @{item.module or ROOT}" if item.module != other.module else ""
+    phase = f" in {item.phase}" if item.phase != other.phase else ""
+    return f"{item.line}{module}{phase}"
 
 
 def _meaning(item: Item) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from graphopt.text.syntax import (
 )
 from graphopt.text.writer import write, write_output, write_statement, write_type
 
+_ROLES = frozenset(Role)
 _OF_MODULES = frozenset({Role.PARAM, Role.BUFFER, Role.GRAD, Role.MUTATION})
 
 
@@ -55,7 +56,7 @@ class Item:
     @property
     def is_slot(self) -> bool:
         """Whether it is an input or output of the graph."""
-        return self.op in set(Role)
+        return self.op in _ROLES
 
 
 class Numbering:

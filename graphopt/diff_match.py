@@ -82,14 +82,13 @@ class _Matcher:
         most = max((score for score, _ in scored), default=-1)
         if most < tier.fewest:
             return None
-        best = [c for score, c in scored if score == most]
-        if most == 0:
-            # Sharing nothing, it must not take what fits a later item better.
-            rivals = [
-                a for a in tier.after[key] if a.position not in self._partner and a is not item
-            ]
-            best = [c for c in best if not any(self._shared(c, rival) for rival in rivals)]
-        return best[0] if best else None
+        best = (c for score, c in scored if score == most)
+        if most > 0:
+            return next(best)
+        # Sharing nothing, it must not take what fits a later item better.
+        others = (other for other in tier.after[key] if other is not item)
+        rivals = [other for other in others if other.position not in self._partner]
+        return next((c for c in best if not any(self._shared(c, r) for r in rivals)), None)
 
     def _shared(self, before: Item, after: Item) -> int:
         """How many operands correspond; two items without operands share one."""

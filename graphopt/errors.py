@@ -76,7 +76,7 @@ class MismatchError(GraphoptError):
 
 
 class TextError(GraphoptError, ValueError):
-    """A `.gopt` text cannot be parsed."""
+    """A `.gopt` text cannot be read, or a graph cannot be written as one."""
 
     code = "GO-T01"
 

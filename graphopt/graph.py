@@ -192,8 +192,8 @@ class Graph:
 
 def phase_of(node: fx.Node) -> Phase:
     """The half of the step that a node belongs to."""
-    is_backward = node.meta.get("partitioner_tag") == "is_backward"
-    return Phase.BACKWARD if is_backward else Phase.FORWARD
+    in_backward = node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+    return Phase.BACKWARD if in_backward else Phase.FORWARD
 
 
 def value_of(node: fx.Node) -> Any:

@@ -54,7 +54,8 @@ class Trial:
             f"input {n}": t for n, t in tensors_of(named_arguments(model, args, kwargs))
         }
         self.sources = {n: t for n, t in (named | inputs).items() if t.requires_grad}
-        self._changeable = [*model.buffers(), *inputs.values(), *(state or {}).values()]
+        self._changeable = [*model.buffers(), *inputs.values()]
+        self._state = {} if state is None else state
         devices = {t.device for t in (*named.values(), *inputs.values())}
         self.devices = [d for d in devices if d.type == "cuda"]
 
@@ -93,7 +94,8 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Restore random streams, buffers, inputs and plain attributes on the way out."""
-        before = [(t, t.detach().clone()) for t in self._changeable]
+        changeable = [*self._changeable, *self._state.values()]
+        before = [(t, t.detach().clone()) for t in changeable]
         attributes = [(m, m.__dict__.copy()) for m in self.model.modules()]
         hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in self._hooked()]
         for registered, _ in hooks:

@@ -23,11 +23,11 @@ class FoldInference(Pass):
     on weights only are closed by ``graphopt.frozen``, so that the runtime computes them once and
     again when a weight changes. Nothing is read from the weights here.
 
-    Rounding: with k products per result and unit roundoff u, both orders are within ``(k + 4) u
-    (|scale| (sum |w x| + |b| + |mean|) + |beta|)`` of the exact result. The bound grows with the
-    scale, up to ``|gamma| / sqrt(eps)`` for a channel without variance, but it does so with and
+    Rounding: with k products per result and unit roundoff u, folded and unfolded are both within
+    ``(k + 8) u (|scale| (sum |w x| + |b| + |mean|) + |beta|)`` of the exact result. That grows with
+    the scale, up to ``|gamma| / sqrt(eps)`` for a channel without variance, but it does so with and
     without folding, so no channel is refused for its scale. Types below float32 are refused: there
-    the folded weight is rounded once more, at u = 2**-9 in bfloat16. So is ``eps <= 0``, where a
+    the folded weight is rounded once more, with u = 2**-9 in bfloat16. So is ``eps <= 0``, where a
     variance of zero gives infinity unfolded and NaN folded.
     """
 

@@ -52,7 +52,9 @@ def freeze(
         reason = _obstacle(node, sources, mutated, sharing)
         if reason or is_cheap(node, sharing) or not sources:
             inside.remove(node)  # stays an operator, whose operands may be frozen
-            if reason and not is_cheap(node, sharing):
+            # One word about a whole expression of a mutated buffer is enough.
+            is_inner = reason == "mutated" and any(user in mutated for user in node.users)
+            if reason and not is_inner and not is_cheap(node, sharing):
                 declined.append(Declined(node.name, reason, _DETAILS[reason], _numbers(node)))
             continue
         chosen[node] = sources

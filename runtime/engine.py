@@ -104,7 +104,7 @@ class InferenceEngine(Engine):
     def __init__(
         self, plan: Plan, forward: Executable, state: Mapping[str, Tensor] | None = None
     ) -> None:
-        super().__init__(plan, state or {})
+        super().__init__(plan, {} if state is None else state)
         self._forward = forward
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt import registry
@@ -51,6 +51,7 @@ def check_pass(
     @settings(
         max_examples=max_examples,
         deadline=None,
+        phases=[phase for phase in Phase if phase is not Phase.explain],  # the text explains more
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
@@ -88,13 +89,13 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
 
 def _check_options(pass_: Pass) -> None:
     assert dataclasses.is_dataclass(pass_), f"pass {pass_.name!r} is not a dataclass"
+    spec = format_pass(pass_)
     for option in options_of(type(pass_)):
         value = getattr(pass_, option.name)
         text = format_value(value, option.kind)
         read = parse_value(text, option.kind)
         assert read == value, f"option {option.name}={value!r} prints as {text!r}, read as {read!r}"
     if pass_.name in registry.names():
-        spec = format_pass(pass_)
         assert parse_spec(spec) == (pass_,), f"spec {spec!r} does not read back as {pass_!r}"
 
 

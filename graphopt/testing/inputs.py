@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 # Operators that read whole numbers as positions: the operand that is indexed, and its dimension.
 _ROWS = {
-    aten.embedding.default: (0, 1, 0),
+    aten.embedding.default: (1, 0, 0),
     aten.nll_loss_forward.default: (1, 0, 1),
     aten.index_select.default: (2, 0, None),
     aten.gather.default: (2, 0, None),

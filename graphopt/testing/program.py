@@ -36,7 +36,7 @@ class Program:
         steps: layers and expressions, in order.
         inputs: shapes of the plain inputs that exist from the start.
         outputs: which results are returned; ``0`` is the most recent.
-        input_grads: whether the floating inputs want gradients too; they do where nothing else does.
+        input_grads: whether floating inputs want gradients; they do where nothing else does.
     """
 
     steps: tuple[Step, ...] = ()
@@ -49,29 +49,35 @@ def build(program: Program, level: Level = Level.JOINT) -> Graph:
     """The graph that a program means, as a training step or as inference alone."""
     if level is Level.FORWARD:
         raise ArgumentError("programs build joint and inference graphs only", where=str(level))
-    training = level is Level.JOINT
     recorder = Recorder()
-    builder = Builder(recorder, training=training)
     with recorder.recording():
-        for shape in program.inputs:
-            builder.input(shape, requires_grad=program.input_grads)
-        for index, step in enumerate(program.steps):
-            builder.enter(f"{step.kind}{index}")
-            made = CATALOGUE[step.kind](builder, Choices(step.tape))
-            for value in (made,) if isinstance(made, Tensor) else made or ():
-                builder.add(value)
-        builder.enter("")
-        outputs = _outputs(builder, program.outputs)
-        if training and not any(value.requires_grad for value in outputs):
-            if not program.input_grads:
-                return build(replace(program, input_grads=True), level)
-            outputs.append(_scaled(builder))
-        gradients = recorder.differentiate(outputs) if training else {}
+        outputs = _forward(program, Builder(recorder, training=level is Level.JOINT))
+        differentiable = any(value.requires_grad for value in outputs)
+        gradients = recorder.differentiate(outputs) if differentiable else {}
+    if level is Level.JOINT and not differentiable:
+        return build(replace(program, input_grads=True), level)
     return recorder.finish(outputs, gradients, level)
 
 
+def _forward(program: Program, builder: Builder) -> list[Tensor]:
+    for shape in program.inputs:
+        builder.input(shape, requires_grad=program.input_grads)
+    for index, step in enumerate(program.steps):
+        builder.enter(f"{step.kind}{index}")
+        made = CATALOGUE[step.kind](builder, Choices(step.tape))
+        for value in (made,) if isinstance(made, Tensor) else made or ():
+            builder.add(value)
+    builder.enter("")
+    outputs = _outputs(builder, program.outputs)
+    cut_off = program.input_grads and not any(value.requires_grad for value in outputs)
+    if not outputs or (builder.training and cut_off):
+        value = builder.value(Choices(()))
+        outputs.append(torch.mul(value, builder.param("scale", value.shape[-1:])))
+    return outputs
+
+
 def _outputs(builder: Builder, wanted: tuple[int, ...]) -> list[Tensor]:
-    """Distinct results that share no memory with inputs, constants, mutations and each other.
+    """The wanted ones of the results that share no memory with anything else that is visible.
 
     Capture never returns such aliases either: it rebuilds them outside the graph.
     """
@@ -82,12 +88,5 @@ def _outputs(builder: Builder, wanted: tuple[int, ...]) -> list[Tensor]:
         if memory not in taken:
             taken.add(memory)
             free.append(value)
-    if not free:
-        return [_scaled(builder)]
-    outputs = [free[-1 - index % len(free)] for index in wanted]
+    outputs = [free[-1 - index % len(free)] for index in wanted] if free else []
     return list({id(value): value for value in outputs}.values())
-
-
-def _scaled(builder: Builder) -> Tensor:
-    value = builder.value(Choices(()))
-    return torch.mul(value, builder.param("scale", value.shape[-1:]))

@@ -122,10 +122,15 @@ class _Builder:
             raise self._source.error(
                 statement.type_place, "an input must be a tensor", "write its type, as : f32[2,3]"
             )
-        with self._fake:
-            return torch.empty_strided(
-                type_.shape, type_.stride, dtype=type_.dtype, device=type_.device
-            )
+        try:
+            with self._fake:
+                return torch.empty_strided(
+                    type_.shape, type_.stride, dtype=type_.dtype, device=type_.device
+                )
+        except (RuntimeError, TypeError) as error:
+            raise self._source.error(
+                statement.type_place, f"torch cannot make such a tensor: {_first_line(error)}"
+            ) from error
 
     def _constant(self, statement: Statement, what: Constant, frame: _Frame) -> Tensor:
         before = frame.attributes.get(what.target)
@@ -173,9 +178,8 @@ class _Builder:
                 node.meta["val"] = _restride(_run(target, node, frame.value), statement.type)
         except Exception as error:
             # Whatever a fake kernel raises, it means: not with these arguments.
-            said = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise self._source.error(
-                statement.place, f"{what.op} refuses these arguments: {said}"
+                statement.place, f"{what.op} refuses these arguments: {_first_line(error)}"
             ) from error
         return node
 
@@ -204,6 +208,10 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     return target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
@@ -218,6 +226,8 @@ def _restride(value: Any, type_: Type) -> Any:
     if isinstance(value, tuple | list) and isinstance(type_, tuple) and len(value) == len(type_):
         return type(value)(map(_restride, value, type_))
     if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
+        return value
+    if not all(type(size) is int for size in value.shape):
         return value
     sizes = zip(value.shape, value.stride(), type_.stride, strict=False)
     if tuple(value.shape) != type_.shape or any(n > 1 and old != new for n, old, new in sizes):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from keyword import iskeyword
+
+from torch import fx
 
 from graphopt.plan import Phase, Role, Slot
 from graphopt.text.fields import read_module, read_recompute, read_values
@@ -36,6 +40,18 @@ def read_program(source: Source) -> Program:
     return _Reader(source).program()
 
 
+@cache
+def _reserved() -> frozenset[str]:
+    """Names that every module has already."""
+    return frozenset(dir(fx.GraphModule({}, fx.Graph())))
+
+
+def _names_attribute(target: str) -> bool:
+    parts = target.split(".")
+    words = all(re.fullmatch(r"\w+", part) and not iskeyword(part) for part in parts)
+    return words and parts[0] not in _reserved()
+
+
 class _Scope:
     """The values and sub-graphs that the lines of one body may use."""
 
@@ -47,7 +63,7 @@ class _Scope:
         """Read the name of a constant or sub-graph of the module."""
         token = line.peek
         target = line.string("a name")
-        if not re.fullmatch(r"\w+(\.\w+)*", target):
+        if not _names_attribute(target):
             raise line.error(f"{token} cannot name an attribute", at=token)
         for other, what in self.attributes.items():
             nested = f"{other}.".startswith(f"{target}.") or f"{target}.".startswith(f"{other}.")

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt.errors import BackendError
 from graphopt.plan import Phase, Plan, Role
 from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
+from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.frozen import Hoisted, WhileUnchanged, hoist
 from graphopt.runtime.partition import Halves, split
 
 
@@ -35,11 +38,11 @@ def build(module: fx.GraphModule, plan: Plan, state: Any) -> TrainingEngine | In
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     try:
         with _settings(values):
-            decomposed = _decompose(module, values)
             if not plan.signature.names(Role.TANGENT):
-                return InferenceEngine(plan, _compile_inference(decomposed, plan), state)
+                return InferenceEngine(plan, _inference(module, plan), state)
             from torch._inductor.compile_fx import partition_fn
 
+            decomposed = _decompose(module, values)
             halves = split(decomposed, plan.signature, partition_fn)
             forward, strides = _compile_forward(halves.forward, plan)
             backward = _compile_backward(halves, strides, plan)
@@ -91,6 +94,8 @@ def _settings(values: Sequence[Any]) -> Iterator[None]:
     assert fake_mode is not None
     with (
         config.patch(fallback_random=True),
+        # Folded constants are real tensors on the module.
+        mock.patch.object(fake_mode, "allow_non_fake_inputs", True),
         V.set_fake_mode(fake_mode),
         tracing(TracingContext(fake_mode)),
         torch._C._DisableAutocast(),
@@ -132,17 +137,52 @@ def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **opti
     return compile_fx_inner(module, list(values), **options)
 
 
-def _compile_inference(module: fx.GraphModule, plan: Plan) -> Executable:
+def _inference(module: fx.GraphModule, plan: Plan) -> Executable:
+    weights = _weights(plan)
+    hoisted = hoist(module)
+    if hoisted is None:
+        return _compile_inference(module, weights, len(plan.signature.outputs))
+    _convolve_in_channels_last(hoisted)
+    inputs = len(plan.signature.inputs)
+    frozen = len(hoisted.main.graph.find_nodes(op="placeholder")) - inputs
+    main = _compile_inference(
+        hoisted.main, [*weights, *range(inputs, inputs + frozen)], len(plan.signature.outputs)
+    )
+    return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources)
+
+
+def _convolve_in_channels_last(hoisted: Hoisted) -> None:
+    """Give frozen convolution weights the layout in which Inductor's CPU convolutions run.
+
+    Otherwise the compiled code would convert them at every call.
+    """
+    placeholders = hoisted.main.graph.find_nodes(op="placeholder")
+    output = hoisted.prologue.graph.output_node()
+    values = list(cast("Sequence[fx.Node]", output.args[0]))
+    for index, node in enumerate(placeholders[len(placeholders) - len(values) :]):
+        used_by = [user for user in node.users if user.args[1] is node]
+        if node.meta["val"].dim() != 4 or not used_by:
+            continue
+        if all(user.target is torch.ops.aten.convolution.default for user in used_by):
+            with hoisted.prologue.graph.inserting_before(output):
+                values[index] = hoisted.prologue.graph.call_function(
+                    torch.ops.aten.clone.default,
+                    (values[index],),
+                    {"memory_format": torch.channels_last},
+                )
+            node.meta["val"] = node.meta["val"].contiguous(memory_format=torch.channels_last)
+    output.args = (values,)
+    hoisted.prologue.recompile()
+
+
+def _compile_inference(module: fx.GraphModule, static: Sequence[int], outputs: int) -> Executable:
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
-    module = _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    module = _decompose(module, values)
+    module = _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
     compiled = _compile(
-        module,
-        values,
-        len(plan.signature.outputs),
-        static_input_idxs=_weights(plan),
-        is_inference=True,
+        module, values, outputs, static_input_idxs=list(static), is_inference=True
     )
     return cast("Executable", compiled)
 

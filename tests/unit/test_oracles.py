@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import graphopt.testing
 from graphopt.errors import ArgumentError, MismatchError
 from graphopt.passbase import ALGORITHM, EXACT, REASSOCIATED, lowered
 from graphopt.plan import Role
@@ -154,3 +158,16 @@ def test_graphs_that_amplify_rounding_are_recognised() -> None:
         inputs = inputs_for(graph)
         worst = max(amplification_of(graph, inputs, run_graph(graph, inputs)))
         assert (worst == 1.0) is is_ordinary
+
+
+# -- the package -----------------------------------------------------------------------------------
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(graphopt.testing, name) is not None for name in graphopt.testing.__all__)
+
+
+def test_oracles_and_inputs_do_without_hypothesis() -> None:
+    code = "import sys, graphopt.testing.oracles, graphopt.testing.inputs, graphopt.testing.corpus"
+    unwanted = "{'hypothesis', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{code}; assert not {unwanted}, {unwanted}"], check=True)

@@ -30,6 +30,12 @@ def test_each_built_in_pass_loads(name):
     assert registry.get(name).name == name
 
 
+def test_an_unknown_pass_names_near_ones():
+    with pytest.raises(SpecError, match="unknown pass 'claenup'") as caught:
+        registry.get("claenup")
+    assert caught.value.hint == "did you mean 'cleanup'? `graphopt passes` lists all passes"
+
+
 def test_plugins_are_found_with_their_origin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(write_demo_passes(tmp_path))
     assert "tuned" in registry.names()
