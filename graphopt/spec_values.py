@@ -119,10 +119,7 @@ def _unquote(text: str) -> str:
         raise ValueError('empty text is written ""')
     if not text.startswith('"'):
         return text
-    value = json.loads(text)
-    if not isinstance(value, str):
-        raise ValueError(f"{text!r} is not a quoted string")
-    return value
+    return str(json.loads(text))
 
 
 def _split(text: str) -> list[str]:

@@ -90,7 +90,8 @@ def _tensor_difference(recorded: torch.Tensor, true: torch.Tensor) -> str:
 def _strides(tensor: torch.Tensor) -> tuple[object, ...]:
     """Strides; 1 where there is one element, whose stride means nothing and varies in practice."""
     return tuple(
-        1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        1 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
