@@ -15,7 +15,6 @@ _HOMES = {
     "optimize": "graphopt.api",
     "state_dict": "graphopt.api",
     "load_state_dict": "graphopt.api",
-    "capture": "graphopt.capture",
     "Graph": "graphopt.graph",
     "Level": "graphopt.graph",
     "Plan": "graphopt.plan",
@@ -31,7 +30,6 @@ _HOMES = {
     "Report": "graphopt.report",
     "print_graph": "graphopt.text",
     "parse_graph": "graphopt.text",
-    "verify": "graphopt.verify",
     "GraphoptError": "graphopt.errors",
     "CaptureError": "graphopt.errors",
 }
@@ -40,7 +38,6 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from graphopt.api import load_state_dict, optimize, state_dict
-    from graphopt.capture import capture
     from graphopt.errors import CaptureError, GraphoptError
     from graphopt.graph import Graph, Level
     from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
     from graphopt.plan import Plan, Role, Signature, Slot
     from graphopt.report import Report
     from graphopt.text import parse_graph, print_graph
-    from graphopt.verify import verify
 
 
 def __getattr__(name: str) -> object:

@@ -15,7 +15,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -276,7 +276,7 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
 
 def _clone_outputs(module: fx.GraphModule, positions: Sequence[int]) -> None:
     output = module.graph.output_node()
-    returned = list(output.args[0])
+    returned = list(_returned(output))
     with module.graph.inserting_before(output):
         for position in positions:
             returned[position] = module.graph.call_function(torch.clone, (returned[position],))
@@ -323,9 +323,13 @@ def _by_position(joint: fx.GraphModule) -> dict[int, fx.Node]:
     output = joint.graph.output_node()
     return {
         desc.idx: node
-        for node, desc in zip(output.args[0], output.meta["desc"], strict=True)
+        for node, desc in zip(_returned(output), output.meta["desc"], strict=True)
         if isinstance(desc, PlainAOTOutput)
     }
+
+
+def _returned(output: fx.Node) -> Sequence[fx.Node]:
+    return cast("Sequence[fx.Node]", output.args[0])
 
 
 def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signature:
@@ -341,7 +345,7 @@ def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signat
             raise CaptureError(f"an input of a kind that is not supported yet: {desc!r}")
     slots, nodes = [], []
     output = joint.graph.output_node()
-    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+    for node, desc in zip(_returned(output), output.meta["desc"], strict=True):
         if node is None or (isinstance(desc, PlainAOTOutput) and desc.idx in aliased):
             continue
         slots.append(_output_slot(desc, flat.slots))

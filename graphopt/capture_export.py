@@ -112,7 +112,7 @@ def _custom_function(
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    queue = [t.grad_fn for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+    queue: list[Any] = [t.grad_fn for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
     seen = set()
     while queue:
         node = queue.pop()

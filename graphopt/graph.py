@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import fx
+from torch.fx import GraphModule, Node
 
 from graphopt.plan import Phase, Role, Signature, Slot
 
@@ -54,7 +54,7 @@ class Annotation(Generic[T]):
 
 
 class Graph:
-    """One `fx.GraphModule` with a signature, a side table and cached analyses.
+    """One `GraphModule` with a signature, a side table and cached analyses.
 
     Args:
         module: ATen-level (or torch-level) module; its graph has one placeholder per input slot and
@@ -66,61 +66,70 @@ class Graph:
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        module: GraphModule,
         signature: Signature,
         level: Level,
         *,
         facts: frozenset[str] = frozenset({"captured"}),
     ) -> None:
-        self.module = module
+        self._module = module
+        self._stale = False
         self.signature = signature
         self.level = level
         self.facts = facts
         self._version = 0
-        self._annotations: dict[Annotation[Any], dict[fx.Node, Any]] = {}
+        self._annotations: dict[Annotation[Any], dict[Node, Any]] = {}
         self._analyses: dict[Callable[[Graph], Any], tuple[int, Any]] = {}
 
     # -- reading ---------------------------------------------------------------------------------
 
     @property
-    def fx(self) -> fx.Graph:
-        """The wrapped `torch.fx.Graph`."""
-        return self.module.graph
+    def module(self) -> GraphModule:
+        """The wrapped module, with its code up to date."""
+        if self._stale:
+            self._module.recompile()
+            self._stale = False
+        return self._module
 
     @property
-    def nodes(self) -> tuple[fx.Node, ...]:
+    def fx(self) -> torch.fx.Graph:
+        """The wrapped `torch.fx.Graph`."""
+        return self._module.graph
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
         """All nodes, in order."""
         return tuple(self.fx.nodes)
 
     @property
-    def operators(self) -> Iterator[fx.Node]:
+    def operators(self) -> Iterator[Node]:
         """The nodes that compute something."""
         return (n for n in self.nodes if n.op == "call_function")
 
     @property
-    def inputs(self) -> tuple[fx.Node, ...]:
+    def inputs(self) -> tuple[Node, ...]:
         """Placeholders, one per input slot."""
         return tuple(n for n in self.fx.nodes if n.op == "placeholder")
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> Node:
         """The output node."""
         return self.fx.output_node()
 
     @property
-    def outputs(self) -> tuple[fx.Node, ...]:
+    def outputs(self) -> tuple[Node, ...]:
         """The nodes that are returned, one per output slot."""
-        return tuple(cast("list[fx.Node]", self.output.args[0]))
+        return tuple(cast("list[Node]", self.output.args[0]))
 
-    def input(self, role: Role, name: str) -> fx.Node:
+    def input(self, role: Role, name: str) -> Node:
         """The placeholder with this role and name; raises ``KeyError``."""
         return self.inputs[self.signature.input_index(role, name)]
 
-    def gradient(self, name: str) -> fx.Node:
+    def gradient(self, name: str) -> Node:
         """The node that produces the gradient of parameter (or input) `name`."""
         return self.outputs[self.signature.output_index(Role.GRAD, name)]
 
-    def slot(self, placeholder: fx.Node) -> Slot:
+    def slot(self, placeholder: Node) -> Slot:
         """The input slot of a placeholder."""
         return self.signature.inputs[self.inputs.index(placeholder)]
 
@@ -132,20 +141,20 @@ class Graph:
         return self._version
 
     def changed(self) -> None:
-        """Announce that the fx graph was edited: recompile it and drop cached analyses."""
+        """Announce that the fx graph was edited: its code and cached analyses are stale."""
         self._version += 1
         alive = set(self.fx.nodes)
         for column in self._annotations.values():
             for node in [n for n in column if n not in alive]:
                 del column[node]
-        self.module.recompile()
+        self._stale = True
 
-    def set_outputs(self, outputs: Mapping[Slot, fx.Node]) -> None:
+    def set_outputs(self, outputs: Mapping[Slot, Node]) -> None:
         """Replace all outputs; forward slots must come before backward slots."""
         self.signature = Signature(self.signature.inputs, tuple(outputs))
         self.output.args = (list(outputs.values()),)
 
-    def add_input(self, slot: Slot, value: Any) -> fx.Node:
+    def add_input(self, slot: Slot, value: Any) -> Node:
         """Append an input; `value` is its fake value. Used by passes that own state."""
         with self.fx.inserting_after(self.inputs[-1]):
             node = self.fx.placeholder(slot.name.replace(".", "_"))
@@ -153,11 +162,11 @@ class Graph:
         self.signature = Signature((*self.signature.inputs, slot), self.signature.outputs)
         return node
 
-    def annotate(self, node: fx.Node, key: Annotation[T], value: T) -> None:
+    def annotate(self, node: Node, key: Annotation[T], value: T) -> None:
         """Write one cell of the side table."""
         self._annotations.setdefault(key, {})[node] = value
 
-    def annotation(self, node: fx.Node, key: Annotation[T]) -> T | None:
+    def annotation(self, node: Node, key: Annotation[T]) -> T | None:
         """Read one cell of the side table."""
         return cast("T | None", self._annotations.get(key, {}).get(node))
 
@@ -171,13 +180,13 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent copy with the same parameters and constants by reference."""
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
+        graph = torch.fx.Graph()
+        mapping: dict[Node, Node] = {}
         result = graph.graph_copy(self.fx, mapping)
         output = graph.output(result)
         output.meta.update(self.output.meta)
         copy = Graph(
-            fx.GraphModule(self.module, graph), self.signature, self.level, facts=self.facts
+            GraphModule(self.module, graph), self.signature, self.level, facts=self.facts
         )
         for key, column in self._annotations.items():
             copy._annotations[key] = {mapping[n]: v for n, v in column.items() if n in mapping}
@@ -190,13 +199,13 @@ class Graph:
 # -- what is written on a node ---------------------------------------------------------------------
 
 
-def phase_of(node: fx.Node) -> Phase:
+def phase_of(node: Node) -> Phase:
     """The half of the step that a node belongs to."""
     in_backward = node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
     return Phase.BACKWARD if in_backward else Phase.FORWARD
 
 
-def value_of(node: fx.Node) -> Any:
+def value_of(node: Node) -> Any:
     """The fake value of a node: a `FakeTensor`, a tuple of them, or a number."""
     return node.meta.get("val")
 
@@ -205,7 +214,7 @@ _ROOT = re.compile(r"^L\['\w+'\]\.?")
 _CONTAINER = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 
 
-def module_of(node: fx.Node) -> str:
+def module_of(node: Node) -> str:
     """Qualified name of the innermost module that a node comes from; ``""`` for the root.
 
     Backward nodes belong to the module whose forward they differentiate.
@@ -214,7 +223,7 @@ def module_of(node: fx.Node) -> str:
     return stack[-1][0] if stack else ""
 
 
-def module_stack(node: fx.Node) -> tuple[tuple[str, str], ...]:
+def module_stack(node: Node) -> tuple[tuple[str, str], ...]:
     """Qualified name and class name of all modules around a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return tuple((_module_path(path), _class_name(kind)) for path, kind in stack.values())
@@ -229,7 +238,7 @@ def _class_name(kind: object) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
 
 
-def source_of(node: fx.Node) -> str:
+def source_of(node: Node) -> str:
     """The user's source line of a node as ``file:line: code``; ``""`` when it is not known."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', trace)
@@ -237,7 +246,7 @@ def source_of(node: fx.Node) -> str:
     return "{}:{}: {}".format(*own[-1]) if own else ""
 
 
-def operator_name(node: fx.Node) -> str:
+def operator_name(node: Node) -> str:
     """Qualified name of what a node calls (``"aten.mm.default"``, ``"getitem"``)."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from graphopt.api import Compiler
 
 log = logging.getLogger("graphopt")
-
-M = TypeVar("M", bound=nn.Module)
 
 # How many specialisations one model keeps; the least recently used one goes first.
 MAX_SPECIALISATIONS = 8
@@ -118,7 +116,7 @@ def controller_of(model: nn.Module) -> Controller | None:
     return found if isinstance(found, Controller) else None
 
 
-def install(model: M, compiler: Compiler) -> Controller:
+def install(model: nn.Module, compiler: Compiler) -> Controller:
     """Swap the model's class; optimizing again replaces what was there."""
     old = controller_of(model)
     base = old.base if old else type(model)
@@ -136,7 +134,7 @@ def restore(model: nn.Module) -> None:
         del model.__dict__[_KEY]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _subclass(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `base` that runs through the controller and looks like `base`."""
 
@@ -153,16 +151,17 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Pickle as the plain model: a capture belongs to a process."""
-        _, (_, *arguments), state, *rest = base.__reduce_ex__(self, protocol)
+        reduced = cast("tuple[Any, ...]", base.__reduce_ex__(self, protocol))
+        _, (_, *arguments), state, *rest = reduced
         state = {k: v for k, v in state.items() if k != _KEY}
         return (_new, (base, *arguments), state, *rest)
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """Copy as an optimized model with its own captures and its own pass state."""
-        constructor, arguments, state, *_ = self.__reduce_ex__(4)
+        constructor, arguments, state, *_ = cast("tuple[Any, ...]", self.__reduce_ex__(4))
         plain: nn.Module = constructor(*arguments)
         memo[id(self)] = plain
-        plain.__setstate__(copy.deepcopy(state, memo))
+        plain.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         controller = controller_of(self)
         assert controller is not None
         install(plain, controller.compiler).state = copy.deepcopy(controller.state, memo)

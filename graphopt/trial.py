@@ -136,7 +136,7 @@ def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Mapping):
         items = iter(value.items())
     elif isinstance(value, (list, tuple)):
-        items = enumerate(value)  # type: ignore[assignment]
+        items = enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
     else:

@@ -175,7 +175,8 @@ class TrainingEngine(Engine):
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the model for its flat inputs, connected to autograd."""
         values = self._with_state(inputs)
-        computed = _Step.apply(self, values, *(values[i] for i in self.differentiable))
+        differentiable = (values[i] for i in self.differentiable)
+        computed: tuple[Tensor, ...] = _Step.apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
         return self._assemble(values, computed)
 
     def run_forward(self, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -216,7 +217,7 @@ class _Step(torch.autograd.Function):
     """One training step's model part as a node of autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, engine: TrainingEngine, values: list[Tensor], *differentiable: Tensor
     ) -> tuple[Tensor, ...]:
         outputs, saved = engine.run_forward(values)
@@ -234,7 +235,7 @@ class _Step(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError(
                 "the backward of a captured step was called with create_graph=True, and it cannot "

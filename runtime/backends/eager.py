@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from functorch.compile import default_partition
+from functorch.compile import default_partition  # type: ignore[import-untyped]
 from torch import fx
 
 from graphopt.plan import Plan, Role

@@ -123,7 +123,7 @@ def _decompose(module: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
         decomposed = make_fx(run, decomposition_table=select_decomp_table())(*values)
     for node in decomposed.graph.nodes:
         node.meta.setdefault("partitioner_tag", "is_forward")
-    return cast("fx.GraphModule", decomposed)
+    return decomposed
 
 
 def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **options: Any) -> Any:
