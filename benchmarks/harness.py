@@ -1,4 +1,4 @@
-"""Measure variants side by side: alternating runs, medians of paired ratios, results kept as JSON."""
+"""Measure variants side by side: alternating runs, medians of paired ratios, JSON results."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> dict[str, f
     """Median of the paired ratios ``name / base`` with a 95 % bootstrap interval."""
     pairs = [a / b for a, b in zip(times[name], times[base], strict=True)]
     generator = random.Random(0)
-    medians = sorted(
-        statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(1000)
-    )
+    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(1000))
     return {
         "median": round(statistics.median(pairs), 4),
         "low": round(medians[25], 4),
@@ -61,7 +59,10 @@ def keep(name: str, results: object) -> Path:
     """Write ``results/<name>.json`` with date, commit, versions and machine."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False, cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=RESULTS.parent,
     ).stdout.strip()
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -8,9 +8,9 @@ Alternating runs in one process; medians of paired ratios with bootstrap interva
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import tempfile
-import os
 from collections.abc import Callable
 
 import torch
@@ -24,8 +24,10 @@ from benchmarks.models import ResNet18, digits_resnet, tiny_gpt2
 Step = Callable[[], object]
 
 
-def training_step(model: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[..., Tensor]) -> Step:
-    """Forward and backward, gradients set to None first; no optimizer, which is the same for all."""
+def training_step(
+    model: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[..., Tensor]
+) -> Step:
+    """Forward and backward from empty gradients; no optimizer, which is the same for all."""
 
     def step() -> None:
         for parameter in model.parameters():
@@ -36,7 +38,11 @@ def training_step(model: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[.
 
 
 def training(
-    name: str, model: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[..., Tensor], rounds: int
+    name: str,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    loss: Callable[..., Tensor],
+    rounds: int,
 ) -> dict[str, object]:
     torch._dynamo.reset()
     plain = copy.deepcopy(model)

@@ -1,7 +1,7 @@
 """Train a small ResNet on scikit-learn's digits twice from one seed and compare.
 
-Once by PyTorch alone, once through `graphopt.optimize`; the loop, the loss and the optimizer are the
-same lines. Prints both loss curves, the test accuracies, the ratio of the step times and what
+Once by PyTorch alone, once through `graphopt.optimize`; the loop, the loss and the optimizer are
+the same lines. Prints both loss curves, the test accuracies, the ratio of the step times and what
 graphopt did to the graph. Run: ``python examples/train_digits.py``
 """
 
@@ -105,7 +105,9 @@ def main() -> None:
         print(f"{epoch:5}   {a:<20.17f}  {b:<20.17f}  {'equal' if a == b else 'DIFFERENT'}")
     print(f"test accuracy: PyTorch {accuracy:.4f}, graphopt {own_accuracy:.4f}")
     ratio = statistics.median(own_seconds) / statistics.median(seconds)
-    print(f"median step: PyTorch {1e3 * statistics.median(seconds):.1f} ms, graphopt {ratio:.2f}x\n")
+    print(
+        f"median step: PyTorch {1e3 * statistics.median(seconds):.1f} ms, graphopt {ratio:.2f}x\n"
+    )
     print(optimized.explain())
     if losses != own_losses or accuracy != own_accuracy:
         raise SystemExit("the two runs differ")

@@ -24,7 +24,7 @@ from graphopt.passbase import EXACT, Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan
 from graphopt.report import Report, Specialisation, Step, Verification
-from graphopt.trial import Trial, compare, named_arguments, tensors_of, tolerance
+from graphopt.trial import Observed, Trial, compare, named_arguments, tensors_of, tolerance
 
 log = logging.getLogger("graphopt")
 
@@ -47,9 +47,9 @@ def optimize(
 ) -> M | Plan:
     """Optimize a model in place and return it.
 
-    The model stays the same object with the same parameters, keys and signature; only its class is
-    swapped for a subclass. Each kind of call (shapes, dtypes, training mode, grad mode, autocast, …)
-    is captured once, when it first happens, and guarded afterwards.
+    The model stays the same object with the same parameters, keys and signature; only its class
+    is swapped for a subclass. Each kind of call (shapes, dtypes, training mode, grad mode,
+    autocast, …) is captured once, when it first happens, and guarded afterwards.
 
     Args:
         model: any module that can be captured as one graph.
@@ -60,8 +60,8 @@ def optimize(
         backend: ``"eager"``, ``"inductor"``, or ``"auto"`` for the faster of the two on the first
             real step.
         verify: ``"off"``; ``"structure"``: the invariants after every pass; ``"eager"``: also
-            compare outputs, gradients and buffers of the captured graph with PyTorch eager, once per
-            specialisation, on the first real batch; ``"full"``: also after each pass.
+            compare outputs, gradients and buffers of the captured graph with PyTorch eager, once
+            per specialisation, on the first real batch; ``"full"``: also after each pass.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -110,7 +110,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise StateError("the model is not optimized", hint="call graphopt.optimize(model) first")
     for name, tensor in controller.state.items():
         if name not in state:
-            raise StateError(f"the saved state lacks {name!r}", hint="use the passes it was saved with")
+            raise StateError(
+                f"the saved state lacks {name!r}", hint="use the passes it was saved with"
+            )
         if state[name].shape != tensor.shape:
             raise StateError(
                 f"{name!r} has shape {tuple(state[name].shape)} in the saved state and "
@@ -232,7 +234,9 @@ class _EachPass:
     def __init__(
         self, compiler: Compiler, trial: Trial, captured: Capture, state: dict[str, Tensor]
     ) -> None:
-        self.run = lambda: trial.observe(compiler.eager_call(captured, state))
+        self.run: Callable[[], Observed] = lambda: trial.observe(
+            compiler.eager_call(captured, state)
+        )
         self.reference = self.run()
 
     def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
@@ -240,8 +244,8 @@ class _EachPass:
         worst = compare(self.reference, actual)
         if worst.error > tolerance(self.reference, pass_.numerics):
             raise MismatchError(
-                f"pass {pass_.name!r} promises {pass_.numerics} and changes {worst.name} by a relative "
-                f"error of {worst.error:.2g}",
+                f"pass {pass_.name!r} promises {pass_.numerics} and changes {worst.name} by a "
+                f"relative error of {worst.error:.2g}",
                 where=f"pass {index + 1} of the pipeline",
                 hint="run the pipeline without this pass, and report it to its author",
             )

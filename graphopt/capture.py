@@ -291,8 +291,13 @@ def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
                 f"forward changes the shape or strides of {slot} in place",
                 hint="return the reshaped tensor instead of changing the input",
             )
-        if info.mutates_data and info.requires_grad and not (
-            info.mutations_under_no_grad_or_inference_mode or info.mutations_hidden_from_autograd
+        if (
+            info.mutates_data
+            and info.requires_grad
+            and not (
+                info.mutations_under_no_grad_or_inference_mode
+                or info.mutations_hidden_from_autograd
+            )
         ):
             raise CaptureError(
                 f"forward changes {slot}, which requires a gradient, in place",

@@ -156,4 +156,3 @@ def _describe(value: object) -> object:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
     return value
-

@@ -53,6 +53,7 @@ class Guard:
         self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
 
     def __call__(self, *args: object, **kwargs: object) -> bool:
+        """Whether every guard holds for this call."""
         variables = self._variables(args, kwargs)
         return variables is not None and bool(self._manager.check(variables))
 
@@ -101,7 +102,9 @@ def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
     stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
     where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
     message = str(error)
-    hint = "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
+    hint = (
+        "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
+    )
     for line in message.splitlines():
         if line.strip().startswith("Hint:"):
             hint = line.split("Hint:", 1)[1].strip()
@@ -120,5 +123,6 @@ def location(forward: Callable[..., object]) -> str:
 
 
 def first_line(error: object) -> str:
+    """The first line of a message that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

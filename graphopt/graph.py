@@ -1,8 +1,9 @@
 """The graph of one step, forward and backward together, with names for everything.
 
 `Graph` wraps one `torch.fx.GraphModule` of ATen operators. Its `Signature` gives every input and
-output a role and a qualified name. What passes want to tell each other goes into a typed side table,
-not into `node.meta`, which copies and retracing lose. A version counter invalidates analyses.
+output a role and a qualified name. What passes want to tell each other goes into a typed side
+table, not into `node.meta`, which copies and retracing lose. A version counter invalidates
+analyses.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ KEPT_META = (
 class Level(StrEnum):
     """What kind of graph this is.
 
-    ``FORWARD``: torch-level operators, differentiable, for rewrites whose backward autograd derives.
-    ``JOINT``: ATen operators, forward and backward. ``INFERENCE``: ATen operators, no backward.
+    ``FORWARD``: torch-level operators, differentiable, for rewrites whose backward autograd
+    derives. ``JOINT``: ATen operators, forward and backward. ``INFERENCE``: ATen operators, no
+    backward.
     """
 
     FORWARD = "forward"
@@ -185,9 +187,7 @@ class Graph:
         result = graph.graph_copy(self.fx, mapping)
         output = graph.output(result)
         output.meta.update(self.output.meta)
-        copy = Graph(
-            GraphModule(self.module, graph), self.signature, self.level, facts=self.facts
-        )
+        copy = Graph(GraphModule(self.module, graph), self.signature, self.level, facts=self.facts)
         for key, column in self._annotations.items():
             copy._annotations[key] = {mapping[n]: v for n, v in column.items() if n in mapping}
         return copy

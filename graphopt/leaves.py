@@ -203,7 +203,9 @@ def eager_resampling() -> Iterator[None]:
         for packet in (getattr(torch.ops.aten, n) for n in _RESAMPLING)
         for overload in packet.overloads()
     ]
-    kernels = [(op, k, op.py_kernels.pop(k)) for op in operators for k in keys if k in op.py_kernels]
+    kernels = [
+        (op, k, op.py_kernels.pop(k)) for op in operators for k in keys if k in op.py_kernels
+    ]
     try:
         for operator in operators:
             operator._dispatch_cache.clear()

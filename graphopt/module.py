@@ -67,9 +67,8 @@ class Controller:
         self.variants: list[Variant] = []
         self.made = 0
 
-    def __call__(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> object:
+    def __call__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+        """Run the variant whose conditions hold; make one where none does."""
         for index, variant in enumerate(self.variants):
             if variant.holds(model, *args, **kwargs):
                 if index:
@@ -134,10 +133,17 @@ def restore(model: nn.Module) -> None:
         del model.__dict__[_KEY]
 
 
-@functools.lru_cache(maxsize=None)
-def _subclass(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `base` that runs through the controller and looks like `base`."""
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
 
+
+def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that runs through the controller and looks like `base`."""
+    if base not in _subclasses:
+        _subclasses[base] = _make_subclass(base)
+    return _subclasses[base]
+
+
+def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         if torch.compiler.is_compiling():  # somebody else captures a program around this model

@@ -118,7 +118,8 @@ class Pass:
         levels: names of the graph levels that it works on.
         requires: facts that an earlier pass or capture must have provided.
         provides: facts that hold afterwards.
-        conflicts: facts that must not hold yet when it runs (``kfac`` must not see lowered tensors).
+        conflicts: facts that must not hold yet when it runs (``kfac`` must not see lowered
+            tensors).
         changes_signature: whether it may add or remove inputs or outputs.
         idempotent: whether a second application, right after the first, changes nothing.
         source: the publication that the method comes from, if any.

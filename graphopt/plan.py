@@ -157,7 +157,9 @@ class Plan:
             backend=data["backend"],
             gradient_sources=tuple(tuple(s) for s in data["gradient_sources"]),
             aliases=tuple(
-                OutputAlias(a["output"], a["input"], tuple(a["size"]), tuple(a["stride"]), a["offset"])
+                OutputAlias(
+                    a["output"], a["input"], tuple(a["size"]), tuple(a["stride"]), a["offset"]
+                )
                 for a in data["aliases"]
             ),
             facts=tuple(data["facts"]),

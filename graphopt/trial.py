@@ -1,8 +1,8 @@
 """Run steps of the user's own model on the user's own batch and leave no trace.
 
 Both the comparison with eager and the duel between backends need real steps. A trial restores the
-random streams, the buffers, the inputs and the plain attributes of the modules afterwards, and never
-touches a parameter's ``.grad``.
+random streams, the buffers, the inputs and the plain attributes of the modules afterwards, and
+never touches a parameter's ``.grad``.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Trial:
         self.args = args
         self.kwargs = kwargs
         named = dict(model.named_parameters())
-        inputs = {
-            f"input {n}": t for n, t in tensors_of(named_arguments(model, args, kwargs))
-        }
+        inputs = {f"input {n}": t for n, t in tensors_of(named_arguments(model, args, kwargs))}
         self.sources = {n: t for n, t in (named | inputs).items() if t.requires_grad}
         self._changeable = [*model.buffers(), *inputs.values()]
         self._state = {} if state is None else state

@@ -1,8 +1,8 @@
 """Run a plan: forward and backward executables behind one autograd function.
 
-The engine takes the step's inputs as one flat list, in the order of the plan's signature, and returns
-the model's outputs. It writes mutations back, gives absent gradients for absent tangents as eager
-does, and frees saved values as soon as the backward has taken them.
+The engine takes the step's inputs as one flat list, in the order of the plan's signature, and
+returns the model's outputs. It writes mutations back, gives absent gradients for absent tangents
+as eager does, and frees saved values as soon as the backward has taken them.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class TrainingEngine(Engine):
         # Tangents belong to outputs of the model; the autograd function returns the computed ones.
         computed = [position for _, position in self._outputs]
         self.tangent_of_output = tuple(computed.index(int(t.name)) for t in tangents)
-        placeholders = {n.target: n for n in self.halves.backward.graph.find_nodes(op="placeholder")}
+        placeholders = {
+            n.target: n for n in self.halves.backward.graph.find_nodes(op="placeholder")
+        }
         arguments = zip(self.halves.sources, placeholders.values(), strict=True)
         self.tangents = {
             index: Expected.of(node.meta["val"])
@@ -225,9 +227,7 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         with_tangent = set(engine.tangent_of_output)
-        ctx.mark_non_differentiable(
-            *(t for i, t in enumerate(outputs) if i not in with_tangent)
-        )
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in with_tangent))
         # A view made inside a custom function may not be changed in place outside; as the model's
         # own result it may.
         return tuple(

@@ -38,9 +38,7 @@ class Hoisted:
 
 def hoist(module: fx.GraphModule) -> Hoisted | None:
     """Cut a module at its frozen values; ``None`` when it has none. The module is not changed."""
-    frozen = module.graph.find_nodes(
-        op="call_function", target=torch.ops.graphopt.frozen.default
-    )
+    frozen = module.graph.find_nodes(op="call_function", target=torch.ops.graphopt.frozen.default)
     if not frozen:
         return None
     return Hoisted(*_prologue(module, frozen))
@@ -97,6 +95,7 @@ class WhileUnchanged:
         self._sampled: list[float] = []
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
+        """Outputs of the main module; empties the list."""
         weights = [arguments[i] for i in self.sources]
         if self._changed(weights):
             self.values = list(self.prologue(list(weights)))

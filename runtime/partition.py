@@ -1,7 +1,7 @@
 """Cut one joint module into its forward and backward halves, by PyTorch's own partitioners.
 
 The partitioner chooses which values the forward saves for the backward. graphopt adds one rule:
-parameters, buffers and state that the backward reads are not saved but bound when it runs, so that a
+parameters and state that the backward reads are not saved but bound when it runs, so that a
 schedule may give forward and backward different versions of a weight.
 """
 

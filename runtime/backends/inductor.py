@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.errors import BackendError
 from graphopt.plan import Phase, Plan, Role
-from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
 from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
 from graphopt.runtime.frozen import Hoisted, WhileUnchanged, hoist
 from graphopt.runtime.partition import Halves, split
 
@@ -181,9 +181,7 @@ def _compile_inference(module: fx.GraphModule, static: Sequence[int], outputs: i
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     module = _decompose(module, values)
     module = _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
-    compiled = _compile(
-        module, values, outputs, static_input_idxs=list(static), is_inference=True
-    )
+    compiled = _compile(module, values, outputs, static_input_idxs=list(static), is_inference=True)
     return cast("Executable", compiled)
 
 

@@ -65,9 +65,9 @@ def test_differences_are_still_there() -> None:
         entry = CORPUS[name]
         expected = _step(entry.make(), entry.loss)
         actual = _step(_optimized(name, passes="cleanup"), entry.loss)
-        assert any(
-            a is not None and not torch.equal(a, actual[k]) for k, a in expected.items()
-        ), name
+        assert any(a is not None and not torch.equal(a, actual[k]) for k, a in expected.items()), (
+            name
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt2", "lstm_ctc", "in_place"])

@@ -1,4 +1,4 @@
-"""Every bad input gets one clear sentence, a place, and one thing to try; the model stays as it was."""
+"""Every bad input gets one clear sentence, a place, and a hint; the model stays as it was."""
 
 from __future__ import annotations
 

@@ -178,6 +178,20 @@ def test_two_outputs_never_become_one() -> None:
     assert reasons(applied(Cleanup(), graph)) == [("exp_1", "escapes")]
 
 
+def test_calls_that_were_captured_under_other_defaults_are_different() -> None:
+    b = Builder()
+    x = b.input(Role.INPUT, "0", (4,))
+    first = b.call(aten.full.default, [4], 2.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        second = b.call(aten.full.default, [4], 2.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    total = b.call(aten.add.Tensor, b.call(aten.add.Tensor, x, first), second)
+    graph = b.build({output(): total}, Level.INFERENCE)
+    assert Cleanup().apply(graph, PassContext()).applied == ()
+
+
 def test_reads_around_a_write_are_different() -> None:
     b = Builder()
     buffer = b.input(Role.BUFFER, "b", (4,))
@@ -252,12 +266,14 @@ def test_forward_never_reads_backward() -> None:
     b = Builder()
     w = b.input(Role.PARAM, "w", (4,))
     tangent = b.input(Role.TANGENT, "0", (4,))
-    early = b.backward(aten.exp.default, w)
-    gradient = b.backward(aten.mul.Tensor, tangent, early)
-    y = b.call(aten.neg.default, b.call(aten.exp.default, w))
-    graph = b.build({output(): y, grad("w"): gradient})
-    applied(Cleanup(), graph)
-    assert targets(graph) == ["exp", "mul", "exp", "neg"]
+    early = b.backward(aten.exp.default, b.backward(aten.view.default, w, [2, 2]))
+    gradient = b.backward(aten.mul.Tensor, tangent, b.backward(aten.view.default, early, [4]))
+    late = b.call(aten.exp.default, b.call(aten.view.default, w, [2, 2]))
+    again = b.backward(aten.mul.Tensor, gradient, b.backward(aten.sum.default, late))
+    y = b.call(aten.neg.default, late)
+    graph = b.build({output(): y, grad("w"): again})
+    outcome = applied(Cleanup(), graph)
+    assert (outcome.applied, outcome.declined) == ((), ())
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -175,10 +175,41 @@ def test_returned_copy_stays_separate(role: Role | None, returned: str) -> None:
     assert reasons(applied(Cleanup(), graph)) == [("clone", "escapes")]
 
 
-def test_buffers_that_swap_are_copied_first() -> None:
+def test_what_one_copy_shows_is_remembered_for_the_next() -> None:
     b = Builder()
-    first, second = (b.input(Role.BUFFER, name, (4,)) for name in "ab")
-    copies = [b.call(aten.clone.default, buffer) for buffer in (first, second)]
+    y = b.call(aten.exp.default, b.input(Role.INPUT, "0", (4,)))
+    copies = [b.call(aten.clone.default, y) for _ in range(2)]
+    views = [b.call(aten.view.default, copy, [2, 2]) for copy in copies]
+    graph = b.build({output("0"): views[0], output("1"): views[1]}, Level.INFERENCE)
+    assert reasons(applied(Cleanup(), graph)) == [("clone_1", "escapes")]
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_no_node_is_returned_twice(returned: bool) -> None:
+    b = Builder()
+    y = b.call(aten.exp.default, b.input(Role.INPUT, "0", (4,)))
+    first = y if returned else b.call(aten.detach.default, y)
+    second = b.call(aten.detach.default, y)
+    graph = b.build({output("0"): first, output("1"): second}, Level.INFERENCE)
+    assert reasons(applied(Cleanup(), graph)) == [(second.name, "escapes")]
+
+
+def test_copy_of_a_lazy_conjugate_stays() -> None:
+    b = Builder()
+    x = b.input(Role.INPUT, "0", (4,), torch.complex64)
+    copy = b.call(aten.clone.default, b.call(aten._conj.default, x))
+    parts = b.call(aten.view_as_real.default, copy)  # refuses what is lazy
+    graph = b.build({output(): b.call(aten.neg.default, parts)}, Level.INFERENCE)
+    assert applied(Cleanup(), graph).applied == ()
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_buffers_that_swap_are_copied_first(turned: bool) -> None:
+    b = Builder()
+    buffers = [b.input(Role.BUFFER, name, (4, 4)) for name in "ab"]
+    copies = [b.call(aten.clone.default, buffer) for buffer in buffers]
+    if turned:
+        copies = [b.call(aten.t.default, copy) for copy in copies]
     graph = b.build({mutation("a"): copies[1], mutation("b"): copies[0]}, Level.INFERENCE)
     assert reasons(applied(Cleanup(), graph)) == [("clone", "escapes"), ("clone_1", "escapes")]
 
@@ -229,7 +260,6 @@ def saved_copy(source: str) -> Graph:
 )
 def test_copy_that_is_kept_for_backward_stays(source: str, reason: str) -> None:
     graph = saved_copy(source)
-    graph.signature = type(graph.signature)(graph.signature.inputs, graph.signature.outputs)
     outcome = Cleanup().apply(graph, PassContext())
     assert reasons(outcome) == [("clone", reason)]
     assert "clone" in targets(graph)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphopt.diff import Kind, diff_graphs, diff_texts
-from graphopt.diff_collapse import Family, collapse
+from graphopt.diff.collapse import Family, collapse
 from graphopt.errors import TextError
 from graphopt.graph import Graph
 from graphopt.plan import Role

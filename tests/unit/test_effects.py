@@ -107,6 +107,24 @@ def test_who_sees_what() -> None:
     assert sharing.obstacle(x, w) == "snapshot"
 
 
+def test_what_backward_returns_or_takes_out_of_a_tuple_is_kept() -> None:
+    b = Builder()
+    w = b.input(Role.PARAM, "w", (4,))
+    tangent = b.input(Role.TANGENT, "0", (4,))
+    slope = b.call(aten.exp.default, w)
+    parts = b.call(aten.sort.default, w)
+    values, indices = (
+        b.call(operator.getitem, parts, 0),
+        b.backward(operator.getitem, parts, 1),
+    )
+    gradient = b.backward(aten.gather.default, tangent, 0, indices)
+    graph = b.build({output(): values, grad("w"): slope, grad("v"): gradient})
+    sharing = Sharing(graph)
+    assert sharing.seen(slope) == Seen.RETURNED | Seen.KEPT
+    assert sharing.seen(indices) == Seen.KEPT
+    assert sharing.seen(values) == Seen.RETURNED
+
+
 def test_merged_values_are_seen_by_the_readers_of_both() -> None:
     b = Builder()
     w = b.input(Role.PARAM, "w", (4,))

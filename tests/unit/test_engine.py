@@ -92,7 +92,10 @@ def test_mutations_in_the_backward_half_reach_the_state() -> None:
         for name, parameter in plain.named_parameters():
             expected = count * parameter.grad.square().sum()
             assert torch.allclose(state[f"squared_norm.{name}"], expected), name
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters()))
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
 
     fresh = graphopt.optimize(copy.deepcopy(plain), passes=[GradientNorms()], backend="eager")
     graphopt.load_state_dict(fresh, state)
@@ -103,7 +106,7 @@ def test_mutations_in_the_backward_half_reach_the_state() -> None:
     assert all(torch.equal(resumed[k], straight[k]) for k in straight)
     with pytest.raises(graphopt.errors.StateError, match="shape"):
         graphopt.load_state_dict(fresh, {k: torch.ones(7) for k in straight})
-    assert not list(model.state_dict()) != list(plain.state_dict())
+    assert list(model.state_dict()) == list(plain.state_dict())
 
 
 def test_plan_is_json_and_its_digest_follows_it(convs: Convs) -> None:
@@ -139,9 +142,7 @@ UPDATES = {
     "new parameter": lambda m: setattr(
         m.conv1, "weight", nn.Parameter(torch.full_like(m.conv1.weight, 0.1))
     ),
-    "load_state_dict": lambda m: m.load_state_dict(
-        {k: v + 1 for k, v in m.state_dict().items()}
-    ),
+    "load_state_dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
 }
 
 
@@ -169,9 +170,9 @@ def test_prologue_runs_once_while_nothing_changes(convs: Convs) -> None:
         values = list(keeper.values)
         folded(X)
         assert all(a is b for a, b in zip(values, keeper.values, strict=True))
-    assert not [
-        n for n in hoist_of(folded).main.graph.nodes if "batch_norm" in str(n.target)
-    ], "batch norm was not folded"
+    assert not [n for n in hoist_of(folded).main.graph.nodes if "batch_norm" in str(n.target)], (
+        "batch norm was not folded"
+    )
 
 
 def hoist_of(model: nn.Module) -> Any:
@@ -239,16 +240,16 @@ def _contest(convs: Convs, delays: dict[str, float]) -> Any:
 
         return Built(call, call)
 
-    choice, chosen = choose("auto", make, Trial(convs, (X,), {}), graph)
+    choice, _ = choose("auto", make, Trial(convs, (X,), {}), graph)
     return choice, built
 
 
 def test_the_faster_backend_wins_and_the_verdict_is_kept(convs: Convs) -> None:
-    choice, built = _contest(convs, {"eager": 0.02, "inductor": 0.001})
+    choice, _ = _contest(convs, {"eager": 0.02, "inductor": 0.001})
     assert choice.backend == "inductor"
     assert "measured" in choice.reason
     assert choice.seconds["inductor"] < choice.seconds["eager"]
-    choice, built = _contest(convs, {"eager": 0.001, "inductor": 0.02})
+    choice, _ = _contest(convs, {"eager": 0.001, "inductor": 0.02})
     assert choice.backend == "inductor"
     assert "kept from an earlier run" in choice.reason
 

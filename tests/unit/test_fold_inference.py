@@ -218,6 +218,14 @@ def test_norm_that_cannot_be_folded(make: object, reason: str) -> None:
     assert targets(graph) == before
 
 
+def test_norm_that_changes_the_layout_stays() -> None:
+    b = Builder()
+    graph = inference(b, normalised(b, convolved(b, image(b))))
+    result = graph.outputs[0]
+    result.meta["val"] = result.meta["val"].to(memory_format=torch.channels_last)
+    assert [d.reason for d in FoldInference().apply(graph, PassContext()).declined] == ["layout"]
+
+
 def test_mutated_statistics_are_neither_folded_nor_frozen() -> None:
     b = Builder()
     y = normalised(b, convolved(b, image(b)))

@@ -95,7 +95,9 @@ def test_runtime_knows_plan_ops_and_errors_only() -> None:
 def test_graphopt_loads_neither_passes_nor_runtime() -> None:
     for file in _files("graphopt"):
         bad = [
-            n for n in _module_level_imports(file) if _within(n, "graphopt.passes", "graphopt.runtime")
+            n
+            for n in _module_level_imports(file)
+            if _within(n, "graphopt.passes", "graphopt.runtime")
         ]
         assert not bad, f"{file}: {bad}"
 

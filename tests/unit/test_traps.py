@@ -227,7 +227,9 @@ def test_autocast_gets_its_own_graph() -> None:
 
 
 def test_double_backward_is_refused() -> None:
-    optimized = graphopt.optimize(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager", passes="")
+    optimized = graphopt.optimize(
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager", passes=""
+    )
     x = torch.randn(3, 4, requires_grad=True)
     loss = optimized(x).sum()
     with pytest.raises(DoubleBackwardError, match="create_graph=True"):
@@ -235,7 +237,9 @@ def test_double_backward_is_refused() -> None:
 
 
 def test_retain_graph_gives_the_same_gradients_twice() -> None:
-    optimized = graphopt.optimize(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager", passes="")
+    optimized = graphopt.optimize(
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager", passes=""
+    )
     loss = optimized(torch.randn(3, 4)).sum()
     weights = list(optimized.parameters())
     first = torch.autograd.grad(loss, weights, retain_graph=True)
@@ -260,7 +264,9 @@ def test_absent_tangents_leave_gradients_absent() -> None:
 
 
 def test_parameter_changed_between_forward_and_backward_is_noticed() -> None:
-    optimized = graphopt.optimize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), backend="eager", passes="")
+    optimized = graphopt.optimize(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), backend="eager", passes=""
+    )
     loss = optimized(torch.randn(3, 4)).sum()
     with torch.no_grad():
         optimized[1].weight.add_(1)

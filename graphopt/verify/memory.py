@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from graphopt.analysis.aliasing import storage
 from graphopt.plan import Role
-from graphopt.verify_form import Scan, Violation
+from graphopt.verify.form import Scan, Violation
 
 
 def in_place_safe(scan: Scan) -> Iterator[Violation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
-from graphopt.diff_items import Item
+from graphopt.diff.items import Item
 
 Key = Callable[[Item], Hashable]
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from graphopt import verify_form as form
-from graphopt import verify_step as step
 from graphopt.errors import InvariantError
 from graphopt.graph import Graph, source_of
-from graphopt.verify_form import Scan, Violation
-from graphopt.verify_memory import in_place_safe
-from graphopt.verify_values import values_true
+from graphopt.verify import form, step
+from graphopt.verify.form import Scan, Violation
+from graphopt.verify.memory import in_place_safe
+from graphopt.verify.values import values_true
 
 
 @dataclass(frozen=True)

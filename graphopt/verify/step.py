@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from graphopt.graph import value_of
 from graphopt.plan import Phase, Role, Slot
-from graphopt.verify_form import Scan, Violation
+from graphopt.verify.form import Scan, Violation
 
 _MUTABLE_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.STATE})
 _DIFFERENTIABLE_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT})

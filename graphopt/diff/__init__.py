@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 
-from graphopt.diff_collapse import Family, collapse
-from graphopt.diff_compare import ROOT, Change, Kind, compare
+from graphopt.diff.collapse import Family, collapse
+from graphopt.diff.compare import ROOT, Change, Kind, compare
 from graphopt.graph import Graph
 from graphopt.plan import Phase
 from graphopt.text.lift import lift_graph

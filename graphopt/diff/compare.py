@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from graphopt.diff_items import Item, Numbering, items_of
-from graphopt.diff_match import match
+from graphopt.diff.items import Item, Numbering, items_of
+from graphopt.diff.match import match
 from graphopt.plan import Phase
 from graphopt.text.names import word_of
 from graphopt.text.syntax import Program, TensorType, Type

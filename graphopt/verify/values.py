@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphopt.graph import value_of
-from graphopt.verify_form import Scan, Violation
+from graphopt.verify.form import Scan, Violation
 
 
 def values_true(scan: Scan) -> Iterator[Violation]:
