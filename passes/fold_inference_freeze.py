@@ -49,20 +49,20 @@ def freeze(
             continue
         within = cone(node, upstream)
         sources = [n for n in weights if n in within]
-        reason = _obstacle(node, sources, mutated, sharing)
-        if reason or is_cheap(node, sharing) or not sources:
-            inside.remove(node)  # stays an operator, whose operands may be frozen
-            # One word about a whole expression of a mutated buffer is enough.
-            is_inner = reason == "mutated" and any(user in mutated for user in node.users)
-            if reason and not is_inner and not is_cheap(node, sharing):
-                declined.append(Declined(node.name, reason, _DETAILS[reason], _numbers(node)))
+        is_candidate = (sources or node in mutated) and not is_cheap(node, sharing)
+        reason = _obstacle(node, sources, mutated, sharing) if is_candidate else ""
+        if is_candidate and not reason:
+            chosen[node] = sources
             continue
-        chosen[node] = sources
+        inside.remove(node)  # stays an operator, whose operands may be frozen
+        # One word about a whole expression of a mutated buffer is enough.
+        if reason and not (reason == "mutated" and any(user in mutated for user in node.users)):
+            declined.append(Declined(node.name, reason, _DETAILS[reason], _numbers(node)))
     applied: list[Applied] = []
     for node, sources in reversed(chosen.items()):
         _mark(graph, node, [user for user in node.users if user not in inside])
         largest = max(sources, key=lambda n: tensor_bytes(value_of(n)))
-        applied.append(Applied(weights[largest].name, f"computed {node.name} once", _numbers(node)))
+        applied.append(Applied(weights[largest].name, "computed once", _numbers(node)))
     return Outcome(tuple(applied), tuple(declined))
 
 
@@ -89,7 +89,7 @@ def _obstacle(
         return "escapes"
     allowed = sum(tensor_bytes(value_of(n)) for n in sources)
     size = tensor_bytes(value_of(node))
-    return "too-large" if sources and size > max(allowed, FREE_BYTES) else ""
+    return "too-large" if size > max(allowed, FREE_BYTES) else ""
 
 
 def _numbers(node: fx.Node) -> dict[str, Number]:

@@ -73,9 +73,8 @@ def fold_norms(graph: Graph, known: set[fx.Node], mutated: Collection[fx.Node]) 
         if no or isinstance(found, Declined):
             declined += [no] if no else []
             continue
-        layer = module_of(found.layer) or found.layer.name
         channels = int(value_of(found.mean).shape[0])
-        applied.append(Applied(_name(norm), f"folded into {layer}", {"channels": channels}))
+        applied.append(Applied(_name(norm), "folded into the layer before", {"channels": channels}))
         known.update(_fold(graph, found))
     return Outcome(tuple(applied), tuple(declined))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import graphopt.ops  # noqa: F401  (registers graphopt::frozen)
+from graphopt.runtime.convolutions import pack_convolutions
 
 # Elements compared per weight. An update through ``.data`` does not grow the version counter, and
 # training code that keeps moving averages uses it; such an update changes every element.
@@ -41,7 +42,10 @@ def hoist(module: fx.GraphModule) -> Hoisted | None:
     frozen = module.graph.find_nodes(op="call_function", target=torch.ops.graphopt.frozen.default)
     if not frozen:
         return None
-    return Hoisted(*_prologue(module, frozen))
+    hoisted = Hoisted(*_prologue(module, frozen))
+    values = hoisted.main.graph.find_nodes(op="placeholder")[-len(frozen) :]
+    pack_convolutions(hoisted.main, {node.name for node in values})
+    return hoisted
 
 
 def _prologue(

@@ -24,7 +24,7 @@ from graphopt.errors import BackendError
 from graphopt.plan import Phase, Plan, Role
 from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
-from graphopt.runtime.frozen import Hoisted, WhileUnchanged, hoist
+from graphopt.runtime.frozen import WhileUnchanged, hoist
 from graphopt.runtime.partition import Halves, split
 
 
@@ -142,37 +142,12 @@ def _inference(module: fx.GraphModule, plan: Plan) -> Executable:
     hoisted = hoist(module)
     if hoisted is None:
         return _compile_inference(module, weights, len(plan.signature.outputs))
-    _convolve_in_channels_last(hoisted)
     inputs = len(plan.signature.inputs)
     frozen = len(hoisted.main.graph.find_nodes(op="placeholder")) - inputs
     main = _compile_inference(
         hoisted.main, [*weights, *range(inputs, inputs + frozen)], len(plan.signature.outputs)
     )
     return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources)
-
-
-def _convolve_in_channels_last(hoisted: Hoisted) -> None:
-    """Give frozen convolution weights the layout in which Inductor's CPU convolutions run.
-
-    Otherwise the compiled code would convert them at every call.
-    """
-    placeholders = hoisted.main.graph.find_nodes(op="placeholder")
-    output = hoisted.prologue.graph.output_node()
-    values = list(cast("Sequence[fx.Node]", output.args[0]))
-    for index, node in enumerate(placeholders[len(placeholders) - len(values) :]):
-        used_by = [user for user in node.users if user.args[1] is node]
-        if node.meta["val"].dim() != 4 or not used_by:
-            continue
-        if all(user.target is torch.ops.aten.convolution.default for user in used_by):
-            with hoisted.prologue.graph.inserting_before(output):
-                values[index] = hoisted.prologue.graph.call_function(
-                    torch.ops.aten.clone.default,
-                    (values[index],),
-                    {"memory_format": torch.channels_last},
-                )
-            node.meta["val"] = node.meta["val"].contiguous(memory_format=torch.channels_last)
-    output.args = (values,)
-    hoisted.prologue.recompile()
 
 
 def _compile_inference(module: fx.GraphModule, static: Sequence[int], outputs: int) -> Executable:
