@@ -12,13 +12,14 @@ with the weight tensor, so the caller must pass a new tensor object whenever its
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("graphopt", "FRAGMENT")
-_library.define(  # type: ignore[no-untyped-call]
+# Typed `Any` because torch leaves the methods of `Library` untyped.
+_library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
     "packed_convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
     "int[] dilation, int groups, Tensor? other, bool relu) -> Tensor"
 )
@@ -69,14 +70,14 @@ def _cpu(
         setattr(weight, _KEY, packed)
     x = x.contiguous(memory_format=torch.channels_last)
     if other is None:
-        after = ("relu" if relu else "none", [], "")
+        after: tuple[Any, ...] = ("relu" if relu else "none", [], "")
         y = kernels(x, packed, bias, padding, stride, dilation, groups, *after)
     else:
         other = other.contiguous(memory_format=torch.channels_last)
-        sums = ("add", 1.0, "relu" if relu else None, [], None)
+        sums: tuple[Any, ...] = ("add", 1.0, "relu" if relu else None, [], None)
         y = kernels.binary(x, other, packed, bias, padding, stride, dilation, groups, *sums)
     return cast("Tensor", y)
 
 
-_library.impl("packed_convolution", _cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("packed_convolution", _cpu, "CPU")
 torch.library.register_fake("graphopt::packed_convolution", reference, lib=_library)
