@@ -66,3 +66,19 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(self.stem(x)).mean((2, 3)))
+
+
+def transformer(layers: int) -> tuple[nn.Module, Tensor]:
+    """BERT with narrow layers, for graphs of realistic size, and a batch of tokens."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+    )
+    return BertForMaskedLM(config), torch.randint(128, (2, 16))

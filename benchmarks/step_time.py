@@ -1,7 +1,7 @@
 """Training step and inference time against PyTorch eager and `torch.compile`.
 
 Alternating runs in one process; medians of paired ratios with bootstrap intervals. Run
-``python benchmarks/step_time.py [case ...]`` on an otherwise idle machine; the results go to
+``python -m benchmarks.step_time [case ...]`` on an otherwise idle machine; the results go to
 ``benchmarks/results/step_time_<device>.json``.
 """
 

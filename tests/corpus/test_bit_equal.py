@@ -75,3 +75,16 @@ def test_full_verification_holds_after_each_pass(name: str) -> None:
     model, args, kwargs = _optimized(name, passes="cleanup", verify="full")
     model(*args, **kwargs)
     assert report(model).specialisations[0].steps[0].outcome.changed
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "branching", "custom_function", "lstm_ctc"])
+def test_inductor_follows_eager_with_its_random_stream(name: str) -> None:
+    entry = CORPUS[name]
+    expected = _step(entry.make(), entry.loss)
+    model, args, kwargs = entry.make()
+    graphopt.optimize(model, backend="inductor")
+    actual = _step((model, args, kwargs), entry.loss)
+    assert report(model).specialisations[0].backend.backend == "inductor"
+    for key, value in expected.items():
+        if value is not None:
+            torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=1e-5, msg=key)
