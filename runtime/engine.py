@@ -40,10 +40,15 @@ class Expected:
         """The tangent in this geometry; zeros where there is none."""
         if tangent is None:
             tangent = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.size)
-        if tangent.stride() == self.stride:
+        if tangent.stride() == self.stride or self._fits(tangent):
             return tangent
         out = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         return out.copy_(tangent)
+
+    def _fits(self, tangent: Tensor) -> bool:
+        """Equal strides wherever there is more than one element."""
+        strides = zip(self.size, self.stride, tangent.stride(), strict=True)
+        return all(a == b for size, a, b in strides if size != 1)
 
 
 class Engine:
@@ -215,6 +220,24 @@ class TrainingEngine(Engine):
         return [results[i] if live & sources else None for i, _, sources in self.gradients]
 
 
+def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs, such that the caller may change them in place where eager allows it.
+
+    Autograd refuses to change a view that a custom function returns. Without its mark as a view an
+    output may be changed, but the change no longer shows in the version counter of its base, so a
+    view whose memory the backward needs keeps the mark.
+    """
+    if not any(t._is_view() for t in outputs):
+        return tuple(outputs)
+    needed = {t.untyped_storage().data_ptr() for t in saved}
+    return tuple(
+        torch.ops.aten._unsafe_view.default(t, t.shape)
+        if t._is_view() and t.untyped_storage().data_ptr() not in needed
+        else t
+        for t in outputs
+    )
+
+
 class _Step(torch.autograd.Function):
     """One training step's model part as a node of autograd."""
 
@@ -226,13 +249,10 @@ class _Step(torch.autograd.Function):
         ctx.engine = engine
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
+        returned = _changeable(outputs, saved)
         with_tangent = set(engine.tangent_of_output)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in with_tangent))
-        # A view made inside a custom function may not be changed in place outside; as the model's
-        # own result it may.
-        return tuple(
-            torch.ops.aten._unsafe_view.default(t, t.shape) if t._is_view() else t for t in outputs
-        )
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(returned) if i not in with_tangent))
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

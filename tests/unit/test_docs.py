@@ -1,0 +1,157 @@
+"""The documents: pass pages are generated, and the examples of README.md run and print what it says.
+
+A fenced block whose info string ends in ``# runs`` is an example. ``python # runs`` blocks of the
+document are executed in order, in one namespace; a ``text`` block right behind one is what it
+prints. A ``console # runs`` block holds a ``$ graphopt ...`` command and what that prints. Times are
+compared as times, and a line ``...`` stands for any lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import linecache
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+
+_BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
+_TIME = re.compile(r"\b\d[\d.]* (us|ms|s)\b")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block that runs.
+
+    Attributes:
+        kind: ``"python"`` or ``"console"``.
+        text: the program or the command.
+        printed: what the document says that it prints; ``None`` if it does not say.
+        line: where it begins in the document.
+    """
+
+    kind: str
+    text: str
+    printed: str | None
+    line: int
+
+
+def examples(document: str) -> list[Example]:
+    """All examples of a Markdown text, in order."""
+    found = []
+    blocks = list(_BLOCK.finditer(document))
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        kind, _, mark = block["kind"].partition(" # ")
+        if mark != "runs":
+            continue
+        line = document.count("\n", 0, block.start()) + 1
+        text, printed = block["text"], None
+        if kind == "console":
+            text, _, printed = text.partition("\n")
+        elif (
+            after and after["kind"] == "text" and not document[block.end() : after.start()].strip()
+        ):
+            printed = after["text"]
+        found.append(Example(kind, text, printed, line))
+    return found
+
+
+def run_python(text: str, module: ModuleType, file: Path) -> str:
+    """Run a block in `module`, as `file`; what it prints, with that file called by its bare name."""
+    file.write_text(text)
+    linecache.checkcache(str(file))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(text, str(file), "exec"), vars(module))
+    return printed.getvalue().replace(f"{file.parent}/", "")
+
+
+def run_console(command: str) -> str:
+    """What a ``$ graphopt ...`` command prints at a width of 100 columns."""
+    from graphopt.cli.main import app
+
+    prompt, name, *arguments = shlex.split(command)
+    assert (prompt, name) == ("$", "graphopt")
+    result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, arguments)
+    assert result.exit_code in (0, 1), result.output
+    return "\n".join(line.rstrip() for line in result.stdout.splitlines()).strip() + "\n"
+
+
+def says(printed: str, expected: str) -> bool:
+    """Whether this output is the documented one, up to times and lines that are left out."""
+    parts = re.split(r"^\.\.\.\n", _TIME.sub("TIME", expected), flags=re.MULTILINE)
+    pattern = r"(?:.*\n)*".join(map(re.escape, parts))
+    return re.fullmatch(pattern, _TIME.sub("TIME", printed)) is not None
+
+
+def _hold(example: Example, printed: str) -> None:
+    if example.printed is not None:
+        message = f"README.md:{example.line} prints\n{printed}\nand not\n{example.printed}"
+        assert says(printed, example.printed), message
+
+
+def test_readme_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [e for e in examples(README.read_text()) if e.kind == "python"]
+    assert len(found) > 5
+    module = ModuleType("readme_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
+    with torch.random.fork_rng():
+        for example in found:
+            _hold(example, run_python(example.text, module, tmp_path / "example.py"))
+
+
+_CONSOLE = [e for e in examples(README.read_text()) if e.kind == "console"]
+
+
+@pytest.mark.parametrize("example", _CONSOLE, ids=lambda e: e.text)
+def test_readme_commands_print_what_it_says(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with torch.random.fork_rng():
+        _hold(example, run_console(example.text))
+
+
+def test_every_command_is_shown() -> None:
+    from graphopt.cli.main import app
+
+    commands = {c.callback.__name__ for c in app.registered_commands if c.callback}
+    shown = set(re.findall(r"^\$ graphopt (\w+)", README.read_text(), re.MULTILINE))
+    assert shown == commands
+
+
+def test_pass_pages_are_up_to_date() -> None:
+    path = ROOT / "docs" / "generate_passes.py"
+    spec = importlib.util.spec_from_file_location("generate_passes", path)
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    committed = {p.name: p.read_text() for p in (ROOT / "docs" / "passes").glob("*.md")}
+    assert committed == generator.pages(), "run `python docs/generate_passes.py`"
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("a\n1.2 ms\n", "a\n3 us\n", True),
+        ("a\nb\nc\n", "a\n...\nc\n", True),
+        ("a\n", "a\n...\n", True),
+        ("a\nb\n", "a\n", False),
+        ("a 2\n", "a 3\n", False),
+    ],
+)
+def test_comparison_of_outputs(printed: str, expected: str, same: bool) -> None:
+    assert says(printed, expected) == same
