@@ -12,15 +12,12 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.report import Report, Specialisation
-
-if TYPE_CHECKING:
-    from graphopt.api import Compiler
 
 log = logging.getLogger("graphopt")
 
@@ -47,6 +44,23 @@ class Variant:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     entry: Specialisation
+
+
+class Compiler(Protocol):
+    """What makes variants; `graphopt.api` has the one there is."""
+
+    def compile(
+        self,
+        model: nn.Module,
+        forward: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        state: dict[str, Tensor],
+    ) -> Variant:
+        """The variant for one call."""
+
+    def report(self, model: str) -> Report:
+        """A report without specialisations, for a model of this class name."""
 
 
 class Controller:
