@@ -74,6 +74,7 @@ def _names(facts: frozenset[str]) -> str:
 
 
 def main() -> None:
+    """Write the pages, and delete those of passes that are gone."""
     FOLDER.mkdir(exist_ok=True)
     texts = pages()
     for old in FOLDER.glob("*.md"):

@@ -160,7 +160,7 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
-        if torch.compiler.is_compiling():  # somebody else captures a program around this model
+        if _within_another_program():
             return base.forward(self, *args, **kwargs)
         controller: Controller = self.__dict__[_KEY]
         return controller(self, args, kwargs)
@@ -197,6 +197,11 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), namespace)
+
+
+def _within_another_program() -> bool:
+    """Whether somebody else captures or transforms what calls this model (compile, grad, vmap)."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:

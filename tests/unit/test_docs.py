@@ -1,9 +1,9 @@
-"""The documents: pass pages are generated, and the examples of README.md run and print what it says.
+"""The documents: pass pages are generated, examples run and print what is written, links lead on.
 
 A fenced block whose info string ends in ``# runs`` is an example. ``python # runs`` blocks of the
 document are executed in order, in one namespace; a ``text`` block right behind one is what it
-prints. A ``console # runs`` block holds a ``$ graphopt ...`` command and what that prints. Times are
-compared as times, and a line ``...`` stands for any lines.
+prints. A ``console # runs`` block holds a ``$ graphopt ...`` command and what that prints. Times
+are compared as times, and a line ``...`` stands for any lines.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "writing_a_pass.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
 _TIME = re.compile(r"\b\d[\d.]* (us|ms|s)\b")
@@ -38,24 +40,25 @@ class Example:
         kind: ``"python"`` or ``"console"``.
         text: the program or the command.
         printed: what the document says that it prints; ``None`` if it does not say.
-        line: where it begins in the document.
+        place: where it begins, as ``file:line``.
     """
 
     kind: str
     text: str
     printed: str | None
-    line: int
+    place: str
 
 
-def examples(document: str) -> list[Example]:
-    """All examples of a Markdown text, in order."""
+def examples(file: Path) -> list[Example]:
+    """All examples of a Markdown file, in order."""
+    document = file.read_text()
     found = []
     blocks = list(_BLOCK.finditer(document))
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         kind, _, mark = block["kind"].partition(" # ")
         if mark != "runs":
             continue
-        line = document.count("\n", 0, block.start()) + 1
+        place = f"{file.name}:{document.count(chr(10), 0, block.start()) + 1}"
         text, printed = block["text"], None
         if kind == "console":
             text, _, printed = text.partition("\n")
@@ -63,12 +66,12 @@ def examples(document: str) -> list[Example]:
             after and after["kind"] == "text" and not document[block.end() : after.start()].strip()
         ):
             printed = after["text"]
-        found.append(Example(kind, text, printed, line))
+        found.append(Example(kind, text, printed, place))
     return found
 
 
 def run_python(text: str, module: ModuleType, file: Path) -> str:
-    """Run a block in `module`, as `file`; what it prints, with that file called by its bare name."""
+    """Run a block in `module`, as `file`; what it prints, without the folder of that file."""
     file.write_text(text)
     linecache.checkcache(str(file))
     printed = io.StringIO()
@@ -97,22 +100,25 @@ def says(printed: str, expected: str) -> bool:
 
 def _hold(example: Example, printed: str) -> None:
     if example.printed is not None:
-        message = f"README.md:{example.line} prints\n{printed}\nand not\n{example.printed}"
+        message = f"{example.place} prints\n{printed}\nand not\n{example.printed}"
         assert says(printed, example.printed), message
 
 
-def test_readme_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", [README, GUIDE], ids=lambda file: file.stem)
+def test_python_examples_run(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    found = [e for e in examples(README.read_text()) if e.kind == "python"]
-    assert len(found) > 5
-    module = ModuleType("readme_example")
+    found = [e for e in examples(document) if e.kind == "python"]
+    assert found
+    module = ModuleType("documented")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
     with torch.random.fork_rng():
         for example in found:
             _hold(example, run_python(example.text, module, tmp_path / "example.py"))
 
 
-_CONSOLE = [e for e in examples(README.read_text()) if e.kind == "console"]
+_CONSOLE = [e for e in examples(README) if e.kind == "console"]
 
 
 @pytest.mark.parametrize("example", _CONSOLE, ids=lambda e: e.text)
@@ -130,6 +136,16 @@ def test_every_command_is_shown() -> None:
     commands = {c.callback.__name__ for c in app.registered_commands if c.callback}
     shown = set(re.findall(r"^\$ graphopt (\w+)", README.read_text(), re.MULTILINE))
     assert shown == commands
+
+
+def test_the_model_of_the_commands_is_shown_whole() -> None:
+    assert (ROOT / "examples" / "small.py").read_text() in README.read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.stem)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text()):
+        assert (document.parent / target).exists(), target
 
 
 def test_pass_pages_are_up_to_date() -> None:

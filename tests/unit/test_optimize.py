@@ -332,3 +332,34 @@ def test_weights_for_backward_can_differ_from_forward() -> None:
     controller.variants[0].engine.weights_for_backward["1.weight"] = other
     model(x).sum().backward()
     assert torch.allclose(model[0].weight.grad, other.sum(0).unsqueeze(1) @ x.sum(0).unsqueeze(0))
+
+
+def test_the_plain_model_runs_inside_other_programs(net: Net) -> None:
+    """torch.compile around it, and torch.func transforms, see the model's own forward."""
+    from torch.func import functional_call, grad, vmap
+
+    plain = copy.deepcopy(net).eval()
+    graphopt.optimize(net, (X,), backend="eager").eval()
+    compiled = torch.compile(lambda x: net(x).sum(), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(X), plain(X).sum())
+    parameters = {k: v.detach() * 2 for k, v in net.named_parameters()}
+    assert torch.equal(
+        functional_call(net, parameters, (X,)), functional_call(plain, parameters, (X,))
+    )
+    own, expected = (
+        grad(lambda p, m=m: functional_call(m, p, (X,)).sum())(parameters) for m in (net, plain)
+    )
+    assert all(torch.equal(own[k], expected[k]) for k in expected)
+    stacked = X.unsqueeze(1)
+    assert torch.allclose(vmap(net)(stacked), vmap(plain)(stacked), atol=1e-6)
+    assert "joint graph" in net.explain(), "the model must stay optimized"
+
+
+def test_two_forwards_and_one_backward(net: Net) -> None:
+    plain = copy.deepcopy(net)
+    graphopt.optimize(net, backend="eager")
+    for model in (net, plain):
+        torch.manual_seed(4)
+        (model(X).sum() + model(X * 2).square().sum()).backward()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
