@@ -8,7 +8,11 @@ so a fingerprint of everything that forward could have read is compared at each 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,7 +43,7 @@ def by_export(
     # Export calls model.forward, which optimize() may have replaced on the class.
     object.__setattr__(model, "forward", types.MethodType(forward, model))
     try:
-        with capturable_leaves():
+        with capturable_leaves(), _quietly():
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise refusal from error
@@ -123,6 +127,23 @@ def _custom_function(
             return type(node).__name__.removesuffix("Backward")
         queue.extend(parent for parent, _ in node.next_functions)
     return ""
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what export prints and logs about a model that it refuses too; the refusal says it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -102,13 +102,12 @@ def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
     stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
     where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
     message = str(error)
-    hint = (
-        "rewrite this line without Python control flow on tensor values (torch.where, torch.cond)"
-    )
-    for line in message.splitlines():
-        if line.strip().startswith("Hint:"):
-            hint = line.split("Hint:", 1)[1].strip()
-            break
+    hint = "rewrite this line, or keep what it does outside of the model"
+    if "data-dependent" in message.lower():
+        hint = "choose by torch.where or torch.cond instead of by Python on tensor values"
+    else:
+        hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
+        hint = next((h.split(". ")[0].strip().rstrip(".") for h in hints), hint)
     return CaptureError(
         f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
