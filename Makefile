@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test explore lint bench clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(STAMP) ## train a ResNet on digits twice, by PyTorch alone and through g
 
 test: $(STAMP) ## run all tests
 	$(BIN)/python -m pytest -n 2
+
+explore: $(STAMP) ## run the property tests on new random examples
+	$(BIN)/python -m pytest -n 2 tests/property --hypothesis-profile=explore
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

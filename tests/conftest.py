@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("graphopt", deadline=None, print_blob=True)
-settings.load_profile("graphopt")
+# The suite tries the same examples every time; `make explore` tries new ones.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=500)
+settings.load_profile("same")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker
     torch.set_num_threads(1)

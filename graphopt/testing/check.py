@@ -41,12 +41,15 @@ def check_pass(
         mesh: sizes of the parallel dimensions that the pass is told.
 
     Raises:
-        AssertionError: an obligation of `OBLIGATIONS` is violated; with the graph and the spec.
+        AssertionError: an obligation of `OBLIGATIONS` is violated, with the graph and the spec; or
+            the pass applied and declined nothing in any graph, so that nothing was proved.
         ArgumentError: the pass requires facts that no generated graph has.
     """
     _check_options(pass_)
     if graphs is None:
         graphs = _default_graphs(pass_)
+
+    sites = 0
 
     @settings(
         max_examples=max_examples,
@@ -57,19 +60,26 @@ def check_pass(
     )
     @given(graph=graphs, seed=st.integers(0, 3))
     def property_holds(graph: Graph, seed: int) -> None:
-        _check_once(pass_, graph, seed, mesh or {})
+        nonlocal sites
+        sites += _check_once(pass_, graph, seed, mesh or {})
 
     try:
         property_holds()
     except _PassFailure as failure:
         raise AssertionError(str(failure)) from failure.__cause__
+    assert sites, (
+        f"pass {pass_.name!r} applied and declined nothing in {max_examples} generated graphs, so "
+        "nothing was proved; give `graphs=` with the operators that it is about, such as "
+        "joint_graphs(kinds=[...])"
+    )
 
 
 class _PassFailure(AssertionError):
     """One application that violates an obligation."""
 
 
-def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -> None:
+def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -> int:
+    """Check one application; the number of sites that the pass applied or declined."""
     verify(graph, full=True)
     if missing := sorted(pass_.requires - graph.facts):
         raise ArgumentError(
@@ -85,6 +95,7 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
             obligation(trial)
     except Exception as error:
         raise _PassFailure(_message(pass_, name, before, after, seed, error)) from error
+    return len(outcome.applied) + len(outcome.declined)
 
 
 def _check_options(pass_: Pass) -> None:
