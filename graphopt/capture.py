@@ -34,6 +34,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 
+from graphopt.capture_export import by_export
 from graphopt.errors import CaptureError
 from graphopt.flat import FlatForward, Guard, Runner, first_line, location, name_inputs, refused
 from graphopt.graph import KEPT_META, Graph, Level
@@ -99,8 +100,6 @@ def capture(
     try:
         flat = _by_dynamo(model, forward, tuple(args), dict(kwargs or {}))
     except CaptureError as refusal:
-        from graphopt.capture_export import by_export
-
         flat = by_export(model, forward, tuple(args), dict(kwargs or {}), refusal)
     graph, aliases = _derive(flat)
     return Capture(

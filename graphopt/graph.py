@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
+from graphopt.errors import TextError
 from graphopt.plan import Phase, Role, Signature, Slot
 
 T = TypeVar("T")
@@ -191,6 +192,12 @@ class Graph:
         for key, column in self._annotations.items():
             copy._annotations[key] = {mapping[n]: v for n, v in column.items() if n in mapping}
         return copy
+
+    def __reduce__(self) -> NoReturn:
+        # Pickling a GraphModule turns in-place operators into out-of-place ones (pytorch#198077).
+        raise TextError(
+            "a graph is not pickled", hint="graphopt.print_graph(graph) and graphopt.parse_graph"
+        )
 
     def __len__(self) -> int:
         return len(self.fx.nodes)

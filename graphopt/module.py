@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from graphopt.errors import ArgumentError
 from graphopt.report import Report, Specialisation
 
 log = logging.getLogger("graphopt")
@@ -211,8 +212,6 @@ def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
 
 def report(model: nn.Module) -> Report:
     """The report of an optimized model; raises ``ArgumentError`` for any other."""
-    from graphopt.errors import ArgumentError
-
     controller = controller_of(model)
     if controller is None:
         raise ArgumentError(

@@ -151,3 +151,17 @@ def test_mutated_inputs_are_written_back() -> None:
     for _ in range(2):
         assert torch.equal(model(x, a), optimized(x, b))
         assert torch.equal(a, b)
+
+
+def test_graphs_are_not_pickled() -> None:
+    import pickle
+
+    with pytest.raises(graphopt.errors.TextError, match="not pickled"):
+        pickle.dumps(capture(Small(), (torch.randn(2, 4),)).graph)
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0+cpu", "3.0.0"])
+def test_other_torch_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(CaptureError, match=r"outside the supported range >=2\.11,<2\.14"):
+        capture(Small(), (torch.randn(2, 4),))

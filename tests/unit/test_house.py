@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,23 @@ def test_seams_are_links_into_the_tree() -> None:
         link = ROOT / "graphopt" / name
         assert link.is_symlink()
         assert link.resolve() == (ROOT / name).resolve()
+
+
+def test_wheel_holds_every_module_under_graphopt_only(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
+    expected = {
+        "/".join((*package.split("."), file.name))
+        for package in _packages_in_tree()
+        for file in (ROOT / package.replace(".", "/")).glob("*.py")
+    }
+    assert names == expected
 
 
 @pytest.mark.parametrize("name", ["passes", "runtime"])
