@@ -7,6 +7,7 @@ layout the value is made contiguous again, so the module's results keep their st
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _pack(graph: fx.Graph, convolution: fx.Node) -> fx.Node:
     if addition is not None and not addition.kwargs:
         a, b = addition.args
         rest = b if a is convolution else a
-        if isinstance(rest, fx.Node) and rest is not convolution and _same_shape(rest, last):
+        if isinstance(rest, fx.Node) and rest is not convolution and _alike(rest, last):
             last, other = addition, rest
     relu = _only_user(last, aten.relu.default)
     last = relu or last
@@ -103,8 +104,9 @@ def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
     return user if user.target is target else None
 
 
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return isinstance(a.meta["val"], Tensor) and a.meta["val"].shape == b.meta["val"].shape
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype
 
 
 def _keep_layouts(graph: fx.Graph, packed: set[fx.Node]) -> None:
@@ -114,8 +116,7 @@ def _keep_layouts(graph: fx.Graph, packed: set[fx.Node]) -> None:
         arguments = [n for n in node.all_input_nodes if n in channels_last]
         if not arguments or node in packed or node.target in REDUCE:
             continue
-        picks_value = node.target is not None and getattr(node.target, "__name__", "") == "getitem"
-        if node.target in FOLLOW or picks_value:
+        if node.target in FOLLOW or node.target is operator.getitem:
             channels_last.add(node)
             continue
         for argument in arguments:

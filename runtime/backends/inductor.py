@@ -12,12 +12,12 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.errors import BackendError
@@ -48,8 +48,9 @@ def build(module: fx.GraphModule, plan: Plan, state: Any) -> TrainingEngine | In
             backward = _compile_backward(halves, strides, plan)
             return TrainingEngine(plan, halves, forward, backward, state)
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
         raise BackendError(
-            f"Inductor failed on this graph: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"Inductor failed on this graph: {type(error).__name__}: {reason}",
             hint="use backend='eager', or report the graph to PyTorch",
         ) from error
 
@@ -94,8 +95,7 @@ def _settings(values: Sequence[Any]) -> Iterator[None]:
     assert fake_mode is not None
     with (
         config.patch(fallback_random=True),
-        # Folded constants are real tensors on the module.
-        mock.patch.object(fake_mode, "allow_non_fake_inputs", True),
+        _allowing_constants(fake_mode),
         V.set_fake_mode(fake_mode),
         tracing(TracingContext(fake_mode)),
         torch._C._DisableAutocast(),
@@ -103,6 +103,17 @@ def _settings(values: Sequence[Any]) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _allowing_constants(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Folded constants are real tensors on the module, beside the fake inputs."""
+    before = fake_mode.allow_non_fake_inputs
+    fake_mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        fake_mode.allow_non_fake_inputs = before
 
 
 def _decompose(module: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
