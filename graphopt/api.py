@@ -24,7 +24,15 @@ from graphopt.passbase import EXACT, Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan
 from graphopt.report import Report, Specialisation, Step, Verification
-from graphopt.trial import Observed, Trial, compare, named_arguments, tensors_of, tolerance
+from graphopt.trial import (
+    Observed,
+    Trial,
+    compare,
+    named_arguments,
+    tensors_of,
+    tolerance,
+    tolerance_of_pass,
+)
 
 log = logging.getLogger("graphopt")
 
@@ -242,7 +250,7 @@ class _EachPass:
     def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
         actual = self.run()
         worst = compare(self.reference, actual)
-        if worst.error > tolerance(self.reference, pass_.numerics):
+        if worst.error > tolerance_of_pass(actual, pass_.numerics):
             raise MismatchError(
                 f"pass {pass_.name!r} promises {pass_.numerics} and changes {worst.name} by a "
                 f"relative error of {worst.error:.2g}",

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import CaptureError
 from graphopt.flat import FlatForward, Runner, name_inputs
 from graphopt.leaves import capturable_leaves, replace_leaves
+from graphopt.trial import Trial, tensors_of
 
 
 def by_export(
@@ -110,13 +111,9 @@ def _custom_function(
     """Name of a custom `autograd.Function` that one eager call runs; ``""`` when there is none."""
     if not torch.is_grad_enabled():
         return ""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng():
+    with Trial(model, args, kwargs).untouched():
         outputs = forward(model, *args, **kwargs)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    queue: list[Any] = [t.grad_fn for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+    queue: list[Any] = [tensor.grad_fn for _, tensor in tensors_of(outputs)]
     seen = set()
     while queue:
         node = queue.pop()

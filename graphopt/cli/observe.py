@@ -44,8 +44,7 @@ def on_example(example: Example, captured: Capture, state: dict[str, Tensor]) ->
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
         )
-        # Building an engine changes the code of the module that it is given.
-        call = captured.bind(eager.build(graph.copy().module, plan, state))
+        call = captured.bind(eager.build(graph.module, plan, state))
         return Trial(example.model, example.args, example.kwargs, state).observe(call)
 
     return observe

@@ -104,12 +104,10 @@ class _Checks:
         if step.skipped:
             self.stages.append(Stage(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
             return
-        from graphopt.trial import tolerance
+        from graphopt.trial import tolerance_of_pass
 
         after = self._observe(graph)
-        # On a GPU eager itself differs from run to run (atomics); on a CPU it does not.
-        on_gpu = any(value is not None and value.is_cuda for value in after.values.values())
-        allowed = tolerance(after, step.numerics) if on_gpu else step.numerics.bound
+        allowed = tolerance_of_pass(after, step.numerics)
         self.stages.append(_stage(step.spec, step.numerics, allowed, self._before, after))
         self._before = after
 

@@ -17,10 +17,9 @@ Both kernels run the eager function under autograd, so results are bit-equal to 
 pure functions of their arguments: ``tape`` holds the state of the random generator before the
 forward, from which the backward can repeat it. As a cache, the forward leaves autograd's own record
 on the tape tensor. The backward uses it once, provided that its tensors are still the recorded
-ones, and so costs what it costs in eager. Always repeating the forward was measured instead: steps
-of two-layer networks (T 100 to 200, H 128 to 256, CPU) took 1.24 times as long for GRU, 1.26 to
-1.53 times for LSTM. A hand-written backward over `aten` operators would serve one device and one
-mode each, and CPU GRU has none to build on.
+ones, and so costs what it costs in eager; always repeating would add a forward to every step. A
+hand-written backward over `aten` operators would serve one device and one mode each, and CPU GRU
+has none to build on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pass that owns state, as K-FAC will: it adds up the squared norm of every gradient."""
+"""Passes for the tests of the engine: one that owns state, as K-FAC will, and one that lies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from graphopt.plan import Phase, Role, Slot
 
 @dataclass(frozen=True)
 class GradientNorms(Pass):
+    """Adds up the squared norm of every gradient."""
+
     name: ClassVar[str] = "gradient_norms"
     numerics: ClassVar[Numerics] = EXACT
     levels: ClassVar[frozenset[str]] = frozenset({"joint"})
@@ -43,3 +45,20 @@ class GradientNorms(Pass):
             applied.append(Applied(name, "adds up the squared norm"))
         graph.set_outputs(outputs)
         return Outcome(tuple(applied))
+
+
+@dataclass(frozen=True)
+class SlightlyWrong(Pass):
+    """Says that it is exact, and changes one gradient by a millionth."""
+
+    name: ClassVar[str] = "slightly_wrong"
+    numerics: ClassVar[Numerics] = EXACT
+
+    def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
+        (name, *_) = graph.signature.names(Role.GRAD)
+        gradient = graph.gradient(name)
+        with graph.fx.inserting_before(graph.output):
+            wrong = graph.fx.call_function(torch.ops.aten.mul.Tensor, (gradient, 1 + 1e-6))
+        wrong.meta.update(gradient.meta)
+        graph.output.replace_input_with(gradient, wrong)
+        return Outcome((Applied(name, "scaled"),))

@@ -363,3 +363,16 @@ def test_two_forwards_and_one_backward(net: Net) -> None:
         (model(X).sum() + model(X * 2).square().sum()).backward()
     for a, b in zip(net.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("verify", ["eager", "full"])
+def test_full_verification_holds_an_exact_pass_to_the_last_bit(net: Net, verify: str) -> None:
+    from tests.unit.stateful_pass import SlightlyWrong
+
+    graphopt.optimize(net, passes=[SlightlyWrong()], backend="eager", verify=verify)  # type: ignore[call-overload]
+    if verify == "eager":  # compares the capture, before any pass
+        assert net(X).shape == (5, 3)
+        return
+    with pytest.raises(graphopt.errors.GraphoptError, match="'slightly_wrong' promises exact"):
+        net(X)
+    assert type(net) is Net
