@@ -6,9 +6,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from graphopt.arguments import check_model, parse_mesh, split_example_inputs
 from graphopt.capture import Capture, capture
 from graphopt.duel import Built, choose
 from graphopt.errors import ArgumentError, MismatchError, StateError
-from graphopt.graph import Graph
+from graphopt.graph import REDUCTION, Graph
 from graphopt.module import Variant, controller_of, install
 from graphopt.passbase import EXACT, Pass, PassContext
 from graphopt.pipeline import Pipeline
@@ -34,13 +35,17 @@ from graphopt.trial import (
     tolerance_of_pass,
 )
 
+if TYPE_CHECKING:
+    from graphopt.runtime.workers import Workers
+
 log = logging.getLogger("graphopt")
 
 M = TypeVar("M", bound=nn.Module)
 Backend = Literal["auto", "eager", "inductor"]
 Verify = Literal["off", "structure", "eager", "full"]
 
-PRESETS = {"auto": "cleanup"}
+# What a preset stands for, on one rank and in a job of several.
+PRESETS = {"auto": ("cleanup", "cleanup,schedule,group_gradients")}
 
 
 def optimize(
@@ -86,7 +91,9 @@ def optimize(
     check_model(model)
     _one_of("backend", backend, Backend)
     _one_of("verify", verify, Verify)
-    compiler = Compiler(_pipeline(passes), parse_mesh(mesh), backend, verify)
+    workers = None if dry_run else _workers(model, passes)
+    pipeline = _pipeline(passes, several_ranks=workers is not None)
+    compiler = Compiler(pipeline, _mesh(mesh, workers), backend, verify, workers)
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:
@@ -94,6 +101,8 @@ def optimize(
                 "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
             )
         return compiler.plan(model, *example)
+    if workers is not None:
+        workers.start(model)
     controller = install(model, compiler)
     if example is not None:
         controller.specialise(model, *example)
@@ -142,10 +151,22 @@ class Compiler:
     mesh: Mapping[str, int]
     backend: Backend
     verify: Verify
+    workers: Workers | None = None
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""
-        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=_notes())
+        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.workers is not None:
+            return self.workers.notes()
+        if distributed and torch.distributed.get_world_size() > 1:
+            return (
+                "gradients are not reduced across ranks: add group_gradients to the passes, or "
+                "wrap the optimized model in DistributedDataParallel",
+            )
+        return ()
 
     def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """What would be done for one call; runs no step."""
@@ -169,14 +190,15 @@ class Compiler:
         pipeline = self.pipeline
         if self.verify == "full":
             pipeline = replace(pipeline, observers=(_EachPass(self, trial, captured, state),))
-        steps = pipeline.run(
-            captured.graph,
-            PassContext(mesh=self.mesh, state=state),
-            verify="structure" if self.verify == "eager" else self.verify,
-        )
-        choice, built = choose(
-            self.backend, partial(self._build, captured, state), trial, captured.graph
-        )
+        with self._silent():
+            steps = pipeline.run(
+                captured.graph,
+                PassContext(workers=self.workers, mesh=self.mesh, state=state),
+                verify="structure" if self.verify == "eager" else self.verify,
+            )
+            choice, built = choose(
+                self._backend(), partial(self._build, captured, state), trial, captured.graph
+            )
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -214,6 +236,16 @@ class Compiler:
             seconds=time.perf_counter() - start,
         )
 
+    def _silent(self) -> AbstractContextManager[None]:
+        """Trials of one rank must not send messages that the others do not expect."""
+        return nullcontext() if self.workers is None else self.workers.silent()
+
+    def _backend(self) -> str:
+        """Ranks must not wait for a duel whose rounds they count differently."""
+        if self.workers is None or self.backend != "auto":
+            return self.backend
+        return "inductor" if self.workers.device.type == "cuda" else "eager"
+
     def eager_call(self, captured: Capture, state: dict[str, Tensor]) -> Callable[..., object]:
         """The graph as it is now, runnable as a call of the model."""
         return self._build(captured, state, "eager").call
@@ -221,11 +253,13 @@ class Compiler:
     def _build(self, captured: Capture, state: dict[str, Tensor], backend: str) -> Built:
         from graphopt.runtime.backends import build
 
-        engine = build(captured.graph.module, self._plan(captured, backend), state)
+        plan = self._plan(captured, backend)
+        engine = build(captured.graph.module, plan, state, self.workers)
         return Built(engine, captured.bind(engine))
 
     def _plan(self, captured: Capture, backend: str) -> Plan:
         graph: Graph = captured.graph
+        reduction = graph.annotation(graph.output, REDUCTION)
         return Plan(
             spec=str(self.pipeline),
             signature=graph.signature,
@@ -233,6 +267,7 @@ class Compiler:
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
             facts=tuple(sorted(graph.facts)),
+            **({} if reduction is None else vars(reduction)),
         )
 
 
@@ -272,9 +307,29 @@ def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return f"{inputs} ({', '.join(mode)})"
 
 
-def _pipeline(passes: str | Sequence[Pass]) -> Pipeline:
+def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | None:
+    """The ranks of a running job, if these passes make use of them."""
+    if any(p.name == "group_gradients" for p in _pipeline(passes, several_ranks=True).passes):
+        from graphopt.runtime.workers import Workers
+
+        return Workers.of(model)
+    return None
+
+
+def _mesh(mesh: object, workers: Workers | None) -> Mapping[str, int]:
+    parsed = parse_mesh(mesh)
+    if workers is not None and parsed.get("dp", workers.size) != workers.size:
+        raise ArgumentError(
+            f"mesh says dp={parsed['dp']}, and this job has {workers.size} ranks",
+            hint="leave mesh out: a running job knows its size",
+        )
+    return parsed
+
+
+def _pipeline(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:
     if isinstance(passes, str):
-        return Pipeline.parse(PRESETS.get(passes, passes))
+        alone, together = PRESETS.get(passes, (passes, passes))
+        return Pipeline.parse(together if several_ranks else alone)
     for item in passes:
         if not isinstance(item, Pass):
             raise ArgumentError(
@@ -293,16 +348,6 @@ def _one_of(name: str, value: str, choices: Any) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
-
-
-def _notes() -> tuple[str, ...]:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        return (
-            "gradients are not reduced across ranks: wrap the optimized model in "
-            "DistributedDataParallel",
-        )
-    return ()
 
 
 def _set_up_logging() -> None:

@@ -93,6 +93,12 @@ class BackendError(GraphoptError):
     code = "GO-R02"
 
 
+class RankError(GraphoptError):
+    """The ranks of a job differ, or one of them does not answer."""
+
+    code = "GO-D01"
+
+
 class StateError(GraphoptError):
     """A saved pass state does not belong to this model."""
 

@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.errors import TextError
+from graphopt.grouping import Grouping
 from graphopt.plan import Phase, Role, Signature, Slot
 
 T = TypeVar("T")
@@ -54,6 +55,20 @@ class Annotation(Generic[T]):
     """The key of one column of the side table; define it once, next to the pass that writes it."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the gradients of a graph are reduced; the fields are those of `graphopt.plan.Plan`."""
+
+    grouping: Grouping
+    wire: str
+    stale: str
+    tangent_scale: float
+
+
+# Written on the output node by the pass that groups gradients.
+REDUCTION = Annotation[Reduction]("reduction")
 
 
 class Graph:

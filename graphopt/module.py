@@ -11,6 +11,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -48,7 +49,15 @@ class Variant:
 
 
 class Compiler(Protocol):
-    """What makes variants; `graphopt.api` has the one there is."""
+    """What makes variants; `graphopt.api` has the one there is.
+
+    Attributes:
+        workers: the ranks that gradients are reduced over, or ``None``.
+    """
+
+    @property
+    def workers(self) -> Any:
+        """See above."""
 
     def compile(
         self,
@@ -170,6 +179,20 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         """What graphopt did to this model, what it declined, and why."""
         return report(self).explain()
 
+    def no_sync(self: nn.Module) -> AbstractContextManager[None]:
+        """Within, steps keep this rank's own gradients; the next step outside reduces the sum."""
+        workers = _workers_of(self)
+        return nullcontext() if workers is None else workers.silent()
+
+    def noise_scale(self: nn.Module) -> float | None:
+        """Gradient noise scale in examples (McCandlish et al., arXiv 1812.06162, eq. 2.9).
+
+        Measured every few steps from the gradients before and after their reduction; ``None`` on
+        one rank, with a wire other than ``native``, and before there is an estimate.
+        """
+        workers = _workers_of(self)
+        return None if workers is None else workers.line.noise.value
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Pickle as the plain model: a capture belongs to a process."""
         reduced = cast("tuple[Any, ...]", base.__reduce_ex__(self, protocol))
@@ -191,6 +214,8 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     namespace = {
         "forward": forward,
         "explain": explain,
+        "no_sync": no_sync,
+        "noise_scale": noise_scale,
         "__reduce_ex__": reduce,
         "__deepcopy__": deepcopy,
         "__module__": base.__module__,
@@ -198,6 +223,11 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), namespace)
+
+
+def _workers_of(model: nn.Module) -> Any:
+    controller = controller_of(model)
+    return None if controller is None else controller.compiler.workers
 
 
 def _within_another_program() -> bool:

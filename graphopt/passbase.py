@@ -6,14 +6,15 @@ returns an `Outcome` in which every candidate site is either applied or declined
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from graphopt.graph import Graph, Level
+    from graphopt.network.curve import Curve
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,40 @@ class Outcome:
         return bool(self.applied)
 
 
+class Workers(Protocol):
+    """The ranks that train together; the runtime has the one there is."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def channel(self) -> str:
+        """Name under which collectives of the graph find these ranks."""
+
+    def link(self) -> Curve:
+        """Measured seconds of an all-reduce over its bytes; the same on all ranks."""
+
+    def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
+        """Rank 0's decision, once `mine` was found equal on all ranks.
+
+        Raises:
+            RankError: it is not equal, naming the first difference; or a rank did not come.
+        """
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What a pass may know beside the graph.
 
     Attributes:
+        workers: the ranks of a running job; ``None`` where a plan is made without one.
         mesh: sizes of the parallel dimensions (``{"dp": 8}``); empty on one device.
         state: tensors of the ``STATE`` inputs by name, shared by all specialisations of a model; a
             pass that adds such an input puts its initial value here unless it is there already.
     """
 
+    workers: Workers | None = None
     mesh: Mapping[str, int] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 

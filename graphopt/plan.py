@@ -13,9 +13,15 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from graphopt.grouping import Grouping
+
 
 class Role(StrEnum):
-    """What an input or output of a graph is to the model."""
+    """What an input or output of a graph is to the model.
+
+    ``LOCAL`` is the gradient of this rank's own batch, beside the reduced ``GRAD``: what a step of
+    gradient accumulation that does not communicate returns.
+    """
 
     PARAM = "param"
     BUFFER = "buffer"
@@ -24,6 +30,7 @@ class Role(StrEnum):
     STATE = "state"
     OUTPUT = "output"
     GRAD = "grad"
+    LOCAL = "local"
     MUTATION = "mutation"
 
 
@@ -35,7 +42,7 @@ class Phase(StrEnum):
 
 
 INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE})
-OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.MUTATION})
+OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION})
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,12 @@ class Plan:
             all of whose tangents are absent is absent, as in eager.
         aliases: outputs of the model that the graph does not compute.
         facts: what the passes provided.
+        grouping: which gradients are reduced together; ``None`` where nothing is reduced.
+        wire: what travels: ``"native"``, ``"bf16"`` or ``"int32"``.
+        stale: whose reduced gradients a step returns: ``"none"`` its own, ``"double_buffer"`` and
+            ``"lag"`` those of the step before.
+        tangent_scale: factor on the incoming tangents of a backward that reduces; the mean over
+            ranks is taken here, once, where the backward is linear in them.
     """
 
     spec: str
@@ -138,6 +151,10 @@ class Plan:
     gradient_sources: tuple[tuple[int, ...], ...] = ()
     aliases: tuple[OutputAlias, ...] = ()
     facts: tuple[str, ...] = field(default=())
+    grouping: Grouping | None = None
+    wire: str = "native"
+    stale: str = "none"
+    tangent_scale: float = 1.0
 
     def to_json(self) -> str:
         """The plan as JSON text with sorted keys."""
@@ -163,6 +180,10 @@ class Plan:
                 for a in data["aliases"]
             ),
             facts=tuple(data["facts"]),
+            grouping=Grouping.from_data(data["grouping"]) if data["grouping"] else None,
+            wire=data["wire"],
+            stale=data["stale"],
+            tangent_scale=data["tangent_scale"],
         )
 
     @property

@@ -22,6 +22,8 @@ GROUP = "graphopt.passes"
 BUILT_IN = {
     "cleanup": "graphopt.passes.cleanup:Cleanup",
     "fold_inference": "graphopt.passes.fold_inference:FoldInference",
+    "group_gradients": "graphopt.passes.group_gradients:GroupGradients",
+    "schedule": "graphopt.passes.schedule:Schedule",
 }
 
 

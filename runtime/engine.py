@@ -7,7 +7,7 @@ as eager does, and frees saved values as soon as the backward has taken them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import DoubleBackwardError
-from graphopt.plan import Phase, Plan, Role
+from graphopt.plan import Phase, Plan, Role, Slot
 from graphopt.runtime.partition import Halves
+from graphopt.runtime.reduction import Backwards
 
 # Takes a list of arguments, empties it, returns the outputs.
 Executable = Callable[[list[Any]], Sequence[Any]]
@@ -51,6 +52,11 @@ class Expected:
         return all(a == b for size, a, b in strides if size != 1)
 
 
+def _returned(slots: Iterable[Slot]) -> list[Slot]:
+    """The outputs that executables return: each form of a backward has one gradient per name."""
+    return [slot for slot in slots if slot.role is not Role.LOCAL]
+
+
 class Engine:
     """What every engine does around its executable: mutations and aliased outputs.
 
@@ -68,7 +74,7 @@ class Engine:
         self._mutations = {
             phase: tuple(
                 (i, s.name)
-                for i, s in enumerate([o for o in outputs if o.phase is phase])
+                for i, s in enumerate(_returned(o for o in outputs if o.phase is phase))
                 if s.role is Role.MUTATION
             )
             for phase in Phase
@@ -128,7 +134,9 @@ class TrainingEngine(Engine):
     Args:
         plan: what to obey.
         halves: from `graphopt.runtime.partition.split`; gives the origin of backward arguments.
-        forward, backward: executables of the two halves.
+        forward: executable of the forward half.
+        backward: executables of the backward half: one, or several forms of it where gradients are
+            reduced.
         state: tensors of ``STATE`` inputs.
 
     Attributes:
@@ -139,7 +147,7 @@ class TrainingEngine(Engine):
     plan: Plan
     halves: Halves
     forward: Executable
-    backward: Executable
+    backward: Backwards
     state: Mapping[str, Tensor] = field(default_factory=dict)
     weights_for_backward: dict[str, Tensor] = field(default_factory=dict)
 
@@ -162,7 +170,7 @@ class TrainingEngine(Engine):
         }
         grads = [
             (i, s.name)
-            for i, s in enumerate(signature.outputs[self.num_outputs :])
+            for i, s in enumerate(_returned(signature.outputs[self.num_outputs :]))
             if s.role is Role.GRAD
         ]
         self.gradients = tuple(
@@ -195,10 +203,24 @@ class TrainingEngine(Engine):
         return outputs, list(results[self.num_outputs :])
 
     def run_backward(
-        self, saved: list[Tensor], inputs: dict[int, Tensor], tangents: Sequence[Tensor | None]
+        self,
+        saved: list[Tensor],
+        inputs: dict[int, Tensor],
+        tangents: Sequence[Tensor | None],
+        call: Any = None,
     ) -> list[Tensor | None]:
-        """One gradient per differentiable input; ``None`` where no tangent reaches it."""
+        """One gradient per differentiable input; ``None`` where no tangent reaches it.
+
+        Args:
+            saved: values that the forward saved; emptied.
+            inputs: inputs of the step that the backward reads, by position.
+            tangents: one per computed output.
+            call: what `Backwards.forward_made` gave when the forward ran.
+        """
         given = [tangents[i] for i in self.tangent_of_output]
+        factor = self.backward.tangent_factor(call)
+        if factor != 1.0:
+            given = [None if t is None else t * factor for t in given]
         slots = self.slots
         arguments: list[Any] = []
         for kind, index in self.halves.sources:
@@ -212,11 +234,11 @@ class TrainingEngine(Engine):
                 arguments.append(self.weights_for_backward.get(slots[index].name, inputs[index]))
         saved.clear()
         with torch._C._DisableAutocast():
-            results = self.backward(arguments)
+            results = self.backward(arguments, call)
         if self._mutations[Phase.BACKWARD]:
             everything = [self.state.get(s.name, inputs.get(i)) for i, s in enumerate(slots)]
             self._write_back(Phase.BACKWARD, cast("list[Tensor]", everything), results)
-        live = {i for i, t in enumerate(given) if t is not None}
+        live = self.backward.live({i for i, t in enumerate(given) if t is not None}, call)
         return [results[i] if live & sources else None for i, _, sources in self.gradients]
 
 
@@ -247,6 +269,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, saved = engine.run_forward(values)
         ctx.engine = engine
+        ctx.call = engine.backward.forward_made(values)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         returned = _changeable(outputs, saved)
@@ -270,4 +293,4 @@ class _Step(torch.autograd.Function):
         inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
         saved = tensors[:count]
         del tensors
-        return (None, None, *engine.run_backward(saved, inputs, tangents))
+        return (None, None, *engine.run_backward(saved, inputs, tangents, ctx.call))

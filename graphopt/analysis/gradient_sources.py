@@ -11,6 +11,7 @@ from graphopt.plan import Role
 def gradient_sources(graph: Graph) -> tuple[tuple[int, ...], ...]:
     """For each ``GRAD`` output, in order, the positions of the tangents that reach it.
 
+    A reduced gradient counts as the rank's own one, since others in its message do not concern it.
     Eager leaves ``.grad`` alone where no tangent arrives; the runtime needs this to do the same.
     """
     reach: dict[fx.Node, frozenset[int]] = {}
@@ -24,8 +25,10 @@ def gradient_sources(graph: Graph) -> tuple[tuple[int, ...], ...]:
     for node in graph.nodes:
         if node not in reach:
             reach[node] = frozenset().union(*(reach[n] for n in node.all_input_nodes))
+    outputs = list(zip(graph.signature.outputs, graph.outputs, strict=True))
+    local = {slot.name: node for slot, node in outputs if slot.role is Role.LOCAL}
     return tuple(
-        tuple(sorted(reach[node]))
-        for node, slot in zip(graph.outputs, graph.signature.outputs, strict=True)
+        tuple(sorted(reach[local.get(slot.name, node)]))
+        for slot, node in outputs
         if slot.role is Role.GRAD
     )

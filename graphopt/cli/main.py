@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from graphopt.cli import diff, doctor, passes, run, show, verify, why
+from graphopt.cli import diff, doctor, passes, plan, run, show, simulate, verify, why
 from graphopt.errors import ArgumentError, GraphoptError, SpecError
 
 FINDING = 1
@@ -47,6 +47,8 @@ for _command in (
     why.why,
     diff.diff,
     verify.verify,
+    plan.plan,
+    simulate.simulate,
     passes.passes,
     doctor.doctor,
 ):

@@ -46,6 +46,7 @@ def mutations_fit(scan: Scan) -> Iterator[Violation]:
 def gradients_fit(scan: Scan) -> Iterator[Violation]:
     """Yield gradients that do not fit the input that they are of."""
     yield from _belongs(scan, Role.GRAD, _DIFFERENTIABLE_ROLES)
+    yield from _belongs(scan, Role.LOCAL, _DIFFERENTIABLE_ROLES)
 
 
 def _belongs(scan: Scan, role: Role, owners: frozenset[Role]) -> Iterator[Violation]:

@@ -9,15 +9,26 @@ from torch import Tensor, fx
 
 from graphopt.plan import Plan
 from graphopt.runtime.engine import InferenceEngine, TrainingEngine
+from graphopt.runtime.reduction import Synchronisation
 
 BACKENDS = ("eager", "inductor")
 
 
 def build(
-    module: fx.GraphModule, plan: Plan, state: Mapping[str, Tensor]
+    module: fx.GraphModule,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    workers: Synchronisation | None = None,
 ) -> TrainingEngine | InferenceEngine:
-    """An engine for `plan.backend`; the module is copied, not changed."""
+    """An engine for `plan.backend`; the module is copied, not changed.
+
+    Args:
+        module: a joint or inference module.
+        plan: what to obey.
+        state: tensors of ``STATE`` inputs.
+        workers: the ranks, where the plan reduces gradients.
+    """
     assert plan.backend in BACKENDS
     backend = import_module(f"graphopt.runtime.backends.{plan.backend}")
-    engine: TrainingEngine | InferenceEngine = backend.build(module, plan, state)
+    engine: TrainingEngine | InferenceEngine = backend.build(module, plan, state, workers)
     return engine

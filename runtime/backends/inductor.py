@@ -21,14 +21,17 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.errors import BackendError
-from graphopt.plan import Phase, Plan, Role
+from graphopt.plan import Plan, Role
 from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
 from graphopt.runtime.frozen import WhileUnchanged, hoist
 from graphopt.runtime.partition import Halves, split
+from graphopt.runtime.reduction import Synchronisation, backwards
 
 
-def build(module: fx.GraphModule, plan: Plan, state: Any) -> TrainingEngine | InferenceEngine:
+def build(
+    module: fx.GraphModule, plan: Plan, state: Any, workers: Synchronisation | None = None
+) -> TrainingEngine | InferenceEngine:
     """Compile a joint or inference module.
 
     Raises:
@@ -45,7 +48,13 @@ def build(module: fx.GraphModule, plan: Plan, state: Any) -> TrainingEngine | In
             decomposed = _decompose(module, values)
             halves = split(decomposed, plan.signature, partition_fn)
             forward, strides = _compile_forward(halves.forward, plan)
-            backward = _compile_backward(halves, strides, plan)
+
+            def compile(form: fx.GraphModule) -> Executable:
+                # Forms that accumulate gradients are made in the middle of a step.
+                with _settings(values):
+                    return _compile_backward(form, halves, strides, plan)
+
+            backward = backwards(halves, plan, workers, compile)
             return TrainingEngine(plan, halves, forward, backward, state)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
@@ -184,21 +193,25 @@ def _compile_forward(module: fx.GraphModule, plan: Plan) -> tuple[Executable, li
     return cast("Executable", compiled), list(strides or [])
 
 
-def _compile_backward(halves: Halves, strides: Sequence[Any], plan: Plan) -> Executable:
+def _compile_backward(
+    form: fx.GraphModule, halves: Halves, strides: Sequence[Any], plan: Plan
+) -> Executable:
     """The backward executable, for saved values in the layout the forward really gives them."""
     first_saved = plan.signature.num_forward_outputs
     values = []
-    nodes = halves.backward.graph.find_nodes(op="placeholder")
-    for (kind, index), node in zip(halves.sources, nodes, strict=True):
+    nodes = form.graph.find_nodes(op="placeholder")
+    # Accumulated gradients come behind what the halves exchange.
+    for (kind, index), node in zip(halves.sources, nodes, strict=False):
         value = node.meta["val"]
         if kind == "saved" and first_saved + index < len(strides):
             stride = strides[first_saved + index]
             if stride is not None and tuple(stride) != value.stride():
                 value = value.as_strided(value.size(), tuple(int(s) for s in stride))
         values.append(value)
+    values += [node.meta["val"] for node in nodes[len(values) :]]
     static = [i for i, (kind, _) in enumerate(halves.sources) if kind != "tangent"]
-    count = sum(s.phase is Phase.BACKWARD for s in plan.signature.outputs)
-    compiled = _compile(halves.backward, values, count, static_input_idxs=static, is_backward=True)
+    count = len(cast("Sequence[Any]", form.graph.output_node().args[0]))
+    compiled = _compile(form, values, count, static_input_idxs=static, is_backward=True)
     return cast("Executable", compiled)
 
 

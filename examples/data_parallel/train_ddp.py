@@ -1,0 +1,13 @@
+"""``train.py`` with PyTorch's DistributedDataParallel, to compare with.
+
+Run: ``torchrun --nproc-per-node 2 examples/data_parallel/train_ddp.py``
+"""
+
+from __future__ import annotations
+
+from common import data_parallel, train
+from torch.nn.parallel import DistributedDataParallel
+
+with data_parallel() as model:
+    model = DistributedDataParallel(model)
+    train(model)

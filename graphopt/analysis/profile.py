@@ -1,0 +1,90 @@
+"""How long each node of a step takes on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.errors import ArgumentError
+from graphopt.graph import Graph, value_of
+
+
+def measure(
+    graph: Graph, inputs: Sequence[Tensor] | None = None, rounds: int = 3
+) -> dict[fx.Node, float]:
+    """Median seconds of every operator of `graph`, each run on its own, one after the other.
+
+    One more round runs first and is not counted. Random streams are left as they were. The graph
+    must not contain collectives yet: one rank alone would wait for the others.
+
+    Args:
+        graph: the step; its operators run on the devices of their fake values.
+        inputs: one real tensor per input; by default random floats, and zeros for whole numbers,
+            which are valid as positions everywhere. They are copied, since the step may write.
+        rounds: how many runs the median is over.
+
+    Raises:
+        ArgumentError: `rounds` is not positive, or there is not one tensor per input.
+    """
+    if rounds < 1:
+        raise ArgumentError(f"rounds is {rounds}", hint="measure at least one round")
+    if inputs is None:
+        inputs = [_random(node) for node in graph.inputs]
+    if len(inputs) != len(graph.inputs):
+        raise ArgumentError(
+            f"{len(inputs)} tensors for {len(graph.inputs)} inputs",
+            hint="give one per placeholder, or none at all",
+        )
+    runs: list[dict[fx.Node, float]] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        for _ in range(rounds + 1):
+            stopwatch = _Stopwatch(graph.module)
+            stopwatch.run(*(tensor.clone() for tensor in inputs))
+            runs.append(stopwatch.seconds)
+    return {node: statistics.median(run[node] for run in runs[1:]) for node in graph.operators}
+
+
+class _Stopwatch(fx.Interpreter):
+    """Runs a graph and keeps the time of each operator."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seconds: dict[fx.Node, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        on_gpu = _on_gpu(n)
+        if on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = super().run_node(n)
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.seconds[n] = time.perf_counter() - started
+        return result
+
+
+def _on_gpu(node: fx.Node) -> bool:
+    values = [value_of(other) for other in (node, *node.all_input_nodes)]
+    flat = [v for value in values for v in (value if isinstance(value, tuple | list) else (value,))]
+    return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in flat)
+
+
+def _random(node: fx.Node) -> Tensor:
+    fake = value_of(node)
+    if not isinstance(fake, Tensor):
+        raise ArgumentError("an input is not a tensor", where=node.name)
+    shape, stride = tuple(fake.shape), tuple(fake.stride())
+    real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
+    if not (fake.dtype.is_floating_point or fake.dtype.is_complex):
+        return real.zero_()
+    # Its own generator, so that two calls time the same numbers.
+    generator = torch.Generator().manual_seed(0)
+    # Not negative, since a buffer may be a variance.
+    return real.copy_(torch.rand(shape, generator=generator) + 0.5)

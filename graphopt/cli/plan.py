@@ -1,0 +1,218 @@
+"""`graphopt plan`: which gradients of M are reduced together, and how long that should take."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli.console import phase, show, show_json, show_text
+from graphopt.cli.options import Json, ModelName
+from graphopt.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from graphopt.cli.subject import Subject
+    from graphopt.grouping import Grouping, Ready
+    from graphopt.passbase import Pass
+
+DEFAULT_LINK = "10gbe"
+GROUPING_PASS = "group_gradients"
+EMITTERS = ("ddp",)
+
+
+def plan(
+    model: ModelName,
+    mesh: Annotated[str, typer.Option(metavar="MESH", help="Ranks, as dp=64.", show_default=False)],
+    passes: Annotated[
+        str,
+        typer.Option(
+            "--passes",
+            "-p",
+            metavar="SPEC",
+            help="What runs before group_gradients in SPEC is run first, and its link is taken.",
+        ),
+    ] = GROUPING_PASS,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Machine whose all-reduce to assume, such as summit; {DEFAULT_LINK} if neither "
+            "this nor SPEC names one.",
+            show_default=False,
+        ),
+    ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="ddp: plan for DistributedDataParallel's own order of gradients, found by one "
+            "eager step, and print the option that makes it use the plan.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Predict the groups in which the gradients of M are best reduced over many ranks.
+
+    Nothing is measured: compute is a roofline estimate and the link a model of the named machine.
+
+    JSON: model, link_from, assumed (inputs of the link that are assumptions), order ("graph" or
+    "ddp"), exposed, above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready,
+    finish}], backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world;
+    all in seconds and bytes; with --emit ddp also bucket_cap_mb_list.
+    """
+    if emit not in (None, *EMITTERS):
+        raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
+    world = _ranks(mesh)
+    before, named = _split(passes)
+    if emit == "ddp" and any(p.name == "schedule" for p in before):
+        raise ArgumentError(
+            "--emit ddp plans for PyTorch eager, whose backward no pass reorders",
+            hint="leave schedule out of -p",
+        )
+    chosen = _link(link, named)
+    from graphopt.network.clusters import cluster
+
+    machine = cluster(chosen.name)
+    with phase("importing torch"):
+        from graphopt.cli.subject import load_subject
+        from graphopt.emit_ddp import bucket_caps
+        from graphopt.passes.group_gradients_plan import plan as group
+    from graphopt.render.grouping import above_bound, grouping_view
+
+    subject = load_subject(model)
+    ready, backward, times = _gradients(subject, _on_link(before, chosen.name), world)
+    if emit == "ddp":
+        ready = _as_they_arrive(subject, ready)
+    curve = machine.all_reduce(world)
+    with phase("planning"):
+        found = group(ready, curve, backward, link=curve.source, times=times, world=world)
+    caps = bucket_caps(found) if emit == "ddp" else None
+    if json:
+        answer = {
+            "model": subject.name,
+            "link_from": chosen.origin,
+            "assumed": machine.assumed,
+            "order": emit or "graph",
+            "exposed": found.exposed,
+            "above_bound": above_bound(found),
+            **asdict(found),
+        }
+        show_json("plan", answer if caps is None else {**answer, "bucket_cap_mb_list": caps})
+        return
+    show(grouping_view(found, link_note=_note(chosen, machine.assumed)))
+    if caps is not None:
+        show(_about_ddp(found))
+        show_text(f"model = DistributedDataParallel(model, bucket_cap_mb_list={caps})")
+
+
+@dataclass(frozen=True)
+class _Link:
+    """The name of a machine, and who chose it."""
+
+    name: str
+    origin: str
+
+
+def _ranks(mesh: str) -> int:
+    """The number of data-parallel ranks."""
+    from graphopt.arguments import parse_mesh
+
+    sizes = dict(parse_mesh(mesh))
+    world = sizes.pop("dp", 0)
+    if not world or sizes:
+        raise ArgumentError(
+            f"--mesh {mesh} has no dp"
+            if not world
+            else f"--mesh {mesh} has dimensions that plan does not know: {', '.join(sizes)}",
+            hint="gradients are reduced over dp: --mesh dp=64",
+        )
+    if world == 1:
+        raise ArgumentError(
+            "with dp=1 there is one rank, so nothing has to be reduced", hint="--mesh dp=64"
+        )
+    return world
+
+
+def _split(spec: str) -> tuple[tuple[Pass, ...], str]:
+    """The passes before `group_gradients` (all if it is not there), and its `link`, if any."""
+    if spec == GROUPING_PASS:
+        return (), ""
+    from graphopt.spec import parse_spec
+
+    parsed = parse_spec(spec)
+    for index, pass_ in enumerate(parsed):
+        if pass_.name == GROUPING_PASS:
+            return parsed[:index], str(getattr(pass_, "link", ""))
+    return parsed, ""
+
+
+def _link(option: str | None, named: str) -> _Link:
+    """The link to plan for; measuring it needs the ranks of a job, which a plan has not."""
+    if option is not None:
+        return _Link(option, "--link")
+    if named not in ("", "measure"):
+        return _Link(named, GROUPING_PASS)
+    return _Link(DEFAULT_LINK, "default")
+
+
+def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
+    """The passes, where those that would measure the link take the machine `name` instead."""
+    return tuple(
+        dataclasses.replace(p, link=name) if getattr(p, "link", "") == "measure" else p  # type: ignore[call-arg]
+        for p in passes
+    )
+
+
+def _gradients(
+    subject: Subject, before: Sequence[Pass], world: int
+) -> tuple[tuple[Ready, ...], float, str]:
+    """When which gradient is ready, the seconds of the backward, and where the times are from."""
+    from graphopt.analysis.gradient_order import gradient_order
+    from graphopt.graph import Level
+    from graphopt.passbase import PassContext
+    from graphopt.pipeline import Pipeline
+
+    if before:
+        with phase("running passes"):
+            Pipeline(tuple(before)).run(subject.graph, PassContext(mesh={"dp": world}))
+    order = subject.graph.get(gradient_order) if subject.graph.level is Level.JOINT else None
+    if order is None or not order.ready:
+        raise ArgumentError(
+            f"no parameter of {subject.name} receives a gradient, so nothing has to be reduced",
+            hint="check requires_grad of its parameters, and that its output depends on them",
+        )
+    return order.ready, order.backward, str(order.times)
+
+
+def _as_they_arrive(subject: Subject, ready: tuple[Ready, ...]) -> tuple[Ready, ...]:
+    """The gradients in the order in which `DistributedDataParallel` will see them."""
+    from graphopt.emit_ddp import arrival_order, in_order
+
+    if subject.example is None:
+        raise ArgumentError(
+            "--emit ddp runs the model once, and a .gopt file is only its graph",
+            hint="name the model as path.py:FACTORY",
+        )
+    with phase("running PyTorch eager"):
+        example = subject.example
+        return in_order(ready, arrival_order(example.model, example.args, example.kwargs))
+
+
+def _note(link: _Link, assumed: Sequence[str]) -> str:
+    origin = {"default": f"{link.name} by default, --link names another"}.get(
+        link.origin, f"from {link.origin}"
+    )
+    return f"{origin}; assumed: {', '.join(assumed)}" if assumed else origin
+
+
+def _about_ddp(found: Grouping) -> str:
+    groups = f"these {len(found.groups)} groups" if len(found.groups) > 1 else "this one group"
+    return (
+        f"\nFrom its second step on, DistributedDataParallel forms {groups} with this line; with "
+        "find_unused_parameters=True it never regroups."
+    )

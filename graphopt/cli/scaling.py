@@ -1,0 +1,148 @@
+"""What `graphopt simulate` predicts, and from which assumptions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphopt.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from graphopt.analysis.gradient_order import Device
+    from graphopt.graph import Graph
+    from graphopt.network.clusters import Cluster
+    from graphopt.runtime.simulate import Point, Timeline
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the predictions rest on.
+
+    Attributes:
+        machine: where messages travel.
+        device: what each rank computes with.
+        straggler: standard deviation of a rank's compute time, as a share of it.
+        contention: by which factor compute is slower while a message travels.
+    """
+
+    machine: Cluster
+    device: Device
+    straggler: float
+    contention: float
+
+    def words(self, timeline: Timeline, world: int) -> list[tuple[str, str]]:
+        """All assumptions for a reader, by topic."""
+        from graphopt.render.units import count, duration, size
+
+        device, machine = self.device, self.machine
+        volume = size(sum(g.bytes for g in timeline.ready))
+        slower = f"{self.contention:g} times as slow" if self.contention > 1 else "no slower"
+        return [
+            (
+                "compute",
+                f"roofline of an assumed GPU: {count(device.flops)}FLOP/s ("
+                f"{count(device.half_flops)}FLOP/s in 16 bits), {size(device.bandwidth)}/s, "
+                f"{duration(device.overhead)} to start an operator; not measured",
+            ),
+            (
+                "step",
+                f"forward {duration(timeline.forward)}, backward {duration(timeline.backward)}, "
+                f"{len(timeline.ready)} gradients, {volume}; each rank computes the same batch",
+            ),
+            (
+                "link",
+                f"{machine.all_reduce(world).source}; assumed: {', '.join(machine.assumed)}",
+            ),
+            (
+                "straggler",
+                f"compute times of ranks spread by {100 * self.straggler:.3g} % (assumed), and "
+                "all wait for the slowest",
+            ),
+            ("contention", f"compute is {slower} while a message travels"),
+            ("DDP", "default buckets, 1 MiB and then 25 MiB, with the same ready times and link"),
+        ]
+
+
+def timeline_of(graph: Graph, device: Device, name: str) -> Timeline:
+    """When one rank computes what, on `device`.
+
+    Raises:
+        ArgumentError: no gradient has to be reduced.
+    """
+    from graphopt.analysis.gradient_order import measured_order
+    from graphopt.graph import Level, phase_of
+    from graphopt.plan import Phase
+    from graphopt.runtime.simulate import Timeline
+
+    seconds = _roofline(graph, device)
+    order = measured_order(graph, seconds) if graph.level is Level.JOINT else None
+    if order is None or not order.ready:
+        raise ArgumentError(
+            f"no parameter of {name} receives a gradient, so nothing has to be reduced",
+            hint="check requires_grad of its parameters, and that its output depends on them",
+        )
+    forward = math.fsum(s for node, s in seconds.items() if phase_of(node) is Phase.FORWARD)
+    return Timeline(forward, order.backward, order.ready)
+
+
+def _roofline(graph: Graph, device: Device) -> dict[fx.Node, float]:
+    """Seconds of every operator on `device`, wherever the graph was captured.
+
+    `graphopt.analysis.gradient_order.roofline` takes the device that the graph was captured on,
+    and here that is a laptop standing in for a machine.
+    """
+    import torch
+
+    from graphopt.analysis.aliasing import storage
+    from graphopt.analysis.cost import cost
+    from graphopt.graph import value_of
+
+    costs, views = graph.get(cost).by_node, graph.get(storage).views
+    result = {}
+    for node in graph.operators:
+        value = value_of(node)
+        parts = value if isinstance(value, tuple | list) else (value,)
+        half = any(
+            isinstance(p, torch.Tensor) and p.is_floating_point() and p.element_size() < 4
+            for p in parts
+        )
+        speed = device.half_flops if half else device.flops
+        spent = max(costs[node].flops / speed, costs[node].bytes / device.bandwidth)
+        result[node] = 0.0 if node in views else spent + device.overhead
+    return result
+
+
+def predict(
+    timeline: Timeline, assumed: Assumed, worlds: Sequence[int]
+) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
+    """One step per machine size: with the plan's groups, and with DDP's default ones."""
+    from functools import cache
+
+    from graphopt.network.straggler import delay
+    from graphopt.passes.group_gradients_plan import plan
+    from graphopt.passes.group_gradients_rivals import ddp_default
+    from graphopt.runtime.simulate import scaling
+
+    ready = timeline.ready
+    buckets = ddp_default(ready)
+    all_reduce = cache(assumed.machine.all_reduce)
+    sigma = assumed.straggler * timeline.compute
+    ours, ddp = (
+        scaling(
+            timeline,
+            groups,
+            all_reduce,
+            worlds,
+            delay=lambda world: delay(world, sigma),
+            contention=assumed.contention,
+        )
+        for groups in (
+            lambda world, cost: plan(ready, cost, timeline.backward, world=world).groups,
+            lambda world, cost: buckets,
+        )
+    )
+    return ours, ddp

@@ -1,0 +1,207 @@
+"""`graphopt simulate`: how a training step of M scales over a machine that is not here."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.options import Json, ModelName
+from graphopt.cli.scaling import Assumed, predict, timeline_of
+from graphopt.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from graphopt.runtime.simulate import Point, Timeline
+
+STRAGGLER = 0.01
+"""Assumed spread of a rank's step; without any the largest machines would look too good."""
+
+
+def simulate(
+    model: ModelName,
+    mesh: Annotated[
+        str, typer.Option(metavar="MESH", help="The largest machine, as dp=64.", show_default=False)
+    ],
+    cluster: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The machine, such as summit.", show_default=False),
+    ],
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the efficiencies as an SVG chart.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the step of the largest machine for Perfetto."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Assumed floating-point operations per second of each device."
+        ),
+    ] = None,
+    straggler: Annotated[
+        float,
+        typer.Option(
+            metavar="SIGMA", help="Assumed standard deviation of a rank's compute time, as a share."
+        ),
+    ] = STRAGGLER,
+    contention: Annotated[
+        float,
+        typer.Option(metavar="FACTOR", help="How much slower compute is while a message travels."),
+    ] = 1.0,
+    json: Json = False,
+) -> None:
+    """Simulate training steps of M over 1, 2, 4, … ranks and tell how efficient they are.
+
+    Each rank works on the inputs that M comes with. Nothing is measured: compute is a roofline
+    estimate for an assumed GPU, and the link is a model of the named machine. DDP stands for
+    DistributedDataParallel's default buckets under the same assumptions.
+
+    JSON: model, cluster, cluster_gpus, assumptions ({compute: {flops, half_flops, bandwidth,
+    overhead}, straggler, contention, link: names of the assumed inputs}), forward, backward,
+    gradients, bytes, and points, a list of {world, step, exposed, efficiency, groups, ddp: {step,
+    exposed, efficiency, groups}}; all in seconds and bytes.
+    """
+    world = _ranks(mesh)
+    _check(flops, straggler, contention)
+    from graphopt.network.clusters import cluster as named
+
+    machine = named(cluster)
+    with phase("importing torch"):
+        from graphopt.analysis.gradient_order import ASSUMED
+        from graphopt.cli.subject import load_subject
+    device = ASSUMED["cuda"]
+    if flops is not None:
+        device = replace(device, flops=flops, half_flops=flops)
+    assumed = Assumed(machine, device, straggler, contention)
+    subject = load_subject(model)
+    timeline = timeline_of(subject.graph, device, subject.name)
+    with phase("simulating"):
+        points, ddp = predict(timeline, assumed, _worlds(world))
+    if chart:
+        _write(chart, _chart(subject.name, assumed, points, ddp))
+    if trace:
+        from graphopt.render.perfetto import trace_events
+
+        title = f"{subject.name} on {world:,} ranks of {machine.name} (simulated)"
+        _write(trace, jsonlib.dumps(trace_events(points[-1].trace, title)))
+    if json:
+        show_json("simulate", _answer(subject.name, timeline, assumed, points, ddp))
+        return
+    from graphopt.render.scaling import scaling_view
+
+    show(scaling_view(points, ddp, assumed.words(timeline, world)))
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _ranks(mesh: str) -> int:
+    from graphopt.arguments import parse_mesh
+
+    sizes = dict(parse_mesh(mesh))
+    world = sizes.pop("dp", 0)
+    if not world:
+        raise ArgumentError(
+            f"--mesh {mesh} has no dp", hint="gradients are reduced over dp: --mesh dp=64"
+        )
+    if sizes:
+        raise ArgumentError(
+            f"--mesh {mesh} has dimensions that simulate does not know: {', '.join(sizes)}",
+            hint=f"--mesh dp={world}",
+        )
+    return world
+
+
+def _check(flops: float | None, straggler: float, contention: float) -> None:
+    if flops is not None and not (math.isfinite(flops) and flops > 0):
+        raise ArgumentError(
+            f"--flops {flops:g} is no speed of a device", hint="--flops 1.5e13 is 15 TFLOP/s"
+        )
+    if not (math.isfinite(straggler) and straggler >= 0):
+        raise ArgumentError(
+            f"--straggler {straggler:g} is no standard deviation",
+            hint=f"--straggler {STRAGGLER} is one per cent of the compute time, 0 is none",
+        )
+    if not (math.isfinite(contention) and contention >= 1):
+        raise ArgumentError(
+            f"--contention {contention:g} would make compute faster",
+            hint="--contention 1 is no disturbance, 1.1 makes compute take 10 % longer",
+        )
+
+
+def _worlds(last: int) -> list[int]:
+    """1, 2, 4, … and `last`."""
+    return [*(2**power for power in range((last - 1).bit_length())), last]
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def _answer(
+    name: str,
+    timeline: Timeline,
+    assumed: Assumed,
+    points: Sequence[Point],
+    ddp: Sequence[Point],
+) -> dict[str, object]:
+    return {
+        "model": name,
+        "cluster": assumed.machine.name,
+        "cluster_gpus": assumed.machine.gpus,
+        "assumptions": {
+            "compute": asdict(assumed.device),
+            "straggler": assumed.straggler,
+            "contention": assumed.contention,
+            "link": assumed.machine.assumed,
+        },
+        "forward": timeline.forward,
+        "backward": timeline.backward,
+        "gradients": len(timeline.ready),
+        "bytes": sum(g.bytes for g in timeline.ready),
+        "points": [
+            {"world": p.world, **_figures(p), "ddp": _figures(d)}
+            for p, d in zip(points, ddp, strict=True)
+        ],
+    }
+
+
+def _figures(point: Point) -> dict[str, object]:
+    return {
+        "step": point.step,
+        "exposed": point.exposed,
+        "efficiency": point.efficiency,
+        "groups": point.groups,
+    }
+
+
+def _chart(name: str, assumed: Assumed, points: Sequence[Point], ddp: Sequence[Point]) -> str:
+    from graphopt.render.chart import efficiency_chart
+    from graphopt.render.units import count
+
+    subtitle = (
+        f"predicted, not measured: roofline at {count(assumed.device.flops)}FLOP/s, "
+        f"straggler {100 * assumed.straggler:.3g} %, contention {assumed.contention:g}"
+    )
+    series = {
+        "graphopt": [(p.world, p.efficiency) for p in points],
+        "DDP default": [(p.world, p.efficiency) for p in ddp],
+    }
+    return efficiency_chart(f"{name} on {assumed.machine.name}", subtitle, series)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror}",
+            hint="name a file in a folder that exists",
+        ) from error

@@ -1,0 +1,1 @@
+"""What messages cost: curves, algorithms of collectives, named clusters. Pure formulas, no torch."""

@@ -1,0 +1,85 @@
+"""Putting operators into another order, and splitting what computes two things at once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from graphopt.graph import KEPT_META, Graph, phase_of
+from graphopt.plan import Phase
+
+aten = torch.ops.aten
+
+_MASK = 10  # position of `output_mask` in the arguments of `convolution_backward`
+
+
+def tail(graph: Graph) -> tuple[fx.Node, ...]:
+    """All operators from the first one of the backward half on, in order."""
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "get_attr")]
+    backward = (i for i, n in enumerate(nodes) if phase_of(n) is Phase.BACKWARD)
+    return tuple(nodes[next(backward, len(nodes)) :])
+
+
+def reorder(graph: Graph, order: Sequence[fx.Node]) -> None:
+    """Put the operators of `tail` into this order, which has to respect their operands."""
+    for node in order:
+        graph.output.prepend(node)
+    graph.changed()
+
+
+def splittable(graph: Graph) -> tuple[fx.Node, ...]:
+    """Backward convolutions that compute the gradient of their input and of their weight."""
+    return tuple(
+        node
+        for node in graph.operators
+        if node.target is aten.convolution_backward.default
+        and _mask(node)[0]
+        and _mask(node)[1]
+        and phase_of(node) is Phase.BACKWARD
+        and all(user.target is operator.getitem for user in node.users)
+    )
+
+
+def split(graph: Graph, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Compute weight and bias gradients of these convolutions by a call of their own.
+
+    Both halves call the kernels that the whole did, so no bit changes; the second half follows the
+    first, which keeps its node.
+
+    Returns:
+        for each first half the second one.
+    """
+    halves = {}
+    for node in nodes:
+        mask = _mask(node)
+        first, second = [True, False, False], [False, *mask[1:]]
+        with graph.fx.inserting_after(node):
+            other = graph.fx.create_node(
+                "call_function",
+                node.target,
+                (*node.args[:_MASK], second),
+                name=f"{node.name}_weight",
+            )
+        other.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        values = node.meta["val"]
+        node.args = (*node.args[:_MASK], first)
+        node.meta["val"] = _masked(values, first)
+        other.meta["val"] = _masked(values, second)
+        for user in list(node.users):
+            if user.args[1] != 0:
+                user.replace_input_with(node, other)
+        halves[node] = other
+    graph.changed()
+    return halves
+
+
+def _mask(node: fx.Node) -> list[bool]:
+    return cast("list[bool]", node.args[_MASK])
+
+
+def _masked(values: Sequence[object], mask: Sequence[bool]) -> tuple[object, ...]:
+    return tuple(v if keep else None for v, keep in zip(values, mask, strict=True))

@@ -1,0 +1,220 @@
+"""The way of one model's messages: a process group around the user's own.
+
+The graph's collectives find it by name, whatever backend runs the graph. It counts the messages of
+a step, says whose fault it is when one fails, watches reduced gradients for NaN, measures gradient
+noise, and delays results where the plan says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Work, _register_process_group
+
+from graphopt.errors import RankError
+from graphopt.grouping import Group
+from graphopt.plan import Plan
+from graphopt.runtime.agreement import Agreement, ranks
+from graphopt.runtime.noise_scale import NoiseScale
+
+# Steps between two measurements of gradient noise; each reads the gradients twice.
+NOISE_INTERVAL = 8
+# Seconds in which other ranks may report that they failed, too, before one counts as missing.
+GRACE = 5.0
+
+
+class Channel(dist.ProcessGroup):
+    """Carries the messages of one plan.
+
+    Args:
+        inner: the group that does the work.
+        agreement: how the ranks talk when messages do not arrive.
+        name: what collectives of the graph call it.
+
+    Attributes:
+        step: number of reducing backward passes so far.
+        noise: gradient noise scale; its batch is counted in examples.
+        nonfinite: what was found in reduced gradients: step, group and parameter.
+    """
+
+    def __init__(self, inner: dist.ProcessGroup, agreement: Agreement, name: str) -> None:
+        super().__init__(inner.rank(), inner.size())
+        self.inner = inner
+        self.agreement = agreement
+        self.channel = name
+        self.step = 0
+        self.noise = NoiseScale()
+        self.nonfinite: list[str] = []
+        self.batch = 1
+        self.groups: tuple[Group, ...] = ()
+        self._plan: Plan | None = None
+        self._sent = 0
+        self._local = self._reduced = 0.0
+        self._delayed: dict[tuple[str, int], _Delayed] = {}
+        _register_process_group(name, self)  # type: ignore[no-untyped-call]
+
+    def begin(self, plan: Plan) -> None:
+        """Start the messages of one backward pass."""
+        assert plan.grouping is not None
+        self._plan = plan
+        self.groups = plan.grouping.groups
+        self.step += 1
+        self._sent = 0
+        self._local = self._reduced = 0.0
+
+    def end(self) -> None:
+        """All messages of the step have arrived."""
+        if not self._measures() or self._plan is None:
+            return
+        unscaled = self._plan.tangent_scale * self.size()
+        squares = torch.tensor([self._local / self._plan.tangent_scale**2 / self.size()])
+        if unscaled != 1.0:  # messages carried gradients divided by nothing: their sum is no mean
+            self._reduced /= self.size() ** 2 * self._plan.tangent_scale**2
+        self.inner.allreduce([squares]).wait()
+        self.noise.update(float(squares), self._reduced, self.size(), self.batch)
+
+    def _measures(self) -> bool:
+        native = self._plan is not None and self._plan.wire == "native"
+        fresh = self._plan is not None and self._plan.stale == "none"
+        return native and fresh and (self.step - 1) % NOISE_INTERVAL == 0
+
+    # -- the interface of a process group ----------------------------------------------------------
+
+    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Work:  # type: ignore[override]
+        """Start one message; called by the graph's collectives."""
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        index = self._sent
+        self._sent += 1
+        plan = self._plan
+        # Of the integer wire, every second message carries the exponents.
+        group = index // 2 if plan is not None and plan.wire == "int32" else index
+        if self._measures():
+            self._local += float(tensors[0].double().square().sum())
+        if plan is not None and plan.stale != "none":
+            return self._delay(plan, index, tensors[0])
+        try:
+            inner = self.inner.allreduce(tensors, options or dist.AllreduceOptions())
+        except RuntimeError as error:
+            raise self.failure(group, error) from error
+        return _Message(self, inner, tensors[0], group)
+
+    def getBackendName(self) -> str:  # noqa: N802
+        """The name that torch shows."""
+        return "graphopt"
+
+    # -- what may happen to a message --------------------------------------------------------------
+
+    def arrived(self, tensor: Tensor, group: int) -> None:
+        """Look at a reduced message before the optimizer does."""
+        if not tensor.is_floating_point():
+            return
+        # A CPU has waited for the message anyway; asking a GPU would stop its stream.
+        if tensor.device.type == "cpu" or self._measures():
+            square = float(torch.linalg.vector_norm(tensor)) ** 2
+            self._reduced += square
+            if square != square or square == float("inf"):
+                self._report(tensor, group)
+
+    def _report(self, tensor: Tensor, group: int) -> None:
+        if torch.isfinite(tensor).all():
+            return  # only the square overflowed
+        names = self.groups[group].names if group < len(self.groups) else ()
+        place = f"group {group} ({names[0]} … {names[-1]})" if names else f"group {group}"
+        self.nonfinite.append(f"step {self.step}, {place}")
+
+    def failure(self, group: int, error: BaseException) -> RankError:
+        """Who is missing, as far as the other ranks' reports tell."""
+        about = self.groups[group].names if group < len(self.groups) else ("?",)
+        which = f"group {group} ({about[0]} … {about[-1]})"
+        try:
+            topic = f"failed/{self.step}"
+            missing = self.agreement.missing(topic, str(group), GRACE)
+            who = f"{ranks(missing)} did not answer" if missing else "no rank is missing"
+        except RuntimeError:
+            who = "the job's store is gone, and with it the process that holds it"
+        return RankError(
+            f"the gradients of {which} were not reduced in step {self.step}: {who}",
+            where=str(error).splitlines()[0],
+            hint="look at the output of that rank; the gradients of this step are not usable",
+        )
+
+    # -- results of the step before ----------------------------------------------------------------
+
+    def _delay(self, plan: Plan, index: int, fresh: Tensor) -> Work:
+        digest = plan.grouping.groups[index].names[0] if plan.grouping else ""
+        held = self._delayed.setdefault((digest, index), _Delayed())
+        return _Late(self, held, fresh, index, starts_now=plan.stale == "double_buffer")
+
+
+class _Delayed:
+    """What one group keeps between two steps: a message on its way, or one not yet sent."""
+
+    def __init__(self) -> None:
+        self.work: Any = None
+        self.buffer: Tensor | None = None
+
+
+class _Message(Work):
+    """A message on its way."""
+
+    def __init__(self, channel: Channel, inner: Any, tensor: Tensor, group: int) -> None:
+        super().__init__()
+        self._channel, self._inner, self._tensor, self._group = channel, inner, tensor, group
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Until the sum over all ranks stands in the tensor."""
+        try:
+            self._inner.wait()
+        except RuntimeError as error:
+            raise self._channel.failure(self._group, error) from error
+        self._channel.arrived(self._tensor, self._group)
+        return True
+
+
+class _Late(Work):
+    """A message whose result is that of the step before; zeros in the first step.
+
+    ``double_buffer`` sends this step's gradients now and waits for them in the next step
+    (ChainerMN's double buffering); ``lag`` sends those of the step before now and waits for them
+    at the end of this step (gradient lag of Kurth et al., SC'18).
+    """
+
+    def __init__(
+        self, channel: Channel, held: _Delayed, fresh: Tensor, group: int, *, starts_now: bool
+    ) -> None:
+        super().__init__()
+        self._channel, self._held, self._fresh, self._group = channel, held, fresh, group
+        self._old, self._work = held.buffer, held.work
+        held.buffer = fresh.clone()
+        if starts_now:
+            held.work = channel.inner.allreduce([held.buffer])
+        elif self._old is not None:
+            self._work = channel.inner.allreduce([self._old])
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Until the result of the step before stands in the tensor."""
+        if self._old is None:
+            self._fresh.zero_()
+            return True
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise self._channel.failure(self._group, error) from error
+        self._fresh.copy_(self._old)
+        return True
+
+
+def warn_nonfinite(channel: Channel, names: Sequence[str]) -> None:
+    """Say once which gradients are not finite; an AMP scaler may mean to skip the step."""
+    if names and len(channel.nonfinite) == 1:
+        warnings.warn(
+            f"reduced gradients are not finite in {channel.nonfinite[0]}: {', '.join(names[:4])}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,58 @@
+"""How long an all-reduce takes on this job's own link, by its size."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from graphopt.errors import RankError
+from graphopt.network.curve import Curve, fit
+
+# Bytes of the messages that are timed.
+SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+# What all of it may take; a slow link gets fewer repetitions.
+SECONDS = 3.0
+REPETITIONS = 5
+
+
+def measure(group: Any, device: torch.device) -> Curve:
+    """Median seconds of an all-reduce for a few sizes; call it on all ranks at once.
+
+    Raises:
+        RankError: the group does not work.
+    """
+    samples: list[tuple[float, float]] = []
+    begin = time.perf_counter()
+    try:
+        for size in SIZES:
+            message = torch.zeros(size // 4, device=device)
+            _timed(group, message)
+            repetitions = torch.tensor([REPETITIONS])
+            if time.perf_counter() - begin > SECONDS / 2:
+                repetitions = torch.tensor([1])
+            # The slowest rank decides how often, so that all send as many messages.
+            group.allreduce([repetitions], _minimum()).wait()
+            for _ in range(int(repetitions)):
+                samples.append((float(size), _timed(group, message)))
+    except RuntimeError as error:
+        raise RankError(
+            f"the link cannot be measured: {str(error).splitlines()[0]}",
+            hint="check that an all-reduce works in this group, or name a link: link=10gbe",
+        ) from error
+    return fit(samples, f"measured on {group.size()} ranks")
+
+
+def _minimum() -> Any:
+    options = torch.distributed.AllreduceOptions()
+    options.reduceOp = torch.distributed.ReduceOp.MIN
+    return options
+
+
+def _timed(group: Any, message: torch.Tensor) -> float:
+    start = time.perf_counter()
+    group.allreduce([message]).wait()
+    if message.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

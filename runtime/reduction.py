@@ -1,0 +1,166 @@
+"""Which form of the backward runs, and what surrounds it when gradients are reduced.
+
+`Backwards` is the plain case of one form. `Reducing` chooses between forms: a step within
+``no_sync`` returns its own gradients; the next step that synchronises reduces the sum of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.plan import Plan, Role, Slot
+from graphopt.runtime.channel import Channel, warn_nonfinite
+from graphopt.runtime.partition import Halves
+from graphopt.runtime.variants import accumulating, backward_slots, reduce_in_place, reducing, silent
+
+# Takes a list of arguments, empties it, returns the outputs.
+Run = Callable[[list[Any]], Sequence[Any]]
+
+
+class Synchronisation(Protocol):
+    """Whether the steps that begin now will reduce; `graphopt.runtime.workers` has the one."""
+
+    line: Channel
+    synchronise: bool
+    pending: bool
+
+
+class Backwards:
+    """One backward, without communication."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def forward_made(self, values: Sequence[Tensor]) -> Any:
+        """Called when a forward has run; what it returns is given to the backward."""
+
+    def tangent_factor(self, call: Any) -> float:
+        """What the incoming tangents are multiplied with."""
+        return 1.0
+
+    def live(self, tangents: set[int], call: Any) -> set[int]:
+        """The tangents that are present, here or on another rank."""
+        return tangents
+
+    def __call__(self, arguments: list[Any], call: Any) -> Sequence[Any]:
+        """Run; empties `arguments`."""
+        return self.run(arguments)
+
+
+def backwards(
+    halves: Halves,
+    plan: Plan,
+    workers: Synchronisation | None,
+    compile: Callable[[fx.GraphModule], Run],
+) -> Backwards:
+    """The forms of the backward half that a plan asks for."""
+    if plan.grouping is None:
+        return Backwards(compile(halves.backward))
+    assert workers is not None, "a plan that reduces gradients needs the ranks"
+    slots = [s for s in plan.signature.inputs if s.role is not Role.TANGENT]
+    return Reducing(halves.backward, plan, workers, compile, slots)
+
+
+@dataclass
+class _Call:
+    """What a backward needs to know of its forward."""
+
+    reduces: bool
+    parameters: dict[str, Tensor]
+    batch: int
+
+
+@dataclass(eq=False)
+class Reducing(Backwards):
+    """The forms of a backward that reduces gradients over ranks.
+
+    Args:
+        half: the backward half, with ``LOCAL`` outputs.
+        plan: what to obey.
+        workers: the ranks.
+        compile: makes an executable of a form; forms are made when they are first needed.
+        slots: the inputs of the step, tangents not counted.
+    """
+
+    half: fx.GraphModule
+    plan: Plan
+    workers: Synchronisation
+    compile: Callable[[fx.GraphModule], Run]
+    slots: Sequence[Slot]
+    _forms: dict[str, Run] = field(default_factory=dict)
+    _accumulated: tuple[str, ...] = ()
+
+    def forward_made(self, values: Sequence[Tensor]) -> _Call:
+        """Note whether this step reduces: as with DDP the forward decides."""
+        named = zip(self.slots, values, strict=True)
+        parameters = {s.name: v for s, v in named if s.role is Role.PARAM}
+        inputs = [
+            v for s, v in zip(self.slots, values, strict=True) if s.role is Role.INPUT and v.dim()
+        ]
+        return _Call(self.workers.synchronise, parameters, inputs[0].shape[0] if inputs else 1)
+
+    def tangent_factor(self, call: _Call) -> float:
+        """The mean over ranks, where the backward is linear."""
+        return self.plan.tangent_scale if call.reduces else 1.0
+
+    def live(self, tangents: set[int], call: _Call) -> set[int]:
+        """All of them where another rank may have what is absent here."""
+        return tangents
+
+    def __call__(self, arguments: list[Any], call: _Call) -> Sequence[Any]:
+        """Run the form that the forward asked for."""
+        if not call.reduces:
+            self.workers.pending = True
+            return self._form("silent")(arguments)
+        line = self.workers.line
+        line.batch = call.batch
+        line.begin(self.plan)
+        if self.workers.pending:
+            run = self._form("accumulating")
+            arguments.extend(self._take(call))
+            self.workers.pending = False
+        else:
+            run = self._form("reducing")
+        found = len(line.nonfinite)
+        results = run(arguments)
+        line.end()
+        if len(line.nonfinite) > found:
+            warn_nonfinite(line, self._not_finite(results))
+        return results
+
+    def _form(self, name: str) -> Run:
+        if name not in self._forms:
+            slots = backward_slots(self.plan.signature)
+            if name == "silent":
+                module = silent(self.half, slots)
+            elif name == "reducing":
+                module = reduce_in_place(reducing(self.half, slots))
+            else:
+                scale = self.plan.tangent_scale
+                module, self._accumulated = accumulating(self.half, slots, scale)
+                reduce_in_place(module)
+            self._forms[name] = self.compile(module)
+        return self._forms[name]
+
+    def _take(self, call: _Call) -> list[Tensor]:
+        """The accumulated gradients; the parameters' own ones are replaced by the reduced sum."""
+        taken = []
+        for name in self._accumulated:
+            parameter = call.parameters[name]
+            gradient = parameter.grad
+            taken.append(torch.zeros_like(parameter) if gradient is None else gradient)
+            parameter.grad = None
+        return taken
+
+    def _not_finite(self, results: Sequence[Any]) -> list[str]:
+        kept = [s for s in backward_slots(self.plan.signature) if s.role is not Role.LOCAL]
+        return [
+            s.name
+            for s, r in zip(kept, results, strict=True)
+            if s.role is Role.GRAD and r is not None and not torch.isfinite(r).all()
+        ]

@@ -1,0 +1,227 @@
+"""Reordering the backward half: what it gains, what it leaves alone and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.analysis.gradient_order import gradient_order
+from graphopt.analysis.liveness import liveness
+from graphopt.capture import capture
+from graphopt.errors import ArgumentError, PipelineError, SpecError
+from graphopt.graph import Graph, phase_of
+from graphopt.network.curve import Curve
+from graphopt.pass_order import check_order
+from graphopt.passbase import Outcome, PassContext
+from graphopt.passes import schedule, schedule_search
+from graphopt.passes.group_gradients_plan import plan
+from graphopt.passes.schedule import Schedule
+from graphopt.passes.schedule_link import ASSUMED, link_curve
+from graphopt.passes.schedule_order import best_first
+from graphopt.passes.schedule_rewrite import split, splittable
+from graphopt.plan import Phase
+from graphopt.spec import parse_spec
+from graphopt.testing import inputs_for, run_graph
+from graphopt.text import parse_graph, print_graph
+from graphopt.verify import verify
+from tests.unit.applying import GOLDEN, reasons
+from tests.unit.graphs import inference_graph
+
+SLOW = Curve.affine(1e-7, 2e-8, "50 MB/s")
+FOUR = PassContext(mesh={"dp": 4})
+
+
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "link_curve", lambda link, ctx: SLOW)
+
+
+def captured(model: nn.Module, *shape: int) -> Graph:
+    torch.manual_seed(0)
+    return capture(model, (torch.randn(shape),), {}).graph
+
+
+def convolutions() -> Graph:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)]
+    return captured(nn.Sequential(*layers), 2, 3, 12, 12)
+
+
+def wide_first() -> Graph:
+    """Its last gradient is its largest, as that of an embedding."""
+    layers = [nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)]
+    return captured(nn.Sequential(*layers), 4, 256)
+
+
+def bits_kept(graph: Graph, change: Callable[[Graph], object]) -> object:
+    inputs = inputs_for(graph)
+    expected = run_graph(graph, inputs)
+    result = change(graph)
+    verify(graph, full=True)
+    for before, after in zip(expected, run_graph(graph, inputs), strict=True):
+        assert torch.equal(before, after)
+    return result
+
+
+def finish(graph: Graph) -> float:
+    order = graph.get(gradient_order)
+    return plan(order.ready, SLOW, order.backward, world=4).finish
+
+
+def apply(graph: Graph, pass_: Schedule | None = None) -> Outcome:
+    outcome = bits_kept(graph, lambda g: (pass_ or Schedule()).apply(g, FOUR))
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_golden() -> None:
+    graph = parse_graph((GOLDEN / "schedule.before.gopt").read_text())
+    assert apply(graph).changed
+    assert print_graph(graph) == (GOLDEN / "schedule.after.gopt").read_text()
+
+
+@pytest.mark.usefixtures("slow_link")
+@pytest.mark.parametrize("make", [wide_first, convolutions])
+def test_the_ladder_is_what_the_graph_then_has(make: Callable[[], Graph]) -> None:
+    graph = make()
+    before = finish(graph)
+    (item,) = apply(graph).applied
+    numbers = item.numbers
+    assert numbers["grouped_ms"] == pytest.approx(1e3 * before, abs=1e-4)
+    assert numbers["scheduled_ms"] == pytest.approx(1e3 * finish(graph), abs=1e-4)
+    assert numbers["scheduled_ms"] < numbers["grouped_ms"] <= numbers["ddp_ms"]
+    assert numbers["times"] == "roofline"
+    assert numbers["moved"] > 0
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_the_forward_half_and_the_chain_keep_their_order() -> None:
+    graph = wide_first()
+    free = {n.name for n in graph.get(gradient_order).movable}
+    was = [n.name for n in graph.nodes if n.name not in free]
+    apply(graph)
+    assert [n.name for n in graph.nodes if n.name not in free] == was
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_convolutions_are_split_only_where_something_comes_between() -> None:
+    graph = convolutions()
+    whole = len(splittable(graph))
+    (item,) = apply(graph).applied
+    assert 0 < item.numbers["split"] <= whole
+    names = [n.name for n in graph.operators if "getitem" not in str(n.target)]
+    halves = [name for name in names if name.endswith("_weight")]
+    assert len(halves) == item.numbers["split"]
+    for name in halves:  # the half for the weight goes first, or something comes between
+        assert names[names.index(name) - 1] != name.removesuffix("_weight")
+
+
+def test_both_halves_of_a_split_convolution_give_the_same_bits() -> None:
+    graph = convolutions()
+    count = len(splittable(graph))
+    halves = bits_kept(graph, lambda g: split(g, splittable(g)))
+    assert isinstance(halves, dict)
+    assert len(halves) == count > 0
+    assert splittable(graph) == ()
+    weights = [u for u in graph.get(gradient_order).units if len(u.names) == 2]
+    assert len(weights) >= count  # weight and bias move together
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_memory_may_forbid_what_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = parse_graph((GOLDEN / "schedule.before.gopt").read_text())
+    generous, before = graph.copy(), liveness(graph).peak
+    (item,) = apply(generous, Schedule(memory=10.0)).applied
+    grown = liveness(generous).peak - before
+    assert item.numbers["peak_bytes_more"] == grown > 0
+    frugal = graph.copy()  # another order gains less and keeps less alive
+    (other,) = apply(frugal, Schedule(memory=0.0)).applied
+    assert liveness(frugal).peak <= before
+    assert item.numbers["scheduled_ms"] < other.numbers["scheduled_ms"] < item.numbers["grouped_ms"]
+    monkeypatch.setattr(schedule_search, "best_first", lambda *a: best_first(*a)[:1])
+    outcome = apply(graph, Schedule(memory=0.0))
+    assert reasons(outcome) == [("backward", "memory")]
+    assert outcome.declined[0].numbers["scheduled_ms"] == item.numbers["scheduled_ms"]
+
+
+def test_latency_bound_links_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One message at the end is best, and then no order matters.
+    curve = Curve.affine(1.0, 0.0, "a second per message")
+    monkeypatch.setattr(schedule, "link_curve", lambda link, ctx: curve)
+    graph = wide_first()
+    text = print_graph(graph)
+    outcome = apply(graph)
+    assert reasons(outcome) == [("backward", "no-gain")]
+    assert outcome.declined[0].numbers["grouped_ms"] == pytest.approx(1e3, rel=0.1)
+    assert print_graph(graph) == text
+
+
+def test_one_rank_and_no_gradients_are_declined() -> None:
+    assert reasons(Schedule().apply(wide_first(), PassContext())) == [("backward", "one-rank")]
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    graph = capture(frozen, (torch.randn(2, 4, requires_grad=True),), {}).graph
+    assert reasons(Schedule().apply(graph, FOUR)) == [("backward", "no-gradients")]
+
+
+class OneOfTwo:
+    """Another rank: it plans nothing itself and gets rank 0's text."""
+
+    size = 2
+    channel = "test"
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+        self.known: list[str] = []
+        self.measured = 0
+
+    def link(self) -> Curve:
+        self.measured += 1
+        return SLOW
+
+    def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
+        self.known.append(mine)
+        self.text = self.text or decide()
+        return self.text
+
+
+def test_all_ranks_take_the_order_of_rank_0_whatever_they_measure() -> None:
+    first = OneOfTwo()
+    mine, theirs = wide_first(), wide_first()
+    bits_kept(mine, lambda g: Schedule(memory=10.0).apply(g, PassContext(workers=first)))
+    second = OneOfTwo(first.text)
+    outcome = Schedule(memory=10.0).apply(theirs, PassContext(workers=second))
+    assert print_graph(mine) == print_graph(theirs)
+    assert first.known == second.known
+    assert first.measured == second.measured == 1  # all ranks take part in measuring
+    (item,) = (*outcome.applied, *outcome.declined)
+    assert item.numbers["times"] == "measured"
+    assert item.numbers["link"] == SLOW.source
+
+
+def test_link_is_a_cluster_the_measured_one_or_an_assumed_one() -> None:
+    assert link_curve("summit", FOUR).source.startswith("summit")
+    assert "assumed" in link_curve("measure", FOUR).source
+    assert link_curve("measure", FOUR)(2**20) == link_curve(ASSUMED, FOUR)(2**20)
+    assert link_curve("measure", PassContext(workers=OneOfTwo())) is SLOW
+    with pytest.raises(ArgumentError):
+        link_curve("sumit", FOUR)
+
+
+def test_order_of_passes_and_options() -> None:
+    check_order(parse_spec("cleanup,schedule,group_gradients"))
+    with pytest.raises(PipelineError, match="must run before 'group_gradients'"):
+        check_order(parse_spec("group_gradients,schedule"))
+    with pytest.raises(SpecError, match="memory is -1"):
+        parse_spec("schedule{memory=-1}")
+    assert not Schedule().works_on(inference_graph().level)
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_backward_operators_stay_behind_the_forward_half() -> None:
+    graph = wide_first()
+    apply(graph)
+    phases = [phase_of(n) for n in graph.operators]
+    assert phases == sorted(phases, key=lambda phase: phase is Phase.BACKWARD)
