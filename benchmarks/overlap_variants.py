@@ -55,7 +55,7 @@ def variants(case: Case, with_graphopt: bool) -> dict[str, nn.Module]:
 
 
 def predicted_exposed(model: nn.Module) -> float | None:
-    """Seconds of communication that graphopt expects no computation to hide; newest capture."""
+    """Seconds of communication that graphopt expects no computation to hide, by its newest plan."""
     grouping = _grouping(model)
     return None if grouping is None else float(grouping.exposed)
 
@@ -146,5 +146,5 @@ def _ddp(case: Case, **options: Any) -> DistributedDataParallel:
 def _grouping(model: nn.Module) -> Any:
     if not hasattr(model, "explain"):
         return None
-    made = report(model).specialisations
-    return getattr(made[-1].plan, "grouping", None) if made else None
+    plans = [made.plan for made in report(model).specialisations]
+    return next((plan.grouping for plan in reversed(plans) if plan.grouping), None)

@@ -309,11 +309,13 @@ def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | None:
     """The ranks of a running job, if these passes make use of them."""
-    if any(p.name == "group_gradients" for p in _pipeline(passes, several_ranks=True).passes):
-        from graphopt.runtime.workers import Workers
+    grouping = [p for p in _pipeline(passes, several_ranks=True).passes if "grouped" in p.provides]
+    if not grouping:
+        return None
+    from graphopt.runtime.workers import Workers
 
-        return Workers.of(model)
-    return None
+    # The integer wire gives one rank the bits that many ranks would have.
+    return Workers.of(model, one=any(getattr(p, "wire", "") == "int32" for p in grouping))
 
 
 def _mesh(mesh: object, workers: Workers | None) -> Mapping[str, int]:

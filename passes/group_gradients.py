@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -60,6 +59,13 @@ class GroupGradients(Pass):
     wire: Literal["native", "bf16", "int32"] = "native"
     stale: Literal["none", "double_buffer", "lag"] = "none"
 
+    def __post_init__(self) -> None:
+        if self.wire == "int32" and self.stale != "none":
+            raise ArgumentError(
+                f"wire=int32 and stale={self.stale} cannot be combined",
+                hint="leave one of them out",
+            )
+
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
         """Sums over ranks are rounded in another order; a narrow wire rounds more."""
@@ -68,12 +74,8 @@ class GroupGradients(Pass):
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Insert one collective per group and leave the rank's own gradients as ``LOCAL``."""
         world = ctx.workers.size if ctx.workers else ctx.mesh.get("dp", 1)
-        if world == 1:
+        if world == 1 and not (self.wire == "int32" and ctx.workers):
             return _declined("one-rank", "there is one rank, so nothing has to be reduced")
-        if self.wire == "int32" and self.stale != "none":
-            raise ArgumentError(
-                "wire=int32 and stale=… cannot be combined", hint="leave one of them out"
-            )
         order = graph.get(gradient_order)
         if not order.ready:
             return _declined("no-gradients", "no parameter receives a gradient")
@@ -91,9 +93,7 @@ class GroupGradients(Pass):
         graph.annotate(graph.output, REDUCTION, reduction)
         return Outcome(_applied(grouping))
 
-    def _agreed(
-        self, graph: Graph, ctx: PassContext, order: GradientOrder, world: int
-    ) -> Grouping:
+    def _agreed(self, graph: Graph, ctx: PassContext, order: GradientOrder, world: int) -> Grouping:
         """Rank 0's plan; times differ from rank to rank, and groups must not."""
         curve = self._curve(ctx)
 
@@ -124,7 +124,7 @@ def _declined(reason: str, detail: str) -> Outcome:
     return Outcome(declined=(Declined("gradients", reason, detail),))
 
 
-def _applied(grouping: Grouping) -> Sequence[Applied]:
+def _applied(grouping: Grouping) -> tuple[Applied, ...]:
     others = {c.name: round(1e3 * (c.finish - grouping.backward), 3) for c in grouping.candidates}
     summary = Applied(
         "gradients",
@@ -143,4 +143,4 @@ def _applied(grouping: Grouping) -> Sequence[Applied]:
         )
         for g in grouping.groups
     )
-    return (summary, *groups)
+    return summary, *groups

@@ -94,7 +94,8 @@ def _memory_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the outermost to the innermost in memory."""
     if value.layout is not torch.strided:
         return list(range(value.dim()))
-    return sorted(range(value.dim()), key=lambda d: -value.stride(d))
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda d: -strides[d])
 
 
 def _flat(graph: Graph, node: fx.Node) -> fx.Node:

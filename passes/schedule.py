@@ -63,7 +63,7 @@ class Schedule(Pass):
         return Outcome((Applied("backward", choice["detail"], choice["numbers"]),))
 
     def _choice(self, graph: Graph, ctx: PassContext, world: int) -> dict[str, Any]:
-        """The best order for this rank; the order of messages is `group_gradients`'s to agree on."""
+        """The best order for this rank; `group_gradients` agrees on that of the messages."""
         curve = link_curve(self.link, ctx)
         order = measured_order(graph, measure(graph)) if ctx.workers else graph.get(gradient_order)
         return Search(graph, order, curve, world, self.memory).best()

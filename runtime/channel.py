@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Work, _register_process_group
+from torch.distributed.distributed_c10d import GroupName
 
 from graphopt.errors import RankError
 from graphopt.grouping import Group
@@ -44,7 +45,7 @@ class Channel(dist.ProcessGroup):
     """
 
     def __init__(self, inner: dist.ProcessGroup, agreement: Agreement, name: str) -> None:
-        super().__init__(inner.rank(), inner.size())
+        super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.inner = inner
         self.agreement = agreement
         self.channel = name
@@ -57,7 +58,7 @@ class Channel(dist.ProcessGroup):
         self._sent = 0
         self._local = self._reduced = 0.0
         self._delayed: dict[tuple[str, int], _Delayed] = {}
-        _register_process_group(name, self)  # type: ignore[no-untyped-call]
+        _register_process_group(GroupName(name), self)
 
     def begin(self, plan: Plan) -> None:
         """Start the messages of one backward pass."""
@@ -86,7 +87,9 @@ class Channel(dist.ProcessGroup):
 
     # -- the interface of a process group ----------------------------------------------------------
 
-    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Work:  # type: ignore[override]
+    def allreduce(  # type: ignore[override]
+        self, tensors: Any, options: Any = None
+    ) -> Work:
         """Start one message; called by the graph's collectives."""
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         index = self._sent
@@ -104,7 +107,7 @@ class Channel(dist.ProcessGroup):
             raise self.failure(group, error) from error
         return _Message(self, inner, tensors[0], group)
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         """The name that torch shows."""
         return "graphopt"
 

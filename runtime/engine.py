@@ -238,8 +238,16 @@ class TrainingEngine(Engine):
         if self._mutations[Phase.BACKWARD]:
             everything = [self.state.get(s.name, inputs.get(i)) for i, s in enumerate(slots)]
             self._write_back(Phase.BACKWARD, cast("list[Tensor]", everything), results)
-        live = self.backward.live({i for i, t in enumerate(given) if t is not None}, call)
-        return [results[i] if live & sources else None for i, _, sources in self.gradients]
+        live = {i for i, t in enumerate(given) if t is not None}
+        factor = self.backward.input_factor(call)
+        return [
+            None
+            if not live & sources or results[i] is None
+            else results[i] * factor
+            if factor != 1.0 and slots[at].role is Role.INPUT
+            else results[i]
+            for i, at, sources in self.gradients
+        ]
 
 
 def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:

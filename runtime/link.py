@@ -46,7 +46,7 @@ def measure(group: Any, device: torch.device) -> Curve:
 
 def _minimum() -> Any:
     options = torch.distributed.AllreduceOptions()
-    options.reduceOp = torch.distributed.ReduceOp.MIN
+    options.reduceOp = torch.distributed.ReduceOp.MIN  # type: ignore[assignment]
     return options
 
 

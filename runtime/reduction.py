@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Plan, Role, Slot
+from graphopt.runtime import exact
 from graphopt.runtime.channel import Channel, warn_nonfinite
 from graphopt.runtime.partition import Halves
-from graphopt.runtime.variants import accumulating, backward_slots, reduce_in_place, reducing, silent
+from graphopt.runtime.variants import (
+    accumulating,
+    backward_slots,
+    reduce_in_place,
+    reducing,
+    silent,
+)
 
 # Takes a list of arguments, empties it, returns the outputs.
 Run = Callable[[list[Any]], Sequence[Any]]
@@ -28,6 +35,7 @@ class Synchronisation(Protocol):
     line: Channel
     synchronise: bool
     pending: bool
+    kept: list[dict[str, Tensor]]
 
 
 class Backwards:
@@ -43,9 +51,9 @@ class Backwards:
         """What the incoming tangents are multiplied with."""
         return 1.0
 
-    def live(self, tangents: set[int], call: Any) -> set[int]:
-        """The tangents that are present, here or on another rank."""
-        return tangents
+    def input_factor(self, call: Any) -> float:
+        """What gradients of inputs are multiplied with: nobody averages them."""
+        return 1.0 / self.tangent_factor(call)
 
     def __call__(self, arguments: list[Any], call: Any) -> Sequence[Any]:
         """Run; empties `arguments`."""
@@ -108,12 +116,10 @@ class Reducing(Backwards):
         """The mean over ranks, where the backward is linear."""
         return self.plan.tangent_scale if call.reduces else 1.0
 
-    def live(self, tangents: set[int], call: _Call) -> set[int]:
-        """All of them where another rank may have what is absent here."""
-        return tangents
-
     def __call__(self, arguments: list[Any], call: _Call) -> Sequence[Any]:
         """Run the form that the forward asked for."""
+        if self.plan.wire == "int32" and not (call.reduces and not self.workers.kept):
+            return self._exactly(arguments, call)
         if not call.reduces:
             self.workers.pending = True
             return self._form("silent")(arguments)
@@ -132,6 +138,27 @@ class Reducing(Backwards):
         if len(line.nonfinite) > found:
             warn_nonfinite(line, self._not_finite(results))
         return results
+
+    def _exactly(self, arguments: list[Any], call: _Call) -> list[Any]:
+        """Keep every micro-batch's gradients apart until they are reduced together."""
+        results = list(self._form("silent")(arguments))
+        names = {i: s.name for i, s in enumerate(self._returned()) if s.role is Role.GRAD}
+        at = {name: i for i, name in names.items()}
+        assert self.plan.grouping is not None
+        grouped = [name for group in self.plan.grouping.groups for name in group.names]
+        kept = self.workers.kept
+        kept.append({name: results[at[name]] for name in grouped})
+        means: dict[str, Tensor] = {}
+        if call.reduces:
+            self.workers.line.begin(self.plan)
+            means = exact.reduce(self.workers.line, self.plan.grouping.groups, kept)
+            kept.clear()
+        for name in grouped:
+            results[at[name]] = means.get(name)
+        return results
+
+    def _returned(self) -> list[Slot]:
+        return [s for s in backward_slots(self.plan.signature) if s.role is not Role.LOCAL]
 
     def _form(self, name: str) -> Run:
         if name not in self._forms:
@@ -158,9 +185,8 @@ class Reducing(Backwards):
         return taken
 
     def _not_finite(self, results: Sequence[Any]) -> list[str]:
-        kept = [s for s in backward_slots(self.plan.signature) if s.role is not Role.LOCAL]
         return [
             s.name
-            for s, r in zip(kept, results, strict=True)
+            for s, r in zip(self._returned(), results, strict=True)
             if s.role is Role.GRAD and r is not None and not torch.isfinite(r).all()
         ]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore, _broadcast_coalesced
 from torch.distributed.distributed_c10d import _world
 
 from graphopt.errors import ArgumentError
@@ -31,6 +31,7 @@ class Workers:
         line: carries the collectives of the model's graphs.
         device: where its messages lie.
         synchronise: whether the backward of the forward passes made now reduces gradients.
+        kept: gradients of micro-batches that wait for the integer wire.
         pending: whether a backward that did not reduce has run since the last one that did.
     """
 
@@ -38,17 +39,19 @@ class Workers:
     device: torch.device
     synchronise: bool = True
     pending: bool = False
+    kept: list[dict[str, torch.Tensor]] = field(default_factory=list, repr=False)
     _link: Curve | None = field(default=None, repr=False)
     _decisions: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Workers | None:
-        """The workers of a job with more than one rank; ``None`` elsewhere.
+    def of(cls, model: nn.Module, *, one: bool = False) -> Workers | None:
+        """The workers of a job with more than one rank (or `one`); ``None`` elsewhere.
 
         Raises:
             ArgumentError: the parameters lie on several kinds of device.
         """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if group is None or (group.size() == 1 and not one):
             return None
         named = [*model.named_parameters(), *model.named_buffers()]
         kinds = {t.device.type: name for name, t in named}
@@ -58,11 +61,10 @@ class Workers:
                 f"the parameters lie on several kinds of device: {places}",
                 hint="move the model with model.to(device) before optimizing it",
             )
-        group = dist.group.WORLD
         number = next(_numbers)
         device = named[0][1].device if named else torch.device("cpu")
         timeout = group._get_backend(device).options._timeout
-        store = dist.PrefixStore(f"graphopt/{number}", _world.pg_map[group][1])
+        store = PrefixStore(f"graphopt/{number}", _world.pg_map[group][1])
         agreement = Agreement(store, group.rank(), group.size(), timeout)
         return cls(Channel(group, agreement, f"graphopt.{number}"), device)
 
@@ -111,7 +113,7 @@ class Workers:
         if tensors:
             with torch.no_grad():
                 values = [t.detach() for _, t in tensors]
-                dist._broadcast_coalesced(self.line.inner, values, 256 << 20, 0)
+                _broadcast_coalesced(self.line.inner, values, 256 << 20, 0)
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the report: gradient noise, and what was not finite."""
@@ -129,4 +131,3 @@ class Workers:
             yield
         finally:
             self.synchronise = before
-

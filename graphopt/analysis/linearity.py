@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -109,9 +110,7 @@ def linear_in_tangents(graph: Graph) -> bool:
     an operator that is not in the table. A step whose backward also changes state is not linear.
     """
     slots = graph.signature.inputs
-    dependent = {
-        n for n, s in zip(graph.inputs, slots, strict=True) if s.role is Role.TANGENT
-    }
+    dependent = {n for n, s in zip(graph.inputs, slots, strict=True) if s.role is Role.TANGENT}
     for node in graph.operators:
         mine = [n for n in node.all_input_nodes if n in dependent]
         if not mine:
@@ -143,7 +142,7 @@ def _linear(node: fx.Node, dependent: set[fx.Node]) -> bool:
         pair = _BESIDE_ZERO[packet]
         return set(places) <= set(pair) and all(_scales(node.args[i], dependent) for i in pair)
     if packet is aten.constant_pad_nd:
-        return len(node.args) < 3 or node.args[2] == 0
+        return len(node.args) < 3 or bool(node.args[2] == 0)
     return packet in _IN_FIRST and places == [0]
 
 
@@ -155,14 +154,14 @@ def _both_dependent(node: fx.Node, dependent: set[fx.Node]) -> bool:
 def _scales(value: object, dependent: set[fx.Node]) -> bool:
     """A function of a tangent, or zero."""
     if not isinstance(value, fx.Node):
-        return value == 0
+        return bool(value == 0)
     packet = getattr(value.target, "overloadpacket", None)
     if packet in (aten.full, aten.full_like, aten.scalar_tensor):
-        return value.args[0 if packet is aten.scalar_tensor else 1] == 0
+        return bool(value.args[0 if packet is aten.scalar_tensor else 1] == 0)
     return value in dependent or packet in (aten.zeros, aten.zeros_like, aten.new_zeros)
 
 
 def _nodes(argument: object) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.map_arg(argument, lambda n: found.append(n))  # type: ignore[arg-type]
+    fx.map_arg(cast("Any", argument), found.append)
     return found

@@ -23,8 +23,10 @@ class Curve:
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.points]
         times = [time for _, time in self.points]
-        if not sizes or times != sorted(times) or any(
-            a >= b for a, b in zip(sizes, sizes[1:], strict=False)
+        if (
+            not sizes
+            or times != sorted(times)
+            or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
         ):
             raise ValueError(f"a cost curve must not decrease: {self.points}")
 

@@ -12,14 +12,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def on_ranks(folder: Path, world: int, work: Callable[..., None], *args: Any, timeout: int = 60) -> None:
+def on_ranks(
+    folder: Path, world: int, work: Callable[..., None], *args: Any, timeout: int = 60
+) -> None:
     """``work(rank, *args)`` on `world` processes; an error of any of them fails the test."""
     store = folder / f"store{len(list(folder.glob('store*')))}"
     mp.spawn(_enter, args=(world, str(store), timeout, work, args), nprocs=world)
 
 
 def _enter(
-    rank: int, world: int, store: str, timeout: int, work: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    store: str,
+    timeout: int,
+    work: Callable[..., None],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
