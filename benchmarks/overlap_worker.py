@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would hold until exit
 from torch import Tensor, nn
 
 from benchmarks.overlap_models import Case, case
@@ -146,6 +148,9 @@ def main(config: Config, rank: int) -> None:
     }
     (Path(config.folder) / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()  # no rank leaves while another may still talk to it
+    # A model holds the group, and a thread of the group that is at work at exit aborts the process.
+    del this
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -140,7 +140,7 @@ def _is_reshape(node: fx.Node) -> bool:
 
 
 def _aliases_input(node: fx.Node) -> bool:
-    """Whether a value may be the memory of something else; results of a tuple count as their own."""
+    """Whether a value may be the memory of something else; parts of a tuple are not."""
     target = node.target
     if target in (c10d.wait_tensor.default, torch.ops.aten.reshape.default):
         return True

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see `data_parallel`
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_digits import DigitsNet, digits
+from train_digits import DigitsNet as DigitsNet
+from train_digits import digits
 
 BATCH = 32  # per rank
 
 
-@contextmanager
-def data_parallel() -> Iterator[nn.Module]:
-    """The process group that ``torchrun`` describes, and a model that differs on every rank."""
+def data_parallel(main: Callable[[], None]) -> None:
+    """Call `main` in the process group that ``torchrun`` describes; weights differ by rank."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(dist.get_rank())
     try:
-        yield DigitsNet()
+        main()
     finally:
+        # Whatever holds the group keeps its threads alive, and one that is still at work when the
+        # interpreter ends aborts the process. A model holds it, and so do the default arguments
+        # of torch.distributed.nn where that is first imported, by DDP or an optimizer, while
+        # there is a group; hence the import above.
+        gc.collect()
         dist.destroy_process_group()
 
 

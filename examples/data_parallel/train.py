@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
-from common import data_parallel, show, train
+from common import DigitsNet, data_parallel, show, train
 
 import graphopt
 
-with data_parallel() as model:
-    model = graphopt.optimize(model, backend="eager")
+
+def main() -> None:
+    model = graphopt.optimize(DigitsNet(), backend="eager")
     train(model)
     show(model.explain())
+
+
+data_parallel(main)

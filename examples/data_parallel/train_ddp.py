@@ -5,9 +5,13 @@ Run: ``torchrun --nproc-per-node 2 examples/data_parallel/train_ddp.py``
 
 from __future__ import annotations
 
-from common import data_parallel, train
+from common import DigitsNet, data_parallel, train
 from torch.nn.parallel import DistributedDataParallel
 
-with data_parallel() as model:
-    model = DistributedDataParallel(model)
+
+def main() -> None:
+    model = DistributedDataParallel(DigitsNet())
     train(model)
+
+
+data_parallel(main)

@@ -1,1 +1,1 @@
-"""What messages cost: curves, algorithms of collectives, named clusters. Pure formulas, no torch."""
+"""What messages cost: curves, collectives, clusters. Pure formulas, no torch."""

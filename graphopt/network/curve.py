@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,8 @@ class Curve:
     """A non-decreasing, piecewise linear cost: bytes to seconds.
 
     Attributes:
-        points: ``(bytes, seconds)``, both non-decreasing, bytes strictly; before the first point the
-            cost is that of the first, behind the last it continues with the last slope.
+        points: ``(bytes, seconds)``, both non-decreasing, bytes strictly; before the first point
+            the cost is that of the first, behind the last it continues with the last slope.
         source: where it comes from, in a few words.
     """
 
@@ -23,11 +24,7 @@ class Curve:
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.points]
         times = [time for _, time in self.points]
-        if (
-            not sizes
-            or times != sorted(times)
-            or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
-        ):
+        if not sizes or times != sorted(times) or any(a >= b for a, b in pairwise(sizes)):
             raise ValueError(f"a cost curve must not decrease: {self.points}")
 
     @classmethod

@@ -25,7 +25,7 @@ from tests.unit.plugins import write_distribution
 ROOT = Path(__file__).parents[2]
 FILE = "tests/unit/models_for_cli.py"
 NET, MLP = f"{FILE}:net", f"{FILE}:mlp"
-COMMANDS = ("show", "run", "why", "diff", "verify", "passes", "doctor")
+COMMANDS = ("show", "run", "plan", "simulate", "why", "diff", "verify", "passes", "doctor")
 
 
 @pytest.fixture(autouse=True)
