@@ -28,8 +28,8 @@ Cost = Callable[[float], float]
 
 # Fewer groups may cost this share of the finish, but no more than that share of what is exposed:
 # half a percent of a long backward can be most of a short tail.
-DELTA = 0.005
-DELTA_EXPOSED = 0.02
+DELTA = 0.001
+DELTA_EXPOSED = 0.002
 
 
 def plan(

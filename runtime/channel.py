@@ -98,7 +98,7 @@ class Channel(dist.ProcessGroup):
         # Of the integer wire, every second message carries the exponents.
         group = index // 2 if plan is not None and plan.wire == "int32" else index
         if self._measures():
-            self._local += float(tensors[0].double().square().sum())
+            self._local += float(torch.linalg.vector_norm(tensors[0])) ** 2
         if plan is not None and plan.stale != "none":
             return self._delay(plan, index, tensors[0])
         try:

@@ -11,7 +11,7 @@ from graphopt.errors import RankError
 from graphopt.network.curve import Curve, fit
 
 # Bytes of the messages that are timed.
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 # What all of it may take; a slow link gets fewer repetitions.
 SECONDS = 3.0
 REPETITIONS = 5

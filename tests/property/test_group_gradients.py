@@ -41,7 +41,7 @@ class _Alike(dist.ProcessGroup):
                 tensor *= RANKS
         return _Done()
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         return "alike"
 
 
