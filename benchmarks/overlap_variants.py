@@ -22,6 +22,7 @@ from graphopt.passes.group_gradients_rivals import mg_wfbp
 
 PLAIN = "no communication"
 GRAPHOPT = "graphopt"
+GROUPED = "graphopt grouping only"
 DEFAULT = "ddp default"
 STILL = "ddp default, buffers not broadcast"
 MG_WFBP = "ddp mg-wfbp"
@@ -48,9 +49,10 @@ def variants(case: Case, with_graphopt: bool) -> dict[str, nn.Module]:
     for name, groups in zip(("ddp per layer", MG_WFBP), caps, strict=True):
         made[name] = _ddp(case, bucket_cap_mb_list=[size / MIB for size in groups])
     if with_graphopt:
-        made[GRAPHOPT] = graphopt.optimize(
-            copy.deepcopy(case.model), passes="auto", backend="eager", verify="off"
-        )
+        for name, passes in ((GROUPED, "cleanup,group_gradients"), (GRAPHOPT, "auto")):
+            made[name] = graphopt.optimize(
+                copy.deepcopy(case.model), passes=passes, backend="eager", verify="off"
+            )
     return made
 
 

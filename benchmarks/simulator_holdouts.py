@@ -2,7 +2,7 @@
 
 Run ``python -m benchmarks.simulator_holdouts``; the result goes to
 ``benchmarks/results/simulator_holdouts.json``. Hold-outs are published figures that no parameter
-saw. Predictions at the end are not fitted at all, and rest on assumed inputs that are listed.
+saw. The predictions at the end are those of `benchmarks.simulator_predictions`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
 
+from benchmarks.simulator_predictions import ASSUMED as ASSUMED_AT_SCALE
+from benchmarks.simulator_predictions import BACKWARD, predictions, tensor_cost_of
 from benchmarks.simulator_profiles import NETWORKS
 from graphopt.grouping import Ready
-from graphopt.network.clusters import CLUSTERS
-from graphopt.network.straggler import asymptotic_maximum, delay, expected_maximum
+from graphopt.network.straggler import asymptotic_maximum, expected_maximum
 
-BACKWARD = 2 / 3
 MIB = 1 << 20
 Cost = Callable[[float], float]
 
@@ -52,11 +52,7 @@ ASSUMED = {
         "a message per parameter tensor",
         "8 or 32 nodes (the source is unclear) and a ring at the measured 9.43 Gbit/s",
     ),
-    "SC'18 and Laanait": (
-        "100 layers of equal bytes and equal time, a message per layer",
-        "the 'summit' profile, whose latencies and bandwidths are assumed",
-        "step time, gradient bytes and jitter of a step, as listed with each band",
-    ),
+    **ASSUMED_AT_SCALE,
 }
 
 
@@ -227,60 +223,6 @@ def asc() -> tuple[list[Row], dict[str, Any]]:
     return rows, facts
 
 
-def at_scale(world: int, step: float, size: float, jitter: float, lag: bool) -> float:
-    """Efficiency on the Summit profile, relative to one GPU.
-
-    `jitter` is the standard deviation of one rank's step as a share of it, and `lag` hides all
-    communication behind the next step.
-    """
-    layers = [Ready(str(k), int(size / 100), BACKWARD * step * (k + 1) / 100) for k in range(100)]
-    finish = each(layers, CLUSTERS["summit"].all_reduce(world))
-    late = 0.0 if lag else max(0.0, finish - BACKWARD * step)
-    return step / (step + late + delay(world, jitter * step))
-
-
-def predictions(jitter: float) -> list[dict[str, Any]]:
-    """Published efficiencies that nothing was fitted to, with bands over the assumed inputs.
-
-    Args:
-        jitter: that of the Cori fit, the upper end of the band.
-    """
-    steps, sizes = (0.5, 1.0, 2.0), (9e7, 1.75e8, 3.5e8)
-    cases = (
-        ("SC'18 DeepLabv3+, FP32, lag 0", 27_360, 0.907, False, steps, sizes),
-        ("SC'18 DeepLabv3+, FP32, lag 1", 27_360, 0.907, True, steps, sizes),
-        ("Laanait FC-DenseNet", 27_600, 0.93, False, (0.3, 0.6, 1.2), (5e7, 2e8, 8e8)),
-    )
-    jitters = (0.005, 0.015, jitter)
-    result = []
-    for name, world, published, lag, steps, sizes in cases:
-        values = [at_scale(world, *inputs, lag) for inputs in product(steps, sizes, jitters)]
-        central = (steps[1], sizes[1], jitters[1])
-        # One input at a time moves over its band while the others stay in the middle.
-        sensitivity = {
-            label: [at_scale(world, *central[:k], value, *central[k + 1 :], lag) for value in band]
-            for k, (label, band) in enumerate(
-                (("step, s", steps), ("gradient, bytes", sizes), ("jitter / step", jitters))
-            )
-        }
-        result.append(
-            {
-                "case": name,
-                "world": world,
-                "published": published,
-                "predicted": at_scale(world, *central, lag),
-                "band": (min(values), max(values)),
-                "assumed": {
-                    "step, s": steps,
-                    "gradient, bytes": sizes,
-                    "jitter / step": jitters,
-                },
-                "sensitivity": sensitivity,
-            }
-        )
-    return result
-
-
 def compute() -> dict[str, Any]:
     """Everything: rows of the table, what was fitted, predictions and assumptions."""
     rows: list[Row] = []
@@ -289,6 +231,9 @@ def compute() -> dict[str, Any]:
         more, facts[name] = experiment()
         rows += more
     jitter = facts["Cori"]["sigma / step, exact"]
+    facts["2x at 6,000"] = {
+        "us per tensor and rank at the coordinator that would give it": 1e6 * tensor_cost_of(2.0)
+    }
     return {
         "rows": rows,
         "fitted": facts,
@@ -314,8 +259,9 @@ def main() -> None:
     for one in results["predictions"]:
         low, high = one["band"]
         print(
-            f"{one['case']}, {one['world']:,} GPUs: {one['predicted']:.3f} ({low:.3f} to "
-            f"{high:.3f}), published {one['published']}; assumed {one['assumed']}"
+            f"{one['case']}, {one['world']:,} GPUs, {one['figure']}: {one['predicted']:.3f} "
+            f"({low:.3f} to {high:.3f}), published {one['published']}, error {one['error']:+.3f}; "
+            f"assumed {one['assumed']}"
         )
     for name, lines in ASSUMED.items():
         print(f"assumed ({name}): {'; '.join(lines)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from graphopt.arguments import check_model, parse_mesh, split_example_inputs
 from graphopt.capture import Capture, capture
 from graphopt.duel import Built, choose
 from graphopt.errors import ArgumentError, MismatchError, StateError
-from graphopt.graph import REDUCTION, Graph
+from graphopt.graph import CURVATURE, REDUCTION, Graph
 from graphopt.module import Variant, controller_of, install
 from graphopt.passbase import EXACT, Pass, PassContext
 from graphopt.pipeline import Pipeline
@@ -36,6 +36,7 @@ from graphopt.trial import (
 )
 
 if TYPE_CHECKING:
+    from graphopt.runtime.accumulation import Alone
     from graphopt.runtime.workers import Workers
 
 log = logging.getLogger("graphopt")
@@ -92,7 +93,7 @@ def optimize(
     _one_of("backend", backend, Backend)
     _one_of("verify", verify, Verify)
     workers = None if dry_run else _workers(model, passes)
-    pipeline = _pipeline(passes, several_ranks=workers is not None)
+    pipeline = _pipeline(passes, several_ranks=_several(workers))
     compiler = Compiler(pipeline, _mesh(mesh, workers), backend, verify, workers)
     example = split_example_inputs(example_inputs)
     if dry_run:
@@ -112,7 +113,10 @@ def optimize(
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that passes own (factors, histories); save them beside the optimizer's."""
     controller = controller_of(model)
-    return {} if controller is None else {k: v.clone() for k, v in controller.state.items()}
+    if controller is None:
+        return {}
+    controller.settle()
+    return {k: v.clone() for k, v in controller.state.items()}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -125,6 +129,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     controller = controller_of(model)
     if controller is None:
         raise StateError("the model is not optimized", hint="call graphopt.optimize(model) first")
+    controller.settle()
     for name, tensor in controller.state.items():
         if name not in state:
             raise StateError(
@@ -151,7 +156,7 @@ class Compiler:
     mesh: Mapping[str, int]
     backend: Backend
     verify: Verify
-    workers: Workers | None = None
+    workers: Workers | Alone | None = None
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""
@@ -193,7 +198,7 @@ class Compiler:
         with self._silent():
             steps = pipeline.run(
                 captured.graph,
-                PassContext(workers=self.workers, mesh=self.mesh, state=state),
+                PassContext(workers=_ranks(self.workers), mesh=self.mesh, state=state),
                 verify="structure" if self.verify == "eager" else self.verify,
             )
             choice, built = choose(
@@ -242,9 +247,10 @@ class Compiler:
 
     def _backend(self) -> str:
         """Ranks must not wait for a duel whose rounds they count differently."""
-        if self.workers is None or self.backend != "auto":
+        ranks = _ranks(self.workers)
+        if ranks is None or self.backend != "auto":
             return self.backend
-        return "inductor" if self.workers.device.type == "cuda" else "eager"
+        return "inductor" if ranks.device.type == "cuda" else "eager"
 
     def eager_call(self, captured: Capture, state: dict[str, Tensor]) -> Callable[..., object]:
         """The graph as it is now, runnable as a call of the model."""
@@ -267,6 +273,7 @@ class Compiler:
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
             facts=tuple(sorted(graph.facts)),
+            curvature=graph.annotation(graph.output, CURVATURE),
             **({} if reduction is None else vars(reduction)),
         )
 
@@ -307,22 +314,36 @@ def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return f"{inputs} ({', '.join(mode)})"
 
 
-def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | None:
-    """The ranks of a running job, if these passes make use of them."""
-    grouping = [p for p in _pipeline(passes, several_ranks=True).passes if "grouped" in p.provides]
-    if not grouping:
+def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | Alone | None:
+    """The ranks of a running job, if these passes make use of them; alone, who counts steps."""
+    pipeline = _pipeline(passes, several_ranks=True).passes
+    grouping = [p for p in pipeline if "grouped" in p.provides]
+    preconditions = any("preconditioned" in p.provides for p in pipeline)
+    if not grouping and not preconditions:
         return None
+    from graphopt.runtime.accumulation import Alone
     from graphopt.runtime.workers import Workers
 
     # The integer wire gives one rank the bits that many ranks would have.
-    return Workers.of(model, one=any(getattr(p, "wire", "") == "int32" for p in grouping))
+    workers = Workers.of(model, one=any(getattr(p, "wire", "") == "int32" for p in grouping))
+    return Alone() if workers is None and preconditions else workers
 
 
-def _mesh(mesh: object, workers: Workers | None) -> Mapping[str, int]:
+def _ranks(workers: Workers | Alone | None) -> Workers | None:
+    """The ranks that passes may ask; one that is alone has no link to measure."""
+    return cast("Workers", workers) if workers is not None and workers.channel else None
+
+
+def _several(workers: Workers | Alone | None) -> bool:
+    return _ranks(workers) is not None
+
+
+def _mesh(mesh: object, workers: Workers | Alone | None) -> Mapping[str, int]:
     parsed = parse_mesh(mesh)
-    if workers is not None and parsed.get("dp", workers.size) != workers.size:
+    ranks = _ranks(workers)
+    if ranks is not None and parsed.get("dp", ranks.size) != ranks.size:
         raise ArgumentError(
-            f"mesh says dp={parsed['dp']}, and this job has {workers.size} ranks",
+            f"mesh says dp={parsed['dp']}, and this job has {ranks.size} ranks",
             hint="leave mesh out: a running job knows its size",
         )
     return parsed

@@ -18,6 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from graphopt.curvature import Curvature
 from graphopt.errors import TextError
 from graphopt.grouping import Grouping
 from graphopt.plan import Phase, Role, Signature, Slot
@@ -67,8 +68,9 @@ class Reduction:
     tangent_scale: float
 
 
-# Written on the output node by the pass that groups gradients.
+# Written on the output node by the passes that group and precondition gradients.
 REDUCTION = Annotation[Reduction]("reduction")
+CURVATURE = Annotation[Curvature]("curvature")
 
 
 class Graph:

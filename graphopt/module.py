@@ -125,6 +125,11 @@ class Controller:
                 )
         return variant
 
+    def settle(self) -> None:
+        """Have in `state` what a step left under way; what is loaded into it then counts."""
+        if self.compiler.workers is not None:
+            self.compiler.workers.settle(self.state)
+
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
         return replace(
@@ -191,7 +196,8 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         one rank, with a wire other than ``native``, and before there is an estimate.
         """
         workers = _workers_of(self)
-        return None if workers is None else workers.line.noise.value
+        line = getattr(workers, "line", None)
+        return None if line is None else line.noise.value
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Pickle as the plain model: a capture belongs to a process."""
@@ -208,7 +214,13 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         plain.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         controller = controller_of(self)
         assert controller is not None
-        install(plain, controller.compiler).state = copy.deepcopy(controller.state, memo)
+        controller.settle()
+        compiler: Any = controller.compiler
+        if compiler.workers is not None:
+            compiler = replace(compiler, workers=compiler.workers.copy())
+        copied = install(plain, compiler)
+        copied.state = copy.deepcopy(controller.state, memo)
+        copied.settle()
         return plain
 
     namespace = {

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from graphopt.curvature import Curvature
 from graphopt.grouping import Grouping
 
 
@@ -20,7 +21,8 @@ class Role(StrEnum):
     """What an input or output of a graph is to the model.
 
     ``LOCAL`` is the gradient of this rank's own batch, beside the reduced ``GRAD``: what a step of
-    gradient accumulation that does not communicate returns.
+    gradient accumulation that does not communicate returns. ``STATISTIC`` is what the curvature is
+    estimated from; only steps that renew the estimate compute it.
     """
 
     PARAM = "param"
@@ -32,6 +34,7 @@ class Role(StrEnum):
     GRAD = "grad"
     LOCAL = "local"
     MUTATION = "mutation"
+    STATISTIC = "statistic"
 
 
 class Phase(StrEnum):
@@ -42,7 +45,7 @@ class Phase(StrEnum):
 
 
 INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE})
-OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION})
+OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.STATISTIC})
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Plan:
             ``"lag"`` those of the step before.
         tangent_scale: factor on the incoming tangents of a backward that reduces; the mean over
             ranks is taken here, once, where the backward is linear in them.
+        curvature: how gradients are preconditioned; ``None`` where they are not.
     """
 
     spec: str
@@ -155,6 +159,7 @@ class Plan:
     wire: str = "native"
     stale: str = "none"
     tangent_scale: float = 1.0
+    curvature: Curvature | None = None
 
     def to_json(self) -> str:
         """The plan as JSON text with sorted keys."""
@@ -184,6 +189,7 @@ class Plan:
             wire=data["wire"],
             stale=data["stale"],
             tangent_scale=data["tangent_scale"],
+            curvature=Curvature.from_data(data["curvature"]) if data["curvature"] else None,
         )
 
     @property

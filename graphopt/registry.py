@@ -23,6 +23,7 @@ BUILT_IN = {
     "cleanup": "graphopt.passes.cleanup:Cleanup",
     "fold_inference": "graphopt.passes.fold_inference:FoldInference",
     "group_gradients": "graphopt.passes.group_gradients:GroupGradients",
+    "kfac": "graphopt.passes.kfac:Kfac",
     "schedule": "graphopt.passes.schedule:Schedule",
 }
 

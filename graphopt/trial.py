@@ -195,6 +195,10 @@ def _error(reference: Tensor | None, actual: Tensor | None) -> float:
         return 0.0 if reference is actual else float("inf")
     if reference.shape != actual.shape or reference.dtype != actual.dtype:
         return float("inf")
+    if reference.layout is not actual.layout:
+        return float("inf")
+    if reference.layout is not torch.strided:
+        reference, actual = reference.to_dense(), actual.to_dense()
     if _same(reference, actual):
         return 0.0
     if not (reference.is_floating_point() or reference.is_complex()):

@@ -79,6 +79,7 @@ class GroupGradients(Pass):
         order = graph.get(gradient_order)
         if not order.ready:
             return _declined("no-gradients", "no parameter receives a gradient")
+        _refuse_sparse(order)
         grouping = self._agreed(graph, ctx, order, world)
         scaled = self.wire == "native" and graph.get(linear_in_tangents)
         insert_collectives(
@@ -118,6 +119,17 @@ class GroupGradients(Pass):
         if self.link == "measure" and ctx.workers is not None:
             return ctx.workers.link()
         return link_curve(self.link, ctx)
+
+
+def _refuse_sparse(order: GradientOrder) -> None:
+    """Ranks would have to agree on indices first, which no message of fixed size can carry."""
+    sparse = [r.name for r in order.ready if r.kind.startswith("sparse")]
+    if sparse:
+        raise ArgumentError(
+            f"the gradient of {sparse[0]!r} is sparse, and sparse gradients are not reduced",
+            hint="build the embedding with sparse=False, or optimize with passes='cleanup' and "
+            "wrap the model in DistributedDataParallel",
+        )
 
 
 def _declined(reason: str, detail: str) -> Outcome:

@@ -76,6 +76,14 @@ class Agreement:
         found: bytes = self.store.get(name)
         return found
 
+    def tell(self, topic: str, mine: str) -> None:
+        """Leave a text for rank 0, before a call of `agree` in which it decides by all of them."""
+        self.store.set(f"{topic}/{self.rank}", mine)
+
+    def told(self, topic: str) -> list[str]:
+        """What every rank has told, in the order of ranks."""
+        return [self.store.get(f"{topic}/{rank}").decode() for rank in range(self.size)]
+
     def missing(self, topic: str, note: str, grace: float) -> list[int]:
         """Ranks that do not report within `grace` seconds that they failed, too."""
         self.store.set(f"{topic}/{self.rank}", note)

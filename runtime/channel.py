@@ -8,7 +8,7 @@ noise, and delays results where the plan says so.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from graphopt.errors import RankError
 from graphopt.grouping import Group
 from graphopt.plan import Plan
 from graphopt.runtime.agreement import Agreement, ranks
+from graphopt.runtime.late import History
 from graphopt.runtime.noise_scale import NoiseScale
 
 # Steps between two measurements of gradient noise; each reads the gradients twice.
@@ -42,6 +43,7 @@ class Channel(dist.ProcessGroup):
         step: number of reducing backward passes so far.
         noise: gradient noise scale; its batch is counted in examples.
         nonfinite: what was found in reduced gradients: step, group and parameter.
+        history: messages of the step before, where the plan delays results.
     """
 
     def __init__(self, inner: dist.ProcessGroup, agreement: Agreement, name: str) -> None:
@@ -57,13 +59,15 @@ class Channel(dist.ProcessGroup):
         self._plan: Plan | None = None
         self._sent = 0
         self._local = self._reduced = 0.0
-        self._delayed: dict[tuple[str, int], _Delayed] = {}
+        self._parameters: Mapping[str, Tensor] = {}
+        self.history = History(inner.rank())
         _register_process_group(GroupName(name), self)
 
-    def begin(self, plan: Plan) -> None:
-        """Start the messages of one backward pass."""
+    def begin(self, plan: Plan, parameters: Mapping[str, Tensor]) -> None:
+        """Start the messages of one backward pass of these parameters."""
         assert plan.grouping is not None
         self._plan = plan
+        self._parameters = parameters
         self.groups = plan.grouping.groups
         self.step += 1
         self._sent = 0
@@ -101,11 +105,19 @@ class Channel(dist.ProcessGroup):
             self._local += float(torch.linalg.vector_norm(tensors[0])) ** 2
         if plan is not None and plan.stale != "none":
             return self._delay(plan, index, tensors[0])
+        inner = self.start(tensors[0], group, options)
+        return _Message(self, inner, tensors[0], group)
+
+    def start(self, tensor: Tensor, group: int, options: Any = None) -> Any:
+        """Start to reduce a tensor in place; a failure names the group.
+
+        Raises:
+            RankError: the message cannot be sent.
+        """
         try:
-            inner = self.inner.allreduce(tensors, options or dist.AllreduceOptions())
+            return self.inner.allreduce([tensor], options or dist.AllreduceOptions())
         except RuntimeError as error:
             raise self.failure(group, error) from error
-        return _Message(self, inner, tensors[0], group)
 
     def getBackendName(self) -> str:
         """The name that torch shows."""
@@ -150,17 +162,13 @@ class Channel(dist.ProcessGroup):
     # -- results of the step before ----------------------------------------------------------------
 
     def _delay(self, plan: Plan, index: int, fresh: Tensor) -> Work:
-        digest = plan.grouping.groups[index].names[0] if plan.grouping else ""
-        held = self._delayed.setdefault((digest, index), _Delayed())
-        return _Late(self, held, fresh, index, starts_now=plan.stale == "double_buffer")
-
-
-class _Delayed:
-    """What one group keeps between two steps: a message on its way, or one not yet sent."""
-
-    def __init__(self) -> None:
-        self.work: Any = None
-        self.buffer: Tensor | None = None
+        return self.history.exchange(
+            plan.stale,
+            {name: self._parameters[name].numel() for name in self.groups[index].names},
+            fresh,
+            lambda tensor: self.start(tensor, index),
+            lambda error: self.failure(index, error),
+        )
 
 
 class _Message(Work):
@@ -177,39 +185,6 @@ class _Message(Work):
         except RuntimeError as error:
             raise self._channel.failure(self._group, error) from error
         self._channel.arrived(self._tensor, self._group)
-        return True
-
-
-class _Late(Work):
-    """A message whose result is that of the step before; zeros in the first step.
-
-    ``double_buffer`` sends this step's gradients now and waits for them in the next step
-    (ChainerMN's double buffering); ``lag`` sends those of the step before now and waits for them
-    at the end of this step (gradient lag of Kurth et al., SC'18).
-    """
-
-    def __init__(
-        self, channel: Channel, held: _Delayed, fresh: Tensor, group: int, *, starts_now: bool
-    ) -> None:
-        super().__init__()
-        self._channel, self._held, self._fresh, self._group = channel, held, fresh, group
-        self._old, self._work = held.buffer, held.work
-        held.buffer = fresh.clone()
-        if starts_now:
-            held.work = channel.inner.allreduce([held.buffer])
-        elif self._old is not None:
-            self._work = channel.inner.allreduce([self._old])
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Until the result of the step before stands in the tensor."""
-        if self._old is None:
-            self._fresh.zero_()
-            return True
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            raise self._channel.failure(self._group, error) from error
-        self._fresh.copy_(self._old)
         return True
 
 

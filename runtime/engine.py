@@ -54,7 +54,7 @@ class Expected:
 
 def _returned(slots: Iterable[Slot]) -> list[Slot]:
     """The outputs that executables return: each form of a backward has one gradient per name."""
-    return [slot for slot in slots if slot.role is not Role.LOCAL]
+    return [slot for slot in slots if slot.role not in (Role.LOCAL, Role.STATISTIC)]
 
 
 class Engine:
@@ -233,20 +233,19 @@ class TrainingEngine(Engine):
             else:
                 arguments.append(self.weights_for_backward.get(slots[index].name, inputs[index]))
         saved.clear()
+        live = {i for i, t in enumerate(given) if t is not None}
+        absent = {i for i, _, sources in self.gradients if not live & sources}
         with torch._C._DisableAutocast():
-            results = self.backward(arguments, call)
+            results = self.backward(arguments, call, absent)
         if self._mutations[Phase.BACKWARD]:
             everything = [self.state.get(s.name, inputs.get(i)) for i, s in enumerate(slots)]
             self._write_back(Phase.BACKWARD, cast("list[Tensor]", everything), results)
-        live = {i for i, t in enumerate(given) if t is not None}
         factor = self.backward.input_factor(call)
         return [
-            None
-            if not live & sources or results[i] is None
-            else results[i] * factor
-            if factor != 1.0 and slots[at].role is Role.INPUT
+            results[i] * factor
+            if factor != 1.0 and results[i] is not None and slots[at].role is Role.INPUT
             else results[i]
-            for i, at, sources in self.gradients
+            for i, at, _ in self.gradients
         ]
 
 
@@ -277,7 +276,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, saved = engine.run_forward(values)
         ctx.engine = engine
-        ctx.call = engine.backward.forward_made(values)
+        ctx.call = engine.backward.forward_made(values, outputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         returned = _changeable(outputs, saved)

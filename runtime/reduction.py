@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from graphopt.plan import Plan, Role, Slot
 from graphopt.runtime import exact
 from graphopt.runtime.channel import Channel, warn_nonfinite
 from graphopt.runtime.partition import Halves
+from graphopt.runtime.presence import Presence
 from graphopt.runtime.variants import (
     accumulating,
     backward_slots,
@@ -33,9 +34,11 @@ class Synchronisation(Protocol):
     """Whether the steps that begin now will reduce; `graphopt.runtime.workers` has the one."""
 
     line: Channel
+    device: torch.device
     synchronise: bool
     pending: bool
     kept: list[dict[str, Tensor]]
+    kept_names: set[str]
 
 
 class Backwards:
@@ -44,7 +47,7 @@ class Backwards:
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def forward_made(self, values: Sequence[Tensor]) -> Any:
+    def forward_made(self, values: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
         """Called when a forward has run; what it returns is given to the backward."""
 
     def tangent_factor(self, call: Any) -> float:
@@ -55,9 +58,22 @@ class Backwards:
         """What gradients of inputs are multiplied with: nobody averages them."""
         return 1.0 / self.tangent_factor(call)
 
-    def __call__(self, arguments: list[Any], call: Any) -> Sequence[Any]:
-        """Run; empties `arguments`."""
-        return self.run(arguments)
+    def __call__(self, arguments: list[Any], call: Any, absent: Collection[int]) -> list[Any]:
+        """Run; empties `arguments`.
+
+        Args:
+            arguments: inputs of the half.
+            call: what `forward_made` gave.
+            absent: positions of results that are gradients which no tangent reaches on this rank.
+
+        Returns:
+            The results, with ``None`` for gradients that are absent.
+        """
+        return _without(self.run(arguments), absent)
+
+
+def _without(results: Sequence[Any], absent: Collection[int]) -> list[Any]:
+    return [None if i in absent else r for i, r in enumerate(results)] if absent else list(results)
 
 
 def backwards(
@@ -66,7 +82,7 @@ def backwards(
     workers: Synchronisation | None,
     compile: Callable[[fx.GraphModule], Run],
 ) -> Backwards:
-    """The forms of the backward half that a plan asks for."""
+    """The forms of the backward half that a plan's reductions ask for."""
     if plan.grouping is None:
         return Backwards(compile(halves.backward))
     assert workers is not None, "a plan that reduces gradients needs the ranks"
@@ -103,7 +119,10 @@ class Reducing(Backwards):
     _forms: dict[str, Run] = field(default_factory=dict)
     _accumulated: tuple[str, ...] = ()
 
-    def forward_made(self, values: Sequence[Tensor]) -> _Call:
+    def __post_init__(self) -> None:
+        self._presence = Presence(self.plan, self._returned())
+
+    def forward_made(self, values: Sequence[Tensor], outputs: Sequence[Tensor]) -> _Call:
         """Note whether this step reduces: as with DDP the forward decides."""
         named = zip(self.slots, values, strict=True)
         parameters = {s.name: v for s, v in named if s.role is Role.PARAM}
@@ -116,30 +135,33 @@ class Reducing(Backwards):
         """The mean over ranks, where the backward is linear."""
         return self.plan.tangent_scale if call.reduces else 1.0
 
-    def __call__(self, arguments: list[Any], call: _Call) -> Sequence[Any]:
+    def __call__(self, arguments: list[Any], call: _Call, absent: Collection[int]) -> list[Any]:
         """Run the form that the forward asked for."""
         if self.plan.wire == "int32" and not (call.reduces and not self.workers.kept):
-            return self._exactly(arguments, call)
+            return self._exactly(arguments, call, absent)
         if not call.reduces:
             self.workers.pending = True
-            return self._form("silent")(arguments)
+            return _without(self._form("silent")(arguments), absent)
         line = self.workers.line
         line.batch = call.batch
-        line.begin(self.plan)
+        line.begin(self.plan, call.parameters)
+        before: set[str] = set()
         if self.workers.pending:
             run = self._form("accumulating")
+            before = {n for n in self._accumulated if call.parameters[n].grad is not None}
             arguments.extend(self._take(call))
             self.workers.pending = False
         else:
             run = self._form("reducing")
+        question = self._presence.ask(line, absent, before, self.workers.device)
         found = len(line.nonfinite)
         results = run(arguments)
         line.end()
         if len(line.nonfinite) > found:
             warn_nonfinite(line, self._not_finite(results))
-        return results
+        return _without(results, self._presence.absent(absent, question))
 
-    def _exactly(self, arguments: list[Any], call: _Call) -> list[Any]:
+    def _exactly(self, arguments: list[Any], call: _Call, absent: Collection[int]) -> list[Any]:
         """Keep every micro-batch's gradients apart until they are reduced together."""
         results = list(self._form("silent")(arguments))
         names = {i: s.name for i, s in enumerate(self._returned()) if s.role is Role.GRAD}
@@ -148,17 +170,24 @@ class Reducing(Backwards):
         grouped = [name for group in self.plan.grouping.groups for name in group.names]
         kept = self.workers.kept
         kept.append({name: results[at[name]] for name in grouped})
+        kept_names = self.workers.kept_names
+        kept_names.update(self._presence.present(absent))
         means: dict[str, Tensor] = {}
         if call.reduces:
-            self.workers.line.begin(self.plan)
-            means = exact.reduce(self.workers.line, self.plan.grouping.groups, kept)
+            line = self.workers.line
+            line.begin(self.plan, call.parameters)
+            question = self._presence.ask(line, absent, kept_names, self.workers.device)
+            means = exact.reduce(line, self.plan.grouping.groups, kept)
+            absent = self._presence.absent(absent, question)
             kept.clear()
+            kept_names.clear()
         for name in grouped:
             results[at[name]] = means.get(name)
-        return results
+        return _without(results, absent)
 
     def _returned(self) -> list[Slot]:
-        return [s for s in backward_slots(self.plan.signature) if s.role is not Role.LOCAL]
+        unseen = (Role.LOCAL, Role.STATISTIC)
+        return [s for s in backward_slots(self.plan.signature) if s.role not in unseen]
 
     def _form(self, name: str) -> Run:
         if name not in self._forms:

@@ -73,6 +73,18 @@ def accumulating(
     return _returning(copy, slots, {}), names
 
 
+def with_outputs(backward: fx.GraphModule, kept: Sequence[bool]) -> fx.GraphModule:
+    """A copy that returns and computes some of the outputs only."""
+    copy = fx.GraphModule(backward, copy_graph(backward.graph))
+    output = copy.graph.output_node()
+    values = cast("Sequence[Any]", output.args[0])
+    output.args = (tuple(v for v, keep in zip(values, kept, strict=True) if keep),)
+    output.meta["desc"] = [None] * len(output.args[0])
+    copy.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _random(n))
+    copy.recompile()
+    return copy
+
+
 def _locals(graph: fx.Graph, slots: Sequence[Slot]) -> dict[str, fx.Node]:
     outputs = cast("Sequence[fx.Node]", graph.output_node().args[0])
     return {

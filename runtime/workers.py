@@ -14,13 +14,16 @@ from torch import nn
 from torch._C._distributed_c10d import PrefixStore, _broadcast_coalesced
 from torch.distributed.distributed_c10d import _world
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, RankError
 from graphopt.network.curve import Curve
 from graphopt.runtime.agreement import Agreement
 from graphopt.runtime.channel import Channel
+from graphopt.runtime.kept_link import describe, find, keep
 from graphopt.runtime.link import measure
 
 _numbers = count()
+# How rank 0 says that it kept no curve.
+_NONE = "none"
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Workers:
         device: where its messages lie.
         synchronise: whether the backward of the forward passes made now reduces gradients.
         kept: gradients of micro-batches that wait for the integer wire.
+        kept_names: those of them that are gradients of this rank's loss, not zeros for want of one.
         pending: whether a backward that did not reduce has run since the last one that did.
     """
 
@@ -40,8 +44,9 @@ class Workers:
     synchronise: bool = True
     pending: bool = False
     kept: list[dict[str, torch.Tensor]] = field(default_factory=list, repr=False)
-    _link: Curve | None = field(default=None, repr=False)
+    kept_names: set[str] = field(default_factory=set, repr=False)
     _decisions: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
+    _copies: Iterator[int] = field(default_factory=count, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, *, one: bool = False) -> Workers | None:
@@ -79,13 +84,20 @@ class Workers:
         return self.line.channel
 
     def link(self) -> Curve:
-        """Measured cost of a message; rank 0's fit, on all ranks."""
-        if self._link is None:
-            mine = measure(self.line.inner, self.device)
-            text = self.agree("link", "", lambda: json.dumps([mine.points, mine.source]))
-            points, source = json.loads(text)
-            self._link = Curve(tuple((size, time) for size, time in points), source)
-        return self._link
+        """Measured cost of a message: what rank 0 kept of an earlier run, or its fit now."""
+        if ("link", "") not in self._decisions:
+            agreement = self.line.agreement
+            agreement.tell("shape", describe(self.line.inner, self.device))
+            kept = self.agree("kept link", "", lambda: _text(find(agreement.told("shape"))))
+            if kept == _NONE:
+                mine = measure(self.line.inner, self.device)
+                self.agree("link", "", lambda: _text(mine))
+                if self.line.rank() == 0:
+                    keep(agreement.told("shape"), mine)
+            else:
+                self._decisions["link", ""] = kept
+        points, source = json.loads(self._decisions["link", ""])
+        return Curve(tuple((size, time) for size, time in points), source)
 
     def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
         """Rank 0's decision, once `mine` was found equal on all ranks; else ``RankError``.
@@ -115,6 +127,34 @@ class Workers:
                 values = [t.detach() for _, t in tensors]
                 _broadcast_coalesced(self.line.inner, values, 256 << 20, 0)
 
+    def settle(self, state: dict[str, torch.Tensor]) -> None:
+        """Wait for results that belong to the next step; `state` holds them then.
+
+        What is written into `state` afterwards counts as if this run had computed it.
+
+        Raises:
+            RankError: they did not arrive.
+        """
+        try:
+            self.line.history.settle(state)
+        except RuntimeError as error:
+            raise RankError(
+                f"the gradients for step {self.line.step + 1} did not arrive",
+                where=str(error).splitlines()[0],
+                hint="look at the output of the other ranks, and resume from an earlier state",
+            ) from error
+
+    def copy(self) -> Workers:
+        """The same ranks for a copy of the model, with messages and counters of its own.
+
+        Decisions are shared, so that a copy that lives on one rank only asks nobody about what the
+        original has settled. A copy that is trained must be trained on all ranks.
+        """
+        line = self.line
+        name = f"{line.channel}.{next(self._copies)}"
+        own = Channel(line.inner, line.agreement, name)
+        return Workers(own, self.device, _decisions=self._decisions)
+
     def notes(self) -> tuple[str, ...]:
         """Lines for the report: gradient noise, and what was not finite."""
         line = self.line
@@ -131,3 +171,7 @@ class Workers:
             yield
         finally:
             self.synchronise = before
+
+
+def _text(curve: Curve | None) -> str:
+    return _NONE if curve is None else json.dumps([curve.points, curve.source])

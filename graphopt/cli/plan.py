@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli.console import phase, show, show_json, show_text
+from graphopt.cli.data_parallel import gradients_of, ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.errors import ArgumentError
 
@@ -119,18 +120,8 @@ class _Link:
 
 
 def _ranks(mesh: str) -> int:
-    """The number of data-parallel ranks."""
-    from graphopt.arguments import parse_mesh
-
-    sizes = dict(parse_mesh(mesh))
-    world = sizes.pop("dp", 0)
-    if not world or sizes:
-        raise ArgumentError(
-            f"--mesh {mesh} has no dp"
-            if not world
-            else f"--mesh {mesh} has dimensions that plan does not know: {', '.join(sizes)}",
-            hint="gradients are reduced over dp: --mesh dp=64",
-        )
+    """The number of data-parallel ranks, which is two or more."""
+    world = ranks_of(mesh, "plan")
     if world == 1:
         raise ArgumentError(
             "with dp=1 there is one rank, so nothing has to be reduced", hint="--mesh dp=64"
@@ -162,8 +153,9 @@ def _link(option: str | None, named: str) -> _Link:
 
 def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
     """The passes, where those that would measure the link take the machine `name` instead."""
+    option: dict[str, Any] = {"link": name}
     return tuple(
-        dataclasses.replace(p, link=name) if getattr(p, "link", "") == "measure" else p  # type: ignore[call-arg]
+        dataclasses.replace(p, **option) if getattr(p, "link", "") == "measure" else p
         for p in passes
     )
 
@@ -173,19 +165,13 @@ def _gradients(
 ) -> tuple[tuple[Ready, ...], float, str]:
     """When which gradient is ready, the seconds of the backward, and where the times are from."""
     from graphopt.analysis.gradient_order import gradient_order
-    from graphopt.graph import Level
     from graphopt.passbase import PassContext
     from graphopt.pipeline import Pipeline
 
     if before:
         with phase("running passes"):
             Pipeline(tuple(before)).run(subject.graph, PassContext(mesh={"dp": world}))
-    order = subject.graph.get(gradient_order) if subject.graph.level is Level.JOINT else None
-    if order is None or not order.ready:
-        raise ArgumentError(
-            f"no parameter of {subject.name} receives a gradient, so nothing has to be reduced",
-            hint="check requires_grad of its parameters, and that its output depends on them",
-        )
+    order = gradients_of(subject.graph, subject.name, gradient_order)
     return order.ready, order.backward, str(order.times)
 
 

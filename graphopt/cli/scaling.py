@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphopt.errors import ArgumentError
+from graphopt.cli.data_parallel import gradients_of
 
 if TYPE_CHECKING:
     from torch import fx
 
     from graphopt.analysis.gradient_order import Device
     from graphopt.graph import Graph
+    from graphopt.grouping import Group
     from graphopt.network.clusters import Cluster
+    from graphopt.network.curve import Curve
+    from graphopt.network.negotiation import Negotiator
     from graphopt.runtime.simulate import Point, Timeline
 
 
@@ -27,12 +30,31 @@ class Assumed:
         device: what each rank computes with.
         straggler: standard deviation of a rank's compute time, as a share of it.
         contention: by which factor compute is slower while a message travels.
+        algorithm: one of `graphopt.network.clusters.ALGORITHMS`, or ``"auto"``.
+        negotiator: how ranks agree on a group before they reduce it.
     """
 
     machine: Cluster
     device: Device
     straggler: float
     contention: float
+    algorithm: str
+    negotiator: Negotiator
+
+    def all_reduce(self, world: int) -> Curve:
+        """Seconds of one all-reduce over `world` ranks by its bytes."""
+        return self.machine.all_reduce(world, self.algorithm)
+
+    def negotiation(self, gradients: int) -> Callable[[int], Callable[[Group], float]] | None:
+        """Seconds in which so many ranks agree on a group of some of that many gradients."""
+        if self.negotiator.name == "none":
+            return None
+
+        def of(world: int) -> Callable[[Group], float]:
+            link = self.machine.hop(world)
+            return lambda group: self.negotiator.seconds(world, len(group.names), gradients, link)
+
+        return of
 
     def words(self, timeline: Timeline, world: int) -> list[tuple[str, str]]:
         """All assumptions for a reader, by topic."""
@@ -40,6 +62,7 @@ class Assumed:
 
         device, machine = self.device, self.machine
         volume = size(sum(g.bytes for g in timeline.ready))
+        talk = self.negotiator.words()
         slower = f"{self.contention:g} times as slow" if self.contention > 1 else "no slower"
         return [
             (
@@ -55,8 +78,9 @@ class Assumed:
             ),
             (
                 "link",
-                f"{machine.all_reduce(world).source}; assumed: {', '.join(machine.assumed)}",
+                f"{self.all_reduce(world).source}; assumed: {', '.join(machine.assumed)}",
             ),
+            *([("negotiation", f"{talk}; the groups are planned without it")] if talk else []),
             (
                 "straggler",
                 f"compute times of ranks spread by {100 * self.straggler:.3g} % (assumed), and "
@@ -74,17 +98,12 @@ def timeline_of(graph: Graph, device: Device, name: str) -> Timeline:
         ArgumentError: no gradient has to be reduced.
     """
     from graphopt.analysis.gradient_order import measured_order
-    from graphopt.graph import Level, phase_of
+    from graphopt.graph import phase_of
     from graphopt.plan import Phase
     from graphopt.runtime.simulate import Timeline
 
     seconds = _roofline(graph, device)
-    order = measured_order(graph, seconds) if graph.level is Level.JOINT else None
-    if order is None or not order.ready:
-        raise ArgumentError(
-            f"no parameter of {name} receives a gradient, so nothing has to be reduced",
-            hint="check requires_grad of its parameters, and that its output depends on them",
-        )
+    order = gradients_of(graph, name, lambda joint: measured_order(joint, seconds))
     forward = math.fsum(s for node, s in seconds.items() if phase_of(node) is Phase.FORWARD)
     return Timeline(forward, order.backward, order.ready)
 
@@ -129,7 +148,7 @@ def predict(
 
     ready = timeline.ready
     buckets = ddp_default(ready)
-    all_reduce = cache(assumed.machine.all_reduce)
+    all_reduce = cache(assumed.all_reduce)
     sigma = assumed.straggler * timeline.compute
     ours, ddp = (
         scaling(
@@ -139,6 +158,7 @@ def predict(
             worlds,
             delay=lambda world: delay(world, sigma),
             contention=assumed.contention,
+            negotiation=assumed.negotiation(len(ready)),
         )
         for groups in (
             lambda world, cost: plan(ready, cost, timeline.backward, world=world).groups,

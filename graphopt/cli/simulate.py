@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.data_parallel import ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.scaling import Assumed, predict, timeline_of
 from graphopt.errors import ArgumentError
+from graphopt.network.clusters import ALGORITHMS
+from graphopt.network.clusters import cluster as named
+from graphopt.network.negotiation import NEGOTIATIONS, Negotiator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,31 +60,49 @@ def simulate(
         float,
         typer.Option(metavar="FACTOR", help="How much slower compute is while a message travels."),
     ] = 1.0,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"How messages are reduced: auto, as usual on that machine, or "
+            f"{', '.join(ALGORITHMS)}.",
+        ),
+    ] = "auto",
+    negotiation: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How ranks without a common plan agree before each group: "
+            f"{', '.join(NEGOTIATIONS)}.",
+        ),
+    ] = NEGOTIATIONS[0],
     json: Json = False,
 ) -> None:
     """Simulate training steps of M over 1, 2, 4, … ranks and tell how efficient they are.
 
     Each rank works on the inputs that M comes with. Nothing is measured: compute is a roofline
     estimate for an assumed GPU, and the link is a model of the named machine. DDP stands for
-    DistributedDataParallel's default buckets under the same assumptions.
+    DistributedDataParallel's default buckets under the same assumptions. Neither of them has to
+    negotiate at run time as Horovod does; --negotiation tells what that would cost.
 
     JSON: model, cluster, cluster_gpus, assumptions ({compute: {flops, half_flops, bandwidth,
-    overhead}, straggler, contention, link: names of the assumed inputs}), forward, backward,
+    overhead}, straggler, contention, algorithm, negotiation: {name, message, tensor, radix}, link:
+    names of the assumed inputs}), forward, backward,
     gradients, bytes, and points, a list of {world, step, exposed, efficiency, groups, ddp: {step,
     exposed, efficiency, groups}}; all in seconds and bytes.
     """
-    world = _ranks(mesh)
+    world = ranks_of(mesh, "simulate")
     _check(flops, straggler, contention)
-    from graphopt.network.clusters import cluster as named
-
     machine = named(cluster)
+    machine.all_reduce(world, algorithm)  # an unknown one is said before the slow part
+    negotiator = Negotiator(negotiation)
     with phase("importing torch"):
         from graphopt.analysis.gradient_order import ASSUMED
         from graphopt.cli.subject import load_subject
     device = ASSUMED["cuda"]
     if flops is not None:
         device = replace(device, flops=flops, half_flops=flops)
-    assumed = Assumed(machine, device, straggler, contention)
+    assumed = Assumed(machine, device, straggler, contention, algorithm, negotiator)
     subject = load_subject(model)
     timeline = timeline_of(subject.graph, device, subject.name)
     with phase("simulating"):
@@ -101,23 +123,6 @@ def simulate(
 
 
 # -- arguments -------------------------------------------------------------------------------------
-
-
-def _ranks(mesh: str) -> int:
-    from graphopt.arguments import parse_mesh
-
-    sizes = dict(parse_mesh(mesh))
-    world = sizes.pop("dp", 0)
-    if not world:
-        raise ArgumentError(
-            f"--mesh {mesh} has no dp", hint="gradients are reduced over dp: --mesh dp=64"
-        )
-    if sizes:
-        raise ArgumentError(
-            f"--mesh {mesh} has dimensions that simulate does not know: {', '.join(sizes)}",
-            hint=f"--mesh dp={world}",
-        )
-    return world
 
 
 def _check(flops: float | None, straggler: float, contention: float) -> None:
@@ -160,6 +165,8 @@ def _answer(
             "compute": asdict(assumed.device),
             "straggler": assumed.straggler,
             "contention": assumed.contention,
+            "algorithm": assumed.algorithm,
+            "negotiation": asdict(assumed.negotiator),
             "link": assumed.machine.assumed,
         },
         "forward": timeline.forward,
@@ -188,8 +195,11 @@ def _chart(name: str, assumed: Assumed, points: Sequence[Point], ddp: Sequence[P
 
     subtitle = (
         f"predicted, not measured: roofline at {count(assumed.device.flops)}FLOP/s, "
-        f"straggler {100 * assumed.straggler:.3g} %, contention {assumed.contention:g}"
+        f"straggler {100 * assumed.straggler:.3g} %, contention {assumed.contention:g}, "
+        f"all-reduce {assumed.algorithm}"
     )
+    if assumed.negotiator.name != "none":
+        subtitle += f", negotiation {assumed.negotiator.name}"
     series = {
         "graphopt": [(p.world, p.efficiency) for p in points],
         "DDP default": [(p.world, p.efficiency) for p in ddp],

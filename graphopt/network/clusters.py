@@ -108,15 +108,20 @@ class Cluster:
             return Curve(((0.0, 0.0),), source)
         return Curve(tuple((n, min(cost(n) for cost in costs)) for n in SIZES), source)
 
+    def hop(self, world: int) -> Link:
+        """One message between the farthest of `world` ranks."""
+        if world > self.gpus_per_node:
+            return Link(self.inter_latency, 1 / self.inter_bandwidth, self.reduce)
+        return Link(self.intra_latency, 1 / self.intra_bandwidth, self.reduce)
+
     def _cost(self, world: int, name: str) -> Callable[[float], float]:
         local = min(world, self.gpus_per_node)
         nodes = -(-world // self.gpus_per_node)
         if name in ("nccl", "nccl_ring", "nccl_tree") and self.generation:
             return self._nccl(local, nodes, name)
-        inside = Link(self.intra_latency, 1 / self.intra_bandwidth, self.reduce)
-        between = around = shared = inside
+        inside, between = self.hop(local), self.hop(world)
+        around = shared = inside
         if nodes > 1:
-            between = Link(self.inter_latency, 1 / self.inter_bandwidth, self.reduce)
             # A ring enters and leaves each node once; its hops are a mixture of both kinds.
             latency = between.latency * nodes / world + inside.latency * (1 - nodes / world)
             around = Link(latency, max(inside.per_byte, between.per_byte), self.reduce)

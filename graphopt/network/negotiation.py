@@ -7,6 +7,7 @@ are here to model what it is compared with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil, log
 
 from graphopt.errors import ArgumentError
@@ -15,6 +16,65 @@ from graphopt.network.algorithms import Link, binomial_tree
 STATUS_BITS = 3
 """Flags before the tensors: shut-down, something uncached, something invalid."""
 WORD = 64
+NEGOTIATIONS = ("none", "coordinator", "bit_vector", "control_tree")
+
+
+@dataclass(frozen=True)
+class Negotiator:
+    """One of `NEGOTIATIONS` with all that its cost depends on besides the machine.
+
+    The defaults are assumptions: no source that we could read measures them.
+
+    Attributes:
+        name: one of `NEGOTIATIONS`.
+        message: seconds a rank spends on another rank's message.
+        tensor: seconds rank 0 spends on one tensor that one rank reports.
+        radix: children of each rank of a control tree.
+
+    Raises:
+        ArgumentError: the name is not one of `NEGOTIATIONS`.
+    """
+
+    name: str = "none"
+    message: float = 1e-6
+    tensor: float = 1e-6
+    radix: int = 8
+
+    def __post_init__(self) -> None:
+        if self.name not in NEGOTIATIONS:
+            raise ArgumentError(
+                f"there is no negotiation {self.name!r}",
+                where="negotiation",
+                hint=f"use one of {', '.join(NEGOTIATIONS)}",
+            )
+
+    def seconds(self, ranks: int, ready: int, cached: int, link: Link) -> float:
+        """Seconds of one cycle.
+
+        Args:
+            ranks: number of ranks.
+            ready: tensors that are ready in this cycle.
+            cached: all tensors that are known, ready or not.
+            link: one hop between ranks.
+        """
+        if self.name == "coordinator":
+            return coordinator(ranks, ready, self.message, self.tensor, link)
+        if self.name == "bit_vector":
+            return bit_vector(ranks, cached, link)
+        if self.name == "control_tree":
+            return control_tree(ranks, self.radix, self.message)
+        return 0.0
+
+    def words(self) -> str:
+        """For a reader, with the assumed costs that it depends on; empty where there is none."""
+        costs = {
+            "coordinator": f"rank 0 spends {1e6 * self.message:g} us on each rank and "
+            f"{1e6 * self.tensor:g} us on each tensor of it (assumed)",
+            "bit_vector": "one bitwise all-reduce of a flag per gradient",
+            "control_tree": f"a rank spends {1e6 * self.message:g} us on each of up to "
+            f"{self.radix} others (assumed)",
+        }
+        return f"{self.name}, before each group: {costs[self.name]}" if self.name in costs else ""
 
 
 def coordinator(

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree as Xml
 
-WIDTH, HEIGHT = 760, 440
-LEFT, RIGHT, TOP, BOTTOM = 64, 150, 72, 60
-COLOURS = ("#1f6feb", "#d1570a", "#2d7d46", "#7a4fbf")
-INK, FAINT = "#24292f", "#d8dee4"
+from graphopt.render.svg import FAINT, INK, colour, finished, line, page, text
+
+WIDTH, HEIGHT = 790, 456
+LEFT, RIGHT, TOP, BOTTOM = 68, 172, 88, 60
 TICKS_WANTED = 8
 LABEL_GAP = 16
 
@@ -21,31 +21,22 @@ def efficiency_chart(title: str, subtitle: str, series: Series) -> str:
 
     Args:
         title: the first line.
-        subtitle: the second, smaller one.
+        subtitle: smaller, below it; two lines where it is long.
         series: by name, ``(ranks, efficiency)`` with efficiencies from 0 to 1; at least one point.
 
     Raises:
         ValueError: there is no point, or one has less than one rank.
     """
-    points = [point for line in series.values() for point in line]
-    if not points or min(world for world, _ in points) < 1:
+    every = [point for points in series.values() for point in points]
+    if not every or min(world for world, _ in every) < 1:
         raise ValueError("a chart needs points of one rank or more")
-    axes = _Axes(points)
-    size = {"width": str(WIDTH), "height": str(HEIGHT), "viewBox": f"0 0 {WIDTH} {HEIGHT}"}
-    root = Xml.Element(
-        "svg",
-        {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": "sans-serif", "fill": INK},
-    )
-    Xml.SubElement(root, "title").text = title
-    Xml.SubElement(root, "rect", {"width": "100%", "height": "100%", "fill": "#ffffff"})
-    _text(root, LEFT, 28, title, size=17, weight="bold")
-    _text(root, LEFT, 50, subtitle, size=12)
+    axes = _Axes(every)
+    root = page(WIDTH, HEIGHT, LEFT, title, subtitle)
     _draw_axes(root, axes)
-    for (name, line), colour in zip(series.items(), _colours(len(series)), strict=True):
-        _draw_line(root, axes, name, line, colour)
-    _label_lines(root, axes, series)
-    Xml.indent(root)
-    return Xml.tostring(root, encoding="unicode") + "\n"
+    for index, (name, points) in enumerate(series.items()):
+        _draw_series(root, axes, name, points, colour(index))
+    _label_series(root, axes, series)
+    return finished(root)
 
 
 class _Axes:
@@ -86,72 +77,45 @@ def _draw_axes(root: Xml.Element, axes: _Axes) -> None:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     for efficiency in axes.efficiencies():
         y = axes.y(efficiency)
-        _line(root, (LEFT, y), (right, y), FAINT)
-        _text(root, LEFT - 8, y + 4, f"{100 * efficiency:.0f} %", size=12, anchor="end")
+        line(root, (LEFT, y), (right, y), FAINT)
+        text(root, LEFT - 8, y + 4, f"{100 * efficiency:.0f} %", size=12, anchor="end")
     for world in axes.worlds():
         x = axes.x(world)
-        _line(root, (x, bottom), (x, bottom + 5), INK)
-        _text(root, x, bottom + 20, f"{world:,}", size=12, anchor="middle")
-    _line(root, (LEFT, bottom), (right, bottom), INK)
+        line(root, (x, bottom), (x, bottom + 5), INK)
+        text(root, x, bottom + 20, f"{world:,}", size=12, anchor="middle")
+    line(root, (LEFT, bottom), (right, bottom), INK)
     middle = (LEFT + right) / 2
-    _text(root, middle, HEIGHT - 16, "ranks (logarithmic)", size=13, anchor="middle")
+    text(root, middle, HEIGHT - 16, "ranks (logarithmic)", size=13, anchor="middle")
     height = (TOP + bottom) / 2
-    turned = _text(root, 16, height, "scaling efficiency", size=13, anchor="middle")
+    label = "scaling efficiency"
+    if axes.floor > 0:  # a cut axis makes small differences look large
+        label += f", from {100 * axes.floor:.0f} %"
+    turned = text(root, 16, height, label, size=13, anchor="middle")
     turned.set("transform", f"rotate(-90 16 {height:.1f})")
 
 
-def _draw_line(
-    root: Xml.Element, axes: _Axes, name: str, line: Sequence[tuple[int, float]], colour: str
+def _draw_series(
+    root: Xml.Element, axes: _Axes, name: str, points: Sequence[tuple[int, float]], stroke: str
 ) -> None:
-    places = [(axes.x(world), axes.y(efficiency)) for world, efficiency in line]
+    places = [(axes.x(world), axes.y(efficiency)) for world, efficiency in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    style = {"fill": "none", "stroke": colour, "stroke-width": "2"}
+    style = {"fill": "none", "stroke": stroke, "stroke-width": "2"}
     Xml.SubElement(root, "polyline", {"points": path, **style})
-    for (x, y), (world, efficiency) in zip(places, line, strict=True):
-        dot = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "3.5", "fill": colour}
+    for (x, y), (world, efficiency) in zip(places, points, strict=True):
+        dot = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "3.5", "fill": stroke}
         circle = Xml.SubElement(root, "circle", dot)
         tip = f"{name}: {100 * efficiency:.2f} % at {world:,} ranks"
         Xml.SubElement(circle, "title").text = tip
 
 
-def _label_lines(root: Xml.Element, axes: _Axes, series: Series) -> None:
+def _label_series(root: Xml.Element, axes: _Axes, series: Series) -> None:
     """The name and the last efficiency of each line at its end, pushed apart where they meet."""
-    colours = _colours(len(series))
     ends = [
-        (axes.y(line[-1][1]), f"{name} {100 * line[-1][1]:.1f} %", colour, axes.x(line[-1][0]))
-        for (name, line), colour in zip(series.items(), colours, strict=True)
-        if line
+        (axes.y(points[-1][1]), f"{name} {100 * points[-1][1]:.1f} %", index, points[-1][0])
+        for index, (name, points) in enumerate(series.items())
+        if points
     ]
     below = -math.inf
-    for y, label, colour, x in sorted(ends):
+    for y, label, index, world in sorted(ends):
         below = max(y + 4, below + LABEL_GAP)
-        _text(root, x + 10, below, label, size=12, weight="bold", colour=colour)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
-
-
-def _line(
-    root: Xml.Element, start: tuple[float, float], end: tuple[float, float], colour: str
-) -> None:
-    (x1, y1), (x2, y2) = start, end
-    places = {"x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"}
-    Xml.SubElement(root, "line", {**places, "stroke": colour})
-
-
-def _text(
-    root: Xml.Element,
-    x: float,
-    y: float,
-    words: str,
-    *,
-    size: int,
-    anchor: str = "start",
-    weight: str = "normal",
-    colour: str = INK,
-) -> Xml.Element:
-    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "font-size": str(size), "fill": colour}
-    element = Xml.SubElement(root, "text", {**place, "text-anchor": anchor, "font-weight": weight})
-    element.text = words
-    return element
+        text(root, axes.x(world) + 10, below, label, size=12, weight="bold", fill=colour(index))

@@ -13,9 +13,10 @@ from torch import fx
 
 from graphopt.plan import Plan, Role
 from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
+from graphopt.runtime.forms import backward_of
 from graphopt.runtime.frozen import WhileUnchanged, hoist
 from graphopt.runtime.partition import copy_graph, split
-from graphopt.runtime.reduction import Synchronisation, backwards
+from graphopt.runtime.reduction import Synchronisation
 
 
 def build(
@@ -25,7 +26,7 @@ def build(
     if not plan.signature.names(Role.TANGENT):
         return InferenceEngine(plan, _inference(module), state)
     halves = split(module, plan.signature, default_partition)
-    backward = backwards(halves, plan, workers, boxed)
+    backward = backward_of(halves, plan, state, workers, boxed)
     return TrainingEngine(plan, halves, boxed(halves.forward), backward, state)
 
 

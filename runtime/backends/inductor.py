@@ -24,9 +24,10 @@ from graphopt.errors import BackendError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
+from graphopt.runtime.forms import backward_of
 from graphopt.runtime.frozen import WhileUnchanged, hoist
 from graphopt.runtime.partition import Halves, split
-from graphopt.runtime.reduction import Synchronisation, backwards
+from graphopt.runtime.reduction import Synchronisation
 
 
 def build(
@@ -54,7 +55,7 @@ def build(
                 with _settings(values):
                     return _compile_backward(form, halves, strides, plan)
 
-            backward = backwards(halves, plan, workers, compile)
+            backward = backward_of(halves, plan, state, workers, compile)
             return TrainingEngine(plan, halves, forward, backward, state)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
-
-WORLD = 2
+from tests.distributed.ranks import on_ranks
 
 
 def _gradients(model: nn.Module, rank: int) -> list[torch.Tensor]:
@@ -26,23 +22,14 @@ def _gradients(model: nn.Module, rank: int) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def _worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def _work(rank: int) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
     optimized = graphopt.optimize(copy.deepcopy(plain), passes="cleanup", backend="eager")
     expected, actual = _gradients(plain, rank), _gradients(optimized, rank)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert "DistributedDataParallel" in optimized.explain()
-    dist.destroy_process_group()
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_ranks(tmp_path, 2, _work)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +19,7 @@ from graphopt.errors import ArgumentError
 from graphopt.grouping import Group, Grouping, Ready
 from graphopt.network.curve import Curve
 from graphopt.passes.group_gradients_plan import plan
+from tests.distributed.ranks import on_ranks
 from tests.unit.models_for_cli import Net
 
 WORLD = 2
@@ -118,15 +117,7 @@ def _check_planner(make: Callable[[], tuple[nn.Module, torch.Tensor]]) -> None:
     assert _rebuilt(model, x, bucket_caps(found)) == [set(g.names) for g in found.groups]
 
 
-def _worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def _work(rank: int) -> None:
     torch.manual_seed(0)
     _check(_net, ())
     _check(_net, (1, 2, 7, 8))
@@ -134,11 +125,10 @@ def _worker(rank: int, store: str) -> None:
     _check(_tied, (1, 5))
     _check_planner(_net)
     _check_planner(_tied)
-    dist.destroy_process_group()
 
 
 def test_rebuilt_buckets_are_the_groups(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_ranks(tmp_path, WORLD, _work)
 
 
 # -- one rank --------------------------------------------------------------------------------------

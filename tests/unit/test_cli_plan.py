@@ -230,7 +230,7 @@ def test_emit_ddp_plans_for_tied_weights(models: str) -> None:
     ("mesh", "arguments", "message", "hint"),
     [
         ("pp=4", (), "--mesh pp=4 has no dp", "--mesh dp=64"),
-        ("dp=8,pp=4", (), "dimensions that plan does not know: pp", "--mesh dp=64"),
+        ("dp=8,pp=4", (), "dimensions that plan does not know: pp", "--mesh dp=8"),
         ("dp=1", (), "with dp=1 there is one rank", "--mesh dp=64"),
         ("dp=0", (), "dp='0' is not a positive whole number", ""),
         ("64", (), "is not a positive whole number", ""),

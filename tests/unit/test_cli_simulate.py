@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from graphopt.cli.main import app
 from graphopt.grouping import Group, Ready
-from graphopt.render.chart import efficiency_chart
+from graphopt.network.clusters import ALGORITHMS, CLUSTERS
+from graphopt.network.negotiation import NEGOTIATIONS, Negotiator
+from graphopt.render.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, efficiency_chart
 from graphopt.render.perfetto import trace_events
 from graphopt.runtime.simulate import Timeline, simulate
 
@@ -115,6 +117,63 @@ def test_more_ranks_than_the_machine_has_are_said_to_be() -> None:
     assert "beyond its" in run(NET, "--mesh", "dp=128", "--cluster", "10gbe").stdout
 
 
+def points(*options: str) -> list[dict[str, float]]:
+    answer = json.loads(run(NET, "--cluster", "summit", *options, "--json").stdout)
+    return answer["points"]
+
+
+@pytest.mark.parametrize("algorithm", ["torus", "hierarchical", "double_binary_tree"])
+def test_algorithm_is_the_one_asked_for(algorithm: str) -> None:
+    options = ("--mesh", "dp=96", "--straggler", "0", "--algorithm", algorithm)
+    answer = json.loads(run(NET, "--cluster", "summit", *options, "--json").stdout)
+    assert answer["assumptions"]["algorithm"] == algorithm
+    last = answer["points"][-1]["ddp"]
+    assert last["groups"] == 1
+    # One bucket, which is full when the last gradient is ready: all of it is exposed.
+    cost = CLUSTERS["summit"].all_reduce(96, algorithm)(answer["bytes"])
+    assert last["exposed"] == pytest.approx(cost)
+    out = run(NET, "--cluster", "summit", *options).stdout
+    assert f"summit: {algorithm} over 96 GPUs" in out
+
+
+def test_a_flat_ring_does_not_scale() -> None:
+    options = ("--mesh", "dp=4096", "--straggler", "0", "--algorithm")
+    ring, torus, tree = (
+        points(*options, name)[-1]["efficiency"] for name in ("ring", "torus", "double_binary_tree")
+    )
+    assert ring < torus < tree
+
+
+def test_negotiation_costs_what_its_formula_says() -> None:
+    options = ("--mesh", "dp=4096", "--straggler", "0")
+    alone = points(*options)[-1]
+    assert alone["groups"] == 1
+    link = CLUSTERS["summit"].hop(4096)
+    for name in NEGOTIATIONS[1:]:
+        talking = points(*options, "--negotiation", name)[-1]
+        talk = Negotiator(name).seconds(4096, 16, 16, link)
+        assert talk > 0
+        assert talking["step"] == pytest.approx(alone["step"] + talk)
+
+
+def test_negotiation_is_told(tmp_path: Path) -> None:
+    chart = tmp_path / "out.svg"
+    options = ("--mesh", "dp=64", "--negotiation", "control_tree", "--chart", str(chart))
+    out = run(NET, "--cluster", "summit", *options).stdout
+    assert "control_tree, before each group: a rank spends 1 us on each of up to 8 others" in out
+    assert "negotiation control_tree" in " ".join(_texts(chart.read_text()))
+    assert "negotiation" not in run(NET, "--cluster", "summit", "--mesh", "dp=64").stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "choices"),
+    [("--algorithm", "rings", ALGORITHMS), ("--negotiation", "vote", NEGOTIATIONS)],
+)
+def test_an_unknown_word_gets_the_choices(option: str, word: str, choices: tuple[str, ...]) -> None:
+    result = run("nowhere:f", "--mesh", "dp=8", "--cluster", "summit", option, word, code=2)
+    assert all(choice in result.stderr for choice in choices)
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -132,6 +191,10 @@ def test_more_ranks_than_the_machine_has_are_said_to_be() -> None:
         ("dp=8", "summit", ("--flops", "nan"), "--flops nan is no speed"),
         ("dp=8", "summit", ("--straggler", "-1"), "--straggler -1 is no standard"),
         ("dp=8", "summit", ("--contention", "0.5"), "--contention 0.5 would make"),
+        ("dp=8", "summit", ("--algorithm", "rings"), "'rings' is no all-reduce of cluster"),
+        ("dp=8", "10gbe", ("--algorithm", "nccl"), "'nccl' is no all-reduce of cluster"),
+        ("dp=1", "10gbe", ("--algorithm", "rings"), "'rings' is no all-reduce of cluster"),
+        ("dp=8", "summit", ("--negotiation", "vote"), "there is no negotiation 'vote'"),
     ],
 )
 def test_bad_arguments(mesh: str, cluster: str, options: tuple[str, ...], says: str) -> None:
@@ -208,8 +271,29 @@ def test_chart_labels_of_equal_lines_do_not_overlap() -> None:
 def test_chart_keeps_every_point_within_its_axes(efficiency: float) -> None:
     svg = efficiency_chart("t", "s", {"a": [(3, efficiency)]})
     (dot,) = Xml.fromstring(svg).iter(f"{SVG}circle")
-    assert 64 <= float(dot.get("cx", "")) <= 760 - 150
-    assert 72 <= float(dot.get("cy", "")) <= 440 - 60
+    assert LEFT <= float(dot.get("cx", "")) <= WIDTH - RIGHT
+    assert TOP <= float(dot.get("cy", "")) <= HEIGHT - BOTTOM
+
+
+def test_chart_with_a_cut_axis_says_so() -> None:
+    cut = efficiency_chart("t", "s", {"a": [(1, 1.0), (8, 0.95)]})
+    whole = efficiency_chart("t", "s", {"a": [(1, 1.0), (8, 0.05)]})
+    assert "scaling efficiency, from 90 %" in _texts(cut)
+    assert "scaling efficiency" in _texts(whole)
+
+
+def test_chart_wraps_a_long_subtitle() -> None:
+    words = "predicted " * 15
+    lines = [
+        element
+        for element in Xml.fromstring(efficiency_chart("t", words, {"a": [(1, 1.0)]})).iter(
+            f"{SVG}text"
+        )
+        if "predicted" in (element.text or "")
+    ]
+    assert " ".join(element.text or "" for element in lines) == words.strip()
+    assert len(lines) == 2
+    assert max(float(element.get("y", "")) for element in lines) < TOP
 
 
 def test_chart_without_points_is_refused() -> None:

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "writing_a_pass.md"
+DATA_PARALLEL = ROOT / "docs" / "data_parallel.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -104,7 +105,7 @@ def _hold(example: Example, printed: str) -> None:
         assert says(printed, example.printed), message
 
 
-@pytest.mark.parametrize("document", [README, GUIDE], ids=lambda file: file.stem)
+@pytest.mark.parametrize("document", [README, GUIDE, DATA_PARALLEL], ids=lambda file: file.stem)
 def test_python_examples_run(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,11 +119,11 @@ def test_python_examples_run(
             _hold(example, run_python(example.text, module, tmp_path / "example.py"))
 
 
-_CONSOLE = [e for e in examples(README) if e.kind == "console"]
+_CONSOLE = [e for page in (README, DATA_PARALLEL) for e in examples(page) if e.kind == "console"]
 
 
 @pytest.mark.parametrize("example", _CONSOLE, ids=lambda e: e.text)
-def test_readme_commands_print_what_it_says(
+def test_commands_print_what_the_documents_say(
     example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -148,13 +149,26 @@ def test_links_lead_to_files(document: Path) -> None:
         assert (document.parent / target).exists(), target
 
 
-def test_pass_pages_are_up_to_date() -> None:
-    path = ROOT / "docs" / "generate_passes.py"
-    spec = importlib.util.spec_from_file_location("generate_passes", path)
+def _generator(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chart_is_up_to_date(tmp_path: Path) -> None:
+    from graphopt.cli.main import app
+
+    generator, chart = _generator("generate_images"), tmp_path / "scaling.svg"
+    result = CliRunner().invoke(app, [*generator.COMMAND, "--chart", str(chart)])
+    assert result.exit_code == 0, result.output
+    assert chart.read_text() == generator.CHART.read_text(), "run `python docs/generate_images.py`"
+
+
+def test_pass_pages_are_up_to_date() -> None:
+    generator = _generator("generate_passes")
     committed = {p.name: p.read_text() for p in (ROOT / "docs" / "passes").glob("*.md")}
     assert committed == generator.pages(), "run `python docs/generate_passes.py`"
 

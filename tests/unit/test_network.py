@@ -14,6 +14,8 @@ from graphopt.network.algorithms import Link
 from graphopt.network.clusters import ALGORITHMS, CLUSTERS, Cluster, cluster
 from graphopt.network.nccl import Algorithm, Protocol, Tuner
 from graphopt.network.negotiation import (
+    NEGOTIATIONS,
+    Negotiator,
     bit_vector,
     bit_vector_bits,
     bit_vector_bytes,
@@ -132,6 +134,27 @@ def test_negotiation() -> None:
     assert control_tree(1, 4, 1.0) == 0
 
 
+def test_a_negotiator_uses_its_own_costs() -> None:
+    link = Link(2.0, 0.5)
+    costs = {"message": 1.0, "tensor": 0.1, "radix": 4}
+    found = {n: Negotiator(n, **costs).seconds(64, 3, 300, link) for n in NEGOTIATIONS}
+    assert found == {
+        "none": 0.0,
+        "coordinator": coordinator(64, 3, 1.0, 0.1, link),
+        "bit_vector": bit_vector(64, 300, link),
+        "control_tree": control_tree(64, 4, 1.0),
+    }
+    told = {name: Negotiator(name, **costs).words() for name in NEGOTIATIONS}
+    assert told.pop("none") == ""
+    assert all(words.startswith(f"{name}, before") for name, words in told.items())
+
+
+def test_a_hop_is_as_long_as_the_machine_is_full() -> None:
+    machine = CLUSTERS["summit"]
+    assert machine.hop(6).latency == machine.intra_latency
+    assert machine.hop(7) == Link(5e-6, 1 / 23e9, machine.reduce)
+
+
 def test_the_coordinator_grows_linearly_and_the_bit_vector_does_not() -> None:
     link = Link(2e-6, 1e-10)
     slow = [coordinator(p, 100, 1e-6, 1e-7, link) for p in (1000, 10_000)]
@@ -201,6 +224,8 @@ def test_bad_input() -> None:
         delay(2, -1.0)
     with pytest.raises(ArgumentError, match="chain"):
         control_tree(8, 1, 1.0)
+    with pytest.raises(ArgumentError, match="no negotiation 'vote'"):
+        Negotiator("vote")
     with pytest.raises(ArgumentError, match="negotiation"):
         coordinator(0, 1, 1.0, 1.0, LINK)
 

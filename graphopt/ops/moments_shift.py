@@ -1,0 +1,192 @@
+"""The moment of overlapping patches from correlations of the image with itself.
+
+For a window that moves by single steps, entries (c, k) and (c', k') of the moment are
+``Σ_u p[c, u] p[c', u + δ]`` with ``δ = (k' - k) * dilation``, where u runs over a box of the padded
+image p that depends on k. Boxes of different k differ by borders only. So the image is cut into
+disjoint boxes, such that each k takes all or nothing of each of them. A box is correlated once for
+each δ, and the result serves all pairs (k, k') of that difference: a kernel of 3 x 3 has 81 pairs,
+and 13 differences up to symmetry. Terms are only added, never taken away, so nothing cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby, product
+
+import torch
+from torch import Tensor
+
+from graphopt.ops.moments_window import Window
+
+Box = tuple[tuple[int, int], ...]
+# From the widened plane, the first and the last-but-one position of a box, the window and the
+# number of groups to the box's correlations [groups, *differences, c, c'].
+Correlate = Callable[[Tensor, Box, Window, int], Tensor]
+
+# Costs in multiplications of a large product, measured on one core: what each copied element, each
+# addition of blocks, each box and each element of a box's result or of the moment take.
+_COPY = 64
+_ADDITION = 300_000
+_BOX = 1_500_000
+_ELEMENT = 140
+# Fewer channels leave the registers of a convolution empty, and fewer than `_LEAST_GROUP` in a
+# group make it slow altogether.
+_FULL_CHANNELS = 16
+_LEAST_GROUP = 4
+
+
+def pays(x: Tensor, window: Window, groups: int) -> bool:
+    """Whether correlations are expected to be faster than copied patches.
+
+    They need windows that move by single steps and overlap. They save multiplications, and cost a
+    fixed time for each box and each entry of the moment: they lose on small images, on large ones
+    of very few channels per group, and where channels outnumber positions. Only float32 on a CPU
+    has a fast correlation here.
+
+    Args:
+        x: [n, C, *spatial].
+        window: how the kernel moves.
+        groups: number of independent sets of channels.
+    """
+    channels = x.shape[1] // groups
+    if not possible(window) or x.dtype is torch.float64 or x.device.type != "cpu":
+        return False
+    if groups > 1 and channels < _LEAST_GROUP:
+        return False
+    outputs = window.outputs(x.shape[2:])
+    positions = x.shape[0] * math.prod(outputs)
+    width = channels * math.prod(window.kernel)
+    copied = positions * groups * width * (width // 2 + _COPY)
+    parts = _parts(window, outputs)
+    boxes = math.prod(len(line) for line in parts)
+    additions = math.prod(sum(last - first + 1 for *_, first, last in line) for line in parts)
+    result = x.shape[1] * channels * math.prod(differences(window.kernel))
+    multiplied = positions * result // channels * max(channels, _FULL_CHANNELS)
+    moved = boxes * result + groups * width * width
+    return copied > multiplied + additions * _ADDITION + boxes * _BOX + moved * _ELEMENT
+
+
+def possible(window: Window) -> bool:
+    """Whether windows move by single steps, and overlap."""
+    return set(window.step) == {1} and math.prod(window.kernel) > 1
+
+
+def divides(x: Tensor, groups: int, ones: bool, pieces: int) -> bool:
+    """Whether the pieces consist of whole channels."""
+    return pieces == 1 or (not ones and x.shape[1] % (groups * pieces) == 0)
+
+
+def differences(kernel: Sequence[int]) -> tuple[int, ...]:
+    """Number of differences of kernel offsets along each dimension.
+
+    Along the first only those from 0 on: the moment is symmetric.
+    """
+    return (kernel[0], *(2 * k - 1 for k in kernel[1:]))
+
+
+def widened(window: Window) -> tuple[tuple[int, int], ...]:
+    """The window's margins with room for every difference around every position."""
+    return tuple(
+        (low + (reach if dim else 0), high + reach)
+        for dim, ((low, high), reach) in enumerate(zip(window.margins(), window.reach, strict=True))
+    )
+
+
+def gram(
+    plane: Tensor, window: Window, outputs: Sequence[int], groups: int, correlate: Correlate
+) -> Tensor:
+    """``Σ p pᵀ`` over all patches p of a plane.
+
+    Args:
+        plane: [n, C, *spatial] with the window's margins `widened`.
+        window: one that moves by single steps.
+        outputs: number of patches along each dimension.
+        groups: number of independent sets of channels.
+        correlate: how one box is correlated.
+
+    Returns:
+        [groups, d, d] with d = C / groups * prod(kernel), in the order (channel, kernel offset).
+    """
+    channels = plane.shape[1] // groups
+    first, *others = kernel = window.kernel
+    dtype = torch.float64 if plane.dtype is torch.float64 else torch.float32
+    # Blocks of whole channels: adding to them runs over memory in order.
+    blocks = plane.new_zeros(groups, *kernel, *kernel, channels, channels, dtype=dtype)
+    for parts in product(*_parts(window, outputs)):
+        box = tuple((start, stop) for start, stop, _, _ in parts)
+        found = correlate(plane, box, window, groups)
+        for k in product(*(range(low, high + 1) for _, _, low, high in parts)):
+            wanted = [slice(0, first - k[0])]
+            wanted += [slice(s - 1 - i, 2 * s - 1 - i) for s, i in zip(others, k[1:], strict=True)]
+            blocks[(slice(None), *k, slice(k[0], None))].add_(found[(slice(None), *wanted)])
+    rest = math.prod(others)
+    _mirror(blocks.view(groups, first, rest, first, rest, channels, channels))
+    volume = first * rest
+    by_offset = blocks.view(groups, volume, volume, channels, channels)
+    return by_offset.permute(0, 3, 1, 4, 2).reshape(groups, channels * volume, channels * volume)
+
+
+def _mirror(blocks: Tensor) -> None:
+    """Fills [g, a', m', a, m, c', c] for a' > a from [g, a, m, a', m', c, c']."""
+    first = blocks.shape[1]
+    for a in range(first):
+        for b in range(a + 1, first):
+            blocks[:, b, :, a] = blocks[:, a, :, b].permute(0, 2, 1, 4, 3)
+
+
+def by_convolution(plane: Tensor, box: Box, window: Window, groups: int) -> Tensor:
+    """One box against all differences, as the weight gradient of a convolution.
+
+    Its output gradient is the box and its input is the box with its surroundings, so that its
+    weight has an entry for each difference.
+    """
+    rank = len(window.kernel)
+    channels = plane.shape[1] // groups
+    shape = differences(window.kernel)
+    inside, around = [], []
+    for dim, ((start, stop), reach) in enumerate(zip(box, window.reach, strict=True)):
+        # In the widened plane the box lies behind the room before it.
+        before = reach if dim else 0
+        inside.append(slice(start + before, stop + before))
+        around.append(slice(start, stop + before + reach))
+    near, wide = (plane[(..., *part)].to(torch.float32) for part in (inside, around))
+    _, found, _ = torch.ops.aten.convolution_backward(
+        near, wide, wide.new_empty(groups * channels, channels, *shape), None,
+        [1] * rank, [0] * rank, window.dilation, False, [0] * rank, groups, [False, True, False],
+    )  # fmt: skip
+    found = found.view(groups, channels, channels, *shape)
+    return found.permute(0, *range(3, 3 + rank), 1, 2).contiguous()
+
+
+def _parts(window: Window, outputs: Sequence[int]) -> list[tuple[tuple[int, int, int, int], ...]]:
+    lines = zip(window.kernel, window.dilation, outputs, window.margins(), strict=True)
+    return [_parts_of_a_line(*line) for line in lines]
+
+
+@lru_cache(maxsize=512)
+def _parts_of_a_line(
+    kernel: int, dilation: int, outputs: int, margin: tuple[int, int]
+) -> tuple[tuple[int, int, int, int], ...]:
+    """Cuts one dimension so that each kernel offset takes all or nothing of each part.
+
+    Offset k takes position u where ``0 <= u - k * dilation < outputs``. Margins hold only zeros and
+    are left out.
+
+    Returns:
+        (start, stop, first offset, last offset) of each part.
+    """
+
+    def offsets(position: int) -> tuple[int, int]:
+        first = -((outputs - 1 - position) // dilation)
+        return max(0, first), min(kernel - 1, position // dilation)
+
+    low, high = margin
+    positions = range(max(0, low), outputs + dilation * (kernel - 1) - max(0, high))
+    parts = []
+    for (first, last), run in groupby(positions, offsets):
+        part = list(run)
+        if first <= last:
+            parts.append((part[0], part[-1] + 1, first, last))
+    return tuple(parts)

@@ -1,0 +1,150 @@
+"""Messages whose result is that of the step before: what a group keeps between two steps.
+
+``double_buffer`` sends this step's gradients now and waits for them in the next step (ChainerMN's
+double buffering); ``lag`` sends those of the step before now and waits for them at the end of this
+step (gradient lag of Kurth et al., SC'18).
+
+What is kept is part of the training state. It is handed out parameter by parameter, because a run
+that continues may form other groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Work
+
+from graphopt.errors import StateError
+
+_PREFIX = "group_gradients.late."
+
+
+@dataclass
+class _Held:
+    """What one group keeps.
+
+    Attributes:
+        sizes: elements per key of the state, in the order of the message.
+        buffer: last step's message, one-dimensional; ``None`` in the first step.
+        work: what fills the buffer.
+    """
+
+    sizes: Mapping[str, int]
+    buffer: Tensor | None
+    work: Any = None
+
+
+@dataclass
+class History:
+    """The messages of the step before.
+
+    Args:
+        rank: of this process.
+
+    Attributes:
+        state: where a saved state is looked for when a group sends its first message.
+    """
+
+    rank: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+    _groups: dict[tuple[str, ...], _Held] = field(default_factory=dict)
+    _own: set[str] = field(default_factory=set)
+
+    def exchange(
+        self,
+        mode: str,
+        sizes: Mapping[str, int],
+        fresh: Tensor,
+        send: Callable[[Tensor], Any],
+        failed: Callable[[BaseException], BaseException],
+    ) -> Work:
+        """Keep this step's message; waiting for the result puts the one before in its place.
+
+        Args:
+            mode: ``"double_buffer"`` or ``"lag"``.
+            sizes: number of elements of each parameter of the group, in the message's order.
+            fresh: the message, one-dimensional; holds the result in the end, zeros in the first
+                step.
+            send: starts the reduction of a tensor in place.
+            failed: makes the error for a message that did not arrive.
+
+        Raises:
+            StateError: the loaded state was saved by another rank.
+        """
+        names = tuple(sizes)
+        if names not in self._groups:
+            keys = {self._key(mode, name): size for name, size in sizes.items()}
+            self._groups[names] = _Held(keys, self._loaded(mode, names, keys, fresh))
+        held = self._groups[names]
+        old, work = held.buffer, held.work
+        held.buffer = fresh.clone()
+        if mode == "double_buffer":
+            held.work = send(held.buffer)
+        elif old is not None:
+            work = send(old)
+        return _Late(old, work, fresh, failed)
+
+    def settle(self, state: dict[str, Tensor]) -> None:
+        """Wait for what is under way; `state` holds it then, as views that may be written to."""
+        for held in self._groups.values():
+            if held.work is not None:
+                held.work.wait()
+                held.work = None
+            if held.buffer is not None:
+                parts = torch.split(held.buffer, list(held.sizes.values()))
+                state.update(zip(held.sizes, parts, strict=True))
+                self._own.update(held.sizes)
+        self.state = state
+
+    def _key(self, mode: str, name: str) -> str:
+        # A reduced gradient is the same everywhere; one that waits to be sent is this rank's own.
+        return f"{_PREFIX}{name}" + (f".rank{self.rank}" if mode == "lag" else "")
+
+    def _loaded(
+        self, mode: str, names: Sequence[str], keys: Collection[str], like: Tensor
+    ) -> Tensor | None:
+        # What this run has put there itself belongs to groups that keep it anyway.
+        state = {key: value for key, value in self.state.items() if key not in self._own}
+        found = [state[key].to(like) for key in keys if key in state]
+        if len(found) == len(keys):
+            return torch.cat(found)
+        known = _PREFIX + names[0]
+        if not found and any(k == known or k.startswith(f"{known}.rank") for k in state):
+            raise StateError(
+                f"the loaded state holds no gradients of the step before for rank {self.rank} and "
+                f"stale={mode}",
+                hint="save graphopt.state_dict(model) on every rank and load each rank's own",
+            )
+        return None
+
+
+class _Late(Work):
+    """A message that was sent in the step before, or whose predecessor is sent now."""
+
+    def __init__(
+        self,
+        old: Tensor | None,
+        work: Any,
+        fresh: Tensor,
+        failed: Callable[[BaseException], BaseException],
+    ) -> None:
+        super().__init__()
+        self._old, self._work, self._fresh, self._failed = old, work, fresh, failed
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Until the result of the step before stands in the tensor; zeros where there is none."""
+        if self._old is None:
+            self._fresh.zero_()
+            return True
+        try:
+            if self._work is not None:  # else it arrived before the state was saved
+                self._work.wait()
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        self._fresh.copy_(self._old)
+        return True

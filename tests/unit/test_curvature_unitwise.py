@@ -1,0 +1,90 @@
+"""Closed form of the 2 x 2 blocks of a norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphopt.errors import ArgumentError
+from graphopt.runtime.curvature.packing import pack
+from graphopt.runtime.curvature.unitwise import apply, solve
+from tests.unit.curvature_problems import moment
+
+
+def _gradients(channels: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    both = torch.randn(2, channels, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_equals_a_dense_solve(rows: int) -> None:
+    blocks = moment(8, 2, rows=rows)
+    solution = solve(pack(blocks), 1e-2)
+    assert solution is not None
+    scale, shift = _gradients(8)
+    expected = torch.linalg.solve(
+        blocks + 1e-2 * torch.eye(2, dtype=torch.float64), torch.stack([scale, shift], 1)
+    )
+    found = apply(solution, scale, shift)
+    torch.testing.assert_close(found[0], expected[:, 0])
+    torch.testing.assert_close(found[1], expected[:, 1])
+
+
+def test_one_parameter() -> None:
+    solution = solve(torch.tensor([[3.0], [0.0]]), 0.5)
+    assert solution is not None
+    found, nothing = apply(solution, torch.tensor([7.0, 1.0]))
+    assert nothing is None
+    assert found.tolist() == [2.0, 2.0]
+
+
+def test_shapes_and_dtypes_of_gradients_stay() -> None:
+    solution = solve(torch.ones(6, 3, dtype=torch.bfloat16), 0.1)
+    assert solution is not None
+    assert solution["inverse"].dtype is torch.float32
+    scale = torch.ones(2, 3, dtype=torch.bfloat16)
+    found, other = apply(solution, scale, scale.double())
+    assert other is not None
+    assert (found.shape, found.dtype) == ((2, 3), torch.bfloat16)
+    assert (other.shape, other.dtype) == ((2, 3), torch.float64)
+
+
+def test_rank_one_in_float32_stays_positive_definite() -> None:
+    values = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1)) * 1e3
+    moments = torch.stack([values[:, 0] ** 2, values[:, 0] * values[:, 1], values[:, 1] ** 2], 1)
+    # In float32 a third of these blocks has a determinant below zero.
+    assert (moments[:, 0] * moments[:, 2] < moments[:, 1] ** 2).any()
+    solution = solve(moments, 1e-6)
+    assert solution is not None
+    p, q, r = solution["inverse"].double().unbind(1)
+    assert (p > 0).all()
+    assert (r > 0).all()
+    assert (p * r > q * q * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_not_finite_is_none(bad: float, columns: int) -> None:
+    moments = torch.ones(4, columns)
+    assert solve(moments, 1e-3) is not None
+    moments[2, 0] = bad
+    assert solve(moments, 1e-3) is None
+
+
+def test_zero_gradients_leave_the_damping() -> None:
+    solution = solve(torch.zeros(2, 3), 0.5)
+    assert solution is not None
+    assert solution["inverse"].tolist() == [[2.0, 0.0, 2.0]] * 2
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ArgumentError, match="unit-wise moments"):
+        solve(torch.ones(4, 2), 1e-3)
+    with pytest.raises(ArgumentError, match="damping=0"):
+        solve(torch.ones(4, 3), 0)
+    solution = solve(torch.ones(4, 3), 1e-3)
+    assert solution is not None
+    for first, second in ((torch.ones(4), None), (torch.ones(3), torch.ones(3))):
+        with pytest.raises(ArgumentError, match="do not fit"):
+            apply(solution, first, second)
