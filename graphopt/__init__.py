@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optimize": "graphopt.api",
-    "state_dict": "graphopt.api",
-    "load_state_dict": "graphopt.api",
+    "state_dict": "graphopt.saved",
+    "load_state_dict": "graphopt.saved",
+    "use_scaler": "graphopt.saved",
     "Graph": "graphopt.graph",
     "Level": "graphopt.graph",
     "Plan": "graphopt.plan",
@@ -37,13 +38,14 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from graphopt.api import load_state_dict, optimize, state_dict
+    from graphopt.api import optimize
     from graphopt.errors import CaptureError, GraphoptError
     from graphopt.graph import Graph, Level
     from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan, Role, Signature, Slot
     from graphopt.report import Report
+    from graphopt.saved import load_state_dict, state_dict, use_scaler
     from graphopt.text import parse_graph, print_graph
 
 

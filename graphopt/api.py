@@ -18,7 +18,7 @@ from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.arguments import check_model, parse_mesh, split_example_inputs
 from graphopt.capture import Capture, capture
 from graphopt.duel import Built, choose
-from graphopt.errors import ArgumentError, MismatchError, StateError
+from graphopt.errors import ArgumentError, MismatchError
 from graphopt.graph import CURVATURE, REDUCTION, Graph
 from graphopt.module import Variant, controller_of, install
 from graphopt.passbase import EXACT, Pass, PassContext
@@ -108,44 +108,6 @@ def optimize(
     if example is not None:
         controller.specialise(model, *example)
     return model
-
-
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that passes own (factors, histories); save them beside the optimizer's."""
-    controller = controller_of(model)
-    if controller is None:
-        return {}
-    controller.settle()
-    return {k: v.clone() for k, v in controller.state.items()}
-
-
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Continue from a saved `state_dict`.
-
-    Raises:
-        StateError: the state belongs to another model, or the model is not optimized; nothing was
-            loaded.
-    """
-    controller = controller_of(model)
-    if controller is None:
-        raise StateError("the model is not optimized", hint="call graphopt.optimize(model) first")
-    controller.settle()
-    for name, tensor in controller.state.items():
-        if name not in state:
-            raise StateError(
-                f"the saved state lacks {name!r}", hint="use the passes it was saved with"
-            )
-        if state[name].shape != tensor.shape:
-            raise StateError(
-                f"{name!r} has shape {tuple(state[name].shape)} in the saved state and "
-                f"{tuple(tensor.shape)} here",
-                hint="load the state of this model",
-            )
-    for name, tensor in state.items():
-        if name in controller.state:
-            controller.state[name].copy_(tensor)
-        else:
-            controller.state[name] = tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -260,7 +222,7 @@ class Compiler:
         from graphopt.runtime.backends import build
 
         plan = self._plan(captured, backend)
-        engine = build(captured.graph.module, plan, state, self.workers)
+        engine = build(captured.graph.module, plan, state, cast("Any", self.workers))
         return Built(engine, captured.bind(engine))
 
     def _plan(self, captured: Capture, backend: str) -> Plan:

@@ -8,8 +8,18 @@ gradient is ``G⁻¹ M A⁻¹``. The scale and shift of a norm are preconditione
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
+
+from graphopt.errors import StateError
+
+# What the names of all tensors of the curvature begin with in the state of a model.
+PREFIX = "kfac/"
+# Marks a state that was loaded before there were blocks to compare it with.
+UNCHECKED = PREFIX + "unchecked"
 
 # How the statistic of a side is stored: symmetric matrices as their lower triangles, row by row, of
 # shape [blocks, size * (size + 1) / 2]; or their diagonals only, of shape [blocks, size].
@@ -111,6 +121,29 @@ class Curvature:
     ema: float
     wire: str
     fraction: float
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Whether saved statistics are those of these blocks.
+
+        Raises:
+            StateError: they are not, naming the first difference.
+        """
+        sides = {side.statistic: side for block in self.blocks for side in block.sides}
+        end = "/now"
+        saved = {n.removeprefix(PREFIX).removesuffix(end): n for n in state if n.endswith(end)}
+        saved = {name: key for name, key in saved.items() if key.startswith(PREFIX)}
+        hint = "load the state of this model, saved with the same options of kfac"
+        for name, side in sides.items() if saved else ():
+            if name not in saved:
+                raise StateError(f"the saved state lacks the statistic {name!r}", hint=hint)
+            if (count := state[saved[name]].numel()) != side.entries:
+                raise StateError(
+                    f"the statistic {name!r} has {count} numbers in the saved state and "
+                    f"{side.entries} here",
+                    hint=hint,
+                )
+        if unknown := next((name for name in saved if name not in sides), None):
+            raise StateError(f"the saved state has a statistic {unknown!r} too many", hint=hint)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Curvature:

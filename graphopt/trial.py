@@ -44,7 +44,7 @@ class Trial:
         model: nn.Module,
         args: Sequence[object],
         kwargs: Mapping[str, object],
-        state: Mapping[str, Tensor] | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.args = args
@@ -92,7 +92,8 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Restore random streams, buffers, inputs and plain attributes on the way out."""
-        changeable = [*self._changeable, *self._state.values()]
+        state = dict(self._state)
+        changeable = [*self._changeable, *state.values()]
         before = [(t, t.detach().clone()) for t in changeable]
         attributes = [(m, m.__dict__.copy()) for m in self.model.modules()]
         hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in self._hooked()]
@@ -106,6 +107,8 @@ class Trial:
                     for tensor, value in before:
                         if not _same(tensor, value):
                             tensor.copy_(value)
+                self._state.clear()
+                self._state.update(state)
                 for registered, functions in hooks:
                     registered.update(functions)
                 for module, saved in attributes:

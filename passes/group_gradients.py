@@ -105,9 +105,7 @@ class GroupGradients(Pass):
 
         if ctx.workers is None:
             return decide(order)
-        known = "\n".join(
-            [f"passes {self}", *sorted(f"{r.name} {r.kind} {r.bytes} bytes" for r in order.ready)]
-        )
+        known = "\n".join([f"passes {self}", *order.sizes])
         text = ctx.workers.agree(
             "gradients",
             known,

@@ -151,7 +151,7 @@ def _is_mean(graph: Graph) -> bool:
 def _sums(node: fx.Node) -> bool:
     packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
     position = _LOSSES.get(packet)
-    return position is not None and node.args[position] == _SUM
+    return position is not None and bool(node.args[position] == _SUM)
 
 
 def _applied(block: Block, sharing: str, uses: int) -> list[Applied]:

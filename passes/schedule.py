@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphopt.analysis.gradient_order import gradient_order, measured_order
+from graphopt.analysis.gradient_order import GradientOrder, gradient_order, measured_order
 from graphopt.analysis.profile import measure
 from graphopt.graph import Graph
 from graphopt.passbase import EXACT, Applied, Declined, Number, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.schedule_link import link_curve
-from graphopt.passes.schedule_rewrite import reorder, split, splittable, tail
+from graphopt.passes.schedule_rewrite import arrange, outline
 from graphopt.passes.schedule_search import Search
+from graphopt.passes.schedule_trial import confirmed
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Schedule(Pass):
     is taken whose gradients, grouped anew, are predicted to be reduced first; the present one stays
     if none gains. Backward convolutions are split in two where the order asks for it. A second
     application finds nothing, unless `memory` ruled out an order that it allows the second time.
+
+    In a running job rank 0 decides for all by measured times, and takes only an order that still
+    gains when it is measured itself.
 
     Attributes:
         link: whose costs to plan with, as for ``group_gradients``.
@@ -56,17 +61,32 @@ class Schedule(Pass):
         choice = self._choice(graph, ctx, world)
         if not choice["order"]:
             return _declined(choice["reason"], choice["detail"], choice["numbers"])
-        whole = {node.name: node for node in splittable(graph)}
-        split(graph, [whole[name] for name in choice["split"]])
-        named = {node.name: node for node in tail(graph)}
-        reorder(graph, [named[name] for name in choice["order"]])
+        if choice["graph"] != outline(graph):
+            return _declined("other-graph", "rank 0 chose the order for other operators")
+        arrange(graph, choice["split"], choice["order"])
         return Outcome((Applied("backward", choice["detail"], choice["numbers"]),))
 
     def _choice(self, graph: Graph, ctx: PassContext, world: int) -> dict[str, Any]:
-        """The best order for this rank; `group_gradients` agrees on that of the messages."""
+        """The best order of this graph, or of rank 0's.
+
+        Messages travel in one order on all ranks. A rank that computed in an order of its own would
+        hold up those that the others have ready, behind one that it has not.
+        """
         curve = link_curve(self.link, ctx)
-        order = measured_order(graph, measure(graph)) if ctx.workers else graph.get(gradient_order)
-        return Search(graph, order, curve, world, self.memory).best()
+
+        def search(order: GradientOrder) -> Search:
+            return Search(graph, order, curve, world, self.memory)
+
+        def decide() -> str:
+            mine = search(measured_order(graph, measure(graph)))
+            return json.dumps({**confirmed(mine, mine.best()), "graph": outline(graph)})
+
+        order = graph.get(gradient_order)
+        if ctx.workers is None:
+            return {**search(order).best(), "graph": outline(graph)}
+        known = "\n".join([f"passes {self}", *order.sizes])
+        choice: dict[str, Any] = json.loads(ctx.workers.agree("gradients", known, decide))
+        return choice
 
 
 def _declined(reason: str, detail: str, numbers: Mapping[str, Number] | None = None) -> Outcome:

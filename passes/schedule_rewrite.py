@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -29,6 +30,29 @@ def reorder(graph: Graph, order: Sequence[fx.Node]) -> None:
     for node in order:
         graph.output.prepend(node)
     graph.changed()
+
+
+def arrange(graph: Graph, apart: Iterable[str], order: Iterable[str]) -> dict[fx.Node, fx.Node]:
+    """Split the convolutions named by `apart`, then put the operators of `tail` into `order`.
+
+    Returns:
+        what `split` does.
+    """
+    whole = {node.name: node for node in splittable(graph)}
+    halves = split(graph, [whole[name] for name in apart])
+    named = {node.name: node for node in tail(graph)}
+    reorder(graph, [named[name] for name in order])
+    return halves
+
+
+def outline(graph: Graph) -> str:
+    """Digest of what `arrange` relies on; an order found for a graph is legal for its equals.
+
+    Names, operators and operands count, but no sizes: ranks may have batches of their own.
+    """
+    lines = [f"{n.name} {n.target} {[i.name for i in n.all_input_nodes]}" for n in tail(graph)]
+    lines += [node.name for node in splittable(graph)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def splittable(graph: Graph) -> tuple[fx.Node, ...]:

@@ -21,7 +21,7 @@ from graphopt.grouping import Grouping, Ready
 from graphopt.network.curve import Curve
 from graphopt.passes.group_gradients_plan import plan
 from graphopt.passes.schedule_order import Task, best_first
-from graphopt.passes.schedule_rewrite import reorder, split, splittable, tail
+from graphopt.passes.schedule_rewrite import arrange, split, splittable, tail
 
 # A gain below this share of the time to the last reduced gradient is within the error of the costs.
 LEAST_GAIN = 0.002
@@ -64,12 +64,12 @@ class Search:
         ``split`` were split; it is empty where the graph should stay as it is, with ``reason``.
         ``numbers`` holds the predicted times, in milliseconds since backward began.
         """
-        grouping = self._grouping(self.now)
+        grouping = self.grouping(self.now)
         default = (c.finish for c in grouping.candidates if c.name == "ddp default")
         numbers: dict[str, Any] = {
-            "ddp_ms": _ms(next(default, grouping.finish)),
-            "grouped_ms": _ms(grouping.finish),
-            "backward_ms": _ms(grouping.backward),
+            "ddp_ms": milliseconds(next(default, grouping.finish)),
+            "grouped_ms": milliseconds(grouping.finish),
+            "backward_ms": milliseconds(grouping.backward),
             "link": self.curve.source,
             "times": self.now.times,
         }
@@ -80,7 +80,10 @@ class Search:
         for one in gaining:
             if one.peak > (1 + self.memory) * peak:
                 continue
-            numbers |= {"scheduled_ms": _ms(one.finish), "peak_bytes_more": one.peak - peak}
+            numbers |= {
+                "scheduled_ms": milliseconds(one.finish),
+                "peak_bytes_more": one.peak - peak,
+            }
             numbers |= {"moved": one.moved, "split": len(one.split)}
             detail = f"reordered ({one.name})"
             return {"order": one.order, "split": one.split, "detail": detail, "numbers": numbers}
@@ -88,10 +91,11 @@ class Search:
             reason, detail = "no-gain", "no order found is predicted to reduce all gradients sooner"
         else:
             reason, detail = "memory", "orders that gain keep more memory alive than is allowed"
-            numbers["scheduled_ms"] = _ms(gaining[0].finish)
+            numbers["scheduled_ms"] = milliseconds(gaining[0].finish)
         return {"order": [], "reason": reason, "detail": detail, "numbers": numbers}
 
-    def _grouping(self, order: GradientOrder) -> Grouping:
+    def grouping(self, order: GradientOrder) -> Grouping:
+        """The best groups of these gradients."""
         return plan(order.ready, self.curve, order.backward, times=order.times, world=self.world)
 
     def _orders(self, halved: bool) -> list[_Found]:
@@ -118,14 +122,10 @@ class Search:
     def _made(self, name: str, apart: list[str], names: list[str]) -> _Found:
         copy = self.graph.copy()
         was = {node.name: index for index, node in enumerate(tail(copy))}
-        whole = {node.name: node for node in splittable(copy)}
-        halves = split(copy, [whole[first] for first in apart])
-        nodes = {node.name: node for node in tail(copy)}
-        reorder(copy, [nodes[one] for one in names])
-        order = self._timed(copy, halves)
+        order = self._timed(copy, arrange(copy, apart, names))
         places = [was[one] for one in names if one in was]
         overtaken = sum(here < max(places[: i + 1]) for i, here in enumerate(places))
-        grouping = self._grouping(order)
+        grouping = self.grouping(order)
         return _Found(name, apart, names, grouping.finish, liveness(copy).peak, overtaken)
 
     def _timed(self, trial: Graph, halves: Mapping[fx.Node, fx.Node]) -> GradientOrder:
@@ -181,5 +181,6 @@ def _still_together(
     return {second for first, second in halves.items() if following.get(first) is second}
 
 
-def _ms(seconds: float) -> float:
+def milliseconds(seconds: float) -> float:
+    """Seconds as reports show them."""
     return round(1e3 * seconds, 4)

@@ -5,22 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
 
-@dataclass
+class Scaler(Protocol):
+    """What a `torch.amp.GradScaler` is to the curvature."""
+
+    def get_scale(self) -> float:
+        """Factor of the loss."""
+
+
+@dataclass(kw_only=True)
 class Accumulation:
     """Gradient accumulation of one model.
 
     Attributes:
         synchronise: whether the backward of the forward passes made now ends a step.
-        loss_scale: what the loss was multiplied with before its backward (mixed precision).
+        scaler: multiplies the loss before its backward (mixed precision).
     """
 
     synchronise: bool = True
-    loss_scale: float = 1.0
+    scaler: Scaler | None = None
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of this step was multiplied with."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -49,6 +61,10 @@ class Alone(Accumulation):
     def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
         """This rank's decision."""
         return decide()
+
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's state."""
+        return state
 
     def copy(self) -> Alone:
         """For a copy of the model."""

@@ -38,7 +38,7 @@ def backward_of(
         halves,
         plan,
         accumulation,
-        share(plan.curvature, accumulation),
+        share(plan, accumulation),
         state,
         lambda halves, plan, compile: backwards(halves, plan, workers, compile),
         compile,

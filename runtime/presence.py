@@ -20,7 +20,7 @@ class Presence:
     """Agrees on the reduced gradients of one plan that are absent everywhere.
 
     Args:
-        plan: a plan with a grouping.
+        plan: what to obey; without a grouping, all gradients of parameters are reduced.
         returned: the outputs of its backward.
 
     Attributes:
@@ -30,8 +30,9 @@ class Presence:
     """
 
     def __init__(self, plan: Plan, returned: Sequence[Slot]) -> None:
-        assert plan.grouping is not None
-        grouped = {name for group in plan.grouping.groups for name in group.names}
+        grouped = set(plan.signature.names(Role.PARAM))
+        if plan.grouping is not None:
+            grouped = {name for group in plan.grouping.groups for name in group.names}
         grads = {i: s.name for i, s in enumerate(returned) if s.role is Role.GRAD}
         self.names = {i: name for i, name in grads.items() if name in grouped}
         named = zip(grads.values(), plan.gradient_sources, strict=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,14 @@ from torch.distributed.distributed_c10d import _world
 
 from graphopt.errors import ArgumentError, RankError
 from graphopt.network.curve import Curve
+from graphopt.runtime.accumulation import Accumulation
 from graphopt.runtime.agreement import Agreement
 from graphopt.runtime.channel import Channel
 from graphopt.runtime.kept_link import describe, find, keep
 from graphopt.runtime.link import measure
+
+if TYPE_CHECKING:
+    from graphopt.runtime.curvature.together import Division
 
 _numbers = count()
 # How rank 0 says that it kept no curve.
@@ -27,24 +31,24 @@ _NONE = "none"
 
 
 @dataclass
-class Workers:
+class Workers(Accumulation):
     """One model's view of the default process group.
 
     Attributes:
         line: carries the collectives of the model's graphs.
         device: where its messages lie.
-        synchronise: whether the backward of the forward passes made now reduces gradients.
         kept: gradients of micro-batches that wait for the integer wire.
         kept_names: those of them that are gradients of this rank's loss, not zeros for want of one.
         pending: whether a backward that did not reduce has run since the last one that did.
+        division: who owns which block of the curvature; ``None`` before there is any.
     """
 
     line: Channel
     device: torch.device
-    synchronise: bool = True
     pending: bool = False
     kept: list[dict[str, torch.Tensor]] = field(default_factory=list, repr=False)
     kept_names: set[str] = field(default_factory=set, repr=False)
+    division: Division | None = field(default=None, repr=False)
     _decisions: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
     _copies: Iterator[int] = field(default_factory=count, repr=False)
 
@@ -153,7 +157,19 @@ class Workers:
         line = self.line
         name = f"{line.channel}.{next(self._copies)}"
         own = Channel(line.inner, line.agreement, name)
-        return Workers(own, self.device, _decisions=self._decisions)
+        workers = Workers(own, self.device, _decisions=self._decisions)
+        if self.division is not None:
+            workers.division = self.division.copy(workers)
+        return workers
+
+    def whole(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What all ranks keep of a model's state together; to be called on all of them.
+
+        Raises:
+            StateError: within a step.
+            RankError: a rank does not answer.
+        """
+        return state if self.division is None else self.division.whole(state)
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the report: gradient noise, and what was not finite."""
@@ -161,16 +177,8 @@ class Workers:
         noise = line.noise.value
         found = f"{noise:.4g} examples, over {line.noise.steps} measured steps" if noise else ""
         scale = (f"gradient noise scale: {found}",) if found else ()
-        return scale + tuple(f"not finite: {place}" for place in line.nonfinite[:3])
-
-    @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Within, forward passes are made whose backward does not communicate."""
-        before, self.synchronise = self.synchronise, False
-        try:
-            yield
-        finally:
-            self.synchronise = before
+        sent = () if self.division is None else self.division.notes()
+        return scale + sent + tuple(f"not finite: {place}" for place in line.nonfinite[:3])
 
 
 def _text(curve: Curve | None) -> str:

@@ -85,6 +85,11 @@ class GradientOrder:
     times: str
     seconds: Mapping[fx.Node, float] = field(repr=False)
 
+    @property
+    def sizes(self) -> list[str]:
+        """One line per gradient, equal on all ranks that can reduce them together."""
+        return sorted(f"{r.name} {r.kind} {r.bytes} bytes" for r in self.ready)
+
 
 def gradient_order(graph: Graph) -> GradientOrder:
     """The order for a device of the assumed class (`ASSUMED`)."""

@@ -31,22 +31,36 @@ def measure(
     Raises:
         ArgumentError: `rounds` is not positive, or there is not one tensor per input.
     """
+    return measure_in_turn([graph], inputs, rounds)[0]
+
+
+def measure_in_turn(
+    graphs: Sequence[Graph], inputs: Sequence[Tensor] | None = None, rounds: int = 3
+) -> list[dict[fx.Node, float]]:
+    """`measure` for several forms of one step, so that they can be compared.
+
+    In every round each of them runs once. So a machine that is slow for a while is slow for all.
+    """
     if rounds < 1:
         raise ArgumentError(f"rounds is {rounds}", hint="measure at least one round")
     if inputs is None:
-        inputs = [_random(node) for node in graph.inputs]
-    if len(inputs) != len(graph.inputs):
+        inputs = [_random(node) for node in graphs[0].inputs]
+    if len(inputs) != len(graphs[0].inputs):
         raise ArgumentError(
-            f"{len(inputs)} tensors for {len(graph.inputs)} inputs",
+            f"{len(inputs)} tensors for {len(graphs[0].inputs)} inputs",
             hint="give one per placeholder, or none at all",
         )
-    runs: list[dict[fx.Node, float]] = []
+    runs: list[list[dict[fx.Node, float]]] = [[] for _ in graphs]
     with torch.random.fork_rng(), torch.no_grad():
         for _ in range(rounds + 1):
-            stopwatch = _Stopwatch(graph.module)
-            stopwatch.run(*(tensor.clone() for tensor in inputs))
-            runs.append(stopwatch.seconds)
-    return {node: statistics.median(run[node] for run in runs[1:]) for node in graph.operators}
+            for graph, mine in zip(graphs, runs, strict=True):
+                stopwatch = _Stopwatch(graph.module)
+                stopwatch.run(*(tensor.clone() for tensor in inputs))
+                mine.append(stopwatch.seconds)
+    return [
+        {node: statistics.median(run[node] for run in mine[1:]) for node in graph.operators}
+        for graph, mine in zip(graphs, runs, strict=True)
+    ]
 
 
 class _Stopwatch(fx.Interpreter):

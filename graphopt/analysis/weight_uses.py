@@ -151,14 +151,14 @@ def _terms(term: _Term) -> Iterator[_Term]:
 
 
 def _splits_rows(node: fx.Node) -> bool:
-    return node.target is aten.cat.default and (len(node.args) < 2 or node.args[1] == 0)
+    return node.target is aten.cat.default and (len(node.args) < 2 or bool(node.args[1] == 0))
 
 
 def _pads_rows(node: fx.Node) -> bool:
     """``slice_backward(part, sizes, dim, start, end, step)`` along the first dimension."""
     if node.target is not aten.slice_backward.default:
         return False
-    return node.args[2] == 0 and node.args[5] == 1
+    return bool(node.args[2] == 0 and node.args[5] == 1)
 
 
 def _classified(term: _Term) -> Use:

@@ -22,7 +22,9 @@ from graphopt.text.syntax import (
 from graphopt.text.writer import write, write_output, write_statement, write_type
 
 _ROLES = frozenset(Role)
-_OF_MODULES = frozenset({Role.PARAM, Role.BUFFER, Role.GRAD, Role.MUTATION})
+_OF_MODULES = frozenset(
+    {Role.PARAM, Role.BUFFER, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.STATISTIC}
+)
 
 
 @dataclass(frozen=True, eq=False)

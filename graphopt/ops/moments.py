@@ -28,6 +28,7 @@ from graphopt.errors import ArgumentError
 from graphopt.ops import moments_patch as patch
 from graphopt.ops import moments_rows as rows_
 from graphopt.ops.moments_norm import norm_moment
+from graphopt.ops.moments_window import Window
 from graphopt.ops.packing import packed_length
 
 _WINDOW = (
@@ -75,7 +76,7 @@ def diagonal_moment(rows: Tensor, ones: bool, scale: float) -> Tensor:
     batch, count, width = rows.shape
     total = rows.new_zeros(batch, width + int(ones), dtype=rows_.working_dtype(rows))
     step = max(1, rows_.WORKSPACE // max(1, batch * width))
-    for part in rows.split(step, 1):
+    for part in torch.split(rows, step, 1):
         total[:, :width] += part.to(total.dtype).square().sum(1)
     if ones:
         total[:, width] = count
@@ -145,7 +146,7 @@ def patch_moment(
     Raises:
         ArgumentError: shapes do not fit, or the pieces are unequal.
     """
-    window = patch.Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
     return patch.patch_moment(x, window, groups, ones, pieces, scale)
 
 
@@ -162,7 +163,7 @@ def patch_diagonal_moment(
     scale: float,
 ) -> Tensor:
     """The diagonal of `patch_moment` in one piece: [groups, d], or [groups, d + 1] with `ones`."""
-    window = patch.Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
     return patch.patch_diagonal(x, window, groups, ones, scale)
 
 
@@ -200,7 +201,7 @@ def _fake_patch_moment(
     pieces: int,
     scale: float,
 ) -> Tensor:
-    window = patch.Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
     size = rows_.piece_size(patch.patch_width(x, window, groups), ones, pieces)
     return x.new_empty((groups * pieces, packed_length(size)), dtype=rows_.working_dtype(x))
 
@@ -217,7 +218,7 @@ def _fake_patch_diagonal_moment(
     ones: bool,
     scale: float,
 ) -> Tensor:
-    window = patch.Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
     shape = (groups, patch.patch_width(x, window, groups) + int(ones))
     return x.new_empty(shape, dtype=rows_.working_dtype(x))
 

@@ -58,7 +58,7 @@ def by_patches(
     step = max(1, rows_.WORKSPACE // max(1, groups * width * math.prod(outputs)))
 
     def parts() -> Iterator[Tensor]:
-        for images in x.split(step):
+        for images in torch.split(x, step):
             patches = window.windows(window.padded(images.to(dtype)), outputs)
             # [groups, channel and offset, image and position]: positions stay side by side.
             yield patches.movedim(0, 1 + len(outputs)).reshape(groups, width, -1).mT
@@ -100,7 +100,8 @@ def patch_diagonal(x: Tensor, window: Window, groups: int, ones: bool, scale: fl
     outputs = window.outputs(x.shape[2:])
     dtype = rows_.working_dtype(x)
     squares = x.new_zeros(x.shape[1:], dtype=dtype)
-    for images in x.split(max(1, rows_.WORKSPACE // max(1, math.prod(x.shape[1:])))):
+    step = max(1, rows_.WORKSPACE // max(1, squares.numel()))
+    for images in torch.split(x, step):
         squares += images.to(dtype).square().sum(0)
     windows = window.windows(window.padded(squares), outputs)
     diagonal = _over_positions(windows, len(outputs)).reshape(groups, width)

@@ -53,7 +53,7 @@ def in_steps(rows: Tensor) -> Iterator[Tensor]:
     step = max(1, count)
     if dtype is not rows.dtype:
         step = max(1, WORKSPACE // max(1, batch * width))
-    for part in rows.split(step, 1):
+    for part in torch.split(rows, step, 1):
         yield part.to(dtype)
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from graphopt.ops.moments_window import Window
 
 Box = tuple[tuple[int, int], ...]
 # From the widened plane, the first and the last-but-one position of a box, the window and the
-# number of groups to the box's correlations [groups, *differences, c, c'].
+# number of groups to the box's correlations [groups, c, c', *differences].
 Correlate = Callable[[Tensor, Box, Window, int], Tensor]
 
 # Costs in multiplications of a large product, measured on one core: what each copied element, each
-# addition of blocks, each box and each element of a box's result or of the moment take.
+# kernel offset, each box and each element of a box's result or of the moment take.
 _COPY = 64
-_ADDITION = 300_000
+_OFFSET = 600_000
 _BOX = 1_500_000
 _ELEMENT = 140
 # Fewer channels leave the registers of a convolution empty, and fewer than `_LEAST_GROUP` in a
@@ -57,15 +58,14 @@ def pays(x: Tensor, window: Window, groups: int) -> bool:
         return False
     outputs = window.outputs(x.shape[2:])
     positions = x.shape[0] * math.prod(outputs)
-    width = channels * math.prod(window.kernel)
+    offsets = math.prod(window.kernel)
+    width = channels * offsets
     copied = positions * groups * width * (width // 2 + _COPY)
-    parts = _parts(window, outputs)
-    boxes = math.prod(len(line) for line in parts)
-    additions = math.prod(sum(last - first + 1 for *_, first, last in line) for line in parts)
+    boxes = math.prod(map(len, _parts(window, outputs)))
     result = x.shape[1] * channels * math.prod(differences(window.kernel))
     multiplied = positions * result // channels * max(channels, _FULL_CHANNELS)
     moved = boxes * result + groups * width * width
-    return copied > multiplied + additions * _ADDITION + boxes * _BOX + moved * _ELEMENT
+    return copied > multiplied + offsets * _OFFSET + boxes * _BOX + moved * _ELEMENT
 
 
 def possible(window: Window) -> bool:
@@ -111,29 +111,36 @@ def gram(
     """
     channels = plane.shape[1] // groups
     first, *others = kernel = window.kernel
-    dtype = torch.float64 if plane.dtype is torch.float64 else torch.float32
-    # Blocks of whole channels: adding to them runs over memory in order.
-    blocks = plane.new_zeros(groups, *kernel, *kernel, channels, channels, dtype=dtype)
-    for parts in product(*_parts(window, outputs)):
-        box = tuple((start, stop) for start, stop, _, _ in parts)
-        found = correlate(plane, box, window, groups)
-        for k in product(*(range(low, high + 1) for _, _, low, high in parts)):
-            wanted = [slice(0, first - k[0])]
-            wanted += [slice(s - 1 - i, 2 * s - 1 - i) for s, i in zip(others, k[1:], strict=True)]
-            blocks[(slice(None), *k, slice(k[0], None))].add_(found[(slice(None), *wanted)])
-    rest = math.prod(others)
-    _mirror(blocks.view(groups, first, rest, first, rest, channels, channels))
-    volume = first * rest
-    by_offset = blocks.view(groups, volume, volume, channels, channels)
-    return by_offset.permute(0, 3, 1, 4, 2).reshape(groups, channels * volume, channels * volume)
+    boxes = list(product(*_parts(window, outputs)))
+    found = torch.stack(
+        [
+            correlate(plane, tuple((start, stop) for start, stop, *_ in parts), window, groups)
+            for parts in boxes
+        ]
+    )
+    by_box = found.view(len(boxes), -1)
+    result = found.new_empty(groups, channels, *kernel, channels, *kernel)
+    for k in product(*map(range, kernel)):
+        takes = [
+            all(low <= i <= high for i, (_, _, low, high) in zip(k, parts, strict=True))
+            for parts in boxes
+        ]
+        total = (found.new_tensor(takes) @ by_box).view(found.shape[1:])
+        to: tuple[Any, ...] = (slice(None), slice(None), *k, slice(None), slice(k[0], None))
+        later = (slice(s - 1 - i, 2 * s - 1 - i) for s, i in zip(others, k[1:], strict=True))
+        wanted: tuple[Any, ...] = (..., slice(0, first - k[0]), *later)
+        result[to] = total[wanted]
+    _mirror(result.view(groups, channels, first, -1, channels, first, math.prod(others)))
+    size = channels * math.prod(kernel)
+    return result.view(groups, size, size)
 
 
-def _mirror(blocks: Tensor) -> None:
-    """Fills [g, a', m', a, m, c', c] for a' > a from [g, a, m, a', m', c, c']."""
-    first = blocks.shape[1]
+def _mirror(moment: Tensor) -> None:
+    """Fills [g, c, a, m, c', a', m'] for a > a' from the entries with a < a'."""
+    first = moment.shape[2]
     for a in range(first):
         for b in range(a + 1, first):
-            blocks[:, b, :, a] = blocks[:, a, :, b].permute(0, 2, 1, 4, 3)
+            moment[:, :, b, :, :, a] = moment[:, :, a, :, :, b].permute(0, 3, 4, 1, 2)
 
 
 def by_convolution(plane: Tensor, box: Box, window: Window, groups: int) -> Tensor:
@@ -145,19 +152,20 @@ def by_convolution(plane: Tensor, box: Box, window: Window, groups: int) -> Tens
     rank = len(window.kernel)
     channels = plane.shape[1] // groups
     shape = differences(window.kernel)
-    inside, around = [], []
+    inside: list[Any] = [...]
+    around: list[Any] = [...]
     for dim, ((start, stop), reach) in enumerate(zip(box, window.reach, strict=True)):
         # In the widened plane the box lies behind the room before it.
         before = reach if dim else 0
         inside.append(slice(start + before, stop + before))
         around.append(slice(start, stop + before + reach))
-    near, wide = (plane[(..., *part)].to(torch.float32) for part in (inside, around))
+    near, wide = (plane[tuple(part)].to(torch.float32) for part in (inside, around))
+    found: Tensor
     _, found, _ = torch.ops.aten.convolution_backward(
         near, wide, wide.new_empty(groups * channels, channels, *shape), None,
         [1] * rank, [0] * rank, window.dilation, False, [0] * rank, groups, [False, True, False],
     )  # fmt: skip
-    found = found.view(groups, channels, channels, *shape)
-    return found.permute(0, *range(3, 3 + rank), 1, 2).contiguous()
+    return found.view(groups, channels, channels, *shape)
 
 
 def _parts(window: Window, outputs: Sequence[int]) -> list[tuple[tuple[int, int, int, int], ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +98,8 @@ class Window:
             return x
         spatial = zip(x.shape[-rank:], self.stride, strict=True)
         stuffed = x.new_zeros(*x.shape[:-rank], *((size - 1) * s + 1 for size, s in spatial))
-        stuffed[(..., *(slice(None, None, s) for s in self.stride))] = x
+        places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in self.stride))
+        stuffed[places] = x
         return stuffed
 
     def padded(self, x: Tensor) -> Tensor:

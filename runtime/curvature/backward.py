@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Plan, Role, Signature, Slot
@@ -14,8 +15,10 @@ from graphopt.runtime.curvature.labels import tangents_of_labels
 from graphopt.runtime.curvature.share import Share
 from graphopt.runtime.curvature.state import CurvatureState
 from graphopt.runtime.partition import Halves
+from graphopt.runtime.presence import Presence
 from graphopt.runtime.reduction import Backwards, Run
 from graphopt.runtime.variants import backward_slots, with_outputs
+from graphopt.runtime.workers import Workers
 
 Make = Callable[[Halves, Plan, Callable[[fx.GraphModule], Run]], Backwards]
 
@@ -64,7 +67,16 @@ class Preconditioning(Backwards):
         self._only_statistics: Run | None = None
         returned = [s for s in backward_slots(plan.signature) if s.role is not Role.LOCAL]
         self._statistics = [s.name for s in returned if s.role is Role.STATISTIC]
-        self._gradients = {s.name: i for i, s in enumerate(returned) if s.role is Role.GRAD}
+        parameters = set(plan.signature.names(Role.PARAM))
+        self._gradients = {
+            s.name: i
+            for i, s in enumerate(returned)
+            if s.role is Role.GRAD and s.name in parameters
+        }
+        self._workers: Workers | None = None
+        if plan.grouping is None and isinstance(accumulation, Workers):
+            self._workers = accumulation
+            self._presence = Presence(plan, returned)
         # The reducing backward scales tangents alike in both forms.
         self._plain = self._form("plain")
 
@@ -98,26 +110,45 @@ class Preconditioning(Backwards):
             self._caught = []
         else:
             results = self._plain(arguments, call.inner, absent)
-        scale = 1.0 if call.output is not None else self.accumulation.loss_scale
+        scale = 1.0
+        if call.output is None:
+            # A backward that reduces has tangents that already take the mean over ranks.
+            scale = self.accumulation.loss_scale * self.tangent_factor(call)
         self.curvature.absorb(statistics, scale)
         if call.ends_step:
             self._end(results, call, due)
         return results
 
     def _end(self, results: list[Any], call: _Call, due: set[str]) -> None:
-        gradients = {n: results[i] for n, i in self._gradients.items() if results[i] is not None}
-        if self.plan.grouping is None and self.curvature.micro_batches > 1:
-            for name, gradient in gradients.items():
-                parameter = call.parameters.get(name)
-                if parameter is not None and parameter.grad is not None:
-                    gradients[name] = gradient + parameter.grad
-                    parameter.grad = None
+        gradients = self._of_step(results, call)
         samples = [name for block in self.curvature.curvature.blocks for name in block.samples]
         fresh = self.curvature.taken([*due, *samples] if due else ())
-        preconditioned = self.share.step(self.curvature, gradients, fresh)
+        gradients.update(self.share.step(self.curvature, gradients, fresh))
         self.curvature.advance()
-        for name, value in preconditioned.items():
+        for name, value in gradients.items():
             results[self._gradients[name]] = value
+
+    def _of_step(self, results: Sequence[Any], call: _Call) -> dict[str, Tensor]:
+        """Gradients of parameters over all micro-batches; zeros where only other ranks have one."""
+        found: dict[str, Tensor] = {}
+        accumulates = self.plan.grouping is None and self.curvature.micro_batches > 1
+        for name, index in self._gradients.items():
+            parameter, gradient = call.parameters[name], results[index]
+            if accumulates and parameter.grad is not None:
+                gradient = parameter.grad if gradient is None else gradient + parameter.grad
+                parameter.grad = None
+            if gradient is not None:
+                found[name] = gradient
+        if self._workers is None:
+            return found
+        lacking = {i for name, i in self._gradients.items() if name not in found}
+        question = self._presence.ask(self._workers.line, lacking, (), self._workers.device)
+        nowhere = self._presence.absent(lacking, question)
+        return {
+            name: found[name] if name in found else torch.zeros_like(call.parameters[name])
+            for name, index in self._gradients.items()
+            if index not in nowhere
+        }
 
     def _form(self, name: str) -> Backwards:
         if name not in self._forms:

@@ -44,7 +44,7 @@ class Task:
         problem: index of the problem.
         side: ``"left"`` or ``"right"``.
         matrix: ``[B, d, d]`` or, of diagonal form, ``[B, d]``.
-        damping: what is added to the diagonal; no dimension.
+        damping: what is added to the diagonals, ``[B]``.
     """
 
     problem: int
@@ -117,7 +117,7 @@ def invert(tasks: Sequence[Task]) -> list[Solution]:
     All dense matrices of one size are inverted by one batched Cholesky.
     """
     dense = [task for task in tasks if task.matrix.dim() == 3]
-    items = [(task.matrix, task.damping.expand(len(task.matrix))) for task in dense]
+    items = [(task.matrix, task.damping) for task in dense]
     inverses = iter(in_batches(items, _cholesky_inverse))
     return [
         {"inverse": next(inverses)[0] if task.matrix.dim() == 3 else _reciprocal(task)}
@@ -141,18 +141,25 @@ def multiply(inverse: Tensor, pieces: Tensor) -> Tensor:
 
 
 def _ratio(problem: Problem) -> Tensor:
-    """π; 1 where a trace is not positive, as with zero gradients, so that damping stays finite."""
+    """π of each group; 1 where a trace is not positive, as with zero gradients."""
     left, right = (
-        (side.diagonal(dim1=1, dim2=2) if side.dim() == 3 else side).to(problem.dtype).mean()
+        (side.diagonal(dim1=1, dim2=2) if side.dim() == 3 else side)
+        .to(problem.dtype)
+        .reshape(problem.groups, -1)
+        .mean(1)
         for side in (problem.left, problem.right)
     )
     ratio = right.sqrt() / left.sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
 
 
-def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Task, Task]:
+def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Task, ...]:
     left, right = problem.left.to(problem.dtype), problem.right.to(problem.dtype)
-    return Task(index, "left", left, root / ratio), Task(index, "right", right, root * ratio)
+    dampings = (root / ratio, root * ratio)
+    return tuple(
+        Task(index, name, side, damping.repeat_interleave(len(side) // problem.groups))
+        for name, side, damping in zip(("left", "right"), (left, right), dampings, strict=True)
+    )
 
 
 def _cholesky_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor]:
@@ -166,5 +173,5 @@ def _cholesky_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor]:
 
 
 def _reciprocal(task: Task) -> Tensor:
-    damped = task.matrix + task.damping
+    damped = task.matrix + task.damping[:, None]
     return torch.where(damped > 0, damped.reciprocal(), math.nan)

@@ -1,8 +1,8 @@
 """Gradients of the loss for labels that the model itself would give: Fisher instead of empirical.
 
-With per-example losses ℓ and outputs z, the Fisher matrix of z is ``E_y[∂ℓ ∂ℓᵀ]`` for labels y drawn
-from the model. ``mc`` draws one; ``type2`` gives columns of its square root, so that the sum over
-them is exact (Martens, arXiv 1412.1193, section 9).
+With the loss L of one example and outputs z, the Fisher matrix of z is ``E_y[∂L ∂Lᵀ]`` for labels y
+drawn from the model. ``mc`` draws one; ``type2`` gives columns of its square root, so that the sum
+over them is exact (Martens, arXiv 1412.1193, section 9).
 """
 
 from __future__ import annotations

@@ -111,15 +111,16 @@ def woodbury(pairs: Sequence[Tensor], damping: Tensor) -> Solution:
 
     Args:
         pairs: what `leading_pairs` returns.
-        damping: what is added to the diagonal; no dimension.
+        damping: what is added to the diagonals, ``[N]`` or the same for all.
 
     Returns:
         ``basis`` U ``[N, d, r]``, ``weights`` ``[N, r]`` and ``scale`` ``[N]``, such that the
         inverse is ``scale I + U diag(weights) Uᵀ``.
     """
     values, basis, rest = pairs
+    damping = damping.expand(len(values))
     scale = (rest + damping).reciprocal()
-    weights = (values + damping).reciprocal() - scale[:, None]
+    weights = (values + damping[:, None]).reciprocal() - scale[:, None]
     return {"basis": basis, "weights": weights, "scale": scale}
 
 

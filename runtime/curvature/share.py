@@ -1,4 +1,4 @@
-"""Who does what at the end of a step: here one rank, which does everything."""
+"""Who does what at the end of a step: one rank everything, several ranks a part each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from graphopt.curvature import Curvature
+from graphopt.plan import Plan
 from graphopt.runtime.accumulation import Accumulation
 from graphopt.runtime.curvature.state import CurvatureState
+from graphopt.runtime.curvature.together import Division, Together
+from graphopt.runtime.workers import Workers
 
 
 class Share(Protocol):
@@ -48,6 +50,15 @@ class Alone:
         return curvature.precondition(blocks, gradients)
 
 
-def share(curvature: Curvature, accumulation: Accumulation) -> Share:
-    """How the ranks of a job divide the work; on one rank it is not divided."""
-    return Alone()
+def share(plan: Plan, accumulation: Accumulation) -> Share:
+    """How the ranks of a job divide the work; on one rank it is not divided.
+
+    Args:
+        plan: with a curvature; where it has no grouping, gradients are averaged here.
+        accumulation: the ranks.
+    """
+    assert plan.curvature is not None
+    if not isinstance(accumulation, Workers) or accumulation.size == 1:
+        return Alone()
+    division = Division.of(accumulation, plan.curvature.fraction)
+    return Together(division, reduces=plan.grouping is None)

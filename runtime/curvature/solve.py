@@ -35,12 +35,14 @@ class Problem:
         right: moment A of inputs, likewise with columns.
         samples: per use of a weight of one group, output gradients of each example
             ``[n, R, rows]`` and inputs ``[n, R, columns]`` at its R positions. Only EKFAC reads it.
+        groups: matrices that the weight consists of; each has a damping ratio of its own.
     """
 
     name: str
     left: Tensor
     right: Tensor
     samples: tuple[tuple[Tensor, Tensor], ...] = ()
+    groups: int = 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from graphopt.curvature import DENSE, Block, Curvature, Side
-from graphopt.errors import StateError
+from graphopt.curvature import DENSE, UNCHECKED, Block, Curvature, Side
 from graphopt.runtime.curvature import unitwise
 from graphopt.runtime.curvature.interval import Interval, similar
 from graphopt.runtime.curvature.layout import from_matrix, to_matrix
@@ -44,25 +43,9 @@ class CurvatureState:
         self._of_gradients = {b.left.statistic for b in curvature.blocks}
         self._rows = {name for b in curvature.blocks for name in b.samples}
         self._warned: set[str] = set()
-        self._check()
-
-    def _check(self) -> None:
-        """A state that was loaded before the model was captured has to fit it."""
-        for name, side in self.sides.items():
-            found = self.state.get(f"kfac/{name}/now")
-            if found is not None and found.numel() != side.entries:
-                raise StateError(
-                    f"the statistic of {name!r} has {found.numel()} entries in the loaded state "
-                    f"and {side.entries} here",
-                    hint="load the state of this model, saved with the same max_dim",
-                )
-        known = {f"kfac/{name}/now" for name in self.sides}
-        for key in self.state:
-            if key.startswith("kfac/") and key.endswith("/now") and key not in known:
-                raise StateError(
-                    f"the loaded state has a statistic {key[5:-4]!r}, which this model has not",
-                    hint="load the state of this model",
-                )
+        if UNCHECKED in state:
+            curvature.check(state)
+            del state[UNCHECKED]
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -133,14 +116,20 @@ class CurvatureState:
         self.state.pop(_MICRO, None)
         return found
 
-    def take_over(self, blocks: Iterable[Block], fresh: Mapping[str, Tensor]) -> None:
-        """Renew the statistics of these blocks, and solve those that changed."""
+    def take_over(self, blocks: Iterable[Block], fresh: Mapping[str, Tensor]) -> list[Block]:
+        """Renew the statistics of these blocks, and solve those that changed; returns these."""
         mine = [b for b in blocks if any(side.statistic in fresh for side in b.sides)]
         names = {side.statistic for b in mine for side in b.sides}
         renewed = self.renew({n: v for n, v in fresh.items() if n in names})
-        changed = [b for b in mine if any(side.statistic in renewed for side in b.sides)]
+        changed = [
+            b
+            for b in mine
+            if any(side.statistic in renewed for side in b.sides)
+            and all(f"kfac/{side.statistic}/now" in self.state for side in b.sides)
+        ]
         if changed:
             self.solve(changed, fresh)
+        return changed
 
     def renew(self, statistics: Mapping[str, Tensor]) -> set[str]:
         """Take new statistics over; returns the names of those that were usable."""
@@ -153,7 +142,7 @@ class CurvatureState:
                 self._replace(name, fresh)
                 renewed.add(name)
             if not self.curvature.interval and name not in renewed:
-                self._keep(name, Interval(*self._intervals(name), next=self.step + 1))
+                self.keep_interval(name, Interval(*self._intervals(name), next=self.step + 1))
         return renewed
 
     def _intervals(self, name: str) -> tuple[int, int]:
@@ -172,12 +161,13 @@ class CurvatureState:
                 bool(similar(fresh, old, ALPHA, form)) if old is not None else False
                 for old in (now, before)
             )
-            self._keep(name, self.interval(name).refreshed(self.step, last, older))
+            self.keep_interval(name, self.interval(name).refreshed(self.step, last, older))
             if now is not None:
                 self.state[f"kfac/{name}/before"] = now
         self.state[f"kfac/{name}/now"] = fresh
 
-    def _keep(self, name: str, interval: Interval) -> None:
+    def keep_interval(self, name: str, interval: Interval) -> None:
+        """Replace the state of the interval rule of a statistic."""
         self.state[f"kfac/{name}/interval"] = torch.tensor(
             [interval.last, interval.before, interval.next]
         )
@@ -215,10 +205,10 @@ class CurvatureState:
         pairs = tuple(
             (g * len(g) if mean else g, a) for g, a in zip(*[iter(rows)] * 2, strict=True)
         )
-        return Problem(block.weight, left, right, pairs)
+        return Problem(block.weight, left, right, pairs, block.groups)
 
     def _keep_solution(self, block: Block, solution: Solution | None) -> None:
-        prefix = _prefix(block)
+        prefix = prefix_of(block)
         for key in [k for k in self.state if k.startswith(prefix)]:
             del self.state[key]
         if solution is None:
@@ -238,7 +228,7 @@ class CurvatureState:
 
     def solution(self, block: Block) -> Solution | None:
         """What was made of a block's statistics; ``None`` where there is nothing usable."""
-        prefix = _prefix(block)
+        prefix = prefix_of(block)
         found = {k[len(prefix) :]: v for k, v in self.state.items() if k.startswith(prefix)}
         return found or None
 
@@ -256,12 +246,11 @@ class CurvatureState:
                 first = gradients[block.weight]
                 second = gradients[block.bias] if block.bias else None
                 pair = unitwise.apply(solution, first, second)
-                found = {n: t for n, t in zip((block.weight, block.bias), pair, strict=True) if n}
+                found = {n: t for n, t in zip(names, pair, strict=False) if t is not None}
             else:
                 matrix = self.solver.apply(solution, to_matrix(block, gradients))
                 found = from_matrix(block, matrix, gradients)
             for name, value in found.items():
-                assert value is not None
                 parts.setdefault(name, []).append((block.start, value))
         return {
             name: values[0][1]
@@ -276,7 +265,8 @@ class CurvatureState:
             warnings.warn(f"kfac: {message}", RuntimeWarning, stacklevel=2)
 
 
-def _prefix(block: Block) -> str:
+def prefix_of(block: Block) -> str:
+    """What the names of a block's solution in the state begin with."""
     return f"kfac/{block.weight}/{block.start}/"
 
 

@@ -103,8 +103,8 @@ def correlation_kernel(  # type: ignore[no-untyped-def]
         )
         total = tl.dot(a, b, total, input_precision="ieee")
 
-    matrix = tl.program_id(1).to(tl.int64) * channels * channels
-    place = matrix + left[:, None].to(tl.int64) * channels + right[None, :]
+    row = group.to(tl.int64) * channels + left[:, None]
+    place = (row * channels + right[None, :]) * shifts + shift
     stored = (left < channels)[:, None] & (right < channels)[None, :]
     tl.store(out + part.to(tl.int64) * part_stride + place, total, mask=stored)
 
@@ -122,7 +122,7 @@ def correlate(
         parts: into how many sums the positions are cut; None for what fills the device.
 
     Returns:
-        float32 [groups, *differences, c, c'] with c = C / groups.
+        float32 [groups, c, c', *differences] with c = C / groups.
     """
     rank = len(window.kernel)
     missing = 3 - rank
@@ -144,7 +144,7 @@ def correlate(
     if parts is None:
         parts = splits_for(plane, grid[0] * grid[1], positions, 8 * STEP)
     part_length = triton.cdiv(triton.cdiv(positions, parts), STEP) * STEP
-    out = plane.new_empty(parts, groups, *shape, channels, channels, dtype=torch.float32)
+    out = plane.new_empty(parts, groups, channels, channels, *shape, dtype=torch.float32)
     correlation_kernel[(*grid, parts)](
         plane, out, positions, channels, shifts, *strides, *starts, *extents, *dilation,
         part_length, out.stride(0),

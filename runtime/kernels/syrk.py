@@ -76,9 +76,11 @@ def syrk_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         if ONES:
-            # The homogeneous coordinate is never in memory.
-            a = tl.where((left_column == width)[:, None] & present[None, :], 1.0, a).to(a.dtype)
-            b = tl.where((right_column == width)[None, :] & present[:, None], 1.0, b).to(b.dtype)
+            # The homogeneous coordinate is never in memory; what was loaded in its place is 0.
+            left_one = (left_column == width)[:, None] & present[None, :]
+            right_one = (right_column == width)[None, :] & present[:, None]
+            a += left_one.to(tl.float32).to(a.dtype)
+            b += right_one.to(tl.float32).to(b.dtype)
         total = tl.dot(a, b, total, input_precision="ieee")
 
     at_row = left[:, None].to(tl.int64)
@@ -129,11 +131,11 @@ def syrk(
         parts = splits_for(rows, grid[0] * grid[1], count, 8 * STEP)
     part_rows = triton.cdiv(triton.cdiv(count, parts), STEP) * STEP
     out = rows.new_empty(parts, batch * pieces, packed_length(size), dtype=torch.float32)
-    fused = old is not None and parts == 1
+    before = old.contiguous() if old is not None and parts == 1 else None
     syrk_kernel[(*grid, parts)](
-        rows, old if fused else out, out, count, width, size, pieces, *rows.stride(),
+        rows, out if before is None else before, out, count, width, size, pieces, *rows.stride(),
         part_rows, out.stride(0), scale, decay,
-        ONES=ones, HAS_OLD=fused, TILE=TILE, STEP=STEP,
+        ONES=ones, HAS_OLD=before is not None, TILE=TILE, STEP=STEP,
     )  # fmt: skip
     result = out.sum(0) if parts > 1 else out[0]
-    return result if old is None or fused else result.lerp_(old, decay)
+    return result if old is None or before is not None else result.lerp_(old, decay)

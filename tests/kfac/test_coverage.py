@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 import graphopt
+from graphopt.module import report
 from tests.kfac.brute_force import expected
 from tests.kfac.cases import NAMES, case
 from tests.kfac.explicit import compute
@@ -26,7 +27,7 @@ def trained(name: str) -> nn.Module:
 
 def preconditioned(model: nn.Module) -> set[str]:
     """Names of parameters that the report lists as preconditioned."""
-    (only,) = graphopt.report(model).specialisations
+    (only,) = report(model).specialisations
     (step,) = [s for s in only.steps if s.spec.startswith("kfac")]
     return {a.site for a in step.outcome.applied if a.what.startswith("preconditioned by")}
 

@@ -114,6 +114,14 @@ def test_an_indefinite_block_gets_more_damping_and_no_other_does() -> None:
     assert second["damping"].item() == 1e-3
 
 
+def test_a_pivot_of_zero_gets_more_damping() -> None:
+    # √λ = 1 makes the left side exactly singular.
+    left = torch.diag(torch.tensor([-1.0, 1.0]))[None]
+    (solution,) = Factored().solve([Problem("w", left, torch.zeros(1, 2, 2))], 1.0)
+    assert solution is not None
+    assert solution["damping"].item() == 10.0
+
+
 def test_a_singular_block_needs_no_more_damping() -> None:
     (solution,) = Factored().solve([Problem("w", moment(1, 8, rows=1), moment(1, 3))], 1e-3)
     assert solution is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
-from graphopt.runtime.curvature.packing import pack
+from graphopt.runtime.curvature.packing import pack, unpack
 from graphopt.runtime.curvature.unitwise import apply, solve
 from tests.unit.curvature_problems import moment
 
@@ -50,17 +50,23 @@ def test_shapes_and_dtypes_of_gradients_stay() -> None:
     assert (other.shape, other.dtype) == ((2, 3), torch.float64)
 
 
-def test_rank_one_in_float32_stays_positive_definite() -> None:
-    values = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1)) * 1e3
-    moments = torch.stack([values[:, 0] ** 2, values[:, 0] * values[:, 1], values[:, 1] ** 2], 1)
-    # In float32 a third of these blocks has a determinant below zero.
-    assert (moments[:, 0] * moments[:, 2] < moments[:, 1] ** 2).any()
-    solution = solve(moments, 1e-6)
+def test_a_small_determinant_of_large_moments_in_float32() -> None:
+    # The product of 1e6 with itself is a multiple of 65536 in float32; the determinant is 126998.
+    moments = torch.tensor([[1e6, 1e6 - 0.0625, 1e6]])
+    solution = solve(moments, 1e-3)
     assert solution is not None
-    p, q, r = solution["inverse"].double().unbind(1)
-    assert (p > 0).all()
-    assert (r > 0).all()
-    assert (p * r > q * q * (1 - 1e-5)).all()
+    damped = unpack(moments)[0].double() + 1e-3 * torch.eye(2, dtype=torch.float64)
+    expected = torch.linalg.inv(damped)[None]
+    torch.testing.assert_close(solution["inverse"].double(), pack(expected), rtol=1e-5, atol=0)
+
+
+def test_a_correlation_rounded_to_above_one_counts_as_one() -> None:
+    # As sent in bfloat16: without the cut the inverse would have an eigenvalue of about -50.
+    found, expected = (solve(torch.tensor([[1.0, q, 1.0]]), 1e-4) for q in (1.0078125, 1.0))
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found["inverse"], expected["inverse"])
+    assert torch.linalg.eigvalsh(unpack(found["inverse"]).double()).min() > 0.4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "writing_a_pass.md"
 DATA_PARALLEL = ROOT / "docs" / "data_parallel.md"
+KFAC = ROOT / "docs" / "kfac.md"
+RECIPE = ROOT / "docs" / "training_recipe.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -105,7 +107,9 @@ def _hold(example: Example, printed: str) -> None:
         assert says(printed, example.printed), message
 
 
-@pytest.mark.parametrize("document", [README, GUIDE, DATA_PARALLEL], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "document", [README, GUIDE, DATA_PARALLEL, KFAC, RECIPE], ids=lambda file: file.stem
+)
 def test_python_examples_run(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

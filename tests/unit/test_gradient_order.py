@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from graphopt.analysis import profile
 from graphopt.analysis.gradient_order import (
     ASSUMED,
     GradientOrder,
@@ -13,7 +14,7 @@ from graphopt.analysis.gradient_order import (
     measured_order,
     roofline,
 )
-from graphopt.analysis.profile import measure
+from graphopt.analysis.profile import measure, measure_in_turn
 from graphopt.capture import capture
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, phase_of
@@ -166,6 +167,23 @@ def test_measure_times_every_operator_and_leaves_the_random_stream_alone() -> No
     assert min(seconds.values()) > 0
     order = measured_order(graph, seconds)
     assert order.backward == pytest.approx(sum(order.seconds.values()))
+
+
+def test_forms_of_a_step_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mlp()
+    other = graph.copy()
+    ran: list[fx.GraphModule] = []
+    stopwatch = profile._Stopwatch
+
+    def watched(module: fx.GraphModule) -> profile._Stopwatch:
+        ran.append(module)
+        return stopwatch(module)
+
+    monkeypatch.setattr(profile, "_Stopwatch", watched)
+    first, second = measure_in_turn([graph, other], rounds=2)
+    assert ran == [graph.module, other.module] * 3
+    assert first.keys() == set(graph.operators)
+    assert second.keys() == set(other.operators)
 
 
 def test_measure_does_not_write_into_the_given_tensors() -> None:

@@ -1,0 +1,113 @@
+"""What K-FAC sends: exact bytes against an all-reduce of full factors in every step.
+
+Two Gloo ranks train for some steps on random data. Reported is what both together put on the wire
+per step, for statistics alone and for everything, and what the same model's factors would cost as
+full matrices, all-reduced in every step.
+
+    python -m benchmarks.kfac_bytes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphopt
+from benchmarks.harness import keep
+from benchmarks.models import digits_resnet, transformer
+from graphopt.module import controller_of
+from graphopt.runtime.curvature.exchange import full_factors
+
+WORLD, STEPS = 2, 20
+SPECS = {
+    "every step": "kfac{interval=1}",
+    "stale": "kfac{interval=stale}",
+    "interval 10": "kfac{interval=10}",
+    "stale, bf16": "kfac{interval=stale,wire=bf16}",
+    "stale, all ranks keep": "kfac{interval=stale,fraction=1}",
+}
+
+
+def _digits() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
+    def loss(model: nn.Module, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(16, 1, 8, 8, generator=generator)
+        return F.cross_entropy(model(images), torch.randint(10, (16,), generator=generator))
+
+    return digits_resnet(), loss
+
+
+def _transformer() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
+    def loss(model: nn.Module, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(128, (8, 16), generator=generator)
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+
+    return transformer(2)[0], loss
+
+
+MODELS = {"small ResNet": _digits, "small transformer": _transformer}
+
+
+def _work(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    results = {name: _measure(rank, make) for name, make in MODELS.items()}
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.destroy_process_group()
+    os._exit(0)  # Gloo's threads may outlive the interpreter.
+
+
+def _measure(rank: int, make: Callable[[], Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for label, spec in SPECS.items():
+        model, loss = make()
+        model = graphopt.optimize(model, passes=spec, backend="eager", verify="structure")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss(model, 2 * step + rank).backward()
+            optimizer.step()
+        controller: Any = controller_of(model)
+        curvature = controller.variants[0].entry.plan.curvature
+        full = full_factors(curvature.blocks, WORLD)
+        sent = dict(controller.compiler.workers.division.exchange.sent)
+        per_step = {kind: round(count / STEPS) for kind, count in sent.items()}
+        of_factors = sum(count for kind, count in sent.items() if kind != "gradients") / STEPS
+        found[label] = {
+            "bytes_per_step": per_step,
+            "full_factors_bytes_per_step": full,
+            "factors_ratio": round(of_factors / full, 4),
+        }
+    return found
+
+
+def main() -> None:
+    """Measure, keep and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        mp.spawn(_work, args=(str(Path(folder, "store")), str(out)), nprocs=WORLD)
+        results = json.loads(out.read_text())
+    keep("kfac_bytes", {"world": WORLD, "steps": STEPS, "models": results})
+    for model, rows in results.items():
+        print(model)
+        for label, row in rows.items():
+            print(
+                f"  {label:22} full factors {row['full_factors_bytes_per_step']:>12,}  "
+                f"ratio {row['factors_ratio']:.3f}  {row['bytes_per_step']}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Train one task by different methods: the same model, batches and schedule, another gradient.
+
+K-FAC is an ordinary optimizer on a model whose gradients graphopt preconditions; see `optimizers`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+import graphopt
+from graphopt.runtime.optim import PolynomialDecay
+
+SGD_MOMENTUM, ADAMW, MUON, KFAC = "SGD, momentum", "AdamW", "Muon", "K-FAC"
+METHODS = (SGD_MOMENTUM, ADAMW, MUON, KFAC)
+MOMENTUM = 0.9
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and when it counts as done.
+
+    Attributes:
+        name: for tables.
+        model: makes a new model from PyTorch's global random state.
+        batches: training batches in an order drawn from the seed; never ends.
+        loss: mean loss of outputs and targets.
+        evaluate: the measured value of a model in evaluation mode.
+        target: the value to reach.
+        rising: whether more is better.
+        steps: length of one training; the learning rate decays linearly to 0 over it.
+        every: steps between two evaluations.
+        kfac: the pass, with its options.
+        rates: a learning rate for each method.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    batches: Callable[[int], Iterator[Batch]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    evaluate: Callable[[nn.Module], float]
+    target: float
+    rising: bool
+    steps: int
+    every: int
+    kfac: str
+    rates: Mapping[str, float]
+
+    def reached(self, value: float) -> bool:
+        """Whether `value` is at the target or better."""
+        return value >= self.target if self.rising else value <= self.target
+
+
+@dataclass
+class Run:
+    """What one training showed.
+
+    Attributes:
+        setup: seconds until the first step: for K-FAC, capturing the model and rewriting it.
+        points: steps done, seconds they took without `setup` and evaluations, measured value.
+        steps_to_target: steps after which the target was first seen; ``None`` for never.
+        seconds_to_target: their seconds.
+    """
+
+    setup: float = 0.0
+    points: list[tuple[int, float, float]] = field(default_factory=list)
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
+
+    def add(self, task: Task, step: int, seconds: float, value: float) -> None:
+        """Note an evaluation."""
+        self.points.append((step, seconds, value))
+        if self.steps_to_target is None and task.reached(value):
+            self.steps_to_target, self.seconds_to_target = step, seconds
+
+
+def optimizers(
+    method: str, model: nn.Module, example: Tensor, rate: float, kfac: str
+) -> list[Optimizer]:
+    """The optimizers of a method; for K-FAC, `model` is rewritten in place.
+
+    All settings except the learning rate are PyTorch's own, or those of the papers.
+    """
+    if method == SGD_MOMENTUM:
+        return [SGD(model.parameters(), lr=rate, momentum=MOMENTUM)]
+    if method == ADAMW:
+        return [AdamW(model.parameters(), lr=rate)]
+    if method == MUON:
+        # For matrices between layers; the first and last layer and all else go to AdamW.
+        inner = {id(p) for p in _inner_matrices(model)}
+        rest = [p for p in model.parameters() if id(p) not in inner]
+        matrices = [p for p in model.parameters() if id(p) in inner]
+        # Scaled so that its updates are as large as AdamW's; thus one learning rate serves both.
+        return [
+            Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            AdamW(rest, lr=rate),
+        ]
+    if method == KFAC:
+        graphopt.optimize(model, (example,), passes=kfac, backend="eager", verify="structure")
+        return [SGD(model.parameters(), lr=rate, momentum=MOMENTUM)]
+    raise ValueError(f"{method!r} is none of {', '.join(METHODS)}")
+
+
+def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[:-1]  # the last one computes the logits
+
+
+def train(
+    task: Task, method: str, rate: float, seed: int, steps: int | None = None
+) -> Iterator[Run]:
+    """Train, step by step, so that methods can take turns; yields after each evaluation.
+
+    Args:
+        task: what to train.
+        method: one of `METHODS`.
+        rate: its first learning rate.
+        seed: of the weights and of the order of the batches.
+        steps: stop after so many; the schedule stays that of the whole training.
+
+    Yields:
+        The same `Run`, growing.
+    """
+    torch.manual_seed(seed)
+    model = task.model().train()
+    batches = task.batches(seed)
+    first = next(batches)
+    run = Run()
+    start = time.perf_counter()
+    used = optimizers(method, model, first[0], rate, task.kfac)
+    run.setup = time.perf_counter() - start
+    schedules = [
+        PolynomialDecay(o, start=0, end=task.steps, power=1, steps_per_epoch=1, momentum=None)
+        for o in used
+    ]
+    seconds = 0.0
+    batch = first
+    for step in range(1, min(steps or task.steps, task.steps) + 1):
+        start = time.perf_counter()
+        for optimizer in used:
+            optimizer.zero_grad()
+        task.loss(model(batch[0]), batch[1]).backward()
+        for optimizer in used:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        seconds += time.perf_counter() - start
+        batch = next(batches)
+        if step % task.every == 0:
+            model.eval()
+            with torch.no_grad():
+                value = task.evaluate(model)
+            model.train()
+            run.add(task, step, seconds, value)
+            yield run

@@ -1,0 +1,352 @@
+"""Training with `kfac`: accumulation, staleness, saved state, other losses, and what goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.errors import StateError
+
+Spec = str
+EVERY = "kfac{damping=0.01,interval=1}"
+STALE = "kfac{damping=0.01}"
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def _data(n: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+def _optimized(spec: Spec = EVERY, backend: str = "eager") -> nn.Sequential:
+    return graphopt.optimize(_net(), passes=spec, backend=backend)  # type: ignore[call-overload,no-any-return]
+
+
+def _steps(
+    model: nn.Module,
+    first: int,
+    last: int,
+    *,
+    parts: int = 1,
+    optimizer: torch.optim.SGD | None = None,
+) -> torch.optim.SGD:
+    """Steps ``first`` to ``last - 1``, each on data of its own, in `parts` micro-batches."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    for step in range(first, last):
+        x, y = _data(seed=step)
+        optimizer.zero_grad()
+        *early, final = zip(x.chunk(parts), y.chunk(parts), strict=True)
+        for a, b in early:
+            with model.no_sync():  # type: ignore[operator]
+                (F.cross_entropy(model(a), b) / parts).backward()
+        (F.cross_entropy(model(final[0]), final[1]) / parts).backward()
+        optimizer.step()
+    return optimizer
+
+
+def _distance(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("spec", [EVERY, STALE, "kfac{interval=1,solver=ekfac}"])
+def test_micro_batches_equal_one_batch(spec: Spec) -> None:
+    whole, parts = _optimized(spec), _optimized(spec)
+    _steps(whole, 0, 5)
+    _steps(parts, 0, 5, parts=4)
+    # Rounding turns the eigenvectors of nearly equal eigenvalues.
+    assert _distance(whole, parts) < (1e-9 if "ekfac" in spec else 1e-12)
+    assert not [k for k in graphopt.state_dict(parts) if k.endswith("/sum")]
+
+
+@pytest.mark.parametrize("spec", [EVERY, STALE, "kfac{interval=2,solver=eigen}"])
+def test_inductor_equals_eager(spec: Spec) -> None:
+    one, other = _optimized(spec), _optimized(spec, "inductor")
+    _steps(one, 0, 4)
+    _steps(other, 0, 4)
+    assert _distance(one, other) < (1e-9 if "eigen" in spec else 1e-12)
+
+
+def test_interval_renews_every_so_many_steps() -> None:
+    model = _optimized("kfac{interval=3}")
+    optimizer, seen = None, []
+    for step in range(7):
+        optimizer = _steps(model, step, step + 1, optimizer=optimizer)
+        seen.append(graphopt.state_dict(model)["kfac/0.weight:A/now"])
+    changed = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert changed == [False, False, True, False, False, True]
+
+
+def test_stale_statistics_follow_the_rule() -> None:
+    """The same batch again and again: inputs of the first layer never change."""
+    model = _optimized(STALE)
+    x, y = _data()
+    renewed = []
+    for step in range(34):
+        before = graphopt.state_dict(model).get("kfac/0.weight:A/interval")
+        F.cross_entropy(model(x), y).backward()
+        after = graphopt.state_dict(model)["kfac/0.weight:A/interval"]
+        if before is None or not torch.equal(before, after):
+            renewed.append(step)
+    assert renewed == [0, 1, 2, 4, 7, 12, 20, 33]
+
+
+def test_stale_step_computes_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _optimized("kfac{interval=4}")
+    calls = 0
+    operator = torch.ops.graphopt.second_moment.default
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            calls += function is operator
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for step in range(5):
+        x, y = _data(seed=step)
+        loss = F.cross_entropy(model(x), y)
+        calls = 0
+        with Counting():
+            loss.backward()
+        counts.append(calls)
+    assert counts[1:4] == [0, 0, 0]
+    assert counts[0] == counts[4] == 4
+
+
+@pytest.mark.parametrize("spec", [EVERY, STALE, "kfac{solver=ekfac,ema=0.5,interval=2}"])
+def test_resumed_run_equals_uninterrupted_one(spec: Spec) -> None:
+    whole = _optimized(spec)
+    _steps(whole, 0, 9)
+    first = _optimized(spec)
+    optimizer = _steps(first, 0, 5)
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), graphopt.state_dict(first)))
+    second = _optimized(spec)
+    second.load_state_dict(saved[0])
+    graphopt.load_state_dict(second, saved[2])
+    again = torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.5)
+    again.load_state_dict(saved[1])
+    _steps(second, 5, 9, optimizer=again)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True)
+    )
+
+
+def test_going_back_to_an_earlier_state() -> None:
+    model = _optimized(STALE)
+    _steps(model, 0, 1)
+    early = graphopt.state_dict(model)
+    _steps(model, 1, 6)
+    graphopt.load_state_dict(model, early)
+    assert graphopt.state_dict(model).keys() == early.keys()
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_state_of_another_model_is_refused(captured: bool) -> None:
+    other = graphopt.optimize(nn.Linear(4, 3).double(), passes=EVERY, backend="eager")
+    x, y = _data()
+    F.cross_entropy(other(x), y).backward()
+    foreign = graphopt.state_dict(other)
+    model = _optimized()
+    if captured:
+        _steps(model, 0, 1)
+        before = graphopt.state_dict(model)
+    with pytest.raises(StateError, match="statistic '0.weight:G'"):
+        graphopt.load_state_dict(model, foreign)
+        model(x)
+    if captured:
+        after = graphopt.state_dict(model)
+        assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_scaled_losses_give_scaled_gradients() -> None:
+    """A scaler multiplies the loss, and divides the gradients before the optimizer sees them."""
+    x, y = _data()
+    plain, scaled = _optimized(), _optimized()
+    graphopt.use_scaler(scaled, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    F.cross_entropy(plain(x), y).backward()
+    (1024.0 * F.cross_entropy(scaled(x), y)).backward()
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.allclose(a.grad, b.grad / 1024.0, rtol=1e-10)
+
+
+def _curvature_of_outputs(fisher: str, loss: str, draws: int) -> list[Tensor]:
+    """G of both layers, averaged over draws of labels."""
+    model = _optimized(f"kfac{{interval=1,fisher={fisher},loss={loss}}}")
+    x, y = _data()
+    torch.manual_seed(0)
+    found: list[list[Tensor]] = []
+    for _ in range(draws):
+        output = model(x)
+        zeros = torch.zeros_like(output)
+        (
+            F.cross_entropy(output, y) if loss == "cross_entropy" else F.mse_loss(output, zeros)
+        ).backward()
+        state = graphopt.state_dict(model)
+        found.append([state[f"kfac/{i}.weight:G/now"] for i in (0, 2)])
+    return [torch.stack(each).mean(0) for each in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_sampled_labels_approach_all_labels(loss: str) -> None:
+    """The error of a mean over M draws falls as one over the root of M."""
+    exact = _curvature_of_outputs("type2", loss, 1)
+    few, many = (_curvature_of_outputs("mc", loss, m) for m in (6, 600))
+
+    def error(found: list[Tensor]) -> float:
+        pairs = zip(found, exact, strict=True)
+        return max(((f - e).norm() / e.norm()).item() for f, e in pairs)
+
+    assert error(many) < 0.06
+    assert error(many) < error(few) / 3
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_type_two_factors_of_a_deep_linear_network_are_the_ggn(n: int) -> None:
+    """For squared error and linear layers the Jacobians do not depend on the data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+    x = torch.randn(n, 3, dtype=torch.float64)
+    w1, w2 = (layer.weight.detach().clone() for layer in model)
+
+    def output(w: Tensor) -> Tensor:
+        return x @ w.view(4, 3).t() @ w2.t()
+
+    jacobian = torch.autograd.functional.jacobian(output, w1.reshape(-1)).reshape(-1, 12)
+    # mse_loss divides by all n * 2 elements; its second derivative by each output is 2 / (2 n).
+    ggn = jacobian.t() @ jacobian / n
+    spec = "kfac{interval=1,fisher=type2,loss=mse}"
+    graphopt.optimize(model, passes=spec, backend="eager")
+    F.mse_loss(model(x), torch.zeros(n, 2, dtype=torch.float64)).backward()
+    state = graphopt.state_dict(model)
+    g, a = (_full(state[f"kfac/0.weight:{side}/now"]) for side in "GA")
+    assert torch.allclose(torch.kron(g, a), ggn, rtol=1e-10, atol=1e-12)
+
+
+def _full(packed: Tensor) -> Tensor:
+    size = int((2 * packed.shape[1]) ** 0.5)
+    full = packed.new_zeros(size, size)
+    rows, columns = torch.tril_indices(size, size)
+    full[rows, columns] = packed[0]
+    full[columns, rows] = packed[0]
+    return full
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def _poisoned(x: Tensor) -> Tensor:
+    return x.clone().index_fill_(0, torch.tensor([0]), float("nan"))
+
+
+def _overflowing(x: Tensor) -> Tensor:
+    return x * 1e200
+
+
+@pytest.mark.parametrize("spoil", [_poisoned, _overflowing])
+def test_statistics_that_are_not_finite_are_not_taken(spoil: Callable[[Tensor], Tensor]) -> None:
+    model = _optimized()
+    x, y = _data()
+    F.cross_entropy(model(x), y).backward()
+    before = graphopt.state_dict(model)
+    with pytest.warns(RuntimeWarning, match="the statistic '0.weight:A' was not finite"):
+        F.cross_entropy(model(spoil(x)), y).backward()
+    after = graphopt.state_dict(model)
+    assert torch.equal(after["kfac/0.weight:A/now"], before["kfac/0.weight:A/now"])
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_first_statistics_that_are_not_finite_leave_gradients_plain() -> None:
+    model, plain = _optimized(), _net()
+    x, y = _data()
+    x = x * 1e200
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(plain(x), y).backward()
+    a, b = model[0].weight.grad, plain[0].weight.grad
+    assert a is not None and b is not None and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_singular_factors_and_batches_of_one(n: int) -> None:
+    model = _optimized("kfac{damping=1e-8,interval=1}")
+    x, y = _data(n)
+    F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_zero_gradients_stay_zero() -> None:
+    model = _optimized()
+    (0.0 * model(_data()[0]).sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_batches_of_other_sizes_share_their_curvature() -> None:
+    model = _optimized(STALE)
+    for step, n in enumerate((8, 5, 8, 1, 8)):
+        x, y = _data(n, seed=step)
+        F.cross_entropy(model(x), y).backward()
+    assert int(graphopt.state_dict(model)["kfac/step"]) == 5
+    assert len(graphopt.module.report(model).specialisations) == 3
+
+
+class TwoHeads(nn.Module):
+    """One of two heads may get no gradient in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.a(h), self.b(h)
+
+
+def test_layer_without_data_keeps_its_statistics() -> None:
+    torch.manual_seed(0)
+    model = graphopt.optimize(TwoHeads().double(), passes=EVERY, backend="eager")
+    x, _ = _data()
+    a, b = model(x)
+    (a.square().mean() + b.square().mean()).backward()
+    before = graphopt.state_dict(model)
+    model.zero_grad()
+    model(x)[0].square().mean().backward()
+    after = graphopt.state_dict(model)
+    assert model.b.weight.grad is None
+    assert torch.equal(before["kfac/b.weight:G/now"], after["kfac/b.weight:G/now"])
+    assert not torch.equal(before["kfac/trunk.weight:G/now"], after["kfac/trunk.weight:G/now"])
+
+
+def test_reduced_precision_models_keep_their_curvature_in_float32() -> None:
+    model = graphopt.optimize(_net().bfloat16(), passes=EVERY, backend="eager")
+    x, y = _data()
+    F.cross_entropy(model(x.bfloat16()).float(), y).backward()
+    tensors = graphopt.state_dict(model)
+    kept = [v.dtype for k, v in tensors.items() if v.is_floating_point() and v.dim()]
+    assert set(kept) == {torch.float32}
+    assert all(p.grad is not None and p.grad.dtype is torch.bfloat16 for p in model.parameters())
+
+
+def test_warnings_come_once() -> None:
+    model = _optimized()
+    x, y = _data()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            F.cross_entropy(model(x * 1e200), y).backward()
+    assert len([w for w in caught if "'0.weight:A'" in str(w.message)]) == 1
