@@ -5,7 +5,7 @@ Run ``python -m benchmarks.kfac_step [case ...]`` on an otherwise idle machine; 
 
 Every round runs each variant once, in random order. With interval 10 a run is ten steps, one of
 which renews statistics and inverses; with interval 1 it is a single step. "Stale step" is one that
-renews nothing. With ``interval=stale`` the rule of SP-NGD has had `SETTLING` steps on one batch, so
+renews nothing. With ``interval=stale`` the rule of SP-NGD has had `settling` steps on one batch, so
 that its intervals have grown. Overheads are ``(t - t_sgd) / t_sgd`` with the SGD step of the same
 round; figures are medians with 95 % bootstrap intervals.
 """
@@ -34,7 +34,7 @@ from benchmarks.kfac_step_variants import (
 )
 from graphopt.module import controller_of
 
-SETTLING = 60
+INTERVAL = 10
 # Long enough that no step of a measurement renews anything but the first.
 NEVER = 10**6
 Times = dict[str, list[float]]
@@ -48,14 +48,12 @@ class Size:
 
     Attributes:
         rounds: of alternating runs.
-        steps: of one run of variants that do not renew in every step; 10 for the interval 10.
         settling: steps before the interval rule is measured.
         inductor: whether the compiled form is measured, too.
     """
 
     rounds: int = 15
-    steps: int = 10
-    settling: int = SETTLING
+    settling: int = 60
     inductor: bool = True
 
 
@@ -66,22 +64,22 @@ def measure(task: Task, size: Size) -> Result:
     long["graphopt without kfac"] = optimized(task, "cleanup")[0]
     short: dict[str, Step] = {}
     short["kfac, interval 1"] = optimized(task, kfac_spec(1))[0]
-    long["kfac, interval 10"] = optimized(task, kfac_spec(size.steps))[0]
+    long["kfac, interval 10"] = optimized(task, kfac_spec(INTERVAL))[0]
     long["kfac, stale step"] = optimized(task, kfac_spec(NEVER))[0]
     if size.inductor:
-        long["kfac inductor, interval 10"] = optimized(task, kfac_spec(size.steps), "inductor")[0]
+        long["kfac inductor, interval 10"] = optimized(task, kfac_spec(INTERVAL), "inductor")[0]
     settled, model = optimized(task, kfac_spec("stale"))
     for _ in range(size.settling):
         settled()
     long["kfac, interval stale"] = settled
     short |= peers(task, 1)
-    long |= peers(task, size.steps)
-    times = _per_step(long, short, size)
+    long |= peers(task, INTERVAL)
+    times = _per_step(long, short, size.rounds)
     return {
         "milliseconds": milliseconds(times),
         "overhead": {name: _minus_one(ratio(times, name, "sgd")) for name in times},
         "stale intervals": _intervals(model),
-        "overhead over the best peer's (target 0.7)": _against_peers(times, size),
+        "overhead over the best peer's (target 0.7)": _against_peers(times),
         "step over SGD's (target 1.10)": {
             name: ratio(times, name, "sgd")
             for name in ("kfac, stale step", "kfac, interval 10", "kfac, interval stale")
@@ -90,32 +88,32 @@ def measure(task: Task, size: Size) -> Result:
     }
 
 
-def _per_step(long: Mapping[str, Step], short: Mapping[str, Step], size: Size) -> Times:
+def _per_step(long: Mapping[str, Step], short: Mapping[str, Step], rounds: int) -> Times:
     """Seconds of a step; runs of several steps are divided by their number."""
 
     def several(step: Step) -> Step:
         def run() -> None:
-            for _ in range(size.steps):
+            for _ in range(INTERVAL):
                 step()
 
         return run
 
     runs = {**{name: several(step) for name, step in long.items()}, **short}
-    times = alternate(runs, size.rounds, warmup=1)
-    return {n: [t / size.steps for t in ts] if n in long else ts for n, ts in times.items()}
+    times = alternate(runs, rounds, warmup=1)
+    return {n: [t / INTERVAL for t in ts] if n in long else ts for n, ts in times.items()}
 
 
-def _against_peers(times: Times, size: Size) -> dict[str, object]:
+def _against_peers(times: Times) -> dict[str, object]:
     """Overhead of `kfac` divided by that of the library that has the least, by interval."""
     found: dict[str, object] = {}
-    for own, interval in (("kfac, interval 1", 1), ("kfac, interval 10", size.steps)):
+    for own in ("kfac, interval 1", "kfac, interval 10"):
+        interval = own.removeprefix("kfac")
         extra = {
             name: [t - s for t, s in zip(ts, times["sgd"], strict=True)]
             for name, ts in times.items()
-            if name == own or name.endswith(f", interval {interval}")
+            if name == own or (name.endswith(interval) and not name.startswith("kfac "))
         }
-        others = [name for name in extra if not name.startswith("kfac,")]
-        others = [name for name in others if not name.startswith("kfac inductor")]
+        others = [name for name in extra if name != own]
         if others:
             best = min(others, key=lambda name: sorted(extra[name])[len(extra[name]) // 2])
             found[own] = {"best peer": best, **ratio(extra, own, best)}
@@ -173,8 +171,8 @@ def saved_bytes(step: Step) -> int:
 
 def peak_bytes(step: Step) -> int:
     """Most bytes allocated at once in a step, above what was allocated before."""
-    device = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, device], profile_memory=True) as trace:
+    device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *device], profile_memory=True) as trace:
         step()
     results = trace.profiler.kineto_results  # type: ignore[union-attr]
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]

@@ -63,13 +63,16 @@ def emit_statistics(
     """
     block = site.block
     order = {node: i for i, node in enumerate(graph.nodes)}
-    uses = sorted(zip(site.uses, site.swapped, strict=False), key=lambda u: order[u[0].node])
-    last = uses[-1][0].node if uses else site.uses[0].node
-    behind = _behind(last)
+    swapped = site.swapped or (False,) * len(site.uses)
+    uses = sorted(zip(site.uses, swapped, strict=True), key=lambda u: order[u[0].node])
+    behind = _behind(uses[-1][0].node)
     if block.kind == "unitwise":
+        moments_of = []
+        for use in site.uses:
+            with graph.fx.inserting_before(_behind(use.node)):
+                moments_of.append(norm_moments(graph, block, use, batch.undo / batch.size))
         with graph.fx.inserting_before(behind):
-            node = norm_moments(graph, block, site.uses[0], batch.undo / batch.size)
-        return block, {block.left.statistic: node}, ""
+            return block, {block.left.statistic: _sum(graph, moments_of)}, ""
     assert block.right is not None
     scales = _Scales(batch, [u for u, _ in uses])
     parts: dict[str, list[fx.Node]] = {side.statistic: [] for side in block.sides}

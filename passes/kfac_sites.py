@@ -77,8 +77,13 @@ class _Finder:
         found += [Site(*s, (False,)) for s in rnn_sites(self.uses, self.shapes, self._side)]
         found += list(self._weights())
         found += list(self._sums())
-        for name in self.uses:
-            self.decline(name, "unsupported-use", "its uses do not fit together")
+        for name, uses in self.uses.items():
+            why = (
+                "a recurrent network with dropout between its layers, or with projections"
+                if uses[0].kind == "rnn"
+                else "its uses do not fit together"
+            )
+            self.decline(name, "unsupported-use", f"{why}; its gradient stays plain")
         order = {name: i for i, name in enumerate(self.shapes)}
         return sorted(found, key=lambda s: (order[s.block.weight], s.block.start))
 
@@ -96,9 +101,7 @@ class _Finder:
                 by_nodes.setdefault(key, {})[uses[0].index] = name
         for found in by_nodes.values():
             names = [found[i] for i in sorted(found)]
-            uses = self.uses[names[0]]
-            if len(uses) == 1:
-                yield self._unitwise(names, uses)
+            yield self._unitwise(names, self.uses[names[0]])
 
     def _unitwise(self, names: Sequence[str], uses: tuple[Use, ...]) -> Site:
         for name in names:

@@ -145,8 +145,11 @@ class Channel(dist.ProcessGroup):
 
     def failure(self, group: int, error: BaseException) -> RankError:
         """Who is missing, as far as the other ranks' reports tell."""
-        about = self.groups[group].names if group < len(self.groups) else ("?",)
-        which = f"group {group} ({about[0]} … {about[-1]})"
+        what = "which gradients each rank has was not agreed on"
+        if group < len(self.groups):
+            about = self.groups[group].names
+            which = f"group {group} ({about[0]} … {about[-1]})"
+            what = f"the gradients of {which} were not reduced in step {self.step}"
         try:
             topic = f"failed/{self.step}"
             missing = self.agreement.missing(topic, str(group), GRACE)
@@ -154,7 +157,7 @@ class Channel(dist.ProcessGroup):
         except RuntimeError:
             who = "the job's store is gone, and with it the process that holds it"
         return RankError(
-            f"the gradients of {which} were not reduced in step {self.step}: {who}",
+            f"{what}: {who}",
             where=str(error).splitlines()[0],
             hint="look at the output of that rank; the gradients of this step are not usable",
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Plan
+from graphopt.runtime import kernels
 from graphopt.runtime.accumulation import Accumulation, Alone
 from graphopt.runtime.curvature.backward import Preconditioning
 from graphopt.runtime.curvature.share import share
@@ -33,6 +35,8 @@ def backward_of(
     """
     if plan.curvature is None:
         return backwards(halves, plan, workers, compile)
+    if torch.cuda.is_available():
+        kernels.register()
     accumulation: Accumulation = workers or Alone()
     return Preconditioning(
         halves,

@@ -75,7 +75,7 @@ def task() -> Task:
         rising=True,
         steps=132,  # 12 times all images
         every=2,
-        kfac="kfac{damping=1e-2,interval=stale}",
+        kfac="kfac",
         rates=RATES,
     )
 

@@ -112,9 +112,9 @@ def task() -> Task:
         evaluate=validation,
         target=2.2,
         rising=False,
-        steps=250,
+        steps=200,
         every=5,
-        kfac="kfac{damping=1e-3,interval=stale}",
+        kfac="kfac",
         rates=RATES,
     )
 

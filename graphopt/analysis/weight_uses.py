@@ -180,16 +180,21 @@ def _classified(term: _Term) -> Use:
             return _other(use, "its gradient is scaled by token frequency")
         return _laid_out(use, term, "embedding")
     if target in (aten.sum.dim_IntList, aten.sum.default):
-        product = base_of(node.all_input_nodes[0])
+        operand = node.all_input_nodes[0]
+        product = base_of(operand)
         dims = list(cast("Any", node.args[1])) if len(node.args) > 1 else []
-        if target is aten.sum.dim_IntList and product.target is aten.bmm.default and dims == [0]:
+        if product.target is aten.bmm.default and dims == [0] and _same_shape(product, operand):
             return _laid_out(_replaced(use, node=product, summed=True), term, "matmul")
-        rank = value_of(node.all_input_nodes[0]).dim()
+        rank = value_of(operand).dim()
         if not dims or 0 in dims or -rank in dims:
             return _replaced(use, kind="sum")
         return _other(use, "its gradient is not a sum over examples")
     name = getattr(target, "_name", str(target)).removeprefix("aten::")
     return _other(use, f"its gradient comes from {name}")
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    return bool(value_of(one).shape == value_of(other).shape)
 
 
 def _replaced(use: Use, **changes: Any) -> Use:

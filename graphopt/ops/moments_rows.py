@@ -13,8 +13,8 @@ from graphopt.ops.packing import pack
 # Elements of a temporary copy: small enough for the caches, large enough for fast products.
 WORKSPACE = 2**20
 # From `_LEAST_TILED` columns on, block rows of `_TILE` up to the diagonal beat one full product.
-_TILE = 256
-_LEAST_TILED = 512
+_TILE = 128
+_LEAST_TILED = 256
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ Box = tuple[tuple[int, int], ...]
 # number of groups to the box's correlations [groups, c, c', *differences].
 Correlate = Callable[[Tensor, Box, Window, int], Tensor]
 
-# Costs in multiplications of a large product, measured on one core: what each copied element, each
+# Costs in multiplications of a large product, estimated on one core: what each copied element, each
 # kernel offset, each box and each element of a box's result or of the moment take.
 _COPY = 64
 _OFFSET = 600_000

@@ -66,7 +66,11 @@ class Factored:
         left, right = solution["left_inverse"], solution["right_inverse"]
         wide = gradient.to(torch.promote_types(gradient.dtype, left.dtype))
         wide = on_rows(wide, len(left), partial(multiply, left))
-        wide = on_columns(wide, len(right), partial(multiply, right))
+        if right.shape == (len(wide), wide.shape[2], wide.shape[2]):
+            # The product that needs no transposed copy.
+            wide = wide @ right.to(wide.dtype)
+        else:
+            wide = on_columns(wide, len(right), partial(multiply, right))
         return wide.to(gradient.dtype).contiguous()
 
 
@@ -112,7 +116,7 @@ def solve_damped(
 
 
 def invert(tasks: Sequence[Task]) -> list[Solution]:
-    """``inverse`` of each side, of the shape of its matrix; NaN where not positive definite.
+    """``inverse`` of each side, of its matrix's shape; with NaN where not positive definite.
 
     All dense matrices of one size are inverted by one batched Cholesky.
     """
@@ -169,7 +173,9 @@ def _cholesky_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor]:
     failed = (info != 0)[:, None]
     # What is left of a failed factorisation may be singular, and that would raise.
     factors.diagonal(dim1=1, dim2=2).masked_fill_(failed, 1.0)
-    return (torch.cholesky_inverse(factors).masked_fill_(failed[..., None], math.nan),)
+    inverses = torch.cholesky_inverse(factors)
+    inverses.diagonal(dim1=1, dim2=2).masked_fill_(failed, math.nan)
+    return (inverses,)
 
 
 def _reciprocal(task: Task) -> Tensor:

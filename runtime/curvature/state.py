@@ -7,6 +7,7 @@ of the micro-batches of an unfinished step, and per block its solution.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -62,7 +63,7 @@ class CurvatureState:
     def interval(self, name: str) -> Interval:
         """State of the interval rule of a statistic."""
         found = self.state.get(f"kfac/{name}/interval")
-        return Interval() if found is None else Interval(*(int(i) for i in found))
+        return Interval() if found is None else Interval(*found.tolist())
 
     def due(self) -> set[str]:
         """Names of the statistics that this step renews."""
@@ -133,11 +134,15 @@ class CurvatureState:
 
     def renew(self, statistics: Mapping[str, Tensor]) -> set[str]:
         """Take new statistics over; returns the names of those that were usable."""
-        renewed = set()
-        for name, fresh in statistics.items():
-            if not bool(torch.isfinite(fresh).all()):
+        renewed: set[str] = set()
+        if not statistics:
+            return renewed
+        # One wait for the device for all of them.
+        extremes = torch.stack([torch.stack(v.aminmax()) for v in statistics.values()]).tolist()
+        for (name, fresh), (least, largest) in zip(statistics.items(), extremes, strict=True):
+            if not (math.isfinite(least) and math.isfinite(largest)):
                 self._warn(name, f"the statistic {name!r} was not finite; the former one is kept")
-            elif f"kfac/{name}/now" not in self.state or bool(fresh.any()):
+            elif f"kfac/{name}/now" not in self.state or least or largest:
                 # Zeros only say that the layer saw no data.
                 self._replace(name, fresh)
                 renewed.add(name)
@@ -176,14 +181,15 @@ class CurvatureState:
 
     def solve(self, blocks: Iterable[Block], samples: Mapping[str, Tensor]) -> None:
         """Invert what these blocks' statistics are now."""
-        kronecker = []
-        for block in blocks:
-            if block.kind == "unitwise":
-                self._keep_solution(
-                    block, unitwise.solve(self._now(block.left), self.curvature.damping)
-                )
-            else:
-                kronecker.append(block)
+        blocks = list(blocks)
+        norms = [block for block in blocks if block.kind == "unitwise"]
+        kronecker = [block for block in blocks if block.kind != "unitwise"]
+        self._forget(blocks)
+        moments = [self._now(block.left) for block in norms]
+        for block, solution in zip(
+            norms, unitwise.solve_all(moments, self.curvature.damping), strict=True
+        ):
+            self._keep_solution(block, solution)
         problems = [self._problem(b, samples) for b in kronecker]
         for block, found in zip(
             kronecker, self.solver.solve(problems, self.curvature.damping), strict=True
@@ -207,10 +213,14 @@ class CurvatureState:
         )
         return Problem(block.weight, left, right, pairs, block.groups)
 
+    def _forget(self, blocks: Iterable[Block]) -> None:
+        """Drop the solutions of these blocks."""
+        old = {prefix_of(block) for block in blocks}
+        for key in [k for k in self.state if k[: k.rfind("/") + 1] in old]:
+            del self.state[key]
+
     def _keep_solution(self, block: Block, solution: Solution | None) -> None:
         prefix = prefix_of(block)
-        for key in [k for k in self.state if k.startswith(prefix)]:
-            del self.state[key]
         if solution is None:
             self._warn(
                 block.weight,
@@ -226,19 +236,22 @@ class CurvatureState:
             )
         self.state.update({prefix + key: value for key, value in solution.items()})
 
-    def solution(self, block: Block) -> Solution | None:
-        """What was made of a block's statistics; ``None`` where there is nothing usable."""
-        prefix = prefix_of(block)
-        found = {k[len(prefix) :]: v for k, v in self.state.items() if k.startswith(prefix)}
-        return found or None
+    def _solutions(self) -> dict[str, Solution]:
+        """What was made of the blocks' statistics, by `prefix_of` them; one look at the state."""
+        found: dict[str, Solution] = {}
+        for key, value in self.state.items():
+            end = key.rfind("/") + 1
+            found.setdefault(key[:end], {})[key[end:]] = value
+        return found
 
     def precondition(
         self, blocks: Iterable[Block], gradients: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Preconditioned gradients by parameter name; blocks without a solution are left out."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
+        solutions = self._solutions()
         for block in blocks:
-            solution = self.solution(block)
+            solution = solutions.get(prefix_of(block))
             names = [n for n in (block.weight, block.bias) if n]
             if solution is None or any(n not in gradients for n in names):
                 continue

@@ -7,6 +7,8 @@ p = E[ĝ_scale²], q = E[ĝ_scale ĝ_shift] and r = E[ĝ_shift²] of a channel, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,36 @@ def solve(moments: Tensor, damping: float) -> Solution | None:
     if not bool((moments.isfinite() & inverse.isfinite()).all()):
         return None
     return {"inverse": inverse, "damping": wide.new_full((), damping)}
+
+
+def solve_all(moments: Sequence[Tensor], damping: float) -> list[Solution | None]:
+    """`solve` for several norms; those of equal width together, as each is small.
+
+    Args:
+        moments: of each norm, on one device.
+        damping: λ; positive.
+
+    Returns:
+        See `solve`, in the order of the norms.
+
+    Raises:
+        ArgumentError: see `solve`.
+    """
+    solutions: list[Solution | None] = [None] * len(moments)
+    kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, each in enumerate(moments):
+        kinds.setdefault((each.shape[1:], each.dtype), []).append(index)
+    for members in kinds.values():
+        together = solve(torch.cat([moments[i] for i in members]), damping)
+        if together is None:
+            # One of them has no inverse; the others have.
+            for i in members:
+                solutions[i] = solve(moments[i], damping)
+            continue
+        parts = together["inverse"].split([len(moments[i]) for i in members])
+        for i, part in zip(members, parts, strict=True):
+            solutions[i] = {"inverse": part.clone(), "damping": together["damping"].clone()}
+    return solutions
 
 
 def apply(
