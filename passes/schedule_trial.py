@@ -14,8 +14,8 @@ from graphopt.analysis.profile import measure_in_turn
 from graphopt.passes.schedule_rewrite import arrange
 from graphopt.passes.schedule_search import Search, milliseconds
 
-# A smaller share of the time to the last reduced gradient is what two profiles of one graph differ.
-LEAST_MEASURED_GAIN = 0.02
+# Below this share of the time to the last reduced gradient, the two profiles may differ by chance.
+LEAST_MEASURED_GAIN = 0.01
 
 
 def confirmed(search: Search, choice: dict[str, Any]) -> dict[str, Any]:

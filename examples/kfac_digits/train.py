@@ -23,7 +23,7 @@ from examples.kfac_digits.comparison import ADAMW, KFAC, MUON, SGD_MOMENTUM, Bat
 from examples.kfac_digits.report import main
 
 BATCH = 128
-RATES = {SGD_MOMENTUM: 0.05, ADAMW: 3e-3, MUON: 3e-3, KFAC: 0.01}
+RATES = {SGD_MOMENTUM: 0.1, ADAMW: 3e-3, MUON: 1e-2, KFAC: 3e-3}
 
 
 def network() -> nn.Module:

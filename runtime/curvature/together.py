@@ -267,7 +267,8 @@ class Together:
             mine[prefix] = torch.empty(0, dtype=torch.uint8)
             mine.update({k: v for k, v in state.items() if k.startswith(prefix)})
         found = self.exchange.union("solutions", self.division.column, mine)
-        for prefix in (name for name in found if name.endswith("/") and name not in mine):
+        # Those of this rank, too: strides that only the owner has would give it other roundings.
+        for prefix in (name for name in found if name.endswith("/")):
             for key in [k for k in state if k.startswith(prefix)]:
                 del state[key]
             state.update({k: v for k, v in found.items() if k.startswith(prefix) and k != prefix})
