@@ -1,8 +1,8 @@
 """What K-FAC sends: exact bytes against an all-reduce of full factors in every step.
 
-Two Gloo ranks train for some steps on random data. Reported is what both together put on the wire
-per step, for statistics alone and for everything, and what the same model's factors would cost as
-full matrices, all-reduced in every step.
+Two Gloo ranks train for some steps, on handwritten digits and on random tokens. Reported is what
+both together put on the wire per step, for statistics alone and for everything, and what the same
+model's factors would cost as full matrices, all-reduced in every step.
 
     python -m benchmarks.kfac_bytes
 """
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import graphopt
@@ -28,7 +29,7 @@ from benchmarks.models import digits_resnet, transformer
 from graphopt.module import controller_of
 from graphopt.runtime.curvature.exchange import full_factors
 
-WORLD, STEPS = 2, 20
+WORLD, STEPS, BATCH = 2, 20, 64
 SPECS = {
     "every step": "kfac{interval=1}",
     "stale": "kfac{interval=stale}",
@@ -39,10 +40,13 @@ SPECS = {
 
 
 def _digits() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+
     def loss(model: nn.Module, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(16, 1, 8, 8, generator=generator)
-        return F.cross_entropy(model(images), torch.randint(10, (16,), generator=generator))
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:BATCH]
+        return F.cross_entropy(model(images[chosen]), labels[chosen])
 
     return digits_resnet(), loss
 
@@ -50,7 +54,7 @@ def _digits() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
 def _transformer() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
     def loss(model: nn.Module, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(128, (8, 16), generator=generator)
+        tokens = torch.randint(128, (BATCH, 16), generator=generator)
         return F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
 
     return transformer(2)[0], loss
@@ -99,7 +103,7 @@ def main() -> None:
         out = Path(folder, "out")
         mp.spawn(_work, args=(str(Path(folder, "store")), str(out)), nprocs=WORLD)
         results = json.loads(out.read_text())
-    keep("kfac_bytes", {"world": WORLD, "steps": STEPS, "models": results})
+    keep("kfac_bytes", {"world": WORLD, "steps": STEPS, "batch_per_rank": BATCH, "models": results})
     for model, rows in results.items():
         print(model)
         for label, row in rows.items():
