@@ -12,7 +12,7 @@ from graphopt.render.svg import FAINT, INK, colour, finished, line, page, text
 WIDTH, HEIGHT = 790, 456
 LEFT, RIGHT, TOP, BOTTOM = 68, 192, 100, 60
 LABEL_GAP = 32  # two lines each
-SHOWN = 0.85  # of all values lie within the picture; the first steps are far off
+SHOWN = 0.92  # of all values lie within the picture; the first steps are far off
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ def curves(title: str, subtitle: str, unit: str, series: Mapping[str, Curve], ta
     Xml.SubElement(root, "line", {**ends, "stroke": INK, "stroke-dasharray": "5 4"})
     text(root, left + 6, y - 5, f"target {target:g}", size=12)
     for index, curve in enumerate(series.values()):
-        path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in curve.points)
+        inside = [axes.low <= value <= axes.high for _, value in curve.points]
+        # From the last point before the line enters the picture; the ones before say nothing.
+        begin = max(0, inside.index(True) - 1) if any(inside) else 0
+        shown = curve.points[begin:]
+        path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in shown)
         style = {"fill": "none", "stroke": colour(index), "stroke-width": "2"}
         Xml.SubElement(root, "polyline", {"points": path, **style})
     _name(root, axes, series)

@@ -30,7 +30,7 @@ LAYERS = 2
 # their squares, which are the statistics, are one such factor smaller than the curvature. The usual
 # damping is divided by it; the learning rates come out smaller as well.
 DAMPING = 1e-3 / CONTEXT
-RATES = {SGD_MOMENTUM: 0.1, ADAMW: 3e-3, MUON: 1e-2, KFAC: 1e-4}
+RATES = {SGD_MOMENTUM: 0.1, ADAMW: 3e-3, MUON: 0.03, KFAC: 3e-4}
 
 
 class Block(nn.Module):

@@ -168,14 +168,18 @@ def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Ta
 
 def _cholesky_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor]:
     """Inverts ``[N, d, d]`` plus damping ``[N]`` on the diagonals, overwriting the matrices."""
-    matrices.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-    factors, info = torch.linalg.cholesky_ex(matrices)
+    # The same numbers, as they are symmetric, in the order that LAPACK works on in place.
+    work = matrices.mT
+    diagonals = work.diagonal(dim1=1, dim2=2)
+    diagonals.add_(damping[:, None])
+    info = torch.empty(len(work), dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, out=(work, info))
     failed = (info != 0)[:, None]
     # What is left of a failed factorisation may be singular, and that would raise.
-    factors.diagonal(dim1=1, dim2=2).masked_fill_(failed, 1.0)
-    inverses = torch.cholesky_inverse(factors)
-    inverses.diagonal(dim1=1, dim2=2).masked_fill_(failed, math.nan)
-    return (inverses,)
+    diagonals.masked_fill_(failed, 1.0)
+    torch.cholesky_inverse(work, out=work)
+    diagonals.masked_fill_(failed, math.nan)
+    return (matrices,)
 
 
 def _reciprocal(task: Task) -> Tensor:

@@ -64,7 +64,8 @@ def test_step_is_as_it_was() -> None:
 def test_plan_is_data() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     plan = graphopt.optimize(model, (torch.randn(2, 3),), passes="kfac{damping=0.01}", dry_run=True)
-    assert isinstance(plan, Plan) and plan.curvature is not None
+    assert isinstance(plan, Plan)
+    assert plan.curvature is not None
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.curvature.damping == 0.01
     assert [b.bias for b in plan.curvature.blocks] == ["0.bias", "2.bias"]
@@ -114,7 +115,8 @@ def test_oversized_sides_are_cut_or_diagonal(max_dim: int, form: str) -> None:
     graph = _captured(nn.Linear(67, 6, bias=False), torch.randn(5, 67))
     _applied(graph, max_dim=max_dim)
     block = _blocks(graph)["weight"]
-    assert block.right is not None and block.right.form == DIAGONAL  # 67 is prime
+    assert block.right is not None
+    assert block.right.form == DIAGONAL
     assert block.left.size * block.left.blocks == 6
     assert block.left.size <= max_dim or form == DIAGONAL
 
@@ -135,7 +137,8 @@ def test_unsupported_operator_is_listed_and_keeps_its_plain_gradient() -> None:
     model = Unusual().double()
     x = torch.randn(5, 4, dtype=torch.float64)
     model(x).square().mean().backward()
-    assert model.gains.grad is not None and model.layer.weight.grad is not None
+    assert model.gains.grad is not None
+    assert model.layer.weight.grad is not None
     plain, other = model.gains.grad.clone(), model.layer.weight.grad.clone()
     model.zero_grad()
     graphopt.optimize(model, passes="kfac", backend="eager")
@@ -143,7 +146,8 @@ def test_unsupported_operator_is_listed_and_keeps_its_plain_gradient() -> None:
     assert torch.equal(model.gains.grad, plain)
     assert not torch.allclose(model.layer.weight.grad, other)
     text = model.explain()  # type: ignore[operator]
-    assert "gains" in text and "its gradient comes from" in text
+    assert "gains" in text
+    assert "its gradient comes from" in text
 
 
 def test_every_parameter_is_listed_once() -> None:

@@ -97,11 +97,11 @@ def test_the_character_model_does_not_look_ahead() -> None:
     model = characters.CharacterGpt(10).eval()
     text = torch.randint(10, (1, characters.CONTEXT))
     changed = text.clone()
-    changed[0, 40] = (changed[0, 40] + 1) % 10
+    changed[0, 20] = (changed[0, 20] + 1) % 10
     with torch.no_grad():
         before, after = model(text), model(changed)
-    assert torch.allclose(before[:, :40], after[:, :40], atol=1e-6)
-    assert not torch.allclose(before[:, 40:], after[:, 40:], atol=1e-3)
+    assert torch.allclose(before[:, :20], after[:, :20], atol=1e-6)
+    assert not torch.allclose(before[:, 20:], after[:, 20:], atol=1e-3)
 
 
 def test_command_line_prints_a_line_per_method(
@@ -188,7 +188,7 @@ def test_curves_stay_inside_of_the_picture(values: tuple[float, ...]) -> None:
     root = Xml.fromstring(curves("t", "s", "u", {"a": Curve(points, "n")}, values[-1]))
     (drawn,) = root.iter(f"{SVG}polyline")
     places = [tuple(map(float, p.split(","))) for p in drawn.get("points", "").split()]
-    assert len(places) == 3
+    assert 2 <= len(places) <= 3
     assert all(0 <= x <= 790 and 0 <= y <= 456 for x, y in places)
     heights = [y for _, y in places]
     assert heights == sorted(heights, reverse=values[0] < values[-1])

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from benchmarks import kfac_step
 from benchmarks.kfac_step import Size, measure, memory, peak_bytes, saved_bytes
-from benchmarks.kfac_step_variants import Task, gpt, mlp, pytorch, resnet
+from benchmarks.kfac_step_variants import (
+    Task,
+    gpt,
+    kfac_spec,
+    mlp,
+    optimized,
+    pytorch,
+    resnet,
+)
 
 TINY: dict[str, Task] = {
     "mlp": mlp(6, (5, 4, 3)),
@@ -36,6 +44,16 @@ def test_statistics_save_nothing_for_the_backward(name: str) -> None:
     plain = found["saved for backward, graphopt without kfac"]
     assert found["saved for backward, kfac, refresh step"] == plain > 0
     assert found["saved for backward, kfac, stale step"] == plain
+
+
+def test_products_are_counted() -> None:
+    """A 4x5 and a 3x4 layer, with bias, on 6 rows; the first has no gradient of its input."""
+    step, model = optimized(TINY["mlp"], kfac_spec(1))
+    step()
+    products = 4 * 6 * (4 + 6) + 3 * 5 * (3 + 5)
+    forward_and_backward = 6 * (2 * 4 * 5 + 3 * 3 * 4)
+    found = kfac_step._products(TINY["mlp"], model)
+    assert found == pytest.approx(products / forward_and_backward)
 
 
 def test_saved_bytes_counts_each_memory_once() -> None:
