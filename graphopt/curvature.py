@@ -160,3 +160,15 @@ class Curvature:
             for b in data["blocks"]
         )
         return cls(**{**data, "blocks": tuple(blocks)})
+
+
+def notes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """A line for the report: how often statistics are renewed now."""
+    chosen = sorted(int(v[0]) for n, v in state.items() if n.endswith("/interval"))
+    if not chosen:
+        return ()
+    steps, middle = int(state[PREFIX + "step"]), chosen[len(chosen) // 2]
+    return (
+        f"kfac: after {steps} steps {len(chosen)} statistics are renewed every {chosen[0]} to "
+        f"{chosen[-1]} steps, half of them every {middle} or less often",
+    )

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from graphopt.curvature import notes
 from graphopt.errors import ArgumentError
 from graphopt.report import Report, Specialisation
 
@@ -132,9 +133,11 @@ class Controller:
 
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
+        report = self.compiler.report(type(model).__name__)
         return replace(
-            self.compiler.report(type(model).__name__),
+            report,
             specialisations=tuple(v.entry for v in reversed(self.variants)),
+            notes=report.notes + notes(self.state),
         )
 
 

@@ -19,7 +19,7 @@ from graphopt.curvature import OUT_IN, Block, Side
 from graphopt.graph import KEPT_META, Graph, value_of
 from graphopt.rewrite import arguments, emit
 
-_ROWS = torch.ops.graphopt.rnn_rows.default
+ROWS = torch.ops.graphopt.rnn_rows.default
 _PASSED = (
     "grads",
     "mode",
@@ -110,8 +110,8 @@ def rnn_rows(graph: Graph, use: Use) -> tuple[fx.Node, fx.Node]:
     passed = [call[name] for name in _PASSED]
     # One call tells the rows of all weights of the network.
     rows = next(
-        (n for n in call["input"].users if n.target is _ROWS and list(n.args) == passed), None
-    ) or emit(graph, _ROWS, *passed, like=use.node)
+        (n for n in call["input"].users if n.target is ROWS and list(n.args) == passed), None
+    ) or emit(graph, ROWS, *passed, like=use.node)
     return _item(graph, rows, first), _item(graph, rows, first + 1)
 
 

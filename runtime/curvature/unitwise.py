@@ -82,7 +82,7 @@ def solve_all(moments: Sequence[Tensor], damping: float) -> list[Solution | None
             for i in members:
                 solutions[i] = solve(moments[i], damping)
             continue
-        parts = together["inverse"].split([len(moments[i]) for i in members])
+        parts = torch.split(together["inverse"], [len(moments[i]) for i in members])
         for i, part in zip(members, parts, strict=True):
             solutions[i] = {"inverse": part.clone(), "damping": together["damping"].clone()}
     return solutions

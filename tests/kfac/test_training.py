@@ -104,6 +104,13 @@ def test_stale_statistics_follow_the_rule() -> None:
     assert renewed == [0, 1, 2, 4, 7, 12, 20, 33]
 
 
+def test_report_tells_how_often_statistics_are_renewed() -> None:
+    model = _optimized(STALE)
+    _steps(model, 0, 3)
+    text = model.explain()  # type: ignore[operator]
+    assert "kfac: after 3 steps 4 statistics are renewed every 1 to" in text
+
+
 def test_stale_step_computes_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _optimized("kfac{interval=4}")
     calls = 0
