@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.runtime.curvature.packing import pack, unpack
-from graphopt.runtime.curvature.unitwise import apply, solve
+from graphopt.runtime.curvature.unitwise import apply, solve, solve_all
 from tests.unit.curvature_problems import moment
 
 
@@ -94,3 +94,19 @@ def test_bad_input() -> None:
     for first, second in ((torch.ones(4), None), (torch.ones(3), torch.ones(3))):
         with pytest.raises(ArgumentError, match="do not fit"):
             apply(solution, first, second)
+
+
+def test_several_norms_are_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(c, 3).abs() for c in (4, 2)] + [torch.rand(5, 1)]
+    moments = [rows[0], rows[2], rows[1], torch.full((2, 3), float("nan")), rows[0].double()]
+    together = solve_all(moments, 1e-2)
+    for each, found in zip(moments, together, strict=True):
+        alone = solve(each, 1e-2)
+        assert (alone is None) == (found is None)
+        if alone is not None and found is not None:
+            assert torch.equal(found["inverse"], alone["inverse"])
+            assert found["inverse"].dtype is alone["inverse"].dtype
+            # Memory of its own, as each is kept and replaced alone.
+            assert found["inverse"].untyped_storage().nbytes() == found["inverse"].nbytes
+            assert float(found["damping"]) == 1e-2
