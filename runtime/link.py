@@ -12,13 +12,18 @@ from graphopt.network.curve import Curve, fit
 
 # Bytes of the messages that are timed.
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
+# A backward sends one message behind the other. One that is alone finds an idle link, which may let
+# a burst pass, and nothing that fills the pauses between its phases; so trains of this many are
+# timed, as long as they are not too large together.
+TRAIN = 4
+LONGEST = 1 << 25
 # What all of it may take; a slow link gets fewer repetitions.
 SECONDS = 3.0
 REPETITIONS = 5
 
 
 def measure(group: Any, device: torch.device) -> Curve:
-    """Median seconds of an all-reduce for a few sizes; call it on all ranks at once.
+    """Median seconds of an all-reduce among others, for a few sizes; call it on all ranks at once.
 
     Raises:
         RankError: the group does not work.
@@ -27,15 +32,15 @@ def measure(group: Any, device: torch.device) -> Curve:
     begin = time.perf_counter()
     try:
         for size in SIZES:
-            message = torch.zeros(size // 4, device=device)
-            _timed(group, message)
+            train = [torch.zeros(size // 4, device=device) for _ in range(_length(size))]
+            _timed(group, train)
             repetitions = torch.tensor([REPETITIONS])
             if time.perf_counter() - begin > SECONDS / 2:
                 repetitions = torch.tensor([1])
             # The slowest rank decides how often, so that all send as many messages.
             group.allreduce([repetitions], _minimum()).wait()
             for _ in range(int(repetitions)):
-                samples.append((float(size), _timed(group, message)))
+                samples.append((float(size), _timed(group, train)))
     except RuntimeError as error:
         raise RankError(
             f"the link cannot be measured: {str(error).splitlines()[0]}",
@@ -50,9 +55,15 @@ def _minimum() -> Any:
     return options
 
 
-def _timed(group: Any, message: torch.Tensor) -> float:
+def _length(size: int) -> int:
+    return max(1, min(TRAIN, LONGEST // size))
+
+
+def _timed(group: Any, train: list[torch.Tensor]) -> float:
+    """Seconds per message of a train."""
     start = time.perf_counter()
-    group.allreduce([message]).wait()
-    if message.is_cuda:
+    for work in [group.allreduce([message]) for message in train]:
+        work.wait()
+    if train[0].is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / len(train)
