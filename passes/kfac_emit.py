@@ -22,7 +22,7 @@ from graphopt.curvature import Block
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac_norm import norm_moments
 from graphopt.passes.kfac_rnn import ROWS, rnn_count
-from graphopt.passes.kfac_rows import add_up, reduced, rows_of
+from graphopt.passes.kfac_rows import add_up, examples_first, reduced, rows_of, with_ones
 from graphopt.passes.kfac_sites import Site
 
 
@@ -94,10 +94,12 @@ def emit_statistics(
                     make(side, bool(block.bias) and side is block.right, scale)
                 ]
         nodes = {name: add_up(graph, made) for name, made in parts.items()}
-        if batch.samples and len(everything) == 1 and everything[0].samples is not None:
+        if batch.samples and len(everything) == 1 and everything[0].by_example is not None:
             names = (f"{block.weight}:g", f"{block.weight}:a")
             block = replace(block, samples=names)
-            nodes.update(zip(names, everything[0].samples(bool(block.bias)), strict=True))
+            gradient, x = everything[0].by_example()
+            x = with_ones(graph, x) if block.bias else x
+            nodes.update(zip(names, (gradient, x), strict=True))
     return block, nodes, "reduce" if scales.reduced else "expand"
 
 
@@ -107,7 +109,9 @@ class _Scales:
     def __init__(self, batch: Batch, uses: Sequence[Use]) -> None:
         self.batch = batch
         self.uses = uses
-        self.reduced = batch.reduced and all(_fits(u, batch.size) for u in uses)
+        self.reduced = batch.reduced and all(
+            examples_first(u, batch.size) is not None for u in uses
+        )
         self.rows = sum(_count(u) for u in uses)
 
     def gradient(self, use: Use) -> float:
@@ -134,12 +138,6 @@ def _count(use: Use) -> int:
     if use.kind == "embedding":
         return int(value_of(cast("fx.Node", use.node.args[1])).numel())
     return value.shape[-1] * (value.shape[0] if use.summed else 1)
-
-
-def _fits(use: Use, n: int) -> bool:
-    """Whether the rows of a use are the positions of n examples, one example after the other."""
-    one = use.summed or value_of(use.node).dim() == 2
-    return use.kind == "matmul" and one and _count(use) % n == 0
 
 
 def _behind(node: fx.Node) -> fx.Node:

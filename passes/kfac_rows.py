@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -35,14 +36,12 @@ class Rows:
     Attributes:
         gradient: moment of the rows of output gradients.
         input: moment of the rows of inputs.
-        nodes: rows of gradients and inputs ``[groups, N, d]``, where they exist as such.
-        samples: rows per example ``[n, R, d]``.
+        by_example: rows of gradients and inputs per example ``[n, R, d]``, where they can be told.
     """
 
     gradient: Moment
     input: Moment
-    nodes: tuple[fx.Node, fx.Node] | None = None
-    samples: Callable[[bool], tuple[fx.Node, fx.Node]] | None = None
+    by_example: Callable[[], list[fx.Node]] | None = None
 
 
 def rows_of(graph: Graph, use: Use, n: int) -> Rows:
@@ -52,26 +51,49 @@ def rows_of(graph: Graph, use: Use, n: int) -> Rows:
     if use.kind == "embedding":
         return _embedding(graph, use)
     if use.kind == "rnn":
-        return _plain(graph, *rnn_rows(graph, use), n)
+        return _plain(graph, *rnn_rows(graph, use), None, n)
     p, q = (cast("fx.Node", a) for a in use.node.args[:2])
     left = _as_rows(graph, emit(graph, aten.transpose.int, p, -2, -1, like=use.node), use)
     right = _as_rows(graph, q, use)
     on_left = p in graph.get(depends_on_tangents)
-    return _plain(graph, *((left, right) if on_left else (right, left)), n)
+    gradient, x = (left, right) if on_left else (right, left)
+    return _plain(graph, gradient, x, examples_first(use, n), n)
 
 
-def _plain(graph: Graph, gradient: fx.Node, x: fx.Node, n: int) -> Rows:
+def examples_first(use: Use, n: int) -> bool | None:
+    """Whether rows are those of one example after the other, or of one position after the other.
+
+    ``None`` where neither can be told from the shape that was flattened into rows.
+    """
+    if use.kind != "matmul" or not (use.summed or value_of(use.node).dim() == 2):
+        return None
+    node = cast("fx.Node", use.node.args[1])
+    count = value_of(node).shape[-2] * (value_of(node).shape[0] if use.summed else 1)
+    while node.target in (aten.clone.default, aten._to_copy.default, aten.detach.default):
+        node = node.all_input_nodes[0]
+    shape = value_of(node).shape
+    if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+        shape = value_of(node.all_input_nodes[0]).shape
+    leading = list(shape)
+    while leading and prod(leading) > count:
+        leading.pop()  # what was flattened into one row
+    if count == n:
+        return True
+    if count % n or len(leading) < 2 or leading.count(n) != 1:
+        return None
+    return bool(leading[0] == n) if n in (leading[0], leading[-1]) else None
+
+
+def _plain(graph: Graph, gradient: fx.Node, x: fx.Node, first: bool | None, n: int) -> Rows:
     """Rows ``[groups, N, d]`` that exist in memory."""
-    groups, count, _ = value_of(x).shape
 
-    def samples(ones: bool) -> tuple[fx.Node, fx.Node]:
-        return _per_example(graph, gradient, x, n, ones)
+    def by_example() -> list[fx.Node]:
+        return [_per_example(graph, rows, n, first=bool(first)) for rows in (gradient, x)]
 
     return Rows(
         lambda side, ones, scale: _moment(graph, gradient, side, ones, scale),
         lambda side, ones, scale: _moment(graph, x, side, ones, scale),
-        nodes=(gradient, x),
-        samples=samples if groups == 1 and count % n == 0 else None,
+        by_example=None if first is None else by_example,
     )
 
 
@@ -175,34 +197,34 @@ def _cast(graph: Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
 # -- one row per example ---------------------------------------------------------------------------
 
 
-def _per_example(
-    graph: Graph, gradient: fx.Node, x: fx.Node, n: int, ones: bool
-) -> tuple[fx.Node, fx.Node]:
+def _per_example(graph: Graph, rows: fx.Node, n: int, *, first: bool) -> fx.Node:
     """Rows ``[n, R, d]``."""
-    shaped = [
-        emit(graph, aten.reshape.default, node, [n, -1, value_of(node).shape[-1]], like=node)
-        for node in (gradient, x)
-    ]
-    if ones:
-        shaped[1] = emit(graph, aten.constant_pad_nd.default, shaped[1], [0, 1], 1.0, like=x)
-    return shaped[0], shaped[1]
+    width = value_of(rows).shape[-1]
+    if first:
+        return emit(graph, aten.reshape.default, rows, [n, -1, width], like=rows)
+    shaped = emit(graph, aten.reshape.default, rows, [-1, n, width], like=rows)
+    return emit(graph, aten.transpose.int, shaped, 0, 1, like=rows)
 
 
-def reduced(graph: Graph, sides: Sequence[Rows], n: int) -> Rows:
+def with_ones(graph: Graph, rows: fx.Node) -> fx.Node:
+    """Rows with the homogeneous coordinate."""
+    return emit(graph, aten.constant_pad_nd.default, rows, [0, 1], 1.0, like=rows)
+
+
+def reduced(graph: Graph, uses: Sequence[Rows], n: int) -> Rows:
     """Sums of output gradients and means of inputs over all positions of an example.
 
     Eschenhagen et al., arXiv 2311.00636: the "reduce" setting.
     """
     found: tuple[list[fx.Node], list[fx.Node]] = ([], [])
-    total = 0
-    for side in sides:
-        assert side.nodes is not None
-        total += value_of(side.nodes[1]).shape[1]
-        for node, into in zip(side.nodes, found, strict=True):
-            width = value_of(node).shape[-1]
-            shaped = emit(graph, aten.reshape.default, node, [n, -1, width], like=node)
-            into.append(emit(graph, aten.sum.dim_IntList, shaped, [1], like=node))
+    positions = 0
+    for use in uses:
+        assert use.by_example is not None
+        both = use.by_example()
+        positions += value_of(both[1]).shape[1]
+        for node, into in zip(both, found, strict=True):
+            into.append(emit(graph, aten.sum.dim_IntList, node, [1], like=node))
     gradient, x = (add_up(graph, nodes) for nodes in found)
-    x = emit(graph, aten.div.Scalar, x, total / n, like=x)
+    x = emit(graph, aten.div.Scalar, x, positions, like=x)
     gradient, x = (emit(graph, aten.unsqueeze.default, r, 0, like=r) for r in (gradient, x))
-    return _plain(graph, gradient, x, n)
+    return _plain(graph, gradient, x, True, n)

@@ -17,10 +17,10 @@ DAMPING = 1e-3
 SPEC = "kfac{damping=1e-3,interval=1,solver=factored}"
 
 
-def trained(name: str) -> nn.Module:
+def trained(name: str, spec: str = SPEC) -> nn.Module:
     """The optimized model after one backward."""
     one = case(name)
-    model = graphopt.optimize(copy.deepcopy(one.model), passes=SPEC, backend="eager")
+    model = graphopt.optimize(copy.deepcopy(one.model), passes=spec, backend="eager")
     one.loss(model(one.x)).backward()
     return model
 
@@ -37,6 +37,20 @@ def test_gradients_are_those_of_the_dense_solution(name: str) -> None:
     wanted = expected(*compute(case(name)), DAMPING)
     model = trained(name)
     assert set(wanted) == dict(model.named_parameters()).keys()
+    for parameter, p in model.named_parameters():
+        assert p.grad is not None
+        error = (p.grad - wanted[parameter]).norm() / wanted[parameter].norm()
+        assert error < 1e-8, f"{parameter}: relative error {error:.1e}"
+
+
+# Those of matrix products alone; `attention` has positions first within.
+REDUCIBLE = ("mlp", "checkpoint", "in_place", "shared_linear", "raw_parameters", "fused_attention")
+
+
+@pytest.mark.parametrize("name", [*REDUCIBLE, "attention", "layer_norm"])
+def test_positions_are_reduced_first(name: str) -> None:
+    wanted = expected(*compute(case(name)), DAMPING, reduce=True)
+    model = trained(name, SPEC.replace("solver=", "sharing=reduce,solver="))
     for parameter, p in model.named_parameters():
         assert p.grad is not None
         error = (p.grad - wanted[parameter]).norm() / wanted[parameter].norm()
