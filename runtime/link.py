@@ -11,12 +11,12 @@ from graphopt.errors import RankError
 from graphopt.network.curve import Curve, fit
 
 # Bytes of the messages that are timed.
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
-# A backward sends one message behind the other. One that is alone finds an idle link, which may let
-# a burst pass, and nothing that fills the pauses between its phases; so trains of this many are
-# timed, as long as they are not too large together.
+SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 25)
+# A backward sends one message behind the other. A small one that is alone finds an idle link, which
+# may let a burst pass, and nothing that fills the pauses between its phases; so trains of this many
+# are timed. A large one is often the last, and has to fill its pauses itself.
 TRAIN = 4
-LONGEST = 1 << 25
+LONGEST = 1 << 24
 # What all of it may take; a slow link gets fewer repetitions.
 SECONDS = 3.0
 REPETITIONS = 5
