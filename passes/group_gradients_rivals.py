@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from graphopt.grouping import Group, Ready
+from graphopt.network.curve import of_group
 
 Cost = Callable[[float], float]
 
@@ -22,7 +23,7 @@ def timed(groups: Iterable[Group], cost: Cost) -> tuple[Group, ...]:
     """`groups` with the time at which one in-order channel has reduced each, in seconds."""
     done, clock = [], 0.0
     for group in groups:
-        clock = max(clock, group.ready) + cost(group.bytes)
+        clock = max(clock, group.ready) + of_group(cost, group.bytes, len(group.names))
         done.append(replace(group, finish=clock))
     return tuple(done)
 
@@ -31,7 +32,7 @@ def finish_time(groups: Iterable[Group], cost: Cost) -> float:
     """Seconds until one in-order channel has reduced the last of `groups`; 0 without any."""
     clock = 0.0
     for group in groups:
-        clock = max(clock, group.ready) + cost(group.bytes)
+        clock = max(clock, group.ready) + of_group(cost, group.bytes, len(group.names))
     return clock
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.errors import ArgumentError
-from graphopt.network.curve import Curve
+from graphopt.network.curve import Curve, of_group
 
 Floats = npt.NDArray[np.float64]
 
@@ -88,6 +89,11 @@ class Search:
             np.cumsum([0.0, *(a.bytes for a in self.atoms if a.kind == kind)])
             for kind in range(self.kinds)
         ]
+        self.members = [
+            np.cumsum([0, *(len(a.members) for a in self.atoms if a.kind == kind)])
+            for kind in range(self.kinds)
+        ]
+        self.joining: float = getattr(cost, "joining", 0.0)
         # free[c1, c2, …]: the earliest time at which the channel has carried the first c1
         # gradients of the first kind, c2 of the second, … and is free again.
         self.free = self._fill()
@@ -109,7 +115,16 @@ class Search:
 
     def _costs(self, kind: int, end: int) -> Floats:
         """Costs of the groups of `kind` that end before `end`, by their start."""
-        return evaluate(self.cost, self.sums[kind][end] - self.sums[kind][:end])
+        return self._group_costs(kind, slice(end), end)
+
+    def _group_costs(self, kind: int, start: Any, end: Any) -> Floats:
+        """Costs of the groups of `kind` from `start` to before `end`, laid out and sent."""
+        sizes = self.sums[kind][end] - self.sums[kind][start]
+        costs = evaluate(self.cost, sizes)
+        if self.joining:
+            several = self.members[kind][end] - self.members[kind][start] > 1
+            costs = costs + np.where(several, self.joining * sizes, 0.0)
+        return costs
 
     def optimal(self) -> list[tuple[int, ...]]:
         """The members of each group of a plan with the earliest finish."""
@@ -140,7 +155,7 @@ class Search:
         ready = np.array([0.0, *(a.seconds for a in self.atoms)])
         costs = np.full((n + 1, n + 1), np.inf)
         start_, end_ = np.triu_indices(n + 1, 1)
-        costs[start_, end_] = evaluate(self.cost, self.sums[0][end_] - self.sums[0][start_])
+        costs[start_, end_] = self._group_costs(0, start_, end_)
         # The latest time at which the channel may have carried a prefix. Sums are rounded another
         # way here, hence the margin; a state kept in vain costs only time.
         latest = np.full(n + 1, -np.inf)
@@ -182,7 +197,8 @@ class Search:
         clock = 0.0
         for group in groups:
             ready = max(self.gradients[m][1] for m in group)
-            clock = max(clock, ready) + self.cost(sum(self.gradients[m][0] for m in group))
+            size = sum(self.gradients[m][0] for m in group)
+            clock = max(clock, ready) + of_group(self.cost, size, len(group))
         return clock
 
 

@@ -45,7 +45,8 @@ def find(ranks: Sequence[str]) -> Curve | None:
         points = tuple((float(size), float(seconds)) for size, seconds in data["points"])
         if not all(math.isfinite(size) and seconds > 0 for size, seconds in points):
             raise ValueError("times must be positive")
-        return Curve(points, f"{data['source']} (kept from an earlier run)")
+        source = f"{data['source']} (kept from an earlier run)"
+        return Curve(points, source, float(data["joining"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.info("no link cost was kept: %s", error)
         return None
@@ -57,7 +58,7 @@ def keep(ranks: Sequence[str], curve: Curve) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"points": curve.points, "source": curve.source}))
+        partial.write_text(json.dumps(vars(curve)))
         partial.replace(file)
     except OSError as error:
         log.info("the link cost could not be kept: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ TRAIN = 4
 LONGEST = 1 << 24
 # What all of it may take; a slow link gets fewer repetitions.
 SECONDS = 3.0
+# Gradients of 4 MiB that are laid one behind the other.
+JOINED = 4
 REPETITIONS = 5
 
 
@@ -46,7 +49,25 @@ def measure(group: Any, device: torch.device) -> Curve:
             f"the link cannot be measured: {str(error).splitlines()[0]}",
             hint="check that an all-reduce works in this group, or name a link: link=10gbe",
         ) from error
-    return fit(samples, f"measured on {group.size()} ranks")
+    curve = fit(samples, f"measured on {group.size()} ranks")
+    return replace(curve, joining=_joining(device))
+
+
+def _joining(device: torch.device) -> float:
+    """Seconds per byte for laying gradients one behind the other, in memory that is new each time.
+
+    Part of a message like its way, as the message cannot start before.
+    """
+    parts = [torch.zeros(1 << 20, device=device) for _ in range(JOINED)]
+    times = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        joined = torch.cat(parts)
+        if joined.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        del joined
+    return sorted(times)[len(times) // 2] / (4 * JOINED * (1 << 20))
 
 
 def _minimum() -> Any:

@@ -100,8 +100,8 @@ class Workers(Accumulation):
                     keep(agreement.told("shape"), mine)
             else:
                 self._decisions["link", ""] = kept
-        points, source = json.loads(self._decisions["link", ""])
-        return Curve(tuple((size, time) for size, time in points), source)
+        points, source, joining = json.loads(self._decisions["link", ""])
+        return Curve(tuple((size, time) for size, time in points), source, joining)
 
     def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
         """Rank 0's decision, once `mine` was found equal on all ranks; else ``RankError``.
@@ -182,4 +182,4 @@ class Workers(Accumulation):
 
 
 def _text(curve: Curve | None) -> str:
-    return _NONE if curve is None else json.dumps([curve.points, curve.source])
+    return _NONE if curve is None else json.dumps([curve.points, curve.source, curve.joining])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,10 +16,13 @@ class Curve:
         points: ``(bytes, seconds)``, both non-decreasing, bytes strictly; before the first point
             the cost is that of the first, behind the last it continues with the last slope.
         source: where it comes from, in a few words.
+        joining: seconds per byte for laying several gradients one behind the other before they are
+            sent; a message of one gradient needs none.
     """
 
     points: tuple[tuple[float, float], ...]
     source: str = ""
+    joining: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.points]
@@ -42,6 +45,12 @@ class Curve:
         left, right = points[index - 1 : index + 1] if index < len(points) else points[-2:]
         slope = (right[1] - left[1]) / (right[0] - left[0])
         return left[1] + slope * (size - left[0])
+
+
+def of_group(cost: Callable[[float], float], size: float, members: int) -> float:
+    """Seconds that a message of so many gradients takes, laid out and sent."""
+    joining: float = getattr(cost, "joining", 0.0)
+    return cost(size) + (joining * size if members > 1 else 0.0)
 
 
 def fit(samples: Iterable[tuple[float, float]], source: str = "") -> Curve:
