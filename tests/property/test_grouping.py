@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, permutations
 
 import pytest
@@ -33,12 +34,14 @@ def gradients(draw: st.DrawFn, most: int = 6, kinds: int = 1) -> list[Ready]:
 
 @st.composite
 def curves(draw: st.DrawFn) -> Curve:
-    """Any measured curve: steps, flat parts and jumps of the protocol included."""
+    """Any measured curve: steps, flat parts and jumps of the protocol, and laying out included."""
     points = draw(
         st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 9)), min_size=1, max_size=6)
     )
     sizes = accumulate(size for size, _ in points)
-    return Curve(tuple(zip(sizes, accumulate(more for _, more in points), strict=True)))
+    times = accumulate(more for _, more in points)
+    joining = draw(st.sampled_from([0.0, 1e-3, 0.05]))
+    return Curve(tuple(zip(sizes, times, strict=True)), joining=joining)
 
 
 affine = st.builds(Curve.affine, st.floats(0, 9), st.floats(0, 0.01))
@@ -157,4 +160,6 @@ def test_the_bound_is_below_the_best_finish_on_sub_additive_links(
 def test_a_curve_and_a_function_of_the_same_values_give_the_same_plan(
     ready: list[Ready], cost: Curve
 ) -> None:
+    # A function knows nothing of laying out.
+    cost = replace(cost, joining=0.0)
     assert plan(ready, lambda size: cost(size), 1.0) == plan(ready, cost, 1.0)
