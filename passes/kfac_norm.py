@@ -6,7 +6,6 @@ approximation of Osawa et al., arXiv 2002.06015).
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -108,7 +107,6 @@ def _group_norm(graph: Graph, node: fx.Node) -> Form:
 
 def _trailing(x: fx.Node, shape: list[int]) -> list[int]:
     rank = value_of(x).dim() - len(shape)
-    assert prod(shape) > 0
     return [1] * rank + list(shape)
 
 

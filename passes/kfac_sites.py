@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -238,8 +238,3 @@ def _alike(weight: str, bias: str) -> tuple[bool, int]:
             break
         same += 1
     return weight.replace("weight", "bias") == bias, same
-
-
-def parameters_of(sites: Sequence[Site]) -> Mapping[str, Block]:
-    """The block of every preconditioned parameter."""
-    return {name: s.block for s in sites for name in (s.block.weight, s.block.bias) if name}

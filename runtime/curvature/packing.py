@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.ops import packing
 
 # Places of larger matrices would keep more memory than they save time; they are made anew.
 _LARGEST_CACHED = 1024
@@ -35,8 +36,7 @@ def pack(full: Tensor) -> Tensor:
             f"cannot pack a tensor of shape {tuple(full.shape)}",
             hint="pass square matrices of shape [blocks, size, size]",
         )
-    size = full.shape[1]
-    return full.reshape(len(full), size * size).index_select(1, _lower(size, full.device))
+    return packing.pack(full)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -92,11 +92,6 @@ def packed_size(packed: Tensor) -> int:
     return size
 
 
-def _lower(size: int, device: torch.device) -> Tensor:
-    """Place in the full matrix of each packed entry."""
-    return _cached_lower(size, device) if size <= _LARGEST_CACHED else _make_lower(size, device)
-
-
 def _both(size: int, device: torch.device) -> Tensor:
     """Place in the packed triangle of each entry of the full matrix."""
     return _cached_both(size, device) if size <= _LARGEST_CACHED else _make_both(size, device)
@@ -105,12 +100,6 @@ def _both(size: int, device: torch.device) -> Tensor:
 def _diagonal(size: int, device: torch.device) -> Tensor:
     index = torch.arange(size, device=device)
     return index * (index + 3) // 2
-
-
-def _make_lower(size: int, device: torch.device) -> Tensor:
-    row, column = torch.tril_indices(size, size, dtype=_places(size), device=device)
-    places: Tensor = row.mul_(size).add_(column)
-    return places
 
 
 def _make_both(size: int, device: torch.device) -> Tensor:
@@ -124,11 +113,6 @@ def _make_both(size: int, device: torch.device) -> Tensor:
 def _places(size: int) -> torch.dtype:
     """The smallest type that counts all entries of a full matrix."""
     return torch.int32 if size * size < 2**31 else torch.int64
-
-
-@lru_cache(maxsize=128)
-def _cached_lower(size: int, device: torch.device) -> Tensor:
-    return _make_lower(size, device)
 
 
 @lru_cache(maxsize=128)
