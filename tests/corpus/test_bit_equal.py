@@ -12,9 +12,10 @@ import graphopt
 from graphopt.module import report
 from graphopt.testing.corpus import CORPUS
 
-# Where the model itself runs other operators while it is captured, with the reason. Everything
+# Where the model itself runs other operators while it is captured, with the reason and a bound.
+# Which kernels a processor has decides whether such a difference shows, so none has to. Everything
 # else must be equal to the last bit.
-DIFFERENT = {
+MAY_DIFFER = {
     "llama": (
         "transformers skips the causal mask and groups the key heads inside the attention kernel "
         "when it is not being traced; under any capture it passes an explicit mask and repeated "
@@ -45,7 +46,7 @@ def test_step_is_bit_equal(name: str) -> None:
     made = _optimized(name, passes="cleanup")
     actual = _step(made, entry.loss)
     assert expected.keys() == actual.keys()
-    bound = DIFFERENT[name][1] if name in DIFFERENT else 0.0
+    bound = MAY_DIFFER[name][1] if name in MAY_DIFFER else 0.0
     for key, value in expected.items():
         own = actual[key]
         assert (value is None) == (own is None), key
@@ -54,20 +55,8 @@ def test_step_is_bit_equal(name: str) -> None:
         error = (value - own).abs().max() / value.abs().max()
         assert error <= bound, f"{key}: relative error {error:.2g}"
     (entry_report,) = report(made[0]).specialisations
-    assert entry_report.verification.result == (
-        "within tolerance" if name in DIFFERENT else "bit-equal"
-    )
-
-
-def test_differences_are_still_there() -> None:
-    """A listed model that became equal must leave the list."""
-    for name in DIFFERENT:
-        entry = CORPUS[name]
-        expected = _step(entry.make(), entry.loss)
-        actual = _step(_optimized(name, passes="cleanup"), entry.loss)
-        assert any(a is not None and not torch.equal(a, actual[k]) for k, a in expected.items()), (
-            name
-        )
+    allowed = {"bit-equal", "within tolerance"} if name in MAY_DIFFER else {"bit-equal"}
+    assert entry_report.verification.result in allowed
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt2", "lstm_ctc", "in_place"])
