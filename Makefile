@@ -25,7 +25,7 @@ test: $(STAMP) ## run all tests
 	$(BIN)/python -m pytest -n 2
 
 explore: $(STAMP) ## run the property tests on new random examples
-	$(BIN)/python -m pytest -n 2 tests/property --hypothesis-profile=explore
+	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile=explore
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import graphopt
 from benchmarks.harness import keep
 from benchmarks.models import digits_resnet, transformer
-from graphopt.module import controller_of
-from graphopt.runtime.curvature.exchange import full_factors
+from graphopt.model.controller import controller_of
+from graphopt.runtime.kfac.exchange import full_factors
 
 WORLD, STEPS, BATCH = 2, 20, 64
 SPECS = {

@@ -38,7 +38,7 @@ from benchmarks.kfac_step_variants import (
     pytorch,
     resnet,
 )
-from graphopt.module import controller_of
+from graphopt.model.controller import controller_of
 
 INTERVAL = 10
 # Long enough that no step of a measurement renews anything but the first.

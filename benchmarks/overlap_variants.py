@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from benchmarks.overlap_models import Case
-from graphopt.grouping import Ready
-from graphopt.module import report
+from graphopt.grouping.baselines import mg_wfbp
+from graphopt.model.surface import report
 from graphopt.network.curve import Curve
-from graphopt.passes.group_gradients_rivals import mg_wfbp
+from graphopt.plan.grouping import Ready
 
 PLAIN = "no communication"
 GRAPHOPT = "graphopt"

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from benchmarks.simulator_predictions import ASSUMED as ASSUMED_AT_SCALE
 from benchmarks.simulator_predictions import BACKWARD, predictions, tensor_cost_of
 from benchmarks.simulator_profiles import NETWORKS
-from graphopt.grouping import Ready
 from graphopt.network.straggler import asymptotic_maximum, expected_maximum
+from graphopt.plan.grouping import Ready
 
 MIB = 1 << 20
 Cost = Callable[[float], float]

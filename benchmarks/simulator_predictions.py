@@ -13,11 +13,11 @@ from itertools import chain, pairwise, product
 from typing import Any, NamedTuple
 
 from benchmarks.simulator_profiles import resnet
-from graphopt.grouping import Group, Ready
 from graphopt.network.clusters import CLUSTERS
 from graphopt.network.negotiation import Negotiator
 from graphopt.network.straggler import delay
-from graphopt.runtime.simulate import Timeline, scaling
+from graphopt.plan.grouping import Group, Ready
+from graphopt.simulate import Timeline, scaling
 
 BACKWARD = 2 / 3
 LAANAIT = {"step, s": (0.3, 0.6, 1.2), "gradient, bytes": (5e7, 2e8, 8e8)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from graphopt.grouping import Ready
+from graphopt.plan.grouping import Ready
 
 
 @dataclass

@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optimize": "graphopt.api",
-    "state_dict": "graphopt.saved",
-    "load_state_dict": "graphopt.saved",
-    "use_scaler": "graphopt.saved",
+    "state_dict": "graphopt.model.checkpoint",
+    "load_state_dict": "graphopt.model.checkpoint",
+    "use_scaler": "graphopt.model.checkpoint",
     "Graph": "graphopt.graph",
     "Level": "graphopt.graph",
     "Plan": "graphopt.plan",
@@ -28,7 +28,7 @@ _HOMES = {
     "Applied": "graphopt.passbase",
     "Declined": "graphopt.passbase",
     "Pipeline": "graphopt.pipeline",
-    "Report": "graphopt.report",
+    "Report": "graphopt.model.report",
     "print_graph": "graphopt.text",
     "parse_graph": "graphopt.text",
     "GraphoptError": "graphopt.errors",
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from graphopt.api import optimize
     from graphopt.errors import CaptureError, GraphoptError
     from graphopt.graph import Graph, Level
+    from graphopt.model.checkpoint import load_state_dict, state_dict, use_scaler
+    from graphopt.model.report import Report
     from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan, Role, Signature, Slot
-    from graphopt.report import Report
-    from graphopt.saved import load_state_dict, state_dict, use_scaler
     from graphopt.text import parse_graph, print_graph
 
 

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.analysis.gradient_sources import gradient_sources
-from graphopt.arguments import check_model, parse_mesh, split_example_inputs
 from graphopt.capture import Capture, capture
-from graphopt.duel import Built, choose
 from graphopt.errors import ArgumentError, MismatchError
 from graphopt.graph import CURVATURE, REDUCTION, Graph
-from graphopt.module import Variant, controller_of, install
-from graphopt.passbase import EXACT, Pass, PassContext
-from graphopt.pipeline import Pipeline
-from graphopt.plan import Plan
-from graphopt.report import Report, Specialisation, Step, Verification
-from graphopt.trial import (
+from graphopt.model.arguments import check_model, parse_mesh, split_example_inputs
+from graphopt.model.backend_choice import Built, choose
+from graphopt.model.controller import Variant, controller_of
+from graphopt.model.entries import Specialisation, Verification
+from graphopt.model.report import Report
+from graphopt.model.surface import install
+from graphopt.model.trial import (
     Observed,
     Trial,
     compare,
@@ -34,10 +33,14 @@ from graphopt.trial import (
     tolerance,
     tolerance_of_pass,
 )
+from graphopt.passbase import EXACT, Pass, PassContext
+from graphopt.pipeline import Pipeline
+from graphopt.pipeline.step import PassStep
+from graphopt.plan import Plan
 
 if TYPE_CHECKING:
     from graphopt.runtime.accumulation import Alone
-    from graphopt.runtime.workers import Workers
+    from graphopt.runtime.ranks.workers import Workers
 
 log = logging.getLogger("graphopt")
 
@@ -251,7 +254,7 @@ class _EachPass:
         )
         self.reference = self.run()
 
-    def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
         actual = self.run()
         worst = compare(self.reference, actual)
         if worst.error > tolerance_of_pass(actual, pass_.numerics):
@@ -284,7 +287,7 @@ def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | Alone 
     if not grouping and not preconditions:
         return None
     from graphopt.runtime.accumulation import Alone
-    from graphopt.runtime.workers import Workers
+    from graphopt.runtime.ranks.workers import Workers
 
     # The integer wire gives one rank the bits that many ranks would have.
     workers = Workers.of(model, one=any(getattr(p, "wire", "") == "int32" for p in grouping))

@@ -18,10 +18,10 @@ from typing import Any, Generic, NoReturn, TypeVar, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from graphopt.curvature import Curvature
 from graphopt.errors import TextError
-from graphopt.grouping import Grouping
 from graphopt.plan import Phase, Role, Signature, Slot
+from graphopt.plan.grouping import Grouping
+from graphopt.plan.kfac import Curvature
 
 T = TypeVar("T")
 

@@ -46,7 +46,7 @@ class Accumulation:
 
 @dataclass
 class Alone(Accumulation):
-    """The one rank there is; stands where `graphopt.runtime.workers.Workers` would."""
+    """The one rank there is; stands where `graphopt.runtime.ranks.workers.Workers` would."""
 
     size: ClassVar[int] = 1
     channel: ClassVar[str] = ""

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from graphopt.plan import Plan
 from graphopt.runtime import kernels
 from graphopt.runtime.accumulation import Accumulation, Alone
-from graphopt.runtime.curvature.backward import Preconditioning
-from graphopt.runtime.curvature.share import share
-from graphopt.runtime.partition import Halves
-from graphopt.runtime.reduction import Backwards, Run, backwards
+from graphopt.runtime.engine.partition import Halves
+from graphopt.runtime.group_gradients.reduction import Backwards, Run, backwards
+from graphopt.runtime.kfac.backward import Preconditioning
+from graphopt.runtime.kfac.share import share
 
 
 def backward_of(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import graphopt
-from graphopt.runtime.optim import PolynomialDecay
+from graphopt.optim import PolynomialDecay
 
 SGD_MOMENTUM, ADAMW, MUON, KFAC = "SGD, momentum", "AdamW", "Muon", "K-FAC"
 METHODS = (SGD_MOMENTUM, ADAMW, MUON, KFAC)

@@ -19,8 +19,8 @@ from graphopt.analysis.aliasing import storage
 from graphopt.analysis.cost import cost
 from graphopt.analysis.effects import Effect, effect_of, writes
 from graphopt.graph import Graph, phase_of, value_of
-from graphopt.grouping import Ready
 from graphopt.plan import Phase, Role
+from graphopt.plan.grouping import Ready
 
 aten = torch.ops.aten
 

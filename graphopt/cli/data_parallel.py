@@ -22,7 +22,7 @@ def ranks_of(mesh: str, command: str) -> int:
     Raises:
         ArgumentError: there is no ``dp``, or another dimension beside it.
     """
-    from graphopt.arguments import parse_mesh
+    from graphopt.model.arguments import parse_mesh
 
     sizes = dict(parse_mesh(mesh))
     world = sizes.pop("dp", 0)

@@ -46,8 +46,8 @@ def passes(json: Json = False) -> None:
 
 def _describe(kind: type[Pass]) -> dict[str, object]:
     from graphopt.passbase import Numerics
-    from graphopt.spec import options_of
-    from graphopt.spec_values import describe, format_value
+    from graphopt.pipeline.spec import options_of
+    from graphopt.pipeline.values import describe, format_value
 
     # An option may decide the numerics; on the class they are then a property.
     declared: object = kind.numerics

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from graphopt.cli.subject import Subject
-    from graphopt.grouping import Grouping, Ready
     from graphopt.passbase import Pass
+    from graphopt.plan.grouping import Grouping, Ready
 
 DEFAULT_LINK = "10gbe"
 GROUPING_PASS = "group_gradients"
@@ -81,8 +81,8 @@ def plan(
     machine = cluster(chosen.name)
     with phase("importing torch"):
         from graphopt.cli.subject import load_subject
-        from graphopt.emit_ddp import bucket_caps
-        from graphopt.passes.group_gradients_plan import plan as group
+        from graphopt.grouping.ddp import bucket_caps
+        from graphopt.grouping.planner import plan as group
     from graphopt.render.grouping import above_bound, grouping_view
 
     subject = load_subject(model)
@@ -133,7 +133,7 @@ def _split(spec: str) -> tuple[tuple[Pass, ...], str]:
     """The passes before `group_gradients` (all if it is not there), and its `link`, if any."""
     if spec == GROUPING_PASS:
         return (), ""
-    from graphopt.spec import parse_spec
+    from graphopt.pipeline.spec import parse_spec
 
     parsed = parse_spec(spec)
     for index, pass_ in enumerate(parsed):
@@ -177,7 +177,7 @@ def _gradients(
 
 def _as_they_arrive(subject: Subject, ready: tuple[Ready, ...]) -> tuple[Ready, ...]:
     """The gradients in the order in which `DistributedDataParallel` will see them."""
-    from graphopt.emit_ddp import arrival_order, in_order
+    from graphopt.grouping.ddp import arrival_order, in_order
 
     if subject.example is None:
         raise ArgumentError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.graph import Graph
     from graphopt.passbase import Pass
-    from graphopt.report import Step
+    from graphopt.pipeline.step import PassStep
 
 
 def run(
@@ -62,7 +62,7 @@ class _Changes:
         self.diffs: list[Diff] = []
         self._before = graph.copy()
 
-    def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
         """Compare with the graph before this pass."""
         from graphopt.diff import diff_graphs
 
@@ -71,7 +71,7 @@ class _Changes:
         self._before = after
 
 
-def _step(step: Step, diff: Diff) -> dict[str, object]:
+def _step(step: PassStep, diff: Diff) -> dict[str, object]:
     return {
         "pass": step.spec,
         "skipped": step.skipped,

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from graphopt.analysis.gradient_order import Device
     from graphopt.graph import Graph
-    from graphopt.grouping import Group
     from graphopt.network.clusters import Cluster
     from graphopt.network.curve import Curve
     from graphopt.network.negotiation import Negotiator
-    from graphopt.runtime.simulate import Point, Timeline
+    from graphopt.plan.grouping import Group
+    from graphopt.simulate import Point, Timeline
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def timeline_of(graph: Graph, device: Device, name: str) -> Timeline:
     from graphopt.analysis.gradient_order import measured_order
     from graphopt.graph import phase_of
     from graphopt.plan import Phase
-    from graphopt.runtime.simulate import Timeline
+    from graphopt.simulate import Timeline
 
     seconds = _roofline(graph, device)
     order = gradients_of(graph, name, lambda joint: measured_order(joint, seconds))
@@ -141,10 +141,10 @@ def predict(
     """One step per machine size: with the plan's groups, and with DDP's default ones."""
     from functools import cache
 
+    from graphopt.grouping.baselines import ddp_default
+    from graphopt.grouping.planner import plan
     from graphopt.network.straggler import delay
-    from graphopt.passes.group_gradients_plan import plan
-    from graphopt.passes.group_gradients_rivals import ddp_default
-    from graphopt.runtime.simulate import scaling
+    from graphopt.simulate import scaling
 
     ready = timeline.ready
     buckets = ddp_default(ready)

@@ -22,7 +22,7 @@ from graphopt.network.negotiation import NEGOTIATIONS, Negotiator
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from graphopt.runtime.simulate import Point, Timeline
+    from graphopt.simulate import Point, Timeline
 
 STRAGGLER = 0.01
 """Assumed spread of a rank's step; without any the largest machines would look too good."""

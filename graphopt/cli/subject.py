@@ -19,7 +19,7 @@ from graphopt.text import parse_graph, print_graph
 
 if TYPE_CHECKING:
     from graphopt.capture import Capture
-    from graphopt.report import Step
+    from graphopt.pipeline.step import PassStep
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def text_of(name: str, *, no_grad: bool) -> str:
     return print_graph(load_subject(name, no_grad=no_grad).graph)
 
 
-def rewrite(graph: Graph, spec: str) -> tuple[Step, ...]:
+def rewrite(graph: Graph, spec: str) -> tuple[PassStep, ...]:
     """Run the passes of `spec` on `graph`, in place."""
     pipeline = Pipeline.parse(spec)
     with phase(f"running {spec}"):

@@ -13,9 +13,9 @@ from graphopt.cli.options import Json, ModelName, NoGrad, Passes
 if TYPE_CHECKING:
     from graphopt.cli.observe import Observe
     from graphopt.graph import Graph
+    from graphopt.model.trial import Observed
     from graphopt.passbase import Numerics, Pass
-    from graphopt.report import Step
-    from graphopt.trial import Observed
+    from graphopt.pipeline.step import PassStep
 
 BAD = "out of its class"
 
@@ -55,9 +55,9 @@ def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json
     with phase("importing torch"):
         from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
         from graphopt.cli.subject import load_subject, mode
+    from graphopt.model.trial import tolerance
     from graphopt.passbase import EXACT, PassContext
     from graphopt.pipeline import Pipeline
-    from graphopt.trial import tolerance
 
     pipeline = Pipeline.parse(passes)
     subject = load_subject(model, no_grad=no_grad)
@@ -99,12 +99,12 @@ class _Checks:
         self._before = captured
         self._observe = observe
 
-    def __call__(self, index: int, pass_: Pass, graph: Graph, step: Step) -> None:
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
         """Add one stage."""
         if step.skipped:
             self.stages.append(Stage(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
             return
-        from graphopt.trial import tolerance_of_pass
+        from graphopt.model.trial import tolerance_of_pass
 
         after = self._observe(graph)
         allowed = tolerance_of_pass(after, step.numerics)
@@ -115,7 +115,7 @@ class _Checks:
 def _stage(
     name: str, numerics: Numerics, allowed: float, before: Observed, after: Observed
 ) -> Stage:
-    from graphopt.trial import Observed, compare
+    from graphopt.model.trial import Observed, compare
 
     # A pass may declare that it adds or removes outputs; the pipeline checks that it did.
     common = before.values.keys() & after.values.keys()

@@ -13,7 +13,7 @@ from graphopt.cli.options import Json, ModelName, NoGrad
 
 if TYPE_CHECKING:
     from graphopt.analysis.story import Story
-    from graphopt.report import Step
+    from graphopt.pipeline.step import PassStep
 
 
 def why(
@@ -78,7 +78,7 @@ def why(
         show(story_view(told, decisions, removed=removed))
 
 
-def _about(step: Step, told: Story, *, removed: bool) -> Step:
+def _about(step: PassStep, told: Story, *, removed: bool) -> PassStep:
     """The step with only those sites that are this parameter or node, or mention it.
 
     What a pass says about the module of a parameter, or about all nodes of the operator of a node

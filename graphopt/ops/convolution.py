@@ -7,7 +7,7 @@
 may be absent. All float32 on the CPU, `x` of shape (n, c, h, w); the result is channels-last. The
 weight is reordered into oneDNN's blocked layout at the first call and the reordered copy is kept
 with the weight tensor, so the caller must pass a new tensor object whenever its values change;
-`graphopt.runtime.frozen` does. Inference only: there is no backward.
+`graphopt.runtime.frozen.prologue` does. Inference only: there is no backward.
 """
 
 from __future__ import annotations

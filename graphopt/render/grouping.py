@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.grouping import Grouping
+from graphopt.plan.grouping import Grouping
 from graphopt.render.units import size
 
 GROUPS_SHOWN = 40

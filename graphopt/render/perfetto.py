@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graphopt.runtime.simulate import Trace
+    from graphopt.simulate import Trace
 
 MICRO = 1e6
 PROCESS = 1

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from graphopt.runtime.simulate import Point
+    from graphopt.simulate import Point
 
 COLUMNS = ("world", "groups", "step ms", "exposed ms", "efficiency", "DDP default")
 

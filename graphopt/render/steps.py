@@ -10,14 +10,14 @@ from rich.padding import Padding
 from rich.text import Text
 
 from graphopt.passbase import Applied, Declined, Number
+from graphopt.pipeline.step import PassStep
 from graphopt.render.units import duration
-from graphopt.report import Step
 
 SITES_SHOWN = 4
 GROUPS_SHOWN = 8
 
 
-def step_view(step: Step, change: RenderableType | None = None) -> RenderableType:
+def step_view(step: PassStep, change: RenderableType | None = None) -> RenderableType:
     """One pass: what it took, what it changed, what it applied and declined.
 
     Args:

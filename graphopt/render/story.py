@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from graphopt.analysis.story import Link, Story
+from graphopt.pipeline.step import PassStep
 from graphopt.render.steps import numbers_text
 from graphopt.render.units import count, size
-from graphopt.report import Step
 
 USERS_SHOWN = 8
 
 
-def story_view(told: Story, decisions: Sequence[Step], *, removed: bool) -> RenderableType:
+def story_view(told: Story, decisions: Sequence[PassStep], *, removed: bool) -> RenderableType:
     """The story as lines of fact, then one line per decision.
 
     Args:
@@ -74,7 +74,7 @@ def _link(link: Link, told: Story) -> str:
     return f"{link.node}  {link.operator}{source}"
 
 
-def _verdicts(step: Step, told: Story) -> Iterator[str]:
+def _verdicts(step: PassStep, told: Story) -> Iterator[str]:
     if step.skipped:
         yield f"[yellow]skipped[/], {escape(step.skipped)}"
         return

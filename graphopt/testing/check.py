@@ -16,8 +16,8 @@ from graphopt import registry
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph
 from graphopt.passbase import Pass, PassContext
-from graphopt.spec import format_pass, options_of, parse_spec
-from graphopt.spec_values import format_value, parse_value
+from graphopt.pipeline.spec import format_pass, options_of, parse_spec
+from graphopt.pipeline.values import format_value, parse_value
 from graphopt.testing.inputs import inputs_for
 from graphopt.testing.obligations import OBLIGATIONS, Trial
 from graphopt.testing.strategies import inference_graphs, joint_graphs

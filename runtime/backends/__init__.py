@@ -8,8 +8,9 @@ from importlib import import_module
 from torch import Tensor, fx
 
 from graphopt.plan import Plan
-from graphopt.runtime.engine import InferenceEngine, TrainingEngine
-from graphopt.runtime.reduction import Synchronisation
+from graphopt.runtime.engine.inference import InferenceEngine
+from graphopt.runtime.engine.training import TrainingEngine
+from graphopt.runtime.group_gradients.reduction import Synchronisation
 
 BACKENDS = ("eager", "inductor")
 

@@ -23,11 +23,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt.errors import BackendError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends.eager import boxed
-from graphopt.runtime.engine import Executable, InferenceEngine, TrainingEngine
+from graphopt.runtime.engine.base import Executable
+from graphopt.runtime.engine.inference import InferenceEngine
+from graphopt.runtime.engine.partition import Halves, split
+from graphopt.runtime.engine.training import TrainingEngine
 from graphopt.runtime.forms import backward_of
-from graphopt.runtime.frozen import WhileUnchanged, hoist
-from graphopt.runtime.partition import Halves, split
-from graphopt.runtime.reduction import Synchronisation
+from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
+from graphopt.runtime.group_gradients.reduction import Synchronisation
 
 
 def build(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.module import report
+from graphopt.model.surface import report
 from graphopt.testing.corpus import CORPUS
 
 # Where the model itself runs other operators while it is captured, with the reason and a bound.

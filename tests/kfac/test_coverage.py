@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import graphopt
-from graphopt.module import report
+from graphopt.model.surface import report
 from tests.kfac.brute_force import expected
 from tests.kfac.cases import NAMES, case
 from tests.kfac.explicit import compute

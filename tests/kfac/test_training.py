@@ -317,7 +317,7 @@ def test_batches_of_other_sizes_share_their_curvature() -> None:
         x, y = _data(n, seed=step)
         F.cross_entropy(model(x), y).backward()
     assert int(graphopt.state_dict(model)["kfac/step"]) == 5
-    assert len(graphopt.module.report(model).specialisations) == 3
+    assert len(graphopt.model.surface.report(model).specialisations) == 3
 
 
 class TwoHeads(nn.Module):

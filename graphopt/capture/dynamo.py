@@ -1,0 +1,131 @@
+"""The first way in: Dynamo reads ``forward`` as bytecode and captures it with its guards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import CaptureOutput, fullgraph_capture, get_compile_id
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._guards import CompileContext, TracingContext, compile_context
+
+from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
+from graphopt.capture.guards import Guard
+from graphopt.capture.opaque import capturable_leaves, replace_leaves
+from graphopt.errors import CaptureError
+
+
+class _Inputs(Exception):
+    """Carries the flat inputs of a call out of Dynamo's bytecode."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+
+def by_dynamo(
+    model: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FlatForward:
+    """Capture by Dynamo.
+
+    Raises:
+        CaptureError: it refuses, naming the user's source line.
+    """
+    bound = types.MethodType(forward, model)
+    with _dynamo_settings():
+        try:
+            output = fullgraph_capture(bound, args, kwargs)
+            guard = Guard(_build_guards(output, forward), forward)
+        except (TorchDynamoException, AssertionError, RuntimeError) as error:
+            raise refused(error, forward) from error
+    if output.backend_input is None:
+        raise CaptureError(
+            "forward runs no tensor operator, so there is nothing to capture",
+            where=location(forward),
+            hint="optimize a module whose forward computes something from its inputs",
+        )
+    backend_input = output.backend_input
+    f_globals = output.graph_capture_output.f_globals
+
+    def bind(runner: Runner) -> Callable[..., object]:
+        def compiled(*tensors: Tensor) -> Sequence[Tensor]:
+            return runner(tensors)
+
+        return output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+
+    def take(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        raise _Inputs(tuple(tensors))
+
+    try:
+        bind(take)(model, *args, **kwargs)
+        raise CaptureError("the captured call did not reach its graph", where=location(forward))
+    except _Inputs as taken:
+        inputs = taken.tensors
+
+    module = backend_input.graph_module
+    leaves = replace_leaves(module)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    context = TracingContext(backend_input.fake_mode)
+    return FlatForward(
+        module=module,
+        slots=name_inputs(model, inputs, [_source_name(node) for node in placeholders]),
+        inputs=inputs,
+        context=context,
+        route="dynamo",
+        bind=bind,
+        holds=guard,
+        failure=guard.failure,
+        notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
+    )
+
+
+@contextlib.contextmanager
+def _dynamo_settings() -> Iterator[None]:
+    """One static graph per call, guarded on hooks too, with the known refusals cured."""
+    with (
+        get_metrics_context(),
+        dynamo_timed("graphopt_capture"),
+        torch._dynamo.config.patch(
+            automatic_dynamic_shapes=False,
+            assume_static_by_default=True,
+            # A hook added to a submodule later must lead to a new capture, not be lost.
+            skip_nnmodule_hook_guards=False,
+            # What forward prints or logs is not part of the step.
+            reorderable_logging_functions={print, warnings.warn},
+            ignore_logging_functions={
+                logging.Logger.debug,
+                logging.Logger.info,
+                logging.Logger.warning,
+                *_once_loggers(),
+            },
+            side_effect_replay_policy="silent",
+        ),
+        fx.traceback.preserve_node_meta(),
+        capturable_leaves(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _once_loggers() -> set[Callable[..., Any]]:
+    """Logger methods that transformers adds: cached, hence opaque to Dynamo."""
+    names = ("warning_once", "info_once", "warning_advice")
+    return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
+
+
+def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
+    with compile_context(CompileContext(get_compile_id({}))):
+        return output.graph_capture_output.build_guards(forward.__code__).guard_manager
+
+
+def _source_name(placeholder: fx.Node) -> str:
+    """``L_batch_ids_`` -> ``batch_ids``."""
+    return str(placeholder.target).removeprefix("L_").removeprefix("self_").strip("_")

@@ -1,0 +1,82 @@
+"""A captured forward before its backward is derived, and what every way in has to say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+
+from graphopt.errors import CaptureError
+from graphopt.plan import Role, Slot
+
+Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class FlatForward:
+    """A torch-level graph whose placeholders are all the tensors that the call uses.
+
+    `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
+    came from in the call.
+    """
+
+    module: fx.GraphModule
+    slots: tuple[Slot, ...]
+    inputs: tuple[Tensor, ...]
+    context: TracingContext
+    route: str
+    bind: Callable[[Runner], Callable[..., object]]
+    holds: Callable[..., bool]
+    failure: Callable[..., str]
+    notes: tuple[str, ...]
+
+
+def name_inputs(
+    model: nn.Module, inputs: Sequence[Tensor], fallback: Sequence[str]
+) -> tuple[Slot, ...]:
+    """Role and name of every flat input, found by identity with the model's own tensors."""
+    known = {id(t): Slot(Role.BUFFER, n) for n, t in model.named_buffers(remove_duplicate=True)}
+    known |= {id(t): Slot(Role.PARAM, n) for n, t in model.named_parameters()}
+    taken = {slot.name for slot in known.values()}
+    slots = []
+    for tensor, name in zip(inputs, fallback, strict=True):
+        slot = known.get(id(tensor))
+        if slot is None:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            slot = Slot(Role.INPUT, name)
+        slots.append(slot)
+    return tuple(slots)
+
+
+def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
+    """What Dynamo said, as one sentence with the user's source line."""
+    stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
+    where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
+    message = str(error)
+    hint = "rewrite this line, or keep what it does outside of the model"
+    if "data-dependent" in message.lower():
+        hint = "choose by torch.where or torch.cond instead of by Python on tensor values"
+    else:
+        hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
+        hint = next((h.split(". ")[0].strip().rstrip(".") for h in hints), hint)
+    return CaptureError(
+        f"forward cannot be captured as one graph: {first_line(error)}",
+        where=where or location(forward),
+        hint=hint,
+    )
+
+
+def location(forward: Callable[..., object]) -> str:
+    """``file:line`` of a function, for messages."""
+    code = getattr(forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}: def {code.co_name}" if code else ""
+
+
+def first_line(error: object) -> str:
+    """The first line of a message that is not empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,52 @@
+"""Whether a call is one that a capture was made for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from graphopt.capture.flat import first_line
+
+
+class Guard:
+    """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
+
+    They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
+    and every Python value that forward read.
+    """
+
+    def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
+        self._manager = manager
+        # The guards speak of the variables of the code itself, whatever function it wraps.
+        self._signature = inspect.signature(forward, follow_wrapped=False)
+        parameters = self._signature.parameters.values()
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        self._closure = {name: cell.cell_contents for name, cell in cells}
+        self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
+
+    def __call__(self, *args: object, **kwargs: object) -> bool:
+        """Whether every guard holds for this call."""
+        variables = self._variables(args, kwargs)
+        return variables is not None and bool(self._manager.check(variables))
+
+    def failure(self, *args: object, **kwargs: object) -> str:
+        """The first guard that does not hold for a call, as Dynamo words it."""
+        variables = self._variables(args, kwargs)
+        if variables is None:
+            return "the arguments do not fit"
+        parts = self._manager.check_verbose(variables).verbose_code_parts
+        return first_line(parts[0]) if parts else ""
+
+    def _variables(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, object] | None:
+        if not kwargs and len(args) == len(self._names):
+            return dict(zip(self._names, args, strict=True))
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return {**self._closure, **bound.arguments}

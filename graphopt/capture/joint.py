@@ -1,0 +1,195 @@
+"""From a flat forward graph to the joint graph, by AOTAutograd and without decompositions."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch._functorch.config
+from torch import fx
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import tracing
+
+from graphopt.capture.flat import FlatForward, first_line
+from graphopt.capture.opaque import eager_resampling
+from graphopt.errors import CaptureError
+from graphopt.graph import KEPT_META, Graph, Level
+from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
+
+
+def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
+    """The joint (or inference) graph of a flat forward graph."""
+    module = fx.GraphModule(flat.module, flat.module.graph)
+    joint, metadata = _export_joint(module, flat)
+    sharing = [
+        position
+        for position, info in enumerate(metadata.output_info)
+        if info.output_type.name.startswith("alias_of_intermediate")
+    ]
+    if sharing:
+        # Outputs share one storage. Giving each its own keeps the graph a plain function.
+        _clone_outputs(module, sharing)
+        joint, metadata = _export_joint(module, flat)
+    _refuse_unsupported(metadata, flat)
+    aliases = _aliases(joint, metadata)
+    signature = _sign(joint, flat, {alias.output for alias in aliases})
+    level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
+    graph = Graph(joint, signature, level)
+    _settle(graph)
+    return graph, aliases
+
+
+def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphModule, Any]:
+    with (
+        contextlib.ExitStack() as stack,
+        tracing(flat.context),
+        fx.traceback.preserve_node_meta(),
+        torch._functorch.config.patch(functionalize_rng_ops=False),
+        eager_resampling(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            exported = aot_export_joint_with_descriptors(
+                stack,
+                module,
+                flat.inputs,
+                # Shapes are static. With a shape environment, tracing would go through Python
+                # decompositions (bilinear upsampling, recurrent layers) that eager does not run.
+                ignore_shape_env=True,
+            )
+        except Exception as error:
+            raise CaptureError(
+                f"the backward graph cannot be derived: {first_line(error)}",
+                hint="run the model once without graphopt: if that works, please report this model",
+            ) from error
+    return exported.graph_module, exported._aot_state.fw_metadata
+
+
+def _clone_outputs(module: fx.GraphModule, positions: Sequence[int]) -> None:
+    output = module.graph.output_node()
+    returned = list(_returned(output))
+    with module.graph.inserting_before(output):
+        for position in positions:
+            returned[position] = module.graph.call_function(torch.clone, (returned[position],))
+    output.args = (tuple(returned),)
+    module.recompile()
+
+
+def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
+    for info, slot in zip(metadata.input_info, flat.slots, strict=True):
+        if info.mutates_metadata:
+            raise CaptureError(
+                f"forward changes the shape or strides of {slot} in place",
+                hint="return the reshaped tensor instead of changing the input",
+            )
+        if (
+            info.mutates_data
+            and info.requires_grad
+            and not (
+                info.mutations_under_no_grad_or_inference_mode
+                or info.mutations_hidden_from_autograd
+            )
+        ):
+            raise CaptureError(
+                f"forward changes {slot}, which requires a gradient, in place",
+                hint="work on a clone: x = x.clone()",
+            )
+    if metadata.tokens:
+        raise CaptureError(
+            f"forward calls operators with ordered side effects: {list(metadata.tokens)}",
+            hint="move them out of the model",
+        )
+
+
+def _aliases(joint: fx.GraphModule, metadata: Any) -> tuple[OutputAlias, ...]:
+    nodes = _by_position(joint)
+    aliases = []
+    for position, info in enumerate(metadata.output_info):
+        kind = info.output_type.name
+        if kind == "is_input":
+            aliases.append(OutputAlias(position, info.base_idx))
+        elif kind == "alias_of_input":
+            value = nodes[position].meta["val"]
+            view = (tuple(value.shape), tuple(value.stride()), int(value.storage_offset()))
+            aliases.append(OutputAlias(position, info.base_idx, *view))
+    return tuple(aliases)
+
+
+def _by_position(joint: fx.GraphModule) -> dict[int, fx.Node]:
+    output = joint.graph.output_node()
+    return {
+        desc.idx: node
+        for node, desc in zip(_returned(output), output.meta["desc"], strict=True)
+        if isinstance(desc, PlainAOTOutput)
+    }
+
+
+def _returned(output: fx.Node) -> Sequence[fx.Node]:
+    return cast("Sequence[fx.Node]", output.args[0])
+
+
+def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signature:
+    """Translate torch's descriptors into slots and drop outputs that are not computed."""
+    inputs = []
+    for node in joint.graph.find_nodes(op="placeholder"):
+        desc = node.meta["desc"]
+        if isinstance(desc, PlainAOTInput):
+            inputs.append(flat.slots[desc.idx])
+        elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, PlainAOTOutput):
+            inputs.append(Slot(Role.TANGENT, str(desc.output.idx), Phase.BACKWARD))
+        else:
+            raise CaptureError(f"an input of a kind that is not supported yet: {desc!r}")
+    slots, nodes = [], []
+    output = joint.graph.output_node()
+    for node, desc in zip(_returned(output), output.meta["desc"], strict=True):
+        if node is None or (isinstance(desc, PlainAOTOutput) and desc.idx in aliased):
+            continue
+        slots.append(_output_slot(desc, flat.slots))
+        nodes.append(node)
+    output.args = (nodes,)
+    output.meta.clear()
+    return Signature(tuple(inputs), tuple(slots))
+
+
+def _output_slot(desc: object, slots: Sequence[Slot]) -> Slot:
+    if isinstance(desc, PlainAOTOutput):
+        return Slot(Role.OUTPUT, str(desc.idx))
+    if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
+        return Slot(Role.GRAD, slots[desc.grad_of.idx].name, Phase.BACKWARD)
+    if isinstance(desc, InputMutationAOTOutput) and isinstance(desc.mutated_input, PlainAOTInput):
+        return Slot(Role.MUTATION, slots[desc.mutated_input.idx].name)
+    raise CaptureError(f"an output of a kind that is not supported yet: {desc!r}")
+
+
+def _settle(graph: Graph) -> None:
+    """Readable placeholder names, and only the metadata that graphopt keeps."""
+    graph.fx.set_codegen(fx.graph.CodeGen())
+    inputs = graph.inputs
+    for index, node in enumerate(inputs):  # first free the names that another input may want
+        node._rename(f"graphopt_input_{index}")
+    for node, slot in zip(inputs, graph.signature.inputs, strict=True):
+        prefix = "tangent_" if slot.role is Role.TANGENT else ""
+        node._rename(prefix + slot.name.replace(".", "_"))
+        node.target = node.name
+    tangents = graph.signature.names(Role.TANGENT)
+    after = set(inputs[len(inputs) - len(tangents) :]) if tangents else set()
+    for node in graph.nodes:
+        # The inlined backward of a custom autograd.Function is traced as forward code.
+        if node in after or after.intersection(node.all_input_nodes):
+            after.add(node)
+            if node.op != "output":
+                node.meta["partitioner_tag"] = "is_backward"
+        for key in [k for k in node.meta if k not in KEPT_META]:
+            del node.meta[key]
+    graph.changed()

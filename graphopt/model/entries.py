@@ -1,0 +1,72 @@
+"""What is known about each specialisation of a model, as frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from graphopt.pipeline.step import PassStep
+from graphopt.plan import Plan
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What runs the graph, and why.
+
+    Attributes:
+        backend: ``"eager"`` or ``"inductor"``.
+        requested: what the user asked for (``"auto"``).
+        reason: one sentence.
+        seconds: measured time of a step per backend; empty when nothing was measured.
+    """
+
+    backend: str
+    requested: str
+    reason: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How the graph's results compare with those of PyTorch eager.
+
+    Attributes:
+        level: what was asked for: ``"off"``, ``"structure"``, ``"eager"`` or ``"full"``.
+        result: ``"bit-equal"``, ``"within tolerance"`` or ``"not run"``.
+        worst_name: the output or gradient that is farthest off.
+        worst_error: its error, relative to its largest magnitude.
+        seconds: how long the comparison took.
+    """
+
+    level: str
+    result: str
+    worst_name: str = ""
+    worst_error: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One captured variant of a model.
+
+    Attributes:
+        signature: the inputs that it was captured for, in words.
+        level: the level of its graph (``"joint"``).
+        route: how it was captured (``"dynamo"``).
+        capture_seconds: how long that took.
+        steps: one per pass of the pipeline, in order.
+        backend: what runs it.
+        verification: how it was compared with eager.
+        plan: what the runtime obeys.
+        notes: what else the user should know.
+    """
+
+    signature: str
+    level: str
+    route: str
+    capture_seconds: float
+    steps: tuple[PassStep, ...]
+    backend: BackendChoice
+    verification: Verification
+    plan: Plan
+    notes: tuple[str, ...] = ()

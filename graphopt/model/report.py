@@ -1,0 +1,57 @@
+"""What was done to a model: the steps of the pipeline, the backend, the verification, in words.
+
+Everything here is frozen data. `Report.explain` is for a terminal, `Report.to_json` for programs,
+and a notebook shows the same with sections that fold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from graphopt.model.entries import Specialisation
+from graphopt.model.explain import explain, to_html
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to one model.
+
+    Attributes:
+        model: the class of the model.
+        spec: the pipeline in the spec language.
+        specialisations: the captured variants, oldest first.
+        notes: what concerns the model as a whole.
+    """
+
+    model: str
+    spec: str
+    specialisations: tuple[Specialisation, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def explain(self) -> str:
+        """The report as text for a terminal."""
+        return explain(self.model, self.spec, self.specialisations, self.notes)
+
+    def to_json(self) -> str:
+        """The report as JSON with sorted keys; keys are those of the dataclasses.
+
+        Numbers that JSON does not have (infinities) are strings.
+        """
+        return json.dumps(_strict(asdict(self)), sort_keys=True, indent=1, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        return to_html(self.model, self.spec, self.specialisations, self.notes)
+
+
+def _strict(value: object) -> object:
+    """The value with only what strict JSON has."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return value

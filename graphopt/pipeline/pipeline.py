@@ -1,0 +1,183 @@
+"""A tuple of passes whose order is checked when it is built, and whose promises when it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from graphopt.errors import ArgumentError, GraphoptError, PipelineError
+from graphopt.graph import Graph
+from graphopt.passbase import Outcome, Pass, PassContext
+from graphopt.pipeline.order import check_order
+from graphopt.pipeline.spec import format_pass, format_spec, parse_spec
+from graphopt.pipeline.step import PassStep
+from graphopt.verify import verify as verify_graph
+
+VerifyLevel = Literal["off", "structure", "full"]
+
+
+class Observer(Protocol):
+    """What is called after each pass, skipped ones included.
+
+    An observer may also have a method ``before(index, pass_, graph)``, which is called before each
+    pass that is not skipped.
+    """
+
+    def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
+        """Look at the graph after the pass with this position; must not change it."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in an order that their declared facts allow.
+
+    Args:
+        passes: the passes, in the order in which they run.
+        observers: what is called around each pass; not part of equality.
+
+    Raises:
+        PipelineError: a pass needs a fact that no earlier pass provides, or conflicts with one
+            that an earlier pass provides; names both passes and an order that works.
+        SpecError: an option has a value that the spec language cannot say.
+    """
+
+    passes: tuple[Pass, ...]
+    observers: tuple[Observer, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        format_spec(self.passes)
+        check_order(self.passes)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """The pipeline that a spec names; the inverse of `str`."""
+        return cls(parse_spec(text))
+
+    def __str__(self) -> str:
+        return format_spec(self.passes)
+
+    def run(
+        self, graph: Graph, ctx: PassContext | None = None, verify: VerifyLevel = "structure"
+    ) -> tuple[PassStep, ...]:
+        """Rewrite `graph` in place.
+
+        The graph is verified once before the first pass and after each pass that changed it.
+
+        Args:
+            graph: the graph; after an error it may be half rewritten.
+            ctx: what passes may know beside the graph.
+            verify: ``"off"``, ``"structure"`` (the table of invariants), ``"full"`` (also every
+                operator on fake tensors).
+
+        Returns:
+            One step per pass.
+
+        Raises:
+            InvariantError: the graph was illegal before the first pass.
+            PipelineError: a pass failed, left an illegal graph or broke a promise; the cause is
+                chained.
+        """
+        if verify not in ("off", "structure", "full"):
+            raise ArgumentError(
+                f"verify={verify!r} is not a level",
+                hint="use 'off', 'structure' or 'full'",
+            )
+        steps: list[PassStep] = []
+        checking = _verified(graph, verify) if self.passes else 0.0
+        for index, pass_ in enumerate(self.passes):
+            if reason := _reason_to_skip(pass_, graph):
+                size = len(graph)
+                step = PassStep(
+                    format_pass(pass_), pass_.numerics, Outcome(), 0.0, 0.0, size, size, reason
+                )
+            else:
+                for observer in self.observers:
+                    if before := getattr(observer, "before", None):
+                        before(index, pass_, graph)
+                step = self._run_one(index, graph, ctx or PassContext(), verify, checking)
+                checking = 0.0
+            steps.append(step)
+            for observer in self.observers:
+                observer(index, pass_, graph, step)
+        return tuple(steps)
+
+    def _run_one(
+        self, index: int, graph: Graph, ctx: PassContext, verify: VerifyLevel, checking: float
+    ) -> PassStep:
+        pass_ = self.passes[index]
+        size, signature, before = len(graph), graph.signature, _Fingerprint(graph)
+        started = time.perf_counter()
+        try:
+            if present := pass_.conflicts & graph.facts:
+                raise PipelineError(f"it must not run on a graph that is {min(present)!r} already")
+            outcome = pass_.apply(graph, ctx)
+            if not isinstance(outcome, Outcome):
+                raise PipelineError(f"its apply returned {outcome!r}, not an Outcome")
+            if outcome.changed:
+                graph.changed()
+            seconds = time.perf_counter() - started
+            if graph.signature != signature and not pass_.changes_signature:
+                raise PipelineError("it changed the signature and does not declare that")
+            if outcome.changed:
+                checking += _verified(graph, verify)
+            elif not before.holds(graph):
+                raise PipelineError("it changed the graph, but its outcome has nothing applied")
+        except Exception as error:
+            raise self._failed(index, error) from error
+        graph.facts |= pass_.provides
+        return PassStep(
+            format_pass(pass_), pass_.numerics, outcome, seconds, checking, size, len(graph)
+        )
+
+    def _failed(self, index: int, error: Exception) -> PipelineError:
+        earlier = ", ".join(pass_.name for pass_ in self.passes[:index])
+        after = f" (after {earlier})" if earlier else ""
+        name = self.passes[index].name
+        if not isinstance(error, GraphoptError):
+            return PipelineError(f"pass {name!r}{after} failed: {type(error).__name__}: {error}")
+        code = "" if isinstance(error, PipelineError) else f"[{error.code}] "
+        return PipelineError(
+            f"pass {name!r}{after} failed: {code}{error.message}",
+            where=error.where,
+            hint=error.hint,
+        )
+
+
+class _Fingerprint:
+    """What passes rewrite, to tell whether they did; costs one tuple per node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._signature = graph.signature
+        self._nodes = [(n, n.op, n.target, n.args, n.kwargs) for n in graph.nodes]
+        self._meta = [(n.meta.get("val"), n.meta.get("partitioner_tag")) for n in graph.nodes]
+
+    def holds(self, graph: Graph) -> bool:
+        """Whether the graph is still the same; recorded values are compared by identity."""
+        now = _Fingerprint(graph)
+        return (
+            self._signature == now._signature
+            and self._nodes == now._nodes
+            and all(
+                value is new_value and tag == new_tag
+                for (value, tag), (new_value, new_tag) in zip(self._meta, now._meta, strict=True)
+            )
+        )
+
+
+def _verified(graph: Graph, level: VerifyLevel) -> float:
+    """Verify, and return how many seconds it took."""
+    started = time.perf_counter()
+    if level != "off":
+        verify_graph(graph, full=level == "full")
+    return time.perf_counter() - started
+
+
+def _reason_to_skip(pass_: Pass, graph: Graph) -> str:
+    if not pass_.works_on(graph.level):
+        levels = " and ".join(sorted(pass_.levels))
+        return f"it works on {levels} graphs and this is a graph of level {graph.level}"
+    # Facts were checked when the pipeline was built, so their provider was skipped.
+    if missing := pass_.requires - graph.facts:
+        return f"it needs {min(missing)!r}, whose provider was skipped"
+    return ""

@@ -1,0 +1,117 @@
+"""Roles and names of all inputs and outputs of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What an input or output of a graph is to the model.
+
+    ``LOCAL`` is the gradient of this rank's own batch, beside the reduced ``GRAD``: what a step of
+    gradient accumulation that does not communicate returns. ``STATISTIC`` is what the curvature is
+    estimated from; only steps that renew the estimate compute it.
+    """
+
+    PARAM = "param"
+    BUFFER = "buffer"
+    INPUT = "input"
+    TANGENT = "tangent"
+    STATE = "state"
+    OUTPUT = "output"
+    GRAD = "grad"
+    LOCAL = "local"
+    MUTATION = "mutation"
+    STATISTIC = "statistic"
+
+
+class Phase(StrEnum):
+    """The half of a training step that a node or an output belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE})
+OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.STATISTIC})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input or output of a graph.
+
+    Attributes:
+        role: what it is.
+        name: the qualified name of a parameter or buffer (``"layer1.conv.weight"``), the position
+            of a plain input, output or tangent (``"0"``), the name of a pass's state. A ``GRAD`` or
+            ``MUTATION`` output carries the name of the input it belongs to.
+        phase: the half of the step that produces (output) or first consumes (input) it.
+    """
+
+    role: Role
+    name: str
+    phase: Phase = Phase.FORWARD
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Roles and names of all inputs and outputs of a graph, in order.
+
+    Forward outputs come before backward outputs. A ``MUTATION`` output is written back into the
+    input of the same name when its half of the step has run.
+    """
+
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+
+    def __post_init__(self) -> None:
+        phases = [slot.phase for slot in self.outputs]
+        if phases != sorted(phases, key=list(Phase).index):
+            raise ValueError("forward outputs must come before backward outputs")
+
+    @property
+    def num_forward_outputs(self) -> int:
+        """Outputs of the forward half, mutations included."""
+        return sum(slot.phase is Phase.FORWARD for slot in self.outputs)
+
+    def input_index(self, role: Role, name: str) -> int:
+        """Position of an input; raises ``KeyError`` when there is none."""
+        return _index(self.inputs, role, name)
+
+    def output_index(self, role: Role, name: str) -> int:
+        """Position of an output; raises ``KeyError`` when there is none."""
+        return _index(self.outputs, role, name)
+
+    def names(self, role: Role) -> tuple[str, ...]:
+        """Names of all inputs or outputs with this role, in order."""
+        slots = self.inputs if role in INPUT_ROLES else self.outputs
+        return tuple(slot.name for slot in slots if slot.role is role)
+
+
+def _index(slots: tuple[Slot, ...], role: Role, name: str) -> int:
+    for index, slot in enumerate(slots):
+        if slot.role is role and slot.name == name:
+            return index
+    raise KeyError(f"{role} {name!r}")
+
+
+@dataclass(frozen=True)
+class OutputAlias:
+    """An output of the model that is one of its inputs, or a view of one.
+
+    Attributes:
+        output: position among the model's outputs.
+        input: position among the graph's inputs.
+        size, stride, offset: geometry of the view; empty `size` and ``offset == -1`` for the input
+            itself.
+    """
+
+    output: int
+    input: int
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = -1

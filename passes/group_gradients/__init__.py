@@ -1,0 +1,156 @@
+"""Reduce gradients over all ranks, in groups that travel while the backward still computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+from graphopt.analysis.gradient_order import GradientOrder, gradient_order, measured_order
+from graphopt.analysis.linearity import linear_in_tangents
+from graphopt.analysis.profile import measure
+from graphopt.errors import ArgumentError
+from graphopt.graph import REDUCTION, Graph, Reduction
+from graphopt.grouping.planner import plan
+from graphopt.network.curve import Curve
+from graphopt.network.named import link_curve
+from graphopt.passbase import (
+    REASSOCIATED,
+    Applied,
+    Declined,
+    Numerics,
+    Outcome,
+    Pass,
+    PassContext,
+    lowered,
+)
+from graphopt.passes.group_gradients.rewrite import insert_collectives
+from graphopt.plan.grouping import Grouping
+
+
+@dataclass(frozen=True)
+class GroupGradients(Pass):
+    """Average every parameter's gradient over all ranks, as few messages as hide best.
+
+    The groups are those that finish earliest for the measured cost of messages on this job's link
+    and the measured times at which this model's gradients are ready. The collectives are nodes of
+    the backward graph, started where the last gradient of their group is ready.
+
+    Attributes:
+        link: ``measure`` times the job's own link when it starts; a name of
+            `graphopt.network.clusters` takes that machine's cost.
+        wire: ``native`` sends gradients as they are; ``bf16`` rounds them for the way; ``int32``
+            sends integers of a common exponent, whose sum is the same, bit for bit, for every
+            number of ranks and every grouping.
+        stale: ``none`` waits for this step's gradients. ``double_buffer`` and ``lag`` return those
+            of the step before, so that a whole step hides the communication; this changes the
+            training method.
+    """
+
+    name: ClassVar[str] = "group_gradients"
+    levels: ClassVar[frozenset[str]] = frozenset({"joint"})
+    provides: ClassVar[frozenset[str]] = frozenset({"grouped"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"grouped"})
+    changes_signature: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = False
+    source: ClassVar[str] = "Laanait et al., arXiv 1909.11150; optimal grouping is graphopt's own"
+
+    link: str = "measure"
+    wire: Literal["native", "bf16", "int32"] = "native"
+    stale: Literal["none", "double_buffer", "lag"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.wire == "int32" and self.stale != "none":
+            raise ArgumentError(
+                f"wire=int32 and stale={self.stale} cannot be combined",
+                hint="leave one of them out",
+            )
+
+    @property
+    def numerics(self) -> Numerics:  # type: ignore[override]
+        """Sums over ranks are rounded in another order; a narrow wire rounds more."""
+        return {"native": REASSOCIATED, "bf16": lowered(2**-7), "int32": lowered(2**-20)}[self.wire]
+
+    def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
+        """Insert one collective per group and leave the rank's own gradients as ``LOCAL``."""
+        world = ctx.workers.size if ctx.workers else ctx.mesh.get("dp", 1)
+        if world == 1 and not (self.wire == "int32" and ctx.workers):
+            return _declined("one-rank", "there is one rank, so nothing has to be reduced")
+        order = graph.get(gradient_order)
+        if not order.ready:
+            return _declined("no-gradients", "no parameter receives a gradient")
+        _refuse_sparse(order)
+        grouping = self._agreed(graph, ctx, order, world)
+        scaled = self.wire == "native" and graph.get(linear_in_tangents)
+        insert_collectives(
+            graph,
+            [g.names for g in grouping.groups],
+            wire=self.wire,
+            world=world,
+            channel=ctx.workers.channel if ctx.workers else "dp",
+            scaled=scaled,
+        )
+        reduction = Reduction(grouping, self.wire, self.stale, 1 / world if scaled else 1.0)
+        graph.annotate(graph.output, REDUCTION, reduction)
+        return Outcome(_applied(grouping))
+
+    def _agreed(self, graph: Graph, ctx: PassContext, order: GradientOrder, world: int) -> Grouping:
+        """Rank 0's plan; times differ from rank to rank, and groups must not."""
+        curve = self._curve(ctx)
+
+        def decide(by: GradientOrder) -> Grouping:
+            return plan(
+                by.ready, curve, by.backward, link=curve.source, times=by.times, world=world
+            )
+
+        if ctx.workers is None:
+            return decide(order)
+        known = "\n".join([f"passes {self}", *order.sizes])
+        text = ctx.workers.agree(
+            "gradients",
+            known,
+            lambda: json.dumps(asdict(decide(measured_order(graph, measure(graph))))),
+        )
+        return Grouping.from_data(json.loads(text))
+
+    def _curve(self, ctx: PassContext) -> Curve:
+        if self.link == "measure" and ctx.workers is not None:
+            return ctx.workers.link()
+        return link_curve(self.link, ctx)
+
+
+def _refuse_sparse(order: GradientOrder) -> None:
+    """Ranks would have to agree on indices first, which no message of fixed size can carry."""
+    sparse = [r.name for r in order.ready if r.kind.startswith("sparse")]
+    if sparse:
+        raise ArgumentError(
+            f"the gradient of {sparse[0]!r} is sparse, and sparse gradients are not reduced",
+            hint="build the embedding with sparse=False, or optimize with passes='cleanup' and "
+            "wrap the model in DistributedDataParallel",
+        )
+
+
+def _declined(reason: str, detail: str) -> Outcome:
+    return Outcome(declined=(Declined("gradients", reason, detail),))
+
+
+def _applied(grouping: Grouping) -> tuple[Applied, ...]:
+    others = {c.name: round(1e3 * (c.finish - grouping.backward), 3) for c in grouping.candidates}
+    summary = Applied(
+        "gradients",
+        f"reduced in {len(grouping.groups)} groups over {grouping.world} ranks",
+        {
+            "exposed_ms": round(1e3 * grouping.exposed, 3),
+            "bound_ms": round(1e3 * max(0.0, grouping.bound - grouping.backward), 3),
+            **{f"{name} exposed_ms": ms for name, ms in others.items()},
+        },
+    )
+    groups = (
+        Applied(
+            f"{g.names[0]} … {g.names[-1]}" if len(g.names) > 1 else g.names[0],
+            "reduced in one message",
+            {"gradients": len(g.names), "bytes": g.bytes, "ready_ms": round(1e3 * g.ready, 3)},
+        )
+        for g in grouping.groups
+    )
+    return summary, *groups

@@ -1,0 +1,1 @@
+"""Reduce gradients over ranks as a plan says."""

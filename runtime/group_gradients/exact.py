@@ -1,0 +1,69 @@
+"""Accumulated gradients over the integer wire.
+
+A float sum of micro-batches depends on which rank added which of them. Here the gradients of every
+micro-batch wait, each on its own, until the step that reduces; then all become integers of one
+common exponent, whose sum no order changes. This costs the memory of one set of gradients per
+waiting micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import graphopt.ops.wire  # noqa: F401  (defines the operators)
+from graphopt.errors import RankError
+from graphopt.plan.grouping import Group
+from graphopt.runtime.ranks.channel import Channel
+
+ops = torch.ops.graphopt
+
+
+@torch.no_grad()
+def reduce(
+    line: Channel, groups: Sequence[Group], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The mean over ranks of the sum over this rank's micro-batches, by parameter.
+
+    Args:
+        line: the ranks; all of them must have as many micro-batches.
+        groups: which gradients share a message.
+        batches: gradients of each micro-batch, by parameter.
+
+    Raises:
+        RankError: a rank has another number of micro-batches, or does not answer.
+    """
+    world = line.size()
+    count = torch.tensor([len(batches), -len(batches)])
+    _all_reduce(line, 0, count, dist.ReduceOp.MAX)
+    if int(count[0]) != -int(count[1]):
+        raise RankError(
+            f"between {-int(count[1])} and {int(count[0])} micro-batches were accumulated",
+            hint="make as many backward passes on every rank before one that reduces",
+        )
+    contributions = world * len(batches)
+    reduced: dict[str, Tensor] = {}
+    for index, group in enumerate(groups):
+        parts = [[batch[name] for name in group.names] for batch in batches]
+        largest = torch.stack([ops.magnitudes(part) for part in parts]).amax(0)
+        _all_reduce(line, index, largest, dist.ReduceOp.MAX)
+        words = ops.to_wire(parts[0], largest, contributions)
+        for part in parts[1:]:
+            words += ops.to_wire(part, largest, contributions)
+        _all_reduce(line, index, words, dist.ReduceOp.SUM)
+        means = ops.from_wire(words, largest, parts[0], contributions, world)
+        reduced.update(zip(group.names, means, strict=True))
+    return reduced
+
+
+def _all_reduce(line: Channel, group: int, tensor: Tensor, operation: Any) -> None:
+    options = dist.AllreduceOptions()
+    options.reduceOp = operation
+    try:
+        line.inner.allreduce([tensor], options).wait()
+    except RuntimeError as error:
+        raise line.failure(group, error) from error

@@ -1,0 +1,291 @@
+"""The curvature of one model: statistics, when they are renewed, and what is made of them.
+
+Everything lives in one dictionary of tensors, so that it can be saved, restored and sent:
+``kfac/step``, per statistic ``/now`` and ``/before`` (its last two values), ``/interval``, the sums
+of the micro-batches of an unfinished step, and per block its solution.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from graphopt.plan.kfac import DENSE, UNCHECKED, Block, Curvature, Side
+from graphopt.runtime.kfac import unitwise
+from graphopt.runtime.kfac.interval import Interval, similar
+from graphopt.runtime.kfac.layout import from_matrix, to_matrix
+from graphopt.runtime.kfac.packing import unpack
+from graphopt.runtime.kfac.solve import Problem, Solution, solver
+
+# SP-NGD calls a statistic similar to an older one within this relative distance.
+ALPHA = 0.1
+
+_STEP = "kfac/step"
+_MICRO = "kfac/micro-batches"
+
+
+class CurvatureState:
+    """Statistics and solutions of the blocks that one rank keeps.
+
+    Args:
+        curvature: what to obey.
+        state: where all tensors are kept; shared by all specialisations of a model.
+    """
+
+    def __init__(self, curvature: Curvature, state: dict[str, Tensor]) -> None:
+        self.curvature = curvature
+        self.state = state
+        self.solver = solver(curvature.solver)
+        self.sides = {side.statistic: side for b in curvature.blocks for side in b.sides}
+        self._of_gradients = {b.left.statistic for b in curvature.blocks}
+        self._rows = {name for b in curvature.blocks for name in b.samples}
+        self._warned: set[str] = set()
+        if UNCHECKED in state:
+            curvature.check(state)
+            del state[UNCHECKED]
+
+    # -- time --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps so far; micro-batches of one step count once."""
+        return int(self.state[_STEP]) if _STEP in self.state else 0
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the step that is not finished."""
+        return int(self.state[_MICRO]) if _MICRO in self.state else 0
+
+    def interval(self, name: str) -> Interval:
+        """State of the interval rule of a statistic."""
+        found = self.state.get(f"kfac/{name}/interval")
+        return Interval() if found is None else Interval(*found.tolist())
+
+    def due(self) -> set[str]:
+        """Names of the statistics that this step renews."""
+        step, every = self.step, self.curvature.interval
+        if every:
+            return set() if step % every else set(self.sides)
+        return {name for name in self.sides if self.interval(name).due(step)}
+
+    def advance(self) -> None:
+        """The step is over."""
+        self.state[_STEP] = torch.tensor(self.step + 1)
+
+    def is_of_gradients(self, name: str) -> bool:
+        """Whether a statistic consists of squares of output gradients."""
+        return name in self._of_gradients
+
+    # -- statistics --------------------------------------------------------------------------------
+
+    def absorb(self, statistics: Mapping[str, Tensor], loss_scale: float = 1.0) -> None:
+        """Add one micro-batch to the statistics of the step; takes the tensors over."""
+        first = self.micro_batches == 0
+        for name, value in statistics.items():
+            if loss_scale != 1.0 and name in self._of_gradients:
+                value = value / loss_scale**2
+            elif loss_scale != 1.0 and name.endswith(":g"):
+                value = value / loss_scale
+            key = f"kfac/{name}/sum"
+            if not first and key in self.state:
+                both = (self.state[key], value)
+                value = torch.cat(both) if name in self._rows else both[0] + both[1]
+            self.state[key] = value
+        self.state[_MICRO] = torch.tensor(self.micro_batches + 1)
+
+    def taken(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The statistics of the whole step; forgets its micro-batches.
+
+        The loss of a step is the mean over all its examples, so each micro-batch of m saw output
+        gradients m times too small, and squares of them m² times.
+        """
+        m = self.micro_batches
+        found = {}
+        for name in names:
+            value = self.state.pop(f"kfac/{name}/sum", None)
+            if value is None:
+                continue
+            grows = name in self._of_gradients and self.curvature.reduction == "mean"
+            factor = 1.0 if name in self._rows else float(m) if grows else 1.0 / m
+            found[name] = value if factor == 1.0 else value * factor
+        for name in [k for k in self.state if k.startswith("kfac/") and k.endswith("/sum")]:
+            del self.state[name]
+        self.state.pop(_MICRO, None)
+        return found
+
+    def take_over(self, blocks: Iterable[Block], fresh: Mapping[str, Tensor]) -> list[Block]:
+        """Renew the statistics of these blocks, and solve those that changed; returns these."""
+        mine = [b for b in blocks if any(side.statistic in fresh for side in b.sides)]
+        names = {side.statistic for b in mine for side in b.sides}
+        renewed = self.renew({n: v for n, v in fresh.items() if n in names})
+        changed = [
+            b
+            for b in mine
+            if any(side.statistic in renewed for side in b.sides)
+            and all(f"kfac/{side.statistic}/now" in self.state for side in b.sides)
+        ]
+        if changed:
+            self.solve(changed, fresh)
+        return changed
+
+    def renew(self, statistics: Mapping[str, Tensor]) -> set[str]:
+        """Take new statistics over; returns the names of those that were usable."""
+        renewed: set[str] = set()
+        if not statistics:
+            return renewed
+        # One wait for the device for all of them.
+        extremes = torch.stack([torch.stack(v.aminmax()) for v in statistics.values()]).tolist()
+        for (name, fresh), (least, largest) in zip(statistics.items(), extremes, strict=True):
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                self._warn(name, f"the statistic {name!r} was not finite; the former one is kept")
+            elif f"kfac/{name}/now" not in self.state or least or largest:
+                # Zeros only say that the layer saw no data.
+                self._replace(name, fresh)
+                renewed.add(name)
+            if not self.curvature.interval and name not in renewed:
+                self.keep_interval(name, Interval(*self._intervals(name), next=self.step + 1))
+        return renewed
+
+    def _intervals(self, name: str) -> tuple[int, int]:
+        found = self.interval(name)
+        return found.last, found.before
+
+    def _replace(self, name: str, fresh: Tensor) -> None:
+        now = self.state.get(f"kfac/{name}/now")
+        ema = self.curvature.ema
+        if ema and now is not None:
+            fresh = now.lerp(fresh, 1 - ema)
+        if not self.curvature.interval:
+            before = self.state.get(f"kfac/{name}/before")
+            form = self.sides[name].form
+            last, older = (
+                bool(similar(fresh, old, ALPHA, form)) if old is not None else False
+                for old in (now, before)
+            )
+            self.keep_interval(name, self.interval(name).refreshed(self.step, last, older))
+            if now is not None:
+                self.state[f"kfac/{name}/before"] = now
+        self.state[f"kfac/{name}/now"] = fresh
+
+    def keep_interval(self, name: str, interval: Interval) -> None:
+        """Replace the state of the interval rule of a statistic."""
+        self.state[f"kfac/{name}/interval"] = torch.tensor(
+            [interval.last, interval.before, interval.next]
+        )
+
+    # -- solutions ---------------------------------------------------------------------------------
+
+    def solve(self, blocks: Iterable[Block], samples: Mapping[str, Tensor]) -> None:
+        """Invert what these blocks' statistics are now."""
+        blocks = list(blocks)
+        norms = [block for block in blocks if block.kind == "unitwise"]
+        kronecker = [block for block in blocks if block.kind != "unitwise"]
+        self._forget(blocks)
+        moments = [self._now(block.left) for block in norms]
+        for block, solution in zip(
+            norms, unitwise.solve_all(moments, self.curvature.damping), strict=True
+        ):
+            self._keep_solution(block, solution)
+        problems = [self._problem(b, samples) for b in kronecker]
+        for block, found in zip(
+            kronecker, self.solver.solve(problems, self.curvature.damping), strict=True
+        ):
+            self._keep_solution(block, found)
+
+    def _now(self, side: Side) -> Tensor:
+        return self.state[f"kfac/{side.statistic}/now"]
+
+    def _problem(self, block: Block, samples: Mapping[str, Tensor]) -> Problem:
+        assert block.right is not None
+        left, right = (
+            unpack(self._now(side)) if side.form == DENSE else self._now(side)
+            for side in (block.left, block.right)
+        )
+        rows = [samples[name] for name in block.samples if name in samples]
+        mean = self.curvature.reduction == "mean"
+        # Gradients of single examples: the mean over n examples divided them by n.
+        pairs = tuple(
+            (g * len(g) if mean else g, a) for g, a in zip(*[iter(rows)] * 2, strict=True)
+        )
+        return Problem(block.weight, left, right, pairs, block.groups)
+
+    def _forget(self, blocks: Iterable[Block]) -> None:
+        """Drop the solutions of these blocks."""
+        old = {prefix_of(block) for block in blocks}
+        for key in [k for k in self.state if k[: k.rfind("/") + 1] in old]:
+            del self.state[key]
+
+    def _keep_solution(self, block: Block, solution: Solution | None) -> None:
+        prefix = prefix_of(block)
+        if solution is None:
+            self._warn(
+                block.weight,
+                f"the curvature of {block.weight!r} could not be inverted with any damping; its "
+                "gradient stays plain until the next statistics",
+            )
+            return
+        if float(solution["damping"]) > self.curvature.damping:
+            self._warn(
+                f"{block.weight} damping",
+                f"the curvature of {block.weight!r} needed a damping of "
+                f"{float(solution['damping']):g}",
+            )
+        self.state.update({prefix + key: value for key, value in solution.items()})
+
+    def _solutions(self) -> dict[str, Solution]:
+        """What was made of the blocks' statistics, by `prefix_of` them; one look at the state."""
+        found: dict[str, Solution] = {}
+        for key, value in self.state.items():
+            end = key.rfind("/") + 1
+            found.setdefault(key[:end], {})[key[end:]] = value
+        return found
+
+    def precondition(
+        self, blocks: Iterable[Block], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Preconditioned gradients by parameter name; blocks without a solution are left out."""
+        parts: dict[str, list[tuple[int, Tensor]]] = {}
+        solutions = self._solutions()
+        for block in blocks:
+            solution = solutions.get(prefix_of(block))
+            names = [n for n in (block.weight, block.bias) if n]
+            if solution is None or any(n not in gradients for n in names):
+                continue
+            if block.kind == "unitwise":
+                first = gradients[block.weight]
+                second = gradients[block.bias] if block.bias else None
+                pair = unitwise.apply(solution, first, second)
+                found = {n: t for n, t in zip(names, pair, strict=False) if t is not None}
+            else:
+                matrix = self.solver.apply(solution, to_matrix(block, gradients))
+                found = from_matrix(block, matrix, gradients)
+            for name, value in found.items():
+                parts.setdefault(name, []).append((block.start, value))
+        return {
+            name: values[0][1]
+            if len(values) == 1 and values[0][1].shape == gradients[name].shape
+            else _assembled(gradients[name], values)
+            for name, values in parts.items()
+        }
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"kfac: {message}", RuntimeWarning, stacklevel=2)
+
+
+def prefix_of(block: Block) -> str:
+    """What the names of a block's solution in the state begin with."""
+    return f"kfac/{block.weight}/{block.start}/"
+
+
+def _assembled(plain: Tensor, parts: list[tuple[int, Tensor]]) -> Tensor:
+    """A gradient of which some rows were preconditioned."""
+    whole = plain.clone()
+    for start, part in parts:
+        whole.narrow(0, start, part.shape[0]).copy_(part)
+    return whole

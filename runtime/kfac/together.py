@@ -1,0 +1,312 @@
+"""The curvature of a job of several ranks: every block has an owner, and the rest is exchanged.
+
+A step with new statistics averages them at their owners, which solve their blocks and share the
+solutions with the ranks that use them. Every step preconditions each gradient on the ranks of one
+column of the grid (`graphopt.runtime.kfac.owners`), and the ranks of a row put the results
+together. Where no pass reduces gradients, the same messages take them along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphopt.errors import StateError
+from graphopt.plan.kfac import PREFIX, Block, Curvature
+from graphopt.runtime.kfac.exchange import Exchange, Parcel
+from graphopt.runtime.kfac.interval import Interval
+from graphopt.runtime.kfac.owners import Grid, assign, cost, measure, sizes, units
+from graphopt.runtime.kfac.solve import solver
+from graphopt.runtime.kfac.state import CurvatureState, prefix_of
+from graphopt.runtime.ranks.workers import Workers
+
+# Under which a saved state keeps the owners, so that a resumed run sums in the same order.
+_OWNERS = PREFIX + "owners"
+
+
+@dataclass
+class Division:
+    """Who owns what in one model; shared by all its specialisations.
+
+    Attributes:
+        workers: the ranks.
+        grid: their rows and columns.
+        exchange: their messages.
+        owners: rank by unit of blocks.
+        keeper: rank by the beginning of a name in the state, of what only an owner may answer for.
+        load: seconds of solving by rank.
+        steps: finished steps.
+    """
+
+    workers: Workers
+    grid: Grid
+    exchange: Exchange
+    owners: dict[str, int] = field(default_factory=dict)
+    keeper: dict[str, int] = field(default_factory=dict)
+    load: list[float] = field(default_factory=list)
+    steps: int = 0
+    _row: dist.ProcessGroup | None = None
+    _column: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, workers: Workers, fraction: float) -> Division:
+        """The one of these workers; made when it is first asked for."""
+        if workers.division is None:
+            grid = Grid.of(workers.size, fraction)
+            exchange = Exchange(workers.line, workers.device)
+            workers.division = cls(workers, grid, exchange, load=[0.0] * workers.size)
+        found: Division = workers.division
+        return found
+
+    def copy(self, workers: Workers) -> Division:
+        """For a copy of the model: the same owners, and messages of its own."""
+        exchange = Exchange(workers.line, workers.device)
+        owned = dict(self.owners), dict(self.keeper), list(self.load)
+        return Division(workers, self.grid, exchange, *owned, 0, self._row, self._column)
+
+    @property
+    def rank(self) -> int:
+        """This process."""
+        return self.exchange.rank
+
+    @property
+    def row(self) -> dist.ProcessGroup:
+        """The ranks that have all blocks together, this one among them."""
+        assert self._row is not None
+        return self._row
+
+    @property
+    def column(self) -> dist.ProcessGroup:
+        """The ranks that keep the same solutions as this one."""
+        assert self._column is not None
+        return self._column
+
+    def owner(self, unit: str) -> int:
+        """Rank that keeps the statistics of a unit of blocks, and solves them."""
+        return self.owners[unit]
+
+    def prepare(self, curvature: Curvature, state: dict[str, Tensor]) -> None:
+        """Find an owner for every block of a curvature; a collective where there are new ones.
+
+        Raises:
+            RankError: the ranks have other blocks, or loaded other states.
+        """
+        loaded = state.pop(_OWNERS, None)
+        blocks = units(curvature.blocks)
+        new = {name: members for name, members in blocks.items() if name not in self.owners}
+        if not new:
+            return
+        if self._row is None:
+            self._row, self._column = self._groups()
+        saved = [] if loaded is None else loaded.tolist()
+        wanted = sizes([block for members in new.values() for block in members])
+        mine = f"{list(new)}\n{wanted}\n{saved}"
+        answer = self.workers.agree(
+            "blocks of kfac",
+            mine,
+            lambda: json.dumps(
+                list(measure(solver(curvature.solver), wanted, self.workers.device).items())
+            ),
+        )
+        costs = {name: cost(members, dict(json.loads(answer))) for name, members in new.items()}
+        owners = assign(costs, self.load)
+        if saved and saved[0] == self.grid.world and len(saved) == len(new) + 1:
+            owners = dict(zip(new, saved[1:], strict=True))
+        for name, rank in owners.items():
+            self.load[rank] += costs[name]
+            for block in new[name]:
+                self.keeper[prefix_of(block)] = rank
+                self.keeper.update({f"{PREFIX}{s.statistic}/": rank for s in block.sides})
+        self.owners.update(owners)
+        self.trim(state)
+
+    def trim(self, state: dict[str, Tensor]) -> None:
+        """Drop what other ranks keep, after a whole state was loaded."""
+        column = self.grid.column(self.rank)
+        for key in list(state):
+            owner = self._keeper(key)
+            if owner is None or owner == self.rank:
+                continue
+            if key.endswith(("/now", "/before")) or self.grid.column(owner) != column:
+                del state[key]
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of all ranks together, on each of them; a collective.
+
+        Raises:
+            StateError: within a step.
+            RankError: a rank does not answer.
+        """
+        if f"{PREFIX}micro-batches" in state:
+            raise StateError(
+                "a step is not finished: its micro-batches are on several ranks",
+                hint="save the state after a backward pass outside of no_sync()",
+            )
+        if not self.owners:
+            return dict(state)
+        ours = {k: v for k, v in state.items() if k.startswith(PREFIX)}
+        mine = {k: v for k, v in ours.items() if self._keeper(k) in (None, self.rank)}
+        self.exchange.about = "the state"
+        found = self.exchange.union("saved", self.exchange.line.inner, mine)
+        found[_OWNERS] = torch.tensor([self.grid.world, *self.owners.values()])
+        return {**{k: v for k, v in state.items() if k not in ours}, **found}
+
+    def notes(self) -> tuple[str, ...]:
+        """A line for the report: bytes per step, over all ranks."""
+        if not self.steps:
+            return ()
+        kinds = ((kind, count) for kind, count in self.exchange.sent.items() if kind != "saved")
+        found = ", ".join(f"{kind} {count / self.steps:,.0f}" for kind, count in kinds)
+        return (f"kfac sends per step, in bytes over all ranks: {found}",)
+
+    def _keeper(self, key: str) -> int | None:
+        if key.endswith("/interval"):
+            return None
+        return self.keeper.get(key[: key.rfind("/") + 1])
+
+    def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Those of this rank's row and column; all ranks make all groups in the same order."""
+        grid = self.grid
+        rows = [_group(grid, grid.row_ranks(i)) for i in range(grid.rows)]
+        columns = [_group(grid, grid.column_ranks(i)) for i in range(grid.columns)]
+        inner = self.exchange.line.inner
+        row, column = rows[grid.row(self.rank)], columns[grid.column(self.rank)]
+        return inner if row is None else row, inner if column is None else column
+
+
+class Together:
+    """The share of one rank of several.
+
+    Args:
+        division: who owns what.
+        reduces: whether nobody else averages gradients over ranks.
+    """
+
+    def __init__(self, division: Division, *, reduces: bool) -> None:
+        self.division = division
+        self.exchange = division.exchange
+        self.reduces = reduces
+
+    def step(
+        self,
+        curvature: CurvatureState,
+        gradients: Mapping[str, Tensor],
+        fresh: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """See `Share.step`; of a job that nobody else averages, all gradients of parameters.
+
+        Raises:
+            RankError: a rank does not answer.
+        """
+        division, grid = self.division, self.division.grid
+        division.prepare(curvature.curvature, curvature.state)
+        blocks = units(curvature.curvature.blocks)
+        owner = {name: division.owner(unit) for unit, bs in blocks.items() for name in _needs(bs)}
+        self.exchange.about = f"the curvature of step {curvature.step + 1}"
+        fresh = dict(sorted(fresh.items()))
+
+        parcels = self._statistics(curvature, fresh, owner)
+        everywhere = dict(gradients) if self.reduces else {}
+        if self.reduces and grid.rows == 1:
+            taken = [n for n in gradients if n in owner]
+            parcels += [
+                Parcel("gradients", n, gradients[n], owner[n], gradients[n].dtype) for n in taken
+            ]
+            everywhere = {n: g for n, g in gradients.items() if n not in owner}
+        received = self.exchange.to_owners(parcels)
+        means = self.exchange.mean_everywhere("gradients", everywhere)
+        means = {**gradients, **means, **_of_kind(received, "gradients")}
+
+        if fresh:
+            own = [b for u, bs in blocks.items() if division.owner(u) == division.rank for b in bs]
+            changed = curvature.take_over(own, _of_kind(received, "statistics"))
+            self._share_solutions(curvature, changed)
+            self._share_intervals(curvature, list(fresh), owner)
+            division.trim(curvature.state)
+        division.steps += 1
+
+        columns: list[list[Block]] = [[] for _ in range(grid.columns)]
+        for unit, members in blocks.items():
+            columns[grid.column(division.owner(unit))] += members
+        mine = columns[grid.column(division.rank)]
+        means.update(curvature.precondition(mine, means))
+        if grid.columns > 1:
+            names = ([n for n in _parameters(bs) if n in gradients] for bs in columns)
+            parts = [{n: means[n] for n in some} for some in names]
+            means.update(self.exchange.spread("gradients", division.row, parts))
+        return means
+
+    def _statistics(
+        self, curvature: CurvatureState, fresh: Mapping[str, Tensor], owner: Mapping[str, int]
+    ) -> list[Parcel]:
+        """Statistics, and rows of examples, on their way to the owners."""
+        found = []
+        narrow = curvature.curvature.wire == "bf16"
+        for name, value in fresh.items():
+            rows = name not in curvature.sides
+            if rows and name.endswith(":g") and curvature.curvature.reduction == "mean":
+                # The mean over all ranks' examples weighs each less than that over one rank's.
+                value = value / self.exchange.world
+            wire = torch.bfloat16 if narrow and not rows else value.dtype
+            found.append(Parcel("statistics", name, value, owner[name], wire, mean=not rows))
+        return found
+
+    def _share_solutions(self, curvature: CurvatureState, changed: Sequence[Block]) -> None:
+        """Give the ranks of the column what this one has solved, and take what they have."""
+        if self.division.grid.rows == 1:
+            return
+        state = curvature.state
+        mine = {}
+        for prefix in map(prefix_of, changed):
+            # Says that the former solution is void, also where there is no new one.
+            mine[prefix] = torch.empty(0, dtype=torch.uint8)
+            mine.update({k: v for k, v in state.items() if k.startswith(prefix)})
+        found = self.exchange.union("solutions", self.division.column, mine)
+        # Those of this rank, too: strides that only the owner has would give it other roundings.
+        for prefix in (name for name in found if name.endswith("/")):
+            for key in [k for k in state if k.startswith(prefix)]:
+                del state[key]
+            state.update({k: v for k, v in found.items() if k.startswith(prefix) and k != prefix})
+
+    def _share_intervals(
+        self, curvature: CurvatureState, fresh: Sequence[str], owner: Mapping[str, int]
+    ) -> None:
+        """Have all ranks renew the same statistics in the same steps."""
+        names = [name for name in fresh if name in curvature.sides]
+        if curvature.curvature.interval or not names:
+            return
+        numbers = torch.zeros(len(names), 3, dtype=torch.int64)
+        for row, name in zip(numbers, names, strict=True):
+            if owner[name] == self.division.rank:
+                known = curvature.interval(name)
+                row.copy_(torch.tensor([known.last, known.before, known.next]))
+        numbers = numbers.to(self.exchange.device)
+        self.exchange.sum_everywhere("intervals", numbers)
+        for name, row in zip(names, numbers.tolist(), strict=True):
+            curvature.keep_interval(name, Interval(*row))
+
+
+def _group(grid: Grid, members: Sequence[int]) -> dist.ProcessGroup | None:
+    """A new group; ``None`` for all ranks, and for one, which has nobody to talk to."""
+    if len(members) in (1, grid.world):
+        return None
+    return dist.new_group(list(members))  # type: ignore[no-any-return]
+
+
+def _parameters(blocks: Sequence[Block]) -> list[str]:
+    return list(dict.fromkeys(n for b in blocks for n in (b.weight, b.bias) if n))
+
+
+def _needs(blocks: Sequence[Block]) -> list[str]:
+    """Names of parameters, statistics and rows of examples."""
+    statistics = (name for b in blocks for name in (*(s.statistic for s in b.sides), *b.samples))
+    return [*_parameters(blocks), *statistics]
+
+
+def _of_kind(received: Mapping[tuple[str, str], Tensor], kind: str) -> dict[str, Tensor]:
+    return {name: tensor for (found, name), tensor in received.items() if found == kind}

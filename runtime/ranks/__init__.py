@@ -1,0 +1,1 @@
+"""The ranks of a running job: how they agree, send and report failures."""

@@ -1,0 +1,191 @@
+"""The documents: pass pages are generated, examples run and print what is written, links lead on.
+
+A fenced block whose info string ends in ``# runs`` is an example. ``python # runs`` blocks of the
+document are executed in order, in one namespace; a ``text`` block right behind one is what it
+prints. A ``console # runs`` block holds a ``$ graphopt ...`` command and what that prints. Times
+are compared as times, and a line ``...`` stands for any lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import linecache
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "writing_a_pass.md"
+DATA_PARALLEL = ROOT / "docs" / "data_parallel.md"
+KFAC = ROOT / "docs" / "kfac.md"
+RECIPE = ROOT / "docs" / "training_recipe.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
+_TIME = re.compile(r"\b\d[\d.]* (us|ms|s)\b")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block that runs.
+
+    Attributes:
+        kind: ``"python"`` or ``"console"``.
+        text: the program or the command.
+        printed: what the document says that it prints; ``None`` if it does not say.
+        place: where it begins, as ``file:line``.
+    """
+
+    kind: str
+    text: str
+    printed: str | None
+    place: str
+
+
+def examples(file: Path) -> list[Example]:
+    """All examples of a Markdown file, in order."""
+    document = file.read_text()
+    found = []
+    blocks = list(_BLOCK.finditer(document))
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        kind, _, mark = block["kind"].partition(" # ")
+        if mark != "runs":
+            continue
+        place = f"{file.name}:{document.count(chr(10), 0, block.start()) + 1}"
+        text, printed = block["text"], None
+        if kind == "console":
+            text, _, printed = text.partition("\n")
+        elif (
+            after and after["kind"] == "text" and not document[block.end() : after.start()].strip()
+        ):
+            printed = after["text"]
+        found.append(Example(kind, text, printed, place))
+    return found
+
+
+def run_python(text: str, module: ModuleType, file: Path) -> str:
+    """Run a block in `module`, as `file`; what it prints, without the folder of that file."""
+    file.write_text(text)
+    linecache.checkcache(str(file))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(text, str(file), "exec"), vars(module))
+    return printed.getvalue().replace(f"{file.parent}/", "")
+
+
+def run_console(command: str) -> str:
+    """What a ``$ graphopt ...`` command prints at a width of 100 columns."""
+    from graphopt.cli.main import app
+
+    prompt, name, *arguments = shlex.split(command)
+    assert (prompt, name) == ("$", "graphopt")
+    result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, arguments)
+    assert result.exit_code in (0, 1), result.output
+    return "\n".join(line.rstrip() for line in result.stdout.splitlines()).strip() + "\n"
+
+
+def says(printed: str, expected: str) -> bool:
+    """Whether this output is the documented one, up to times and lines that are left out."""
+    parts = re.split(r"^\.\.\.\n", _TIME.sub("TIME", expected), flags=re.MULTILINE)
+    pattern = r"(?:.*\n)*".join(map(re.escape, parts))
+    return re.fullmatch(pattern, _TIME.sub("TIME", printed)) is not None
+
+
+def _hold(example: Example, printed: str) -> None:
+    if example.printed is not None:
+        message = f"{example.place} prints\n{printed}\nand not\n{example.printed}"
+        assert says(printed, example.printed), message
+
+
+@pytest.mark.parametrize(
+    "document", [README, GUIDE, DATA_PARALLEL, KFAC, RECIPE], ids=lambda file: file.stem
+)
+def test_python_examples_run(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [e for e in examples(document) if e.kind == "python"]
+    assert found
+    module = ModuleType("documented")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
+    with torch.random.fork_rng():
+        for example in found:
+            _hold(example, run_python(example.text, module, tmp_path / "example.py"))
+
+
+_CONSOLE = [e for page in (README, DATA_PARALLEL) for e in examples(page) if e.kind == "console"]
+
+
+@pytest.mark.parametrize("example", _CONSOLE, ids=lambda e: e.text)
+def test_commands_print_what_the_documents_say(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with torch.random.fork_rng():
+        _hold(example, run_console(example.text))
+
+
+def test_every_command_is_shown() -> None:
+    from graphopt.cli.main import app
+
+    commands = {c.callback.__name__ for c in app.registered_commands if c.callback}
+    shown = set(re.findall(r"^\$ graphopt (\w+)", README.read_text(), re.MULTILINE))
+    assert shown == commands
+
+
+def test_the_model_of_the_commands_is_shown_whole() -> None:
+    assert (ROOT / "examples" / "small.py").read_text() in README.read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.stem)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def _generator(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chart_is_up_to_date(tmp_path: Path) -> None:
+    from graphopt.cli.main import app
+
+    generator, chart = _generator("generate_images"), tmp_path / "scaling.svg"
+    result = CliRunner().invoke(app, [*generator.COMMAND, "--chart", str(chart)])
+    assert result.exit_code == 0, result.output
+    assert chart.read_text() == generator.CHART.read_text(), "run `python docs/generate_images.py`"
+
+
+def test_pass_pages_are_up_to_date() -> None:
+    generator = _generator("generate_passes")
+    committed = {p.name: p.read_text() for p in (ROOT / "docs" / "passes").glob("*.md")}
+    assert committed == generator.pages(), "run `python docs/generate_passes.py`"
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("a\n1.2 ms\n", "a\n3 us\n", True),
+        ("a\nb\nc\n", "a\n...\nc\n", True),
+        ("a\n", "a\n...\n", True),
+        ("a\nb\n", "a\n", False),
+        ("a 2\n", "a 3\n", False),
+    ],
+)
+def test_comparison_of_outputs(printed: str, expected: str, same: bool) -> None:
+    assert says(printed, expected) == same

@@ -1,0 +1,160 @@
+"""The tree, the package list and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SEAMS = {"graphopt.passes": ROOT / "passes", "graphopt.runtime": ROOT / "runtime"}
+
+
+def _packages_in_tree() -> set[str]:
+    found = set()
+    for name, folder in {"graphopt": ROOT / "graphopt", **SEAMS}.items():
+        for init in folder.rglob("__init__.py"):
+            inside = init.parent.relative_to(folder).parts
+            if name == "graphopt" and inside[:1] in (("passes",), ("runtime",)):
+                continue
+            found.add(".".join((name, *inside)))
+    return found
+
+
+def test_package_list_matches_the_tree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["tool"]["setuptools"]["packages"]) == _packages_in_tree()
+
+
+def test_seams_are_links_into_the_tree() -> None:
+    for name in ("passes", "runtime"):
+        link = ROOT / "graphopt" / name
+        assert link.is_symlink()
+        assert link.resolve() == (ROOT / name).resolve()
+
+
+def test_wheel_holds_every_module_under_graphopt_only(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
+    expected = {
+        "/".join((*package.split("."), file.name))
+        for package in _packages_in_tree()
+        for file in (ROOT / package.replace(".", "/")).glob("*.py")
+    }
+    assert names == expected
+
+
+@pytest.mark.parametrize("name", ["passes", "runtime"])
+def test_a_second_copy_is_refused(name: str) -> None:
+    code = f"import {name}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"graphopt.{name}" in done.stderr
+
+
+def _module_level_imports(file: Path) -> set[str]:
+    """Names imported when the module loads; imports under TYPE_CHECKING or in functions do not."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _all_imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _files(folder: str) -> list[Path]:
+    return [
+        f
+        for f in sorted((ROOT / folder).rglob("*.py"))
+        if not any(p.is_symlink() for p in f.parents)
+    ]
+
+
+def _within(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def test_passes_never_import_the_runtime() -> None:
+    for file in _files("passes"):
+        assert not [n for n in _all_imports(file) if _within(n, "graphopt.runtime")], file
+
+
+def test_runtime_knows_plan_ops_and_errors_only() -> None:
+    allowed = (
+        *("graphopt.plan", "graphopt.plan.grouping", "graphopt.plan.kfac", "graphopt.network"),
+        "graphopt.ops",
+        *("graphopt.errors", "graphopt.runtime"),
+    )
+    for file in _files("runtime"):
+        own = {n for n in _all_imports(file) if n.startswith("graphopt.")}
+        assert not [n for n in own if not _within(n, *allowed)], file
+
+
+def test_graphopt_loads_neither_passes_nor_runtime() -> None:
+    for file in _files("graphopt"):
+        bad = [
+            n
+            for n in _module_level_imports(file)
+            if _within(n, "graphopt.passes", "graphopt.runtime")
+        ]
+        assert not bad, f"{file}: {bad}"
+
+
+def test_nobody_knows_render_and_cli() -> None:
+    for file in _files("graphopt"):
+        if {"cli", "render"} & set(file.relative_to(ROOT).parts) or file.name == "__main__.py":
+            continue
+        bad = [n for n in _all_imports(file) if _within(n, "graphopt.cli", "graphopt.render")]
+        assert not bad, f"{file}: {bad}"
+
+
+def test_one_folder_touches_the_capture_apis() -> None:
+    private = (
+        "torch._dynamo.convert_frame",
+        "torch._dynamo.functional_export",
+        "torch._functorch.aot_autograd",
+        "torch._functorch._aot_autograd",
+    )
+    users = {
+        file.parent.name
+        for folder in ("graphopt", "passes", "runtime")
+        for file in _files(folder)
+        if any(_within(n, *private) for n in _all_imports(file))
+    }
+    assert users == {"capture"}
+
+
+def test_no_file_is_over_500_lines() -> None:
+    for folder in ("graphopt", "passes", "runtime", "tests", "benchmarks", "examples"):
+        for file in _files(folder):
+            assert len(file.read_text().splitlines()) <= 500, file
+
+
+def test_importing_graphopt_does_not_import_torch() -> None:
+    code = "import sys, graphopt; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
