@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Neighbours stay together, so that a worker uses what it has captured; who is done takes over.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test explore lint bench clean
+.PHONY: help demo test quick explore lint bench clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +24,13 @@ demo: $(STAMP) ## train a ResNet on digits twice, by PyTorch alone and through g
 	$(BIN)/python examples/train_digits.py
 
 test: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+quick: $(STAMP) ## run the tests that need neither ranks nor the corpus nor long
+	$(PYTEST) -m "not distributed and not corpus and not slow"
 
 explore: $(STAMP) ## run the property tests on new random examples
-	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile=explore
+	$(PYTEST) -m hypothesis --hypothesis-profile=explore
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

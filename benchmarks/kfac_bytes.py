@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import graphopt
 from benchmarks.harness import keep
 from benchmarks.models import digits_resnet, transformer
 from graphopt.model.controller import controller_of
-from graphopt.runtime.kfac.exchange import full_factors
+from graphopt.plan.kfac import DENSE, Block, Curvature
 
 WORLD, STEPS, BATCH = 2, 20, 64
 SPECS = {
@@ -84,9 +84,9 @@ def _measure(rank: int, make: Callable[[], Any]) -> dict[str, Any]:
             loss(model, 2 * step + rank).backward()
             optimizer.step()
         controller: Any = controller_of(model)
-        curvature = controller.variants[0].entry.plan.curvature
+        curvature = controller.variants[0].entry.plan.part(Curvature)
         full = full_factors(curvature.blocks, WORLD)
-        sent = dict(controller.compiler.workers.division.exchange.sent)
+        sent = dict(controller.session.part("kfac").division.exchange.sent)
         per_step = {kind: round(count / STEPS) for kind, count in sent.items()}
         of_factors = sum(count for kind, count in sent.items() if kind != "gradients") / STEPS
         found[label] = {
@@ -95,6 +95,20 @@ def _measure(rank: int, make: Callable[[], Any]) -> dict[str, Any]:
             "factors_ratio": round(of_factors / full, 4),
         }
     return found
+
+
+def full_factors(blocks: Sequence[Block], world: int, itemsize: int = 4) -> int:
+    """Bytes of one all-reduce of all factors as full matrices, counted as in `Exchange.sent`.
+
+    That is what K-FAC sends in each step if it neither packs symmetric factors, nor sends them to
+    owners only, nor skips steps.
+    """
+    numbers = sum(
+        side.blocks * (side.size**2 if side.form == DENSE else side.size)
+        for block in blocks
+        for side in block.sides
+    )
+    return 2 * (world - 1) * numbers * itemsize
 
 
 def main() -> None:

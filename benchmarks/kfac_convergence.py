@@ -157,7 +157,9 @@ def measure(
     """Tune, train and sum up one task."""
     chosen, tuning = {}, {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # too large a learning rate is no news
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # a learning rate that is too large is to be expected
         for method in METHODS:
             chosen[method], tuning[method] = tune(task, method, rates[method], tuning_seeds)
             print(f"{task.name}: {method} at {chosen[method]:g}", file=sys.stderr, flush=True)

@@ -152,7 +152,7 @@ def _products(task: Task, model: nn.Module) -> float:
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     controller = controller_of(model)
     assert controller is not None
-    return controller.state
+    return controller.session.state("kfac")
 
 
 def _intervals(model: nn.Module) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphopt.render.bars import Bar, bar_chart
+from benchmarks.bars import Bar, bar_chart
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "overlap.svg"

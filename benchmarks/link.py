@@ -1,7 +1,7 @@
-"""A rate-limited link between two local ranks, where this machine allows to make one.
+"""A rate-limited link between two local ranks, where this machine allows one.
 
-The best kind is ``veth``: two network namespaces joined by a virtual cable whose both ends are
-limited by a token bucket, a full-duplex link as between two machines. Where there is no veth
+The best kind is ``veth``: two network namespaces joined by a virtual cable with a token
+bucket at both ends, a full-duplex link as between two machines. Where there is no veth
 driver, ``lo`` limits the loopback of one namespace, so that both directions share the rate. Without
 root it is the machine's own, unlimited ``loopback``. Nothing outside the namespaces is touched, and
 they are gone when their last process is.

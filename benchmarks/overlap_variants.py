@@ -18,6 +18,7 @@ from benchmarks.overlap_models import Case
 from graphopt.grouping.baselines import mg_wfbp
 from graphopt.model.surface import report
 from graphopt.network.curve import Curve
+from graphopt.plan.group_gradients import Reduction
 from graphopt.plan.grouping import Ready
 
 PLAIN = "no communication"
@@ -148,5 +149,5 @@ def _ddp(case: Case, **options: Any) -> DistributedDataParallel:
 def _grouping(model: nn.Module) -> Any:
     if not hasattr(model, "explain"):
         return None
-    plans = [made.plan for made in report(model).specialisations]
-    return next((plan.grouping for plan in reversed(plans) if plan.grouping), None)
+    parts = [made.plan.part(Reduction) for made in report(model).specialisations]
+    return next((part.grouping for part in reversed(parts) if part), None)

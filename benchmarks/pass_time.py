@@ -1,4 +1,4 @@
-"""What passes and verification cost beside the capture, on a 24-layer transformer.
+"""What passes and verification cost besides the capture, on a 24-layer transformer.
 
 Run ``python -m benchmarks.pass_time``; the result goes to ``benchmarks/results/pass_time.json``.
 """
@@ -19,7 +19,7 @@ ROUNDS = 5
 
 def main() -> None:
     model, tokens = transformer(layers=24)
-    capture(model, (tokens,))  # torch's own first-time costs are nobody's
+    capture(model, (tokens,))  # leave torch's own first-time costs out
     rounds = []
     for _ in range(ROUNDS):
         captured = capture(model, (tokens,))

@@ -132,7 +132,7 @@ def main(chosen: list[str]) -> None:
             "ResNet-18", ResNet18().to(device), torch.randn(4, 3, 224, 224, device=device), 40
         ),
     }
-    # Verdicts of earlier duels would hide what "auto" decides today.
+    # Cached choices of earlier runs would hide what "auto" decides today.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         results = {

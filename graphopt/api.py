@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import Capture, capture
-from graphopt.errors import ArgumentError, MismatchError
-from graphopt.graph import CURVATURE, REDUCTION, Graph
-from graphopt.model.arguments import check_model, parse_mesh, split_example_inputs
+from graphopt.errors import ArgumentError
+from graphopt.graph import Graph
+from graphopt.model.arguments import Mesh, check_model, mesh_of, split_example_inputs
 from graphopt.model.backend_choice import Built, choose
 from graphopt.model.controller import Variant, controller_of
 from graphopt.model.entries import Specialisation, Verification
 from graphopt.model.report import Report
 from graphopt.model.surface import install
-from graphopt.model.trial import (
-    Observed,
-    Trial,
-    compare,
-    named_arguments,
-    tensors_of,
-    tolerance,
-    tolerance_of_pass,
-)
-from graphopt.passbase import EXACT, Pass, PassContext
+from graphopt.model.trial import Trial, describe_call
+from graphopt.model.verification import Check, Stage, Stages
+from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
-from graphopt.pipeline.step import PassStep
-from graphopt.plan import Plan
+from graphopt.pipeline.step import parts_of
+from graphopt.plan import Plan, PlanPart
 
 if TYPE_CHECKING:
-    from graphopt.runtime.accumulation import Alone
-    from graphopt.runtime.ranks.workers import Workers
+    from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
 
 M = TypeVar("M", bound=nn.Module)
-Backend = Literal["auto", "eager", "inductor"]
 Verify = Literal["off", "structure", "eager", "full"]
-
-# What a preset stands for, on one rank and in a job of several.
-PRESETS = {"auto": ("cleanup", "cleanup,schedule,group_gradients")}
 
 
 def optimize(
@@ -58,7 +44,7 @@ def optimize(
     *,
     passes: str | Sequence[Pass] = "auto",
     mesh: object = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
     verify: Verify = "eager",
     dry_run: bool = False,
 ) -> M | Plan:
@@ -73,12 +59,15 @@ def optimize(
         example_inputs: capture now instead of at the first call: a tensor, a tuple of positional
             arguments, a dict of keyword arguments, or a pair of both.
         passes: ``"auto"``, a spec such as ``"cleanup,fold_inference"``, or a list of passes.
-        mesh: sizes of the parallel dimensions, as ``"dp=8"`` or ``{"dp": 8}``.
-        backend: ``"eager"``, ``"inductor"``, or ``"auto"`` for the faster of the two on the first
-            real step.
+        mesh: the parallel dimensions: a `torch.distributed.device_mesh.DeviceMesh` with names, a
+            process group for ``dp``, or sizes as ``"dp=8"`` or ``{"dp": 8}``. In a running job the
+            default is all its ranks as ``dp``.
+        backend: ``"eager"``, ``"inductor"``, that of an installed package, or ``"auto"`` for the
+            faster of eager and Inductor on the first real step.
         verify: ``"off"``; ``"structure"``: the invariants after every pass; ``"eager"``: also
-            compare outputs, gradients and buffers of the captured graph with PyTorch eager, once
-            per specialisation, on the first real batch; ``"full"``: also after each pass.
+            compare what will run, after all passes and in the chosen backend, with PyTorch eager,
+            once per specialisation, on the first real batch: outputs, gradients and buffers;
+            ``"full"``: also each pass on its own.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -86,18 +75,21 @@ def optimize(
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
-        MismatchError: the captured graph computes something else than eager.
+        MismatchError: the graph computes something else than eager; names the pass or backend.
         SpecError: `passes` names something that does not exist.
         PipelineError: the passes are in an impossible order.
         ArgumentError: an argument cannot be used.
     """
     _set_up_logging()
     check_model(model)
-    _one_of("backend", backend, Backend)
-    _one_of("verify", verify, Verify)
-    workers = None if dry_run else _workers(model, passes)
-    pipeline = _pipeline(passes, several_ranks=_several(workers))
-    compiler = Compiler(pipeline, _mesh(mesh, workers), backend, verify, workers)
+    _one_of("backend", backend, ("auto", *registry.names(registry.BACKENDS)))
+    _one_of("verify", verify, get_args(Verify))
+    where = mesh_of(mesh)
+    if dry_run:
+        where = replace(where, groups={})
+    session = _session(model, passes, where)
+    pipeline = _pipeline(passes, several_ranks=any(r.size > 1 for r in session.ranks.values()))
+    compiler = Compiler(pipeline, where.sizes, backend, verify)
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:
@@ -105,9 +97,9 @@ def optimize(
                 "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
             )
         return compiler.plan(model, *example)
-    if workers is not None:
-        workers.start(model)
-    controller = install(model, compiler)
+    if "dp" in session.ranks:
+        session.ranks["dp"].start(model)
+    controller = install(model, compiler, session)
     if example is not None:
         controller.specialise(model, *example)
     return model
@@ -119,31 +111,29 @@ class Compiler:
 
     pipeline: Pipeline
     mesh: Mapping[str, int]
-    backend: Backend
+    backend: str
     verify: Verify
-    workers: Workers | Alone | None = None
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""
         return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=self._notes())
 
     def _notes(self) -> tuple[str, ...]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.workers is not None:
-            return self.workers.notes()
-        if distributed and torch.distributed.get_world_size() > 1:
-            return (
-                "gradients are not reduced across ranks: add group_gradients to the passes, or "
-                "wrap the optimized model in DistributedDataParallel",
-            )
-        return ()
+        groups = mesh_of(None).groups
+        reduced = any("dp" in pass_.communicates for pass_ in self.pipeline.passes)
+        if reduced or all(group.size() == 1 for group in groups.values()):
+            return ()
+        return (
+            "gradients are not reduced across ranks: no pass of this pipeline does it; leave out "
+            "passes= for one that does, or wrap the optimized model in DistributedDataParallel",
+        )
 
     def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """What would be done for one call; runs no step."""
         captured = capture(model, args, kwargs, forward=_own_forward(model))
-        self.pipeline.run(captured.graph, PassContext(mesh=self.mesh), verify="structure")
+        steps = self.pipeline.run(captured.graph, PassContext(mesh=self.mesh), verify="structure")
         backend = "eager" if self.backend == "auto" else self.backend
-        return self._plan(captured, backend)
+        return self._plan(captured, captured.graph, parts_of(steps), backend)
 
     def compile(
         self,
@@ -151,24 +141,32 @@ class Compiler:
         forward: Callable[..., object],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        state: dict[str, Tensor],
+        session: Session,
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call."""
         captured = capture(model, args, kwargs, forward=forward)
-        trial = Trial(model, args, kwargs, state)
-        verification = self._check(trial, forward, captured)
-        pipeline = self.pipeline
-        if self.verify == "full":
-            pipeline = replace(pipeline, observers=(_EachPass(self, trial, captured, state),))
-        with self._silent():
-            steps = pipeline.run(
-                captured.graph,
-                PassContext(workers=_ranks(self.workers), mesh=self.mesh, state=state),
-                verify="structure" if self.verify == "eager" else self.verify,
-            )
-            choice, built = choose(
-                self._backend(), partial(self._build, captured, state), trial, captured.graph
-            )
+        trial = Trial(model, args, kwargs, session.trial)
+        stages = Stages.of(captured.graph)
+        compares = self.verify in ("eager", "full")
+        pipeline = replace(self.pipeline, observers=(stages,)) if compares else self.pipeline
+        steps = pipeline.run(
+            captured.graph,
+            PassContext(session.ranks, self.mesh, session.states),
+            verify="structure" if self.verify == "eager" else self.verify,
+        )
+        parts = parts_of(steps)
+        make = partial(self._build, captured, captured.graph, parts, session)
+        choice, built = choose(self._backend(session), make, trial, captured.graph)
+        verification = Verification(self.verify, "not run")
+        if compares:
+            run = partial(self._run, captured, session)
+            where = describe_call(model, args, kwargs)
+            around = session.watched_trial if self.verify == "full" else session.trial
+            trial = Trial(model, args, kwargs, around)
+            check = Check(self.verify, where, trial, forward, run, captured.inputs)
+            verification = check(stages.stages, choice.backend, built.call)
+        plan = self._plan(captured, captured.graph, parts, choice.backend)
+        session.agree(plan)
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -177,60 +175,38 @@ class Compiler:
             steps=steps,
             backend=choice,
             verification=verification,
-            plan=self._plan(captured, choice.backend),
+            plan=plan,
             notes=captured.notes,
         )
         return Variant(built.call, built.engine, captured.holds, captured.failure, entry)
 
-    def _check(
-        self, trial: Trial, forward: Callable[..., object], captured: Capture
-    ) -> Verification:
-        """Compare the captured graph, before any pass, with eager on the user's batch."""
-        if self.verify in ("off", "structure"):
-            return Verification(self.verify, "not run")
-        start = time.perf_counter()
-        reference = trial.observe(forward)
-        worst = compare(reference, trial.observe(self.eager_call(captured, {})))
-        if worst.error > tolerance(reference, EXACT):
-            raise MismatchError(
-                f"the captured graph differs from eager: {worst.name} has a relative error of "
-                f"{worst.error:.2g}",
-                where=describe_call(trial.model, trial.args, trial.kwargs),
-                hint="please report this model; verify='structure' runs it nevertheless",
-            )
-        return Verification(
-            level=self.verify,
-            result="bit-equal" if worst.equal else "within tolerance",
-            worst_name=worst.name,
-            worst_error=worst.error,
-            seconds=time.perf_counter() - start,
-        )
-
-    def _silent(self) -> AbstractContextManager[None]:
-        """Trials of one rank must not send messages that the others do not expect."""
-        return nullcontext() if self.workers is None else self.workers.silent()
-
-    def _backend(self) -> str:
-        """Ranks must not wait for a duel whose rounds they count differently."""
-        ranks = _ranks(self.workers)
-        if ranks is None or self.backend != "auto":
+    def _backend(self, session: Session) -> str:
+        """Ranks must not wait for a trial whose rounds they count differently."""
+        if not session.ranks or self.backend != "auto":
             return self.backend
-        return "inductor" if ranks.device.type == "cuda" else "eager"
+        devices = {ranks.device.type for ranks in session.ranks.values()}
+        return "inductor" if "cuda" in devices else "eager"
 
-    def eager_call(self, captured: Capture, state: dict[str, Tensor]) -> Callable[..., object]:
-        """The graph as it is now, runnable as a call of the model."""
-        return self._build(captured, state, "eager").call
+    def _run(self, captured: Capture, session: Session, stage: Stage) -> Callable[..., object]:
+        """A stage of the graph, in the eager backend, as a call of the model."""
+        return self._build(captured, stage.graph, stage.parts, session, "eager").call
 
-    def _build(self, captured: Capture, state: dict[str, Tensor], backend: str) -> Built:
+    def _build(
+        self,
+        captured: Capture,
+        graph: Graph,
+        parts: tuple[PlanPart, ...],
+        session: Session,
+        backend: str,
+    ) -> Built:
         from graphopt.runtime.backends import build
 
-        plan = self._plan(captured, backend)
-        engine = build(captured.graph.module, plan, state, cast("Any", self.workers))
+        engine = build(graph.module, self._plan(captured, graph, parts, backend), session)
         return Built(engine, captured.bind(engine))
 
-    def _plan(self, captured: Capture, backend: str) -> Plan:
-        graph: Graph = captured.graph
-        reduction = graph.annotation(graph.output, REDUCTION)
+    def _plan(
+        self, captured: Capture, graph: Graph, parts: tuple[PlanPart, ...], backend: str
+    ) -> Plan:
         return Plan(
             spec=str(self.pipeline),
             signature=graph.signature,
@@ -238,86 +214,34 @@ class Compiler:
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
             facts=tuple(sorted(graph.facts)),
-            curvature=graph.annotation(graph.output, CURVATURE),
-            **({} if reduction is None else vars(reduction)),
+            parts=parts,
         )
 
 
-class _EachPass:
-    """Observer for ``verify="full"``: each pass on its own, at its numerics class."""
+def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Session:
+    """What the model keeps, with the ranks of a running job that these passes make use of."""
+    from graphopt.runtime.ranks.ranks import Ranks
+    from graphopt.runtime.session import Session
 
-    def __init__(
-        self, compiler: Compiler, trial: Trial, captured: Capture, state: dict[str, Tensor]
-    ) -> None:
-        self.run: Callable[[], Observed] = lambda: trial.observe(
-            compiler.eager_call(captured, state)
-        )
-        self.reference = self.run()
-
-    def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
-        actual = self.run()
-        worst = compare(self.reference, actual)
-        if worst.error > tolerance_of_pass(actual, pass_.numerics):
-            raise MismatchError(
-                f"pass {pass_.name!r} promises {pass_.numerics} and changes {worst.name} by a "
-                f"relative error of {worst.error:.2g}",
-                where=f"pass {index + 1} of the pipeline",
-                hint="run the pipeline without this pass, and report it to its author",
-            )
-        self.reference = actual
-
-
-def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """One line on what kind of call this is: inputs and mode."""
-    inputs = ", ".join(
-        f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
-        for name, t in tensors_of(named_arguments(model, args, kwargs))
-    )
-    mode = ["train" if model.training else "eval"]
-    mode += [] if torch.is_grad_enabled() else ["no_grad"]
-    mode += ["autocast"] if torch.is_autocast_enabled("cpu") else []
-    return f"{inputs} ({', '.join(mode)})"
-
-
-def _workers(model: nn.Module, passes: str | Sequence[Pass]) -> Workers | Alone | None:
-    """The ranks of a running job, if these passes make use of them; alone, who counts steps."""
+    # A preset means the same methods on the model on one rank and on several.
     pipeline = _pipeline(passes, several_ranks=True).passes
-    grouping = [p for p in pipeline if "grouped" in p.provides]
-    preconditions = any("preconditioned" in p.provides for p in pipeline)
-    if not grouping and not preconditions:
-        return None
-    from graphopt.runtime.accumulation import Alone
-    from graphopt.runtime.ranks.workers import Workers
-
-    # The integer wire gives one rank the bits that many ranks would have.
-    workers = Workers.of(model, one=any(getattr(p, "wire", "") == "int32" for p in grouping))
-    return Alone() if workers is None and preconditions else workers
+    ranks = {}
+    for dimension, group in mesh.groups.items():
+        users = [p for p in pipeline if dimension in p.communicates]
+        if users and (group.size() > 1 or any(p.on_one_rank for p in users)):
+            ranks[dimension] = Ranks.of(model, group)
+    return Session([p.name for p in pipeline], ranks)
 
 
-def _ranks(workers: Workers | Alone | None) -> Workers | None:
-    """The ranks that passes may ask; one that is alone has no link to measure."""
-    return cast("Workers", workers) if workers is not None and workers.channel else None
-
-
-def _several(workers: Workers | Alone | None) -> bool:
-    return _ranks(workers) is not None
-
-
-def _mesh(mesh: object, workers: Workers | Alone | None) -> Mapping[str, int]:
-    parsed = parse_mesh(mesh)
-    ranks = _ranks(workers)
-    if ranks is not None and parsed.get("dp", ranks.size) != ranks.size:
-        raise ArgumentError(
-            f"mesh says dp={parsed['dp']}, and this job has {ranks.size} ranks",
-            hint="leave mesh out: a running job knows its size",
-        )
-    return parsed
+def _own_forward(model: nn.Module) -> Callable[..., object]:
+    controller = controller_of(model)
+    return controller.base.forward if controller else type(model).forward
 
 
 def _pipeline(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:
     if isinstance(passes, str):
-        alone, together = PRESETS.get(passes, (passes, passes))
-        return Pipeline.parse(together if several_ranks else alone)
+        one, several = registry.PRESETS.get(passes, (passes, passes))
+        return Pipeline.parse(several if several_ranks else one)
     for item in passes:
         if not isinstance(item, Pass):
             raise ArgumentError(
@@ -327,13 +251,7 @@ def _pipeline(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:
     return Pipeline(tuple(passes))
 
 
-def _own_forward(model: nn.Module) -> Callable[..., object]:
-    controller = controller_of(model)
-    return (controller.base if controller else type(model)).forward
-
-
-def _one_of(name: str, value: str, choices: Any) -> None:
-    allowed = get_args(choices)
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
 

@@ -63,6 +63,12 @@ class PipelineError(GraphoptError):
     code = "GO-P01"
 
 
+class PlanError(GraphoptError):
+    """A plan cannot be written as JSON, or read from it."""
+
+    code = "GO-P02"
+
+
 class InvariantError(GraphoptError):
     """A graph violates a named invariant of `graphopt.verify`."""
 
@@ -100,6 +106,6 @@ class RankError(GraphoptError):
 
 
 class StateError(GraphoptError):
-    """A saved pass state does not belong to this model."""
+    """A saved pass state does not belong to this model, or a part changes its own at any time."""
 
     code = "GO-L01"

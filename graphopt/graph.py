@@ -1,9 +1,7 @@
 """The graph of one step, forward and backward together, with names for everything.
 
 `Graph` wraps one `torch.fx.GraphModule` of ATen operators. Its `Signature` gives every input and
-output a role and a qualified name. What passes want to tell each other goes into a typed side
-table, not into `node.meta`, which copies and retracing lose. A version counter invalidates
-analyses.
+output a role and a qualified name. A version counter invalidates analyses.
 """
 
 from __future__ import annotations
@@ -11,17 +9,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.errors import TextError
 from graphopt.plan import Phase, Role, Signature, Slot
-from graphopt.plan.grouping import Grouping
-from graphopt.plan.kfac import Curvature
 
 T = TypeVar("T")
 
@@ -51,30 +46,8 @@ class Level(StrEnum):
     INFERENCE = "inference"
 
 
-@dataclass(frozen=True)
-class Annotation(Generic[T]):
-    """The key of one column of the side table; define it once, next to the pass that writes it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How the gradients of a graph are reduced; the fields are those of `graphopt.plan.Plan`."""
-
-    grouping: Grouping
-    wire: str
-    stale: str
-    tangent_scale: float
-
-
-# Written on the output node by the passes that group and precondition gradients.
-REDUCTION = Annotation[Reduction]("reduction")
-CURVATURE = Annotation[Curvature]("curvature")
-
-
 class Graph:
-    """One `GraphModule` with a signature, a side table and cached analyses.
+    """One `GraphModule` with a signature and cached analyses.
 
     Args:
         module: ATen-level (or torch-level) module; its graph has one placeholder per input slot and
@@ -98,7 +71,6 @@ class Graph:
         self.level = level
         self.facts = facts
         self._version = 0
-        self._annotations: dict[Annotation[Any], dict[Node, Any]] = {}
         self._analyses: dict[Callable[[Graph], Any], tuple[int, Any]] = {}
 
     # -- reading ---------------------------------------------------------------------------------
@@ -163,10 +135,6 @@ class Graph:
     def changed(self) -> None:
         """Announce that the fx graph was edited: its code and cached analyses are stale."""
         self._version += 1
-        alive = set(self.fx.nodes)
-        for column in self._annotations.values():
-            for node in [n for n in column if n not in alive]:
-                del column[node]
         self._stale = True
 
     def set_outputs(self, outputs: Mapping[Slot, Node]) -> None:
@@ -177,18 +145,10 @@ class Graph:
     def add_input(self, slot: Slot, value: Any) -> Node:
         """Append an input; `value` is its fake value. Used by passes that own state."""
         with self.fx.inserting_after(self.inputs[-1]):
-            node = self.fx.placeholder(slot.name.replace(".", "_"))
+            node = self.fx.placeholder(re.sub(r"\W", "_", slot.name))
         node.meta["val"] = value
         self.signature = Signature((*self.signature.inputs, slot), self.signature.outputs)
         return node
-
-    def annotate(self, node: Node, key: Annotation[T], value: T) -> None:
-        """Write one cell of the side table."""
-        self._annotations.setdefault(key, {})[node] = value
-
-    def annotation(self, node: Node, key: Annotation[T]) -> T | None:
-        """Read one cell of the side table."""
-        return cast("T | None", self._annotations.get(key, {}).get(node))
 
     def get(self, analysis: Callable[[Graph], T]) -> T:
         """The result of an analysis, cached until the graph changes."""
@@ -201,14 +161,10 @@ class Graph:
     def copy(self) -> Graph:
         """An independent copy with the same parameters and constants by reference."""
         graph = torch.fx.Graph()
-        mapping: dict[Node, Node] = {}
-        result = graph.graph_copy(self.fx, mapping)
+        result = graph.graph_copy(self.fx, {})
         output = graph.output(result)
         output.meta.update(self.output.meta)
-        copy = Graph(GraphModule(self.module, graph), self.signature, self.level, facts=self.facts)
-        for key, column in self._annotations.items():
-            copy._annotations[key] = {mapping[n]: v for n, v in column.items() if n in mapping}
-        return copy
+        return Graph(GraphModule(self.module, graph), self.signature, self.level, facts=self.facts)
 
     def __reduce__(self) -> NoReturn:
         # Pickling a GraphModule turns in-place operators into out-of-place ones (pytorch#198077).

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from graphopt.graph import Graph, Level
     from graphopt.network.curve import Curve
+    from graphopt.plan import PlanPart
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,17 @@ class Declined:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass did to a graph."""
+    """What a pass did to a graph.
+
+    Attributes:
+        applied: the sites that it rewrote.
+        declined: the candidate sites that it left alone.
+        part: what the runtime has to know of its decisions, if anything.
+    """
 
     applied: tuple[Applied, ...] = ()
     declined: tuple[Declined, ...] = ()
+    part: PlanPart | None = None
 
     @property
     def changed(self) -> bool:
@@ -93,8 +101,8 @@ class Outcome:
         return bool(self.applied)
 
 
-class Workers(Protocol):
-    """The ranks that train together; the runtime has the one there is."""
+class Communicator(Protocol):
+    """The ranks of one mesh dimension that train together, as a pass sees them."""
 
     @property
     def size(self) -> int:
@@ -120,15 +128,30 @@ class PassContext:
     """What a pass may know beside the graph.
 
     Attributes:
-        workers: the ranks of a running job; ``None`` where a plan is made without one.
+        ranks: those of a running job by mesh dimension; empty where a plan is made without one.
         mesh: sizes of the parallel dimensions (``{"dp": 8}``); empty on one device.
-        state: tensors of the ``STATE`` inputs by name, shared by all specialisations of a model; a
-            pass that adds such an input puts its initial value here unless it is there already.
+        states: what each pass keeps between steps, by its name; see `state`.
+        running: name of the pass that runs.
     """
 
-    workers: Workers | None = None
+    ranks: Mapping[str, Communicator] = field(default_factory=dict)
     mesh: Mapping[str, int] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    running: str = ""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of the running pass, shared by all specialisations of a model.
+
+        A pass that adds a ``STATE`` input ``"<pass>/<what>"`` puts its initial value here under
+        ``<what>``, unless it is there already.
+        """
+        return self.states.setdefault(self.running, {})
+
+    def size(self, dimension: str) -> int:
+        """Ranks along a mesh dimension: running ones, else planned ones, else one."""
+        found = self.ranks.get(dimension)
+        return found.size if found is not None else self.mesh.get(dimension, 1)
 
 
 @dataclass(frozen=True)
@@ -143,9 +166,12 @@ class Pass:
         levels: names of the graph levels that it works on.
         requires: facts that an earlier pass or capture must have provided.
         provides: facts that hold afterwards.
-        conflicts: facts that must not hold yet when it runs (``kfac`` must not see lowered
-            tensors).
+        conflicts: facts that must not hold yet when it runs (``"lowered"``, where it needs full
+            precision).
         changes_signature: whether it may add or remove inputs or outputs.
+        communicates: mesh dimensions over which its part of the runtime sends messages.
+        on_one_rank: whether it asks for the ranks of a job of one, too; a property where an option
+            decides it.
         idempotent: whether a second application, right after the first, changes nothing.
         source: the publication that the method comes from, if any.
     """
@@ -157,6 +183,8 @@ class Pass:
     provides: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
     changes_signature: ClassVar[bool] = False
+    communicates: ClassVar[frozenset[str]] = frozenset()
+    on_one_rank: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""
 

@@ -1,7 +1,7 @@
-"""The passes that exist: built-in ones, and those of installed packages.
+"""What exists by name: passes, their plan parts and runtime parts, backends, and presets.
 
-A package offers a pass as an entry point of the group ``graphopt.passes``: the pass's name, and the
-class as value. Nothing is imported before it is asked for.
+Built-in ones are listed here; an installed package offers its own as entry points of the same
+groups, the name as key and the class as value. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -13,19 +13,68 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from graphopt.errors import PluginError, SpecError
-from graphopt.passbase import Pass
 
-GROUP = "graphopt.passes"
 
-BUILT_IN = {
-    "cleanup": "graphopt.passes.cleanup:Cleanup",
-    "fold_inference": "graphopt.passes.fold_inference:FoldInference",
-    "group_gradients": "graphopt.passes.group_gradients:GroupGradients",
-    "kfac": "graphopt.passes.kfac:Kfac",
-    "schedule": "graphopt.passes.schedule:Schedule",
-}
+@dataclass(frozen=True)
+class Table:
+    """One kind of thing.
+
+    Attributes:
+        group: entry points that add to it.
+        what: what one of them is called.
+        base: ``module:class`` that all of them derive from.
+        built_in: those of graphopt itself, as ``module:class`` by name.
+    """
+
+    group: str
+    what: str
+    base: str
+    built_in: tuple[tuple[str, str], ...]
+
+
+def _table(group: str, what: str, base: str, **built_in: str) -> Table:
+    return Table(f"graphopt.{group}", what, f"graphopt.{base}", tuple(built_in.items()))
+
+
+PASSES = _table(
+    "passes",
+    "pass",
+    "passbase:Pass",
+    cleanup="graphopt.passes.cleanup:Cleanup",
+    fold_inference="graphopt.passes.fold_inference:FoldInference",
+    group_gradients="graphopt.passes.group_gradients:GroupGradients",
+    kfac="graphopt.passes.kfac:Kfac",
+    schedule="graphopt.passes.schedule:Schedule",
+)
+PLAN_PARTS = _table(
+    "plan_parts",
+    "plan part",
+    "plan.part:PlanPart",
+    group_gradients="graphopt.plan.group_gradients:Reduction",
+    kfac="graphopt.plan.kfac:Curvature",
+)
+RUNTIME_PARTS = _table(
+    "runtime_parts",
+    "runtime part",
+    "runtime.part:RuntimePart",
+    group_gradients="graphopt.runtime.group_gradients:GroupGradients",
+    kfac="graphopt.runtime.kfac:Kfac",
+)
+BACKENDS = _table(
+    "backends",
+    "backend",
+    "runtime.backends:Backend",
+    eager="graphopt.runtime.backends.eager:Eager",
+    inductor="graphopt.runtime.backends.inductor:Inductor",
+)
+
+# What preset names stand for: on one rank, and in a job of several.
+PRESETS = {"auto": ("cleanup", "cleanup,schedule,group_gradients")}
+# What `graphopt plan` plans where no spec is given.
+PLANNED = "group_gradients"
 
 
 @dataclass(frozen=True)
@@ -34,37 +83,35 @@ class _Entry:
     origin: str
 
 
-def names() -> tuple[str, ...]:
-    """The names of all passes, sorted.
+def names(table: Table = PASSES) -> tuple[str, ...]:
+    """All names of a table, sorted.
 
     Raises:
-        PluginError: two distributions offer a pass of the same name.
+        PluginError: two distributions offer one of the same name.
     """
-    return tuple(sorted(_entries()))
+    return tuple(sorted(_entries(table)))
 
 
-def origins() -> dict[str, str]:
-    """Where each pass comes from: ``"built-in"``, or a distribution with its version.
+def origins(table: Table = PASSES) -> dict[str, str]:
+    """Where each comes from: ``"built-in"``, or a distribution with its version.
 
     Raises:
-        PluginError: two distributions offer a pass of the same name.
+        PluginError: two distributions offer one of the same name.
     """
-    return {name: _entries()[name].origin for name in names()}
+    return {name: _entries(table)[name].origin for name in names(table)}
 
 
-def get(name: str) -> type[Pass]:
-    """The class of the pass with this name.
+def get(name: str, table: Table = PASSES) -> type[Any]:
+    """The class with this name.
 
     Raises:
         SpecError: there is none.
-        PluginError: it cannot be imported, is no pass or has another name; or two distributions
-            offer a pass of the same name.
+        PluginError: it cannot be imported, is of another kind or has another name; or two
+            distributions offer one of the same name.
     """
-    entries = _entries()
+    entries = _entries(table)
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3)
-        start = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise SpecError(f"unknown pass {name!r}", hint=f"{start}`graphopt passes` lists all passes")
+        raise SpecError(f"unknown {table.what} {name!r}", hint=_near(name, table))
     entry = entries[name]
     if entry.origin == "built-in":
         found = _load(entry.value)
@@ -73,20 +120,32 @@ def get(name: str) -> type[Pass]:
             found = _load(entry.value)
         except Exception as error:
             raise PluginError(
-                f"pass {name!r} of {entry.origin} cannot be imported: {error!r}",
+                f"{table.what} {name!r} of {entry.origin} cannot be imported: {error!r}",
                 where=entry.value,
                 hint="repair or uninstall that package",
             ) from error
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise PluginError(f"{entry.value} of {entry.origin} is not a subclass of Pass")
+    base = _load(table.base)
+    assert isinstance(base, type)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{entry.value} of {entry.origin} is not a subclass of {base.__name__}")
     declared = getattr(found, "name", None)
     if declared != name:
         raise PluginError(
-            f"{entry.origin} offers a pass as {name!r} whose class says its name is {declared!r}",
+            f"{entry.origin} offers a {table.what} as {name!r} whose class says its name is "
+            f"{declared!r}",
             where=entry.value,
             hint="make the entry point's name and the class's `name` equal",
         )
     return found
+
+
+def _near(name: str, table: Table) -> str:
+    near = difflib.get_close_matches(name, _entries(table), n=3)
+    start = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    if table is PASSES:
+        return f"{start}`graphopt passes` lists all passes"
+    known = ", ".join(names(table))
+    return f"{start}known are {known}; a package adds one as an entry point of {table.group!r}"
 
 
 def _load(value: str) -> object:
@@ -94,23 +153,24 @@ def _load(value: str) -> object:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _entries() -> Mapping[str, _Entry]:
-    return _entries_on(tuple(sys.path))
+def _entries(table: Table) -> Mapping[str, _Entry]:
+    return _entries_on(table, tuple(sys.path))
 
 
-@lru_cache(maxsize=4)
-def _entries_on(path: tuple[str, ...]) -> Mapping[str, _Entry]:
+@lru_cache(maxsize=16)
+def _entries_on(table: Table, path: tuple[str, ...]) -> Mapping[str, _Entry]:
     """The table for one `sys.path`, which is what the search for entry points depends on."""
-    table = {name: _Entry(value, "built-in") for name, value in BUILT_IN.items()}
-    for point in entry_points(group=GROUP):
+    found = {name: _Entry(value, "built-in") for name, value in table.built_in}
+    for point in entry_points(group=table.group):
         distribution = point.dist
         origin = f"{distribution.name} {distribution.version}" if distribution else "unknown"
-        if point.name in table:
+        if point.name in found:
             raise PluginError(
-                f"two passes have the name {point.name!r}: "
-                f"one is {table[point.name].origin}, the other is from {origin}",
+                f"two {'passes' if table is PASSES else table.what + 's'} have the name "
+                f"{point.name!r}: one is {found[point.name].origin}, the other is from {origin}",
                 where=point.value,
-                hint=f"uninstall one of them, or rename its entry point in the group {GROUP!r}",
+                hint=f"uninstall one of them, or rename its entry point in the group "
+                f"{table.group!r}",
             )
-        table[point.name] = _Entry(point.value, origin)
-    return table
+        found[point.name] = _Entry(point.value, origin)
+    return found

@@ -20,6 +20,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Verdicts of duels must not leak between tests or from the user's own runs."""
+    """Cached choices must not leak between tests or from the user's own runs."""
     cache: Path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

@@ -1,4 +1,4 @@
-"""The graph's own bookkeeping: the side table, cached analyses, copies."""
+"""The graph's own bookkeeping: cached analyses and edits."""
 
 from __future__ import annotations
 
@@ -6,30 +6,11 @@ import torch
 from torch import nn
 
 from graphopt.capture import capture
-from graphopt.graph import Annotation, Graph
-
-COST: Annotation[int] = Annotation("cost")
+from graphopt.graph import Graph
 
 
 def _graph() -> Graph:
     return capture(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), (torch.randn(2, 3),)).graph
-
-
-def test_annotations_survive_copies_and_die_with_their_node() -> None:
-    graph = _graph()
-    first, *_, last = graph.operators
-    graph.annotate(first, COST, 7)
-    graph.annotate(last, COST, 9)
-    copy = graph.copy()
-    assert [copy.annotation(n, COST) for n in copy.operators] == [
-        graph.annotation(n, COST) for n in graph.operators
-    ]
-    extra = graph.fx.call_function(torch.ops.aten.neg.default, (first,))
-    graph.annotate(extra, COST, 1)
-    graph.fx.erase_node(extra)
-    graph.changed()
-    assert graph.annotation(extra, COST) is None
-    assert graph.annotation(first, COST) == 7
 
 
 def test_analyses_are_cached_until_the_graph_changes() -> None:

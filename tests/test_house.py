@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from graphopt import registry
 
 ROOT = Path(__file__).parents[1]
 SEAMS = {"graphopt.passes": ROOT / "passes", "graphopt.runtime": ROOT / "runtime"}
@@ -104,15 +107,57 @@ def test_passes_never_import_the_runtime() -> None:
         assert not [n for n in _all_imports(file) if _within(n, "graphopt.runtime")], file
 
 
-def test_runtime_knows_plan_ops_and_errors_only() -> None:
+def test_runtime_knows_the_ground_floor_only() -> None:
     allowed = (
-        *("graphopt.plan", "graphopt.plan.grouping", "graphopt.plan.kfac", "graphopt.network"),
-        "graphopt.ops",
-        *("graphopt.errors", "graphopt.runtime"),
+        *("graphopt.plan", "graphopt.registry", "graphopt.network", "graphopt.cache"),
+        *("graphopt.ops", "graphopt.grouping", "graphopt.errors", "graphopt.runtime"),
     )
     for file in _files("runtime"):
         own = {n for n in _all_imports(file) if n.startswith("graphopt.")}
         assert not [n for n in own if not _within(n, *allowed)], file
+
+
+def test_the_ground_floor_knows_errors_only() -> None:
+    ground = ("graphopt.plan", "graphopt.registry", "graphopt.errors")
+    for file in [*_files("graphopt/plan"), ROOT / "graphopt" / "registry.py"]:
+        own = {n for n in _all_imports(file) if n.startswith("graphopt.")}
+        assert not [n for n in own if not _within(n, *ground)], file
+
+
+def _methods() -> list[str]:
+    """The methods that are on all four floors."""
+    return [name for name, _ in registry.RUNTIME_PARTS.built_in]
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_a_method_lives_in_its_own_rooms(method: str) -> None:
+    """Nothing else names it, except the registry's tables."""
+    rooms = (
+        *(f"passes/{method}/", f"graphopt/plan/{method}.py", f"runtime/{method}/"),
+        *(f"tests/{method}/", "graphopt/registry.py"),
+    )
+    for folder in ("graphopt", "passes", "runtime"):
+        for file in _files(folder):
+            place = str(file.relative_to(ROOT))
+            if not place.startswith(rooms):
+                assert not re.search(rf"\b{method}\b", file.read_text()), place
+    for room in (f"passes/{method}", f"runtime/{method}", f"tests/{method}"):
+        assert (ROOT / room / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_tests_of_a_method_live_with_it(method: str) -> None:
+    """Other tests run methods from outside, by a spec, and never import one."""
+    for file in _files("tests"):
+        if any(file.is_relative_to(ROOT / "tests" / room) for room in (method, "gpu")):
+            continue
+        own = (f"graphopt.passes.{method}", f"graphopt.runtime.{method}", f"tests.{method}")
+        assert not [n for n in _all_imports(file) if _within(n, *own)], file
+
+
+def test_plan_and_runtime_parts_belong_to_passes() -> None:
+    for table in (registry.PLAN_PARTS, registry.RUNTIME_PARTS):
+        assert set(registry.names(table)) <= set(registry.names())
 
 
 def test_graphopt_loads_neither_passes_nor_runtime() -> None:

@@ -25,7 +25,7 @@ def test_built_in_passes_are_known_without_importing_any():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("name", registry.BUILT_IN)
+@pytest.mark.parametrize("name", registry.names())
 def test_each_built_in_pass_loads(name):
     assert registry.get(name).name == name
 

@@ -1,7 +1,7 @@
-"""Which node owns the memory that another node only looks at.
+"""Which node owns the memory behind a view.
 
-Views cost nothing and keep their base alive. Both facts are needed to count bytes: `storage` is
-the one place that knows which operators are views.
+Views cost nothing and keep their base alive. Counting bytes needs both facts; `storage` is the one
+place that knows which operators are views.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ FILLS = frozenset(
 
 
 def private_attributes(graph: Graph) -> list[fx.Node]:
-    """The ``get_attr`` nodes whose tensor nobody but the graph holds, so that it never changes.
+    """The ``get_attr`` nodes whose tensor only the graph holds, so that it never changes.
 
     A tensor that is a plain attribute of the model is held by reference, and may change.
     """
@@ -85,7 +85,7 @@ def cone(node: fx.Node, within: Collection[fx.Node]) -> set[fx.Node]:
 
 
 def is_cheap(node: fx.Node, sharing: Sharing) -> bool:
-    """Whether a constant costs nothing worth keeping it: a view, a fill, a tuple of results.
+    """Whether a constant is too cheap to be worth keeping: a view, a fill, a tuple of results.
 
     A code generator makes fills for free inside the kernel that reads them, and eager needs
     microseconds.

@@ -29,7 +29,7 @@ _SAME_FORMULA = {
     ),
 }
 _DOT_PRODUCTS = frozenset({aten.mv, aten.dot, aten.vdot})
-# These read the rows that they return and not the whole of their first argument.
+# These read only the rows that they return, not all of their first argument.
 _GATHERS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
 
 
@@ -103,7 +103,7 @@ def _cost(node: fx.Node) -> Cost:
     bodies = [_body(node, s) for s in sources if s.op == "get_attr"]
     inner = [_total(body) for body in bodies if body is not None]
     if inner:
-        # Which branch runs is not known before it does: the dearest one is the bound.
+        # Which branch runs is only known at run time: the most expensive one is the bound.
         return max(inner, key=lambda c: (c.flops, c.bytes))
     return Cost(_flops(node), read, written)
 

@@ -18,7 +18,7 @@ def dependency(graph: Graph) -> nx.DiGraph[fx.Node]:
 
 
 def backward_operators(graph: Graph) -> tuple[fx.Node, ...]:
-    """The operators of the backward half, in order; a ``getitem`` is no operator of its own."""
+    """The operators of the backward half, in order; a ``getitem`` does not count."""
     return tuple(
         node
         for node in graph.operators

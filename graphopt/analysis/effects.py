@@ -1,4 +1,4 @@
-"""What an operator does beside computing its result, from its schema and tags.
+"""What an operator does besides computing its result, from its schema and tags.
 
 The answer decides what a pass may delete, merge, move or compute once. It errs on the safe side: an
 operator that graphopt does not know is opaque, and nothing is done to it.
@@ -17,7 +17,7 @@ from torch import fx
 
 _KNOWN_NAMESPACES = frozenset({"aten", "prims"})
 _FROZEN = "graphopt::frozen"
-# Functional operators that exist for the check that they make.
+# Functional operators whose only purpose is a check.
 _CHECKS = ("assert", "sym_constrain", "dep_token")
 
 
@@ -44,7 +44,7 @@ def effect_of(node: fx.Node) -> Effect:
 
 
 def is_repeatable(node: fx.Node) -> bool:
-    """Whether equal operands give an equal result, each time, in a shape that is known before."""
+    """Whether equal operands always give an equal result, of a shape known in advance."""
     if node.op != "call_function" or effect_of(node) is not Effect.PURE:
         return False
     return _has_known_result(node.target)

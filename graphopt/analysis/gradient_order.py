@@ -33,7 +33,7 @@ class Device:
         flops: floating-point operations per second in 32 bits and more.
         half_flops: the same in 16 bits and less.
         bandwidth: bytes per second to and from memory.
-        overhead: seconds that starting one operator takes.
+        overhead: seconds to launch one operator.
     """
 
     flops: float
@@ -42,8 +42,8 @@ class Device:
     overhead: float
 
 
-# Orders of magnitude of one core with vector units, and of a data-centre GPU. Only the ratios of
-# ready times follow from them; a plan that needs better ones is made from a measured profile.
+# Orders of magnitude for one core with vector units and for a data-centre GPU: good enough for the
+# ratios between ready times. A plan that needs more uses a measured profile.
 ASSUMED = {
     "cpu": Device(flops=5e10, half_flops=5e10, bandwidth=1e10, overhead=3e-6),
     "cuda": Device(flops=2e13, half_flops=2e14, bandwidth=1.5e12, overhead=4e-6),
@@ -70,7 +70,7 @@ class GradientOrder:
     Attributes:
         ready: one entry per gradient of a parameter, earliest first.
         backward: seconds of the whole backward half.
-        chain: backward operators that cannot be put off without delaying something else.
+        chain: backward operators that cannot be delayed without delaying something else.
         movable: backward operators that lead to one gradient only, in graph order.
         units: the same operators, by gradient.
         times: ``"roofline"`` or ``"measured"``.
@@ -97,7 +97,7 @@ def gradient_order(graph: Graph) -> GradientOrder:
 
 
 def measured_order(graph: Graph, seconds: Mapping[fx.Node, float]) -> GradientOrder:
-    """The order for measured times (`graphopt.analysis.profile.measure`).
+    """The order for measured times (`graphopt.analysis.profile.profile_graph`).
 
     Raises:
         KeyError: a backward operator has no time.
@@ -105,19 +105,20 @@ def measured_order(graph: Graph, seconds: Mapping[fx.Node, float]) -> GradientOr
     return _order(graph, seconds, "measured")
 
 
-def roofline(graph: Graph) -> dict[fx.Node, float]:
-    """Estimated seconds of every operator: the slower of arithmetic and memory, plus its start.
+def roofline(graph: Graph, device: Device | None = None) -> dict[fx.Node, float]:
+    """Estimated seconds of every operator: the slower of arithmetic and memory, plus its launch.
 
-    Views take no time.
+    Views are free. Without `device`, each operator runs on the `ASSUMED` one of the kind that the
+    graph was captured on.
     """
     costs, views = graph.get(cost).by_node, graph.get(storage).views
     result = {}
     for node in graph.operators:
         kind, wide = _placed(node)
-        device = ASSUMED.get(kind, ASSUMED["cuda"])
-        flops = device.flops if wide else device.half_flops
-        spent = max(costs[node].flops / flops, costs[node].bytes / device.bandwidth)
-        result[node] = 0.0 if node in views else spent + device.overhead
+        used = device or ASSUMED.get(kind, ASSUMED["cuda"])
+        flops = used.flops if wide else used.half_flops
+        spent = max(costs[node].flops / flops, costs[node].bytes / used.bandwidth)
+        result[node] = 0.0 if node in views else spent + used.overhead
     return result
 
 
@@ -179,7 +180,7 @@ def _ready(name: str, node: fx.Node, done: Mapping[fx.Node, float]) -> Ready:
 
 # -- what may move ---------------------------------------------------------------------------------
 
-# Stands for everything that more than two gradients depend on; keeps the sets small.
+# Stands for whatever more than two gradients depend on; keeps the sets small.
 _SEVERAL = frozenset({"= several"})
 
 
@@ -217,7 +218,7 @@ def gives_weights_only(node: fx.Node) -> bool:
 
 
 def _goals(graph: Graph, gradients: Mapping[str, fx.Node]) -> dict[fx.Node, frozenset[str]]:
-    """What each node leads to: gradients of parameters by name, anything else by other marks."""
+    """What each node leads to: gradients of parameters by name, anything else by a mark."""
     own: dict[fx.Node, set[str]] = {node: set() for node in graph.nodes}
     for slot, node in zip(graph.signature.outputs, graph.outputs, strict=True):
         is_gradient = slot.role is Role.GRAD and slot.name in gradients
@@ -232,7 +233,7 @@ def _goals(graph: Graph, gradients: Mapping[str, fx.Node]) -> dict[fx.Node, froz
 
 
 def _fixed(graph: Graph) -> set[fx.Node]:
-    """Operators that do more than compute, and those that touch memory which one of them writes."""
+    """Operators that do more than compute, and those that touch memory one of them writes."""
     owner = graph.get(storage).owner
     fixed = {node for node in graph.operators if effect_of(node) is not Effect.PURE}
     written = {owner[value] for node in fixed if writes(node) for value in node.all_input_nodes}

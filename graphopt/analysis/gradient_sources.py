@@ -11,7 +11,7 @@ from graphopt.plan import Role
 def gradient_sources(graph: Graph) -> tuple[tuple[int, ...], ...]:
     """For each ``GRAD`` output, in order, the positions of the tangents that reach it.
 
-    A reduced gradient counts as the rank's own one, since others in its message do not concern it.
+    A reduced gradient counts as the rank's own: what else its message carries does not matter.
     Eager leaves ``.grad`` alone where no tangent arrives; the runtime needs this to do the same.
     """
     reach: dict[fx.Node, frozenset[int]] = {}

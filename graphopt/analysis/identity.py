@@ -1,4 +1,4 @@
-"""When two nodes have the same value, bit for bit, as far as that can be told without running them.
+"""When two nodes have the same value, bit for bit, as far as can be told without running them.
 
 Three ways: two views show the same elements of the same tensor; a node copies its operand; two
 nodes call the same operator with the same operands.

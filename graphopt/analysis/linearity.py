@@ -92,7 +92,7 @@ _IN_FIRST = frozenset(
         aten._scaled_dot_product_cudnn_attention_backward,
     }
 )
-# Linear where what else they write is zero: the position of that, and of the other argument.
+# Linear as long as everything else that they write is zero: the positions of both arguments.
 _BESIDE_ZERO = {
     aten.index_put: (0, 2),
     aten.scatter_add: (0, 3),
@@ -147,7 +147,7 @@ def _linear(node: fx.Node, dependent: set[fx.Node]) -> bool:
 
 
 def _both_dependent(node: fx.Node, dependent: set[fx.Node]) -> bool:
-    """A sum with something that does not scale is affine, not linear."""
+    """A sum with a term that does not scale is affine, not linear."""
     return all(a in dependent for a in node.args[:2])
 
 

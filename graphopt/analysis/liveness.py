@@ -1,7 +1,7 @@
-"""Which values live how long: activations kept for backward, and the peak of memory.
+"""How long values live: activations saved for backward, and peak memory.
 
 Memory belongs to the node that allocated it (`graphopt.analysis.aliasing`), so a view keeps its
-whole base alive and counts nothing itself.
+whole base alive and takes no memory itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Liveness:
     """How long the values of a graph live.
 
     Attributes:
-        saved: bytes of each forward value that backward reads. What a checkpointed region computes
-            again is replaced by the values it is computed from. The model's inputs, parameters and
-            buffers are not counted: they are alive anyway. An upper bound, since a
-            backend may choose to compute more values again.
-        peak: largest number of bytes alive at once, beside the inputs of the graph, when the nodes
-            run in order, nothing is fused and nothing is computed again.
+        saved: bytes of each forward value that backward reads. What a checkpointed region
+            recomputes is replaced by what it is recomputed from. The model's inputs, parameters and
+            buffers do not count: they are alive anyway. An upper bound, since a backend may choose
+            to recompute more.
+        peak: largest number of bytes alive at once, besides the inputs of the graph, when the nodes
+            run in order, nothing is fused and nothing is recomputed.
         peak_at: the node during which that happens; None in a graph without operators.
     """
 

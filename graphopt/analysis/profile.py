@@ -14,13 +14,13 @@ from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 
 
-def measure(
+def profile_graph(
     graph: Graph, inputs: Sequence[Tensor] | None = None, rounds: int = 3
 ) -> dict[fx.Node, float]:
     """Median seconds of every operator of `graph`, each run on its own, one after the other.
 
-    One more round runs first and is not counted. Random streams are left as they were. The graph
-    must not contain collectives yet: one rank alone would wait for the others.
+    A warm-up round is not counted. Random streams are left untouched. The graph must not contain
+    collectives yet: a rank that runs it alone would wait for the others.
 
     Args:
         graph: the step; its operators run on the devices of their fake values.
@@ -31,15 +31,17 @@ def measure(
     Raises:
         ArgumentError: `rounds` is not positive, or there is not one tensor per input.
     """
-    return measure_in_turn([graph], inputs, rounds)[0]
+    return profile_in_turn([graph], inputs, rounds)[0]
 
 
-def measure_in_turn(
+
+
+def profile_in_turn(
     graphs: Sequence[Graph], inputs: Sequence[Tensor] | None = None, rounds: int = 3
 ) -> list[dict[fx.Node, float]]:
-    """`measure` for several forms of one step, so that they can be compared.
+    """`profile_graph` for several forms of one step, so that they can be compared.
 
-    In every round each of them runs once. So a machine that is slow for a while is slow for all.
+    Each of them runs once per round, so that a slow spell of the machine hits all of them.
     """
     if rounds < 1:
         raise ArgumentError(f"rounds is {rounds}", hint="measure at least one round")
@@ -98,7 +100,7 @@ def _random(node: fx.Node) -> Tensor:
     real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
     if not (fake.dtype.is_floating_point or fake.dtype.is_complex):
         return real.zero_()
-    # Its own generator, so that two calls time the same numbers.
+    # A fresh generator, so that two calls time the same numbers.
     generator = torch.Generator().manual_seed(0)
     # Not negative, since a buffer may be a variance.
     return real.copy_(torch.rand(shape, generator=generator) + 0.5)

@@ -71,7 +71,7 @@ def _parent(path: str) -> str:
 
 
 def _link(path: str, children: dict[str, list[str]]) -> None:
-    """Enter `path` and its ancestors below their parents, once each."""
+    """Add `path` and its ancestors to the children of their parents, once each."""
     while path:
         siblings = children.setdefault(_parent(path), [])
         if path in siblings:

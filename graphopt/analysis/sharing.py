@@ -1,8 +1,8 @@
 """Who can see a piece of memory, and so which values may live in the same one.
 
 Two equal values may be merged, and a copy may be replaced by its source, only if nobody can tell.
-The user can: by writing into an output, an input or a parameter, at any time when the graph does
-not run, also between forward and backward.
+The user can tell by writing into an output, an input or a parameter whenever the graph is not
+running, including between forward and backward.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _NOBODY = Seen(0)
 class Sharing:
     """Who sees what in a graph, while a pass merges values.
 
-    A snapshot: it follows merges that it is told by `merge` and no other change of the graph. After
-    deletions it is still safe, since it may then only know of too many readers.
+    A snapshot: it follows the merges reported to `merge` and no other change of the graph. It stays
+    safe after deletions, since it can then only overestimate the readers.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -1,8 +1,8 @@
 """Which operators produce each parameter's gradient, and from which pairs of tensors.
 
-The operator that computes a weight's gradient has as operands what K-FAC needs: the gradients of
-the layer's outputs and the layer's inputs. Anchoring there instead of on modules finds a functional
-call on a raw parameter as well as an ``nn.Linear``, and every use of a shared weight.
+The operator that computes a weight's gradient takes exactly what K-FAC needs: the gradients of the
+layer's outputs and the layer's inputs. Starting there instead of at modules also finds functional
+calls on raw parameters, and every use of a shared weight.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _other(use: Use, reason: str) -> Use:
 
 
 def _laid_out(use: Use, term: _Term, kind: str) -> Use:
-    """The use with its orientation, or ``"other"`` where the parameter is neither way round."""
+    """The use with its orientation, or ``"other"`` where neither way round fits the parameter."""
     value: torch.Tensor = value_of(use.node)[use.index] if use.index else value_of(use.node)
     result = torch.empty(value.shape, device="meta")
     if use.summed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.console import phase, show, show_json, show_text
 from graphopt.cli.options import Json, NoGrad
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ def diff(
     `graphopt diff M SPEC SPEC` compares what two specs make of one model; '' is no pass at all.
 
     JSON: a, b, equal, and diff: {headline, moved, changes}, with changes a list of {kind, module,
-    phase, what, before, after} where before and after are lines of .gopt text.
+    phase, what, before, after} where before and after are lines of .gopt text; plan: a line per
+    decision of the passes that differs.
     """
     with phase("importing torch"):
         from graphopt.cli.subject import load_subject, rewrite, text_of
         from graphopt.diff import diff_graphs, diff_texts
+        from graphopt.pipeline.step import parts_of
+        from graphopt.plan.reading import changes
     from graphopt.render.diff import diff_view
 
+    planned: tuple[str, ...] = ()
     if c is None:
         names = (a, b)
         difference = diff_texts(*(text_of(name, no_grad=no_grad) for name in names))
@@ -44,15 +48,17 @@ def diff(
         names = (b, c)
         graph = load_subject(a, no_grad=no_grad).graph
         graphs = (graph.copy(), graph)
-        for spec, copy in zip(names, graphs, strict=True):
-            rewrite(copy, spec)
+        steps = [rewrite(copy, spec) for spec, copy in zip(names, graphs, strict=True)]
         difference = diff_graphs(*graphs)
+        planned = changes(*map(parts_of, steps))
     if json:
-        answer = {"a": names[0], "b": names[1], "equal": not difference}
-        show_json("diff", {**answer, "diff": as_data(difference)})
+        answer = {"a": names[0], "b": names[1], "equal": not (difference or planned)}
+        show_json("diff", {**answer, "diff": as_data(difference), "plan": planned})
     else:
         show(diff_view(difference, lines=True))
-    if difference:
+        for change in planned:
+            show_text(f"plan {change}")
+    if difference or planned:
         raise typer.Exit(1)
 
 

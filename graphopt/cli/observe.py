@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from graphopt.capture import Capture
 
 Observe = Callable[[Graph], Observed]
+# Tensors that passes own, by pass and name.
+States = dict[str, dict[str, Tensor]]
 
 
 def by_eager(example: Example) -> Observed:
@@ -27,15 +29,19 @@ def by_eager(example: Example) -> Observed:
     return trial.observe(type(example.model).forward)
 
 
-def on_example(example: Example, captured: Capture, state: dict[str, Tensor]) -> Observe:
+def on_example(example: Example, captured: Capture, states: States) -> Observe:
     """Runs graphs in place of the model, on the example's own inputs.
 
     Args:
         example: the model and its call.
         captured: how the call was captured.
-        state: the tensors that passes own; read when a graph runs.
+        states: the tensors that passes own; read when a graph runs.
     """
-    from graphopt.runtime.backends import eager
+    from graphopt.runtime.backends import build
+    from graphopt.runtime.session import Session
+
+    session = Session()
+    session.states = states
 
     def observe(graph: Graph) -> Observed:
         plan = Plan(
@@ -44,18 +50,18 @@ def on_example(example: Example, captured: Capture, state: dict[str, Tensor]) ->
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
         )
-        call = captured.bind(eager.build(graph.module, plan, state))
-        return Trial(example.model, example.args, example.kwargs, state).observe(call)
+        call = captured.bind(build(graph.module, plan, session))
+        return Trial(example.model, example.args, example.kwargs, session.trial).observe(call)
 
     return observe
 
 
-def on_made_up_inputs(graph: Graph, state: dict[str, Tensor]) -> Observe:
+def on_made_up_inputs(graph: Graph, states: States) -> Observe:
     """Runs a graph, and what passes make of it, on inputs made up for its signature.
 
     Args:
         graph: the graph before any pass.
-        state: the tensors that passes own; read when a graph runs.
+        states: the tensors that passes own; read when a graph runs.
 
     Raises:
         ArgumentError: the part of graphopt that makes inputs up is not installed.
@@ -70,7 +76,8 @@ def on_made_up_inputs(graph: Graph, state: dict[str, Tensor]) -> Observe:
     values = dict(zip(graph.signature.inputs, inputs_for(graph, SEED), strict=True))
 
     def value(slot: Slot) -> Tensor:
-        return (state[slot.name] if slot.role is Role.STATE else values[slot]).clone()
+        owner, _, what = slot.name.partition("/")
+        return (states[owner][what] if slot.role is Role.STATE else values[slot]).clone()
 
     def observe(graph: Graph) -> Observed:
         with torch.random.fork_rng(), torch.no_grad():

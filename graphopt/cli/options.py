@@ -21,7 +21,7 @@ Passes = Annotated[
         "--passes",
         "-p",
         metavar="SPEC",
-        help="The passes to run, such as 'cleanup,kfac{damping=1e-3}'.",
+        help="The passes to run, such as 'cleanup,schedule{link=summit}'.",
         show_default=False,
     ),
 ]

@@ -12,16 +12,17 @@ from graphopt.cli.console import phase, show, show_json, show_text
 from graphopt.cli.data_parallel import gradients_of, ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.errors import ArgumentError
+from graphopt.registry import PLANNED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from graphopt.cli.subject import Subject
     from graphopt.passbase import Pass
+    from graphopt.plan import PlanPart
     from graphopt.plan.grouping import Grouping, Ready
 
 DEFAULT_LINK = "10gbe"
-GROUPING_PASS = "group_gradients"
 EMITTERS = ("ddp",)
 
 
@@ -34,9 +35,9 @@ def plan(
             "--passes",
             "-p",
             metavar="SPEC",
-            help="What runs before group_gradients in SPEC is run first, and its link is taken.",
+            help="What runs before the grouping of gradients is run first, and its link is taken.",
         ),
-    ] = GROUPING_PASS,
+    ] = PLANNED,
     link: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +65,8 @@ def plan(
     JSON: model, link_from, assumed (inputs of the link that are assumptions), order ("graph" or
     "ddp"), exposed, above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready,
     finish}], backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world;
-    all in seconds and bytes; with --emit ddp also bucket_cap_mb_list.
+    all in seconds and bytes; parts: what the passes before have decided, by pass; with --emit ddp
+    also bucket_cap_mb_list.
     """
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
@@ -83,10 +85,12 @@ def plan(
         from graphopt.cli.subject import load_subject
         from graphopt.grouping.ddp import bucket_caps
         from graphopt.grouping.planner import plan as group
+        from graphopt.plan.part import to_data
     from graphopt.render.grouping import above_bound, grouping_view
+    from graphopt.render.part import part_view
 
     subject = load_subject(model)
-    ready, backward, times = _gradients(subject, _on_link(before, chosen.name), world)
+    ready, backward, times, parts = _gradients(subject, _on_link(before, chosen.name), world)
     if emit == "ddp":
         ready = _as_they_arrive(subject, ready)
     curve = machine.all_reduce(world)
@@ -102,10 +106,13 @@ def plan(
             "exposed": found.exposed,
             "above_bound": above_bound(found),
             **asdict(found),
+            "parts": {part.name: to_data(part) for part in parts},
         }
         show_json("plan", answer if caps is None else {**answer, "bucket_cap_mb_list": caps})
         return
     show(grouping_view(found, link_note=_note(chosen, machine.assumed)))
+    for part in parts:
+        show(part_view(part))
     if caps is not None:
         show(_about_ddp(found))
         show_text(f"model = DistributedDataParallel(model, bucket_cap_mb_list={caps})")
@@ -130,14 +137,14 @@ def _ranks(mesh: str) -> int:
 
 
 def _split(spec: str) -> tuple[tuple[Pass, ...], str]:
-    """The passes before `group_gradients` (all if it is not there), and its `link`, if any."""
-    if spec == GROUPING_PASS:
+    """The passes before the one that groups (all if there is none), and its `link`, if any."""
+    if spec == PLANNED:
         return (), ""
     from graphopt.pipeline.spec import parse_spec
 
     parsed = parse_spec(spec)
     for index, pass_ in enumerate(parsed):
-        if pass_.name == GROUPING_PASS:
+        if "grouped" in pass_.provides:
             return parsed[:index], str(getattr(pass_, "link", ""))
     return parsed, ""
 
@@ -147,7 +154,7 @@ def _link(option: str | None, named: str) -> _Link:
     if option is not None:
         return _Link(option, "--link")
     if named not in ("", "measure"):
-        return _Link(named, GROUPING_PASS)
+        return _Link(named, "SPEC")
     return _Link(DEFAULT_LINK, "default")
 
 
@@ -162,17 +169,23 @@ def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
 
 def _gradients(
     subject: Subject, before: Sequence[Pass], world: int
-) -> tuple[tuple[Ready, ...], float, str]:
-    """When which gradient is ready, the seconds of the backward, and where the times are from."""
+) -> tuple[tuple[Ready, ...], float, str, tuple[PlanPart, ...]]:
+    """When which gradient is ready, the seconds of the backward, where the times are from.
+
+    Last, what the passes before have decided.
+    """
     from graphopt.analysis.gradient_order import gradient_order
     from graphopt.passbase import PassContext
     from graphopt.pipeline import Pipeline
+    from graphopt.pipeline.step import parts_of
 
+    parts: tuple[PlanPart, ...] = ()
     if before:
         with phase("running passes"):
-            Pipeline(tuple(before)).run(subject.graph, PassContext(mesh={"dp": world}))
+            context = PassContext(mesh={"dp": world})
+            parts = parts_of(Pipeline(tuple(before)).run(subject.graph, context))
     order = gradients_of(subject.graph, subject.name, gradient_order)
-    return order.ready, order.backward, str(order.times)
+    return order.ready, order.backward, str(order.times), parts
 
 
 def _as_they_arrive(subject: Subject, ready: tuple[Ready, ...]) -> tuple[Ready, ...]:

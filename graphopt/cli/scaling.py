@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from graphopt.cli.data_parallel import gradients_of
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from graphopt.analysis.gradient_order import Device
     from graphopt.graph import Graph
     from graphopt.network.clusters import Cluster
@@ -97,42 +95,16 @@ def timeline_of(graph: Graph, device: Device, name: str) -> Timeline:
     Raises:
         ArgumentError: no gradient has to be reduced.
     """
-    from graphopt.analysis.gradient_order import measured_order
+    from graphopt.analysis.gradient_order import measured_order, roofline
     from graphopt.graph import phase_of
     from graphopt.plan import Phase
     from graphopt.simulate import Timeline
 
-    seconds = _roofline(graph, device)
+    # The graph was captured on a stand-in for the machine, so its own device does not count.
+    seconds = roofline(graph, device)
     order = gradients_of(graph, name, lambda joint: measured_order(joint, seconds))
     forward = math.fsum(s for node, s in seconds.items() if phase_of(node) is Phase.FORWARD)
     return Timeline(forward, order.backward, order.ready)
-
-
-def _roofline(graph: Graph, device: Device) -> dict[fx.Node, float]:
-    """Seconds of every operator on `device`, wherever the graph was captured.
-
-    `graphopt.analysis.gradient_order.roofline` takes the device that the graph was captured on,
-    and here that is a laptop standing in for a machine.
-    """
-    import torch
-
-    from graphopt.analysis.aliasing import storage
-    from graphopt.analysis.cost import cost
-    from graphopt.graph import value_of
-
-    costs, views = graph.get(cost).by_node, graph.get(storage).views
-    result = {}
-    for node in graph.operators:
-        value = value_of(node)
-        parts = value if isinstance(value, tuple | list) else (value,)
-        half = any(
-            isinstance(p, torch.Tensor) and p.is_floating_point() and p.element_size() < 4
-            for p in parts
-        )
-        speed = device.half_flops if half else device.flops
-        spent = max(costs[node].flops / speed, costs[node].bytes / device.bandwidth)
-        result[node] = 0.0 if node in views else spent + device.overhead
-    return result
 
 
 def predict(

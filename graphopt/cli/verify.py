@@ -66,11 +66,11 @@ def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json
     if subject.example and subject.capture:
         with phase("running PyTorch eager"), mode(subject.example, no_grad=no_grad):
             reference = by_eager(subject.example)
-            observe = on_example(subject.example, subject.capture, context.state)
+            observe = on_example(subject.example, subject.capture, context.states)
             captured = observe(graph)
         stages.append(_stage("capture", EXACT, tolerance(reference, EXACT), reference, captured))
     else:
-        observe = on_made_up_inputs(graph, context.state)
+        observe = on_made_up_inputs(graph, context.states)
         captured = observe(graph)
     checks = _Checks(stages, captured, observe)
     with phase(f"running {passes}"), mode(subject.example, no_grad=no_grad):

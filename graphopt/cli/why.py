@@ -12,7 +12,7 @@ from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, ModelName, NoGrad
 
 if TYPE_CHECKING:
-    from graphopt.analysis.story import Story
+    from graphopt.analysis.provenance import Provenance
     from graphopt.pipeline.step import PassStep
 
 
@@ -37,18 +37,21 @@ def why(
 
     JSON: model, passes, graph ("captured" or "rewritten"), removed (whether a pass removed it),
     story (the fields shown), and decisions, a list of {pass, skipped, applied: [{site, what,
-    numbers}], declined: [{site, reason, detail, numbers}]}.
+    numbers}], declined: [{site, reason, detail, numbers}]}, and plan: where the plan names it, a
+    list of {part, path, values}.
     """
     with phase("importing torch"):
-        from graphopt.analysis.story import names, story
+        from graphopt.analysis.provenance import names, provenance
         from graphopt.cli.model import near
         from graphopt.cli.subject import load_subject, rewrite
+        from graphopt.pipeline.step import parts_of
+        from graphopt.plan.reading import mentions
     from graphopt.errors import ArgumentError
-    from graphopt.render.story import story_view
+    from graphopt.render.provenance import provenance_view
 
     subject = load_subject(model, no_grad=no_grad)
     captured = names(subject.graph)
-    told = story(subject.graph, name) if name in captured else None
+    told = provenance(subject.graph, name) if name in captured else None
     steps = rewrite(subject.graph, passes)
     rewritten = names(subject.graph)
     origin = "captured"
@@ -58,9 +61,10 @@ def why(
                 f"{subject.name} has no parameter, buffer or node {name!r}",
                 hint=f"near names: {near(name, [*captured, *rewritten])}",
             )
-        told, origin = story(subject.graph, name), "rewritten"
+        told, origin = provenance(subject.graph, name), "rewritten"
     removed = name not in rewritten
     decisions = [_about(step, told, removed=removed) for step in steps]
+    planned = mentions(parts_of(steps), name)
     if json:
         answer = {
             "model": subject.name,
@@ -69,16 +73,16 @@ def why(
             "removed": removed,
             "story": asdict(told),
             "decisions": [
-                {"pass": step.spec, "skipped": step.skipped, **asdict(step.outcome)}
-                for step in decisions
+                {"pass": step.spec, "skipped": step.skipped, **_sites(step)} for step in decisions
             ],
+            "plan": [asdict(mention) for mention in planned],
         }
         show_json("why", answer)
     else:
-        show(story_view(told, decisions, removed=removed))
+        show(provenance_view(told, decisions, planned, removed=removed))
 
 
-def _about(step: PassStep, told: Story, *, removed: bool) -> PassStep:
+def _about(step: PassStep, told: Provenance, *, removed: bool) -> PassStep:
     """The step with only those sites that are this parameter or node, or mention it.
 
     What a pass says about the module of a parameter, or about all nodes of the operator of a node
@@ -97,3 +101,11 @@ def _about(step: PassStep, told: Story, *, removed: bool) -> PassStep:
         declined=tuple(d for d in step.outcome.declined if mention.search(f"{d.site} {d.detail}")),
     )
     return replace(step, outcome=outcome)
+
+
+def _sites(step: PassStep) -> dict[str, object]:
+    outcome = step.outcome
+    return {
+        "applied": [asdict(site) for site in outcome.applied],
+        "declined": [asdict(site) for site in outcome.declined],
+    }

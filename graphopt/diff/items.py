@@ -22,9 +22,7 @@ from graphopt.text.syntax import (
 from graphopt.text.writer import write, write_output, write_statement, write_type
 
 _ROLES = frozenset(Role)
-_OF_MODULES = frozenset(
-    {Role.PARAM, Role.BUFFER, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.STATISTIC}
-)
+_OF_MODULES = frozenset({Role.PARAM, Role.BUFFER, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.AUX})
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""Which gradients travel together: the planner, its search, and what it is weighed against."""
+"""Which gradients are reduced together: the planner, its search and its baselines."""

@@ -1,4 +1,4 @@
-"""Other ways of grouping gradients, scored with the same costs as the plan of `group_gradients`.
+"""Baselines: other ways of grouping gradients, scored with the same costs as our plan.
 
 Every function takes gradients in the order in which they become ready and returns groups in the
 order in which the channel carries them. Groups never mix kinds; each gradient is in exactly one.
@@ -62,8 +62,8 @@ def in_turn(parts: Iterable[Sequence[Ready]]) -> tuple[Group, ...]:
 def capped(ready: Sequence[Ready], caps: Sequence[int]) -> tuple[Group, ...]:
     """Buckets as `DistributedDataParallel` fills them in arrival order.
 
-    A bucket is closed by the gradient that brings it to its cap or above, so it may be larger than
-    the cap. Each kind walks through `caps` (bytes) on its own and stays at the last one. Buckets
+    The gradient that reaches the cap closes its bucket, so a bucket may exceed the cap. Each kind
+    goes through `caps` (bytes) separately and stays at the last one. Buckets
     that never reach their cap come last.
     """
     groups: list[Group] = []
@@ -81,7 +81,7 @@ def capped(ready: Sequence[Ready], caps: Sequence[int]) -> tuple[Group, ...]:
 
 
 def ddp_default(ready: Sequence[Ready]) -> tuple[Group, ...]:
-    """The buckets of `DistributedDataParallel` after it has seen the order of arrival once."""
+    """The buckets of `DistributedDataParallel` once it knows the order of arrival."""
     return capped(ready, DDP_CAPS)
 
 
@@ -114,7 +114,7 @@ def mg_wfbp(ready: Sequence[Ready], cost: Cost) -> tuple[Group, ...]:
     Those two are the line through the costs of the smallest gradient and of all together. A
     gradient joins the next one if that is ready before its own reduction would be done, and either
     the channel is not free before then or waiting costs less than a start-up. Kinds are grouped
-    apart, each as if it had the channel to itself.
+    separately, each as if it had the channel to itself.
     """
     total = sum(r.bytes for r in ready)
     small = min((r.bytes for r in ready), default=0)
@@ -124,7 +124,7 @@ def mg_wfbp(ready: Sequence[Ready], cost: Cost) -> tuple[Group, ...]:
 
 
 def _merged(ready: Sequence[Ready], startup: float, slope: float) -> list[list[Ready]]:
-    """The parts that MG-WFBP's rule makes of gradients of one kind."""
+    """The parts into which MG-WFBP's rule divides gradients of one kind."""
     parts: list[list[Ready]] = [[]]
     free, size = 0.0, 0
     for r, following in zip(ready, (*ready[1:], None), strict=True):

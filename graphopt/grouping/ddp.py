@@ -29,7 +29,7 @@ def bucket_caps(grouping: Grouping) -> list[float]:
             of the parameters, whatever a communication hook makes of them.
 
     Returns:
-        One cap per dense group. Sizes are exact: a division by a power of two rounds nothing.
+        One cap per dense group. Sizes are exact, since dividing by a power of two does not round.
 
     Raises:
         ArgumentError: there is no group, or the plan mixes dtypes or devices in a way that no list
@@ -39,7 +39,7 @@ def bucket_caps(grouping: Grouping) -> list[float]:
         raise ArgumentError("a plan without groups has no bucket caps")
     sizes: dict[str, list[int]] = {}
     for group in grouping.groups:
-        # DDP gives every sparse gradient a bucket of its own and takes no cap for it.
+        # DDP gives every sparse gradient its own bucket, which uses up no cap.
         if not group.kind.startswith("sparse"):
             sizes.setdefault(group.kind, []).append(group.bytes)
     longest = max(map(len, sizes.values()), default=0)
@@ -55,7 +55,8 @@ def _cap(sizes: Mapping[str, Sequence[int]], index: int) -> int:
         raise ArgumentError(
             "DistributedDataParallel applies one list of caps to every dtype and device, and this "
             f"plan needs different ones for {' and '.join(sizes)}",
-            hint="use graphopt.optimize(model, 'group_gradients'), which groups each on its own",
+            hint="optimize the model in the job instead, which groups each on its own: "
+            "graphopt.optimize(model)",
         )
     return min(closing) if closing else leftover
 
@@ -66,7 +67,7 @@ def arrival_order(
     """The parameters in the order in which autograd finishes their gradients, which DDP follows.
 
     Runs one forward and backward of the model, on this rank alone. Buffers such as running
-    statistics move by one step; gradients are left as they were.
+    statistics advance by one step; gradients are left untouched.
 
     Args:
         model: the model, not wrapped.
@@ -108,8 +109,8 @@ def arrival_order(
         raise ArgumentError(
             f"parameter {missing[0]!r} gets no gradient, so DistributedDataParallel needs "
             "find_unused_parameters=True and then never regroups",
-            hint="freeze it with requires_grad_(False), or use graphopt.optimize(model, "
-            "'group_gradients')",
+            hint="freeze it with requires_grad_(False), or optimize the model in the job instead: "
+            "graphopt.optimize(model)",
         )
     return tuple(arrived)
 

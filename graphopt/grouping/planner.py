@@ -1,8 +1,8 @@
-"""Which gradients to reduce together: the exact plan, its certificate and its rivals.
+"""Which gradients to reduce together: the exact plan, its certificate and its baselines.
 
-A plan is a sequence of groups on one in-order channel. The planner finds the earliest finish of any
-plan (`group_gradients_search`), then takes the fewest groups that come close to it: many plans tie,
-and fewer messages suffer less from jitter that no cost curve knows.
+A plan is a sequence of groups (buckets) on one in-order channel. The planner finds the earliest
+finish of any plan (`graphopt.grouping.search`), then takes the fewest groups that come close to it:
+many plans tie, and fewer messages suffer less from jitter, which no cost curve shows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from graphopt.grouping.baselines import (
     per_layer,
     timed,
 )
-from graphopt.grouping.search import Search
+from graphopt.grouping.search import GroupSearch
 from graphopt.plan.grouping import Candidate, Group, Grouping, Ready
 
 Cost = Callable[[float], float]
 
-# Fewer groups may cost this share of the finish, but no more than that share of what is exposed:
-# half a percent of a long backward can be most of a short tail.
+# What fewer groups may cost: this share of the finish, but at most that share of what is exposed,
+# since a tenth of a percent of a long backward can be most of a short tail.
 DELTA = 0.001
 DELTA_EXPOSED = 0.002
 
@@ -63,14 +63,14 @@ def plan(
     if not ready:
         return Grouping((), backward, 0.0, 0.0, link=link, times=times, world=world)
     order = in_ready_order(ready)
-    rivals = candidates(order, cost)
-    search = _search(order, cost)
-    best = min((finish_time(groups, cost) for groups in rivals.values()), default=math.inf)
+    baselines = candidates(order, cost)
+    search = GroupSearch([(r.bytes, r.seconds, r.kind) for r in order], cost)
+    best = min((finish_time(groups, cost) for groups in baselines.values()), default=math.inf)
     target = max(search.finish, min(search.finish + _slack(search.finish, backward), best))
     chosen = _groups(order, search.fewest(target))
     finish = finish_time(chosen, cost)
-    if best < finish:  # only after pairing neighbours, or where channel times differ by rounding
-        chosen = min(rivals.values(), key=lambda groups: finish_time(groups, cost))
+    if best < finish:  # only after pairing neighbours, or by rounding
+        chosen = min(baselines.values(), key=lambda groups: finish_time(groups, cost))
         finish = best
     return Grouping(
         groups=timed(chosen, cost),
@@ -79,7 +79,7 @@ def plan(
         bound=min(lower_bound(order, cost), finish),
         candidates=tuple(
             Candidate(name, tuple(g.bytes for g in groups), finish_time(groups, cost))
-            for name, groups in rivals.items()
+            for name, groups in baselines.items()
         ),
         link=link,
         times=times,
@@ -90,11 +90,6 @@ def plan(
 def in_ready_order(ready: Sequence[Ready]) -> list[Ready]:
     """The gradients by the time at which they are ready; those ready together keep their order."""
     return sorted(ready, key=lambda r: r.seconds)
-
-
-def earliest_finish(ready: Sequence[Ready], cost: Cost) -> float:
-    """Seconds until the last reduction is done in the best plan of all; 0 without gradients."""
-    return _search(in_ready_order(ready), cost).finish if ready else 0.0
 
 
 def lower_bound(ready: Sequence[Ready], cost: Cost) -> float:
@@ -121,10 +116,6 @@ def candidates(ready: Sequence[Ready], cost: Cost) -> dict[str, tuple[Group, ...
         "per layer": per_layer(ready),
         "mg-wfbp": mg_wfbp(ready, cost),
     }
-
-
-def _search(order: Sequence[Ready], cost: Cost) -> Search:
-    return Search([(r.bytes, r.seconds, r.kind) for r in order], cost)
 
 
 def _groups(order: Sequence[Ready], parts: Sequence[tuple[int, ...]]) -> tuple[Group, ...]:

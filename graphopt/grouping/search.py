@@ -1,9 +1,9 @@
 """The earliest finish of groups of gradients on one channel, and the fewest groups near it.
 
-Groups of one kind are contiguous in ready order. For a given partition no order on the channel
-beats that of the times at which the groups are ready, so the channel's state is how many gradients
-of each kind it has carried, and its value the time at which it becomes free. That makes the dynamic
-programme exact for any cost that does not decrease with the size, and for several kinds at once.
+Groups of one kind are contiguous in ready order. For a given partition, no order on the channel
+beats that of the ready times, so the state of the dynamic programme is how many gradients of each
+kind the channel has carried, and its value is the time at which the channel becomes free. It is
+exact for any cost that does not decrease with the size, and for several kinds at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Atom:
 
 
 def evaluate(cost: Callable[[float], float], sizes: Floats) -> Floats:
-    """`cost` of every size, bit for bit what calling it gives; curves without a Python loop.
+    """`cost` of every size, bit-equal to calling it; curves without a Python loop.
 
     Raises:
         ArgumentError: a cost is negative, not a number, or smaller than that of a smaller message.
@@ -72,7 +72,7 @@ def evaluate(cost: Callable[[float], float], sizes: Floats) -> Floats:
     return result
 
 
-class Search:
+class GroupSearch:
     """Plans for gradients in ready order, given as ``(bytes, seconds, kind)``."""
 
     def __init__(
@@ -156,8 +156,8 @@ class Search:
         costs = np.full((n + 1, n + 1), np.inf)
         start_, end_ = np.triu_indices(n + 1, 1)
         costs[start_, end_] = self._group_costs(0, start_, end_)
-        # The latest time at which the channel may have carried a prefix. Sums are rounded another
-        # way here, hence the margin; a state kept in vain costs only time.
+        # The latest time at which the channel may have carried a prefix. Sums round
+        # differently here, hence the margin; keeping a useless state only costs time.
         latest = np.full(n + 1, -np.inf)
         latest[n] = target
         for start in range(n - 1, -1, -1):
@@ -186,7 +186,9 @@ class Search:
         for kind in dict.fromkeys(kind for _, _, kind in self.gradients):
             chain = [g for g in groups if self.gradients[g[0]][2] == kind]
             for left, right in reversed(list(pairwise(chain))):
-                tail = next(g for g in groups if right[-1] in g)  # `right` and what it has joined
+                tail = next(
+                    g for g in groups if right[-1] in g
+                )  # `right` and what was joined to it
                 trial = [g for g in groups if g not in (left, tail)] + [left + tail]
                 trial.sort(key=max)
                 if self._finish(trial) <= target:
@@ -207,7 +209,7 @@ def _members(atoms: Sequence[Atom]) -> tuple[int, ...]:
 
 
 def _steps(atoms: Sequence[Atom], kinds: int) -> int:
-    """Number of comparisons that `Search` makes."""
+    """Number of comparisons that `GroupSearch` makes."""
     seen, steps = [0] * kinds, 0
     for atom in atoms:
         seen[atom.kind] += 1
@@ -219,7 +221,7 @@ def _steps(atoms: Sequence[Atom], kinds: int) -> int:
 
 
 def _coarse(atoms: list[Atom], kinds: int) -> list[Atom]:
-    """`atoms`, or pairs of neighbours of the most frequent kind until `Search` can afford them."""
+    """`atoms`, or pairs of neighbours of the most frequent kind until the search is affordable."""
     while True:
         count = [sum(a.kind == kind for a in atoms) for kind in range(kinds)]
         small = max(count, default=0) <= MOST_GRADIENTS and _steps(atoms, kinds) <= MOST_STEPS

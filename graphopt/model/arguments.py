@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from graphopt.errors import ArgumentError
 
@@ -76,6 +79,57 @@ def split_example_inputs(example: object) -> Example | None:
     )
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """The parallel dimensions of a job.
+
+    Attributes:
+        sizes: by name.
+        groups: process groups of the running job by name; empty where none runs.
+    """
+
+    sizes: Mapping[str, int]
+    groups: Mapping[str, Any]
+
+
+def mesh_of(mesh: object) -> Mesh:
+    """What `optimize` was given: a text, a dict, a `DeviceMesh`, a process group, or nothing.
+
+    Without one the whole world of a running job is its ``dp``.
+
+    Raises:
+        ArgumentError: it is none of these, or does not fit the ranks of the running job.
+    """
+    running = dist.is_available() and dist.is_initialized()
+    if running and isinstance(mesh, DeviceMesh):
+        names = mesh.mesh_dim_names
+        if names is None:
+            raise ArgumentError(
+                "the dimensions of this DeviceMesh have no names",
+                hint="init_device_mesh(device, shape, mesh_dim_names=('dp',))",
+            )
+        groups = {name: mesh.get_group(name) for name in names}
+        return Mesh({name: group.size() for name, group in groups.items()}, groups)
+    if running and isinstance(mesh, dist.ProcessGroup):
+        return Mesh({"dp": mesh.size()}, {"dp": mesh})
+    if mesh is dist.GroupMember.NON_GROUP_MEMBER and mesh is not None:
+        raise ArgumentError(
+            f"rank {dist.get_rank()} is not in the process group that mesh names",
+            hint="call optimize on the ranks of the group only",
+        )
+    sizes = parse_mesh(mesh)
+    if not running:
+        return Mesh(sizes, {})
+    world = dist.group.WORLD
+    assert world is not None
+    if sizes.get("dp", world.size()) != world.size():
+        raise ArgumentError(
+            f"mesh says dp={sizes['dp']}, and this job has {world.size()} ranks",
+            hint="leave mesh out: a running job knows its size",
+        )
+    return Mesh(sizes, {"dp": world})
+
+
 def parse_mesh(mesh: object) -> Mapping[str, int]:
     """``"dp=8,pp=4"`` or ``{"dp": 8}`` as a dict; empty for ``None``."""
     if mesh is None:
@@ -97,6 +151,9 @@ def parse_mesh(mesh: object) -> Mapping[str, int]:
 
 def _mesh_items(mesh: object) -> list[tuple[str, Any]]:
     if not isinstance(mesh, str):
-        raise ArgumentError(f"mesh={mesh!r} is neither a text nor a dict", hint="mesh='dp=8'")
+        raise ArgumentError(
+            f"mesh={mesh!r} is no text, dict, DeviceMesh or process group of a running job",
+            hint="mesh='dp=8'",
+        )
     pairs = [part.partition("=") for part in mesh.split(",")]
     return [(name.strip(), value) for name, _, value in pairs]

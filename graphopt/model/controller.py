@@ -6,13 +6,15 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
-from graphopt.plan.kfac import notes
+
+if TYPE_CHECKING:
+    from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
 
@@ -42,16 +44,8 @@ class Variant:
     entry: Specialisation
 
 
-class Compiler(Protocol):
-    """What makes variants; `graphopt.api` has the one there is.
-
-    Attributes:
-        workers: the ranks that gradients are reduced over, or ``None``.
-    """
-
-    @property
-    def workers(self) -> Any:
-        """See above."""
+class Specialiser(Protocol):
+    """What makes variants; `graphopt.api` has the one there is."""
 
     def compile(
         self,
@@ -59,7 +53,7 @@ class Compiler(Protocol):
         forward: Callable[..., object],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        state: dict[str, Tensor],
+        session: Session,
     ) -> Variant:
         """The variant for one call."""
 
@@ -73,15 +67,13 @@ class Controller:
     Args:
         base: the model's own class.
         compiler: makes variants; holds the arguments of `optimize`.
-
-    Attributes:
-        state: tensors that passes own, by name.
+        session: what the model keeps between its steps.
     """
 
-    def __init__(self, base: type[nn.Module], compiler: Compiler) -> None:
+    def __init__(self, base: type[nn.Module], compiler: Specialiser, session: Session) -> None:
         self.base = base
         self.compiler = compiler
-        self.state: dict[str, Tensor] = {}
+        self.session = session
         self.variants: list[Variant] = []
         self.made = 0
 
@@ -100,7 +92,7 @@ class Controller:
         """Make the variant for this call; on any error the model is given back as it was."""
         reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
         try:
-            variant = self.compiler.compile(model, self.base.forward, args, kwargs, self.state)
+            variant = self.compiler.compile(model, self.base.forward, args, kwargs, self.session)
         except BaseException:
             restore(model)
             raise
@@ -119,18 +111,13 @@ class Controller:
                 )
         return variant
 
-    def settle(self) -> None:
-        """Have in `state` what a step left under way; what is loaded into it then counts."""
-        if self.compiler.workers is not None:
-            self.compiler.workers.settle(self.state)
-
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
         report = self.compiler.report(type(model).__name__)
         return replace(
             report,
             specialisations=tuple(v.entry for v in reversed(self.variants)),
-            notes=report.notes + notes(self.state),
+            notes=report.notes + self.session.notes(),
         )
 
 

@@ -36,6 +36,8 @@ class Verification:
         worst_name: the output or gradient that is farthest off.
         worst_error: its error, relative to its largest magnitude.
         seconds: how long the comparison took.
+        declined: passes that change the training method by design, in what runs, so that they were
+            not held to eager's results.
     """
 
     level: str
@@ -43,6 +45,7 @@ class Verification:
     worst_name: str = ""
     worst_error: float = 0.0
     seconds: float = 0.0
+    declined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,15 @@ def _backend(choice: BackendChoice) -> str:
 def _verification(check: Verification) -> str:
     if check.result == "not run":
         return f"{check.level}: not compared with eager"
+    took = f"in {_time(check.seconds)}"
+    if check.declined:
+        names = ", ".join(check.declined)
+        return (
+            f"{check.level}: not compared with eager beyond {names}, which changes the training "
+            f"method by design; all other passes and the backend keep their promises, {took}"
+        )
     worst = f", worst {check.worst_name} by {check.worst_error:.2g}" if check.worst_error else ""
-    return f"{check.level}: {check.result}{worst} in {_time(check.seconds)}"
+    return f"{check.level}: {check.result}{worst} {took}"
 
 
 def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> list[tuple[str, list[Site]]]:

@@ -8,39 +8,55 @@ from __future__ import annotations
 
 import copy
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from graphopt.errors import ArgumentError
-from graphopt.model.controller import KEY, Compiler, Controller, controller_of
+from graphopt.model.controller import KEY, Controller, Specialiser, controller_of
 from graphopt.model.report import Report
 
+if TYPE_CHECKING:
+    from graphopt.runtime.session import Session
 
-def install(model: nn.Module, compiler: Compiler) -> Controller:
+
+def install(model: nn.Module, compiler: Specialiser, session: Session) -> Controller:
     """Swap the model's class; optimizing again replaces what was there."""
     old = controller_of(model)
     base = old.base if old else type(model)
-    controller = Controller(base, compiler)
+    controller = Controller(base, compiler, session)
+    # Raises for a bad plugin, so it comes before the model is touched.
+    methods = tuple(m for m in session.methods() if not _has_own(model, m[0]))
+    model.__class__ = _subclass(base, methods)
     object.__setattr__(model, KEY, controller)
-    model.__class__ = _subclass(base)
     return controller
 
 
-_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+def _has_own(model: nn.Module, name: str) -> bool:
+    """Whether the instance has an attribute, parameter, buffer or submodule of this name.
+
+    The last three are only looked for when the class has nothing of that name.
+    """
+    own = model.__dict__
+    return name in own or any(name in own[t] for t in ("_parameters", "_buffers", "_modules"))
 
 
-def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+# Name of a method, and the runtime part that has it: name and class.
+Methods = tuple[tuple[str, tuple[str, type]], ...]
+
+_subclasses: dict[tuple[type[nn.Module], Methods], type[nn.Module]] = {}
+
+
+def _subclass(base: type[nn.Module], methods: Methods) -> type[nn.Module]:
     """The subclass of `base` that runs through the controller and looks like `base`."""
-    if base not in _subclasses:
-        _subclasses[base] = _make_subclass(base)
-    return _subclasses[base]
+    if (base, methods) not in _subclasses:
+        _subclasses[base, methods] = _make_subclass(base, methods)
+    return _subclasses[base, methods]
 
 
-def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
+def _make_subclass(base: type[nn.Module], methods: Methods) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         if _within_another_program():
@@ -51,21 +67,6 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     def explain(self: nn.Module) -> str:
         """What graphopt did to this model, what it declined, and why."""
         return report(self).explain()
-
-    def no_sync(self: nn.Module) -> AbstractContextManager[None]:
-        """Within, steps keep this rank's own gradients; the next step outside reduces the sum."""
-        workers = _workers_of(self)
-        return nullcontext() if workers is None else workers.silent()
-
-    def noise_scale(self: nn.Module) -> float | None:
-        """Gradient noise scale in examples (McCandlish et al., arXiv 1812.06162, eq. 2.9).
-
-        Measured every few steps from the gradients before and after their reduction; ``None`` on
-        one rank, with a wire other than ``native``, and before there is an estimate.
-        """
-        workers = _workers_of(self)
-        line = getattr(workers, "line", None)
-        return None if line is None else line.noise.value
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Pickle as the plain model: a capture belongs to a process."""
@@ -82,32 +83,35 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         plain.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         controller = controller_of(self)
         assert controller is not None
-        controller.settle()
-        compiler: Any = controller.compiler
-        if compiler.workers is not None:
-            compiler = replace(compiler, workers=compiler.workers.copy())
-        copied = install(plain, compiler)
-        copied.state = copy.deepcopy(controller.state, memo)
-        copied.settle()
+        install(plain, controller.compiler, controller.session.copy(memo))
         return plain
 
     namespace = {
         "forward": forward,
         "explain": explain,
-        "no_sync": no_sync,
-        "noise_scale": noise_scale,
         "__reduce_ex__": reduce,
         "__deepcopy__": deepcopy,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    # The model's own attributes win over what runtime parts offer.
+    offered = {name: _offered(owner, name, kind) for name, (owner, kind) in methods}
+    taken = {*dir(base), *namespace}
+    namespace |= {name: method for name, method in offered.items() if name not in taken}
     return type(base.__name__, (base,), namespace)
 
 
-def _workers_of(model: nn.Module) -> Any:
-    controller = controller_of(model)
-    return None if controller is None else controller.compiler.workers
+def _offered(owner: str, name: str, kind: type) -> Callable[..., object]:
+    """A method of the runtime part `owner` as one of the model."""
+
+    @functools.wraps(getattr(kind, name))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        controller = controller_of(self)
+        assert controller is not None
+        return getattr(controller.session.part(owner), name)(*args, **kwargs)
+
+    return method
 
 
 def _within_another_program() -> bool:

@@ -1,6 +1,6 @@
 """Run steps of the user's own model on the user's own batch and leave no trace.
 
-Both the comparison with eager and the duel between backends need real steps. A trial restores the
+Both the comparison with eager and the choice between backends need real steps. A trial restores the
 random streams, the buffers, the inputs and the plain attributes of the modules afterwards, and
 never touches a parameter's ``.grad``.
 """
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Trial:
         model: the module whose ``forward`` is tried.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        state: further tensors that a step may change (the state of passes).
+        around: what each run takes place in, beside the restoring of the model.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Trial:
         model: nn.Module,
         args: Sequence[object],
         kwargs: Mapping[str, object],
-        state: dict[str, Tensor] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.model = model
         self.args = args
@@ -53,7 +54,7 @@ class Trial:
         inputs = {f"input {n}": t for n, t in tensors_of(named_arguments(model, args, kwargs))}
         self.sources = {n: t for n, t in (named | inputs).items() if t.requires_grad}
         self._changeable = [*model.buffers(), *inputs.values()]
-        self._state = {} if state is None else state
+        self._around = around
         devices = {t.device for t in (*named.values(), *inputs.values())}
         self.devices = [d for d in devices if d.type == "cuda"]
 
@@ -75,15 +76,16 @@ class Trial:
         if not differentiable or not self.sources or not torch.is_grad_enabled():
             return {}
         generator = torch.Generator().manual_seed(0)
-        cotangents = [
-            torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t) + 1
-            for t in differentiable
-        ]
+        cotangents = [cotangent(t, generator) for t in differentiable]
         gradients = torch.autograd.grad(
             differentiable, list(self.sources.values()), cotangents, allow_unused=True
         )
         names = (f"gradient of {n}" for n in self.sources)
         return dict(zip(names, gradients, strict=True))
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Within, random numbers are those of the call that is tried; outside nobody notices."""
+        return torch.random.fork_rng(devices=self.devices)
 
     def _hooked(self) -> list[Any]:
         """Tensors with gradient hooks of the user's, which must not see a trial's gradients."""
@@ -92,23 +94,19 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Restore random streams, buffers, inputs and plain attributes on the way out."""
-        state = dict(self._state)
-        changeable = [*self._changeable, *state.values()]
-        before = [(t, t.detach().clone()) for t in changeable]
+        before = [(t, t.detach().clone()) for t in self._changeable]
         attributes = [(m, m.__dict__.copy()) for m in self.model.modules()]
         hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in self._hooked()]
         for registered, _ in hooks:
             registered.clear()
-        with torch.random.fork_rng(devices=self.devices):
+        with self._around(), self.same_random_numbers():
             try:
                 yield
             finally:
                 with torch.no_grad():
                     for tensor, value in before:
-                        if not _same(tensor, value):
+                        if not same(tensor, value):
                             tensor.copy_(value)
-                self._state.clear()
-                self._state.update(state)
                 for registered, functions in hooks:
                     registered.update(functions)
                 for module, saved in attributes:
@@ -116,6 +114,11 @@ class Trial:
                     if now.keys() != saved.keys() or any(now[k] is not saved[k] for k in saved):
                         module.__dict__.clear()
                         module.__dict__.update(saved)
+
+
+def cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
+    """A random cotangent of an output; its mean is not 0, as sums are common losses."""
+    return torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output) + 1
 
 
 def named_arguments(
@@ -148,10 +151,17 @@ def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference between two observations."""
+    """How far one value of two observations is off.
+
+    Attributes:
+        name: of the value.
+        error: largest difference relative to the largest magnitude of the reference.
+        absolute: largest difference.
+    """
 
     name: str
     error: float
+    absolute: float = 0.0
 
     @property
     def equal(self) -> bool:
@@ -164,12 +174,17 @@ def compare(reference: Observed, actual: Observed) -> Difference:
 
     A value that one side lacks, or a NaN that only one side has, differs infinitely.
     """
-    worst = Difference("", 0.0)
-    for name in reference.values.keys() | actual.values.keys():
-        error = _error(reference.values.get(name), actual.values.get(name))
-        if error > worst.error:
-            worst = Difference(name, error)
-    return worst
+    return max(differences(reference, actual), key=lambda d: d.error, default=Difference("", 0.0))
+
+
+def differences(reference: Observed, actual: Observed) -> list[Difference]:
+    """All values that are not bit-equal."""
+    found = []
+    for name in sorted(reference.values.keys() | actual.values.keys()):
+        error, absolute = _error(reference.values.get(name), actual.values.get(name))
+        if error > 0:
+            found.append(Difference(name, error, absolute))
+    return found
 
 
 def tolerance(observed: Observed, numerics: Numerics) -> float:
@@ -193,32 +208,46 @@ def tolerance_of_pass(observed: Observed, numerics: Numerics) -> float:
     return tolerance(observed, numerics) if on_gpu else numerics.bound
 
 
-def _error(reference: Tensor | None, actual: Tensor | None) -> float:
+def _error(reference: Tensor | None, actual: Tensor | None) -> tuple[float, float]:
+    """Relative and absolute difference."""
+    infinite = float("inf"), float("inf")
     if reference is None or actual is None:
-        return 0.0 if reference is actual else float("inf")
+        return (0.0, 0.0) if reference is actual else infinite
     if reference.shape != actual.shape or reference.dtype != actual.dtype:
-        return float("inf")
+        return infinite
     if reference.layout is not actual.layout:
-        return float("inf")
+        return infinite
     if reference.layout is not torch.strided:
         reference, actual = reference.to_dense(), actual.to_dense()
-    if _same(reference, actual):
-        return 0.0
+    if same(reference, actual):
+        return 0.0, 0.0
     if not (reference.is_floating_point() or reference.is_complex()):
-        return float("inf")
+        return infinite
     wide = torch.complex128 if reference.is_complex() else torch.float64
     a, b = reference.to(wide), actual.to(wide)
     difference = torch.where(a == b, 0.0, (a - b).abs()).max().item()
     scale = a.abs().max().item()
     error = difference / scale if scale > 0 else difference
     # NaN in one and not the other compares unequal with everything.
-    return error if error == error else float("inf")
+    return (error, difference) if error == error else infinite
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Bit-equal, with NaN equal to NaN."""
     return bool(torch.equal(a, b) or (a.is_floating_point() and _nan_equal(a, b)))
 
 
 def _nan_equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """One line on what kind of call this is: inputs and mode."""
+    inputs = ", ".join(
+        f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+        for name, t in tensors_of(named_arguments(model, args, kwargs))
+    )
+    mode = ["train" if model.training else "eval"]
+    mode += [] if torch.is_grad_enabled() else ["no_grad"]
+    mode += ["autocast"] if torch.is_autocast_enabled("cpu") else []
+    return f"{inputs} ({', '.join(mode)})"

@@ -1,7 +1,7 @@
 """Closed forms of all-reduce algorithms: seconds from bytes, ranks and the cost of a link.
 
 The formulas are the usual latency-bandwidth ones. Every function takes the bytes each rank
-contributes and returns seconds; one rank has nobody to talk to and pays nothing.
+contributes and returns seconds; a single rank pays nothing.
 """
 
 from __future__ import annotations

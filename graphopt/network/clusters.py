@@ -13,8 +13,8 @@ from graphopt.network.algorithms import Link
 from graphopt.network.curve import Curve
 from graphopt.network.nccl import Algorithm, Tuner
 
-# NCCL's correction of its tree changes at powers of two. Sampled only there a curve never
-# decreases, while NCCL's own estimate jumps down wherever the correction improves.
+# NCCL's correction for its tree changes at powers of two. Sampled only there, the curve never
+# decreases, whereas NCCL's own estimate drops wherever the correction improves.
 SIZES = tuple(float(1 << power) for power in range(31))
 ALGORITHMS = (
     "ring",
@@ -84,7 +84,7 @@ class Cluster:
     def all_reduce(self, world: int, algorithm: str = "auto") -> Curve:
         """Seconds of one all-reduce over `world` GPUs, as a curve over 1 B to 1 GiB.
 
-        Nodes are filled one after the other; a last one that is not full counts as a full one. More
+        Nodes are filled one after the other; a partly filled last one counts as full. More
         GPUs than the machine has are allowed and noted in the `source` of the curve.
 
         Args:
@@ -92,7 +92,7 @@ class Cluster:
             algorithm: one of `ALGORITHMS`, or ``"auto"`` for the cheapest of `usual`.
 
         Raises:
-            ArgumentError: for less than one rank or an algorithm that is unknown here.
+            ArgumentError: for less than one rank or an algorithm that this cluster does not have.
         """
         if world < 1:
             raise ArgumentError(
@@ -125,7 +125,7 @@ class Cluster:
             # A ring enters and leaves each node once; its hops are a mixture of both kinds.
             latency = between.latency * nodes / world + inside.latency * (1 - nodes / world)
             around = Link(latency, max(inside.per_byte, between.per_byte), self.reduce)
-            # Partners at a distance are elsewhere for all GPUs of a node at once.
+            # Distant partners are on other nodes, for all GPUs of a node at the same time.
             per_byte = max(inside.per_byte, local * between.per_byte)
             shared = Link(between.latency, per_byte, self.reduce)
         x, y = _rectangle(local, nodes)
@@ -179,7 +179,7 @@ _ALL = (
             ("nodes", *_LATENCIES)),
     Cluster("10gbe", 1, 64, 5e-6, 10 * GB, 3e-5, 9.43 * GB / 8, 1e-10, assumed=(
             "gpus_per_node", "nodes", "intra_bandwidth", *_LATENCIES)),
-    # Ethernet is taken at 92 % of its line rate, as the 10 Gbit/s one was measured to be nearly.
+    # Ethernet is assumed at 92 % of its line rate, close to what was measured at 10 Gbit/s.
     Cluster("25gbe", 4, 128, 5e-6, 10 * GB, 2e-5, 0.92 * 25 * GB / 8, 2e-12, assumed=(
             "gpus_per_node", "nodes", *_LINKS)),
     Cluster("100gbe", 8, 128, 5e-6, 10 * GB, 1e-5, 0.92 * 100 * GB / 8, 2e-12, assumed=(

@@ -13,11 +13,11 @@ class Curve:
     """A non-decreasing, piecewise linear cost: bytes to seconds.
 
     Attributes:
-        points: ``(bytes, seconds)``, both non-decreasing, bytes strictly; before the first point
-            the cost is that of the first, behind the last it continues with the last slope.
+        points: ``(bytes, seconds)``, both non-decreasing, bytes strictly; below the first point
+            the cost is that of the first, above the last it continues with the last slope.
         source: where it comes from, in a few words.
-        joining: seconds per byte for laying several gradients one behind the other before they are
-            sent; a message of one gradient needs none.
+        joining: seconds per byte for copying several gradients into one buffer before it is sent; a
+            message of one gradient needs none.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -33,7 +33,7 @@ class Curve:
     @classmethod
     def affine(cls, latency: float, per_byte: float, source: str = "") -> Curve:
         """``latency + per_byte * bytes``, in seconds and seconds per byte."""
-        far = 2.0**30  # near the size of large messages, so that the slope keeps its digits
+        far = 2.0**30  # about the size of large messages, which keeps the slope precise
         return cls(((0.0, latency), (far, latency + far * per_byte)), source)
 
     def __call__(self, size: float) -> float:
@@ -48,7 +48,7 @@ class Curve:
 
 
 def of_group(cost: Callable[[float], float], size: float, members: int) -> float:
-    """Seconds that a message of so many gradients takes, laid out and sent."""
+    """Seconds that a message of so many gradients takes, copied together and sent."""
     joining: float = getattr(cost, "joining", 0.0)
     return cost(size) + (joining * size if members > 1 else 0.0)
 

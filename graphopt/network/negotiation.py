@@ -2,7 +2,7 @@
 
 Models of a run-time negotiation as Horovod does it: a coordinator that hears every rank, the
 bit-vector of cached tensors, and a tree of coordinators. A compiled plan needs none of them; they
-are here to model what it is compared with.
+model what it is compared with.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NEGOTIATIONS = ("none", "coordinator", "bit_vector", "control_tree")
 
 @dataclass(frozen=True)
 class Negotiator:
-    """One of `NEGOTIATIONS` with all that its cost depends on besides the machine.
+    """One of `NEGOTIATIONS`, with everything but the machine that its cost depends on.
 
-    The defaults are assumptions: no source that we could read measures them.
+    The defaults are assumptions: no source available to us measures them.
 
     Attributes:
         name: one of `NEGOTIATIONS`.
@@ -77,9 +77,7 @@ class Negotiator:
         return f"{self.name}, before each group: {costs[self.name]}" if self.name in costs else ""
 
 
-def coordinator(
-    ranks: int, ready: int, message: float, tensor: float, link: Link, reply: float = 0.0
-) -> float:
+def coordinator(ranks: int, ready: int, message: float, tensor: float, link: Link) -> float:
     """Seconds of one cycle in which rank 0 hears every rank and broadcasts what is ready.
 
     Args:
@@ -88,50 +86,35 @@ def coordinator(
         message: seconds rank 0 spends on one rank's message.
         tensor: seconds rank 0 spends on one reported tensor.
         link: one hop of the broadcast.
-        reply: bytes of the answer.
 
     Raises:
         ArgumentError: for less than one rank or a negative count or cost.
     """
-    _check(ranks, ready, message, tensor, reply)
-    # A broadcast is the second half of a tree all-reduce that adds nothing.
-    broadcast = binomial_tree(reply, ranks, Link(link.latency, link.per_byte)) / 2
+    _check(ranks, ready, message, tensor)
+    # An empty broadcast is the second half of an empty all-reduce.
+    broadcast = binomial_tree(0.0, ranks, link) / 2
     return (ranks - 1) * (message + ready * tensor) + broadcast
 
 
-def bit_vector_bits(tensors: int) -> int:
-    """Bits that one rank contributes: three flags and one for each cached tensor."""
-    _check(1, tensors)
-    return tensors + STATUS_BITS
+def bit_vector_bytes(tensors: int) -> int:
+    """Bytes that one rank contributes, in whole words: the flags, and a bit per cached tensor."""
+    return 8 * -(-(tensors + STATUS_BITS) // WORD)
 
 
-def bit_vector_bytes(tensors: int, timeline: bool = False) -> int:
-    """Bytes of the bit-vector, in whole 64-bit words.
-
-    Args:
-        tensors: cached tensors.
-        timeline: whether a complemented copy travels along, for the union beside the intersection.
-    """
-    words = -(-bit_vector_bits(tensors) // WORD)
-    return 8 * words * (2 if timeline else 1)
-
-
-def bit_vector(ranks: int, tensors: int, link: Link, invalid: bool = False) -> float:
+def bit_vector(ranks: int, tensors: int, link: Link) -> float:
     """Seconds of one cycle in which all tensors are cached: one bitwise all-reduce.
 
     Args:
         ranks: number of ranks.
         tensors: cached tensors.
         link: one hop between hosts.
-        invalid: whether a rank saw a changed tensor, which needs a second all-reduce.
 
     Raises:
         ArgumentError: for less than one rank or a negative number of tensors.
     """
     _check(ranks, tensors)
     # So few bytes are reduced and sent back along a tree, which takes two latencies per level.
-    once = binomial_tree(bit_vector_bytes(tensors), ranks, link)
-    return once * (2 if invalid else 1)
+    return binomial_tree(bit_vector_bytes(tensors), ranks, link)
 
 
 def control_tree(ranks: int, radix: int, message: float) -> float:

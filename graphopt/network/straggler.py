@@ -34,12 +34,6 @@ def expected_maximum(ranks: int) -> float:
     return (total - 0.5) * _STEP
 
 
-def asymptotic_maximum(ranks: int) -> float:
-    """``sqrt(2 ln ranks)``, the bound that `expected_maximum` approaches slowly from below."""
-    _check(ranks)
-    return sqrt(2 * log(ranks))
-
-
 def delay(ranks: int, sigma: float) -> float:
     """Seconds that every synchronous step loses to its slowest rank.
 

@@ -28,7 +28,7 @@ from graphopt.errors import ArgumentError
 from graphopt.ops import moments_patch as patch
 from graphopt.ops import moments_rows as rows_
 from graphopt.ops.moments_norm import norm_moment
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments
 from graphopt.ops.packing import packed_length
 
 _WINDOW = (
@@ -111,34 +111,12 @@ def token_counts(indices: Tensor, size: int, padding_idx: int, scale: float) -> 
     return counts.to(torch.float32).mul_(scale).unsqueeze(0)
 
 
-def patch_moment(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    ones: bool,
-    pieces: int,
-    scale: float,
-) -> Tensor:
-    """`second_moment` of the patches of a convolution, without copying them where that pays.
+def patch_moment(x: Tensor, *arguments: Any) -> Tensor:
+    """`second_moment` of the patches of a convolution, without copying them where that is faster.
 
     Args:
         x: input of the convolution, [n, C, *spatial] of one to three dimensions.
-        kernel: its spatial shape.
-        stride: as of the convolution, like the next five.
-        padding: the same before and after the input.
-        dilation: distance of neighbouring kernel offsets.
-        groups: each group has its own moment.
-        transposed: whether the convolution is transposed; a patch then holds, for each entry
-            (c, k) of the weight, the input value it is multiplied with at that output position.
-        output_padding: further outputs of a transposed convolution.
-        ones: whether a constant 1 ends each patch.
-        pieces: number of equal diagonal blocks of each group.
-        scale: factor of the sum over all images and output positions.
+        arguments: as of `PatchArguments.of`.
 
     Returns:
         [groups * pieces, s * (s + 1) / 2] in the order (channel, kernel offset).
@@ -146,25 +124,17 @@ def patch_moment(
     Raises:
         ArgumentError: shapes do not fit, or the pieces are unequal.
     """
-    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
-    return patch.patch_moment(x, window, groups, ones, pieces, scale)
+    return patch.patch_moment(x, PatchArguments.of(*arguments))
 
 
-def patch_diagonal_moment(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    ones: bool,
-    scale: float,
-) -> Tensor:
+def patch_diagonal_moment(x: Tensor, *arguments: Any) -> Tensor:
     """The diagonal of `patch_moment` in one piece: [groups, d], or [groups, d + 1] with `ones`."""
-    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
-    return patch.patch_diagonal(x, window, groups, ones, scale)
+    return patch.patch_diagonal(x, _in_one_piece(*arguments))
+
+
+def _in_one_piece(*arguments: Any) -> PatchArguments:
+    *window, ones, scale = arguments
+    return PatchArguments.of(*window, ones, 1, scale)
 
 
 def _check_rows(rows: Tensor) -> None:
@@ -188,38 +158,17 @@ def _fake_diagonal_moment(rows: Tensor, ones: bool, scale: float) -> Tensor:
     return rows.new_empty(shape, dtype=rows_.working_dtype(rows))
 
 
-def _fake_patch_moment(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    ones: bool,
-    pieces: int,
-    scale: float,
-) -> Tensor:
-    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
-    size = rows_.piece_size(patch.patch_width(x, window, groups), ones, pieces)
-    return x.new_empty((groups * pieces, packed_length(size)), dtype=rows_.working_dtype(x))
+def _fake_patch_moment(x: Tensor, *arguments: Any) -> Tensor:
+    args = PatchArguments.of(*arguments)
+    size = rows_.piece_size(patch.patch_width(x, args), args.ones, args.pieces)
+    return x.new_empty(
+        (args.groups * args.pieces, packed_length(size)), dtype=rows_.working_dtype(x)
+    )
 
 
-def _fake_patch_diagonal_moment(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    ones: bool,
-    scale: float,
-) -> Tensor:
-    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
-    shape = (groups, patch.patch_width(x, window, groups) + int(ones))
+def _fake_patch_diagonal_moment(x: Tensor, *arguments: Any) -> Tensor:
+    args = _in_one_piece(*arguments)
+    shape = (args.groups, patch.patch_width(x, args) + int(args.ones))
     return x.new_empty(shape, dtype=rows_.working_dtype(x))
 
 

@@ -1,4 +1,4 @@
-"""Unit-wise moments of a norm: what its scale and shift need of each channel."""
+"""Unit-wise moments of a norm: what its scale and shift need for each channel."""
 
 from __future__ import annotations
 

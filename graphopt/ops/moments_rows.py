@@ -64,7 +64,7 @@ def moment(
 
     Args:
         parts: the rows as tensors [B, N_i, width] in the dtype of the result, any strides.
-        like: an empty-or-not tensor [B, ...] giving batch, dtype and device of the result.
+        like: a tensor [B, ...] with the batch, dtype and device of the result; may be empty.
         width: columns of the rows.
         ones: whether each row ends in a further 1.
         pieces: number of equal diagonal blocks.
@@ -96,7 +96,7 @@ def moment(
 def with_ones(packed: Tensor, sums: Tensor, count: int) -> Tensor:
     """The packed moment of rows that end in a 1, from that of the rows without it.
 
-    The further row of the matrix is the sum of the rows and their number, and it comes last.
+    The additional, last row of the matrix is the sum of the rows and their number.
 
     Args:
         packed: [B, d * (d + 1) / 2].
@@ -107,7 +107,7 @@ def with_ones(packed: Tensor, sums: Tensor, count: int) -> Tensor:
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Adds ``rowsᵀ rows`` to the lower triangle of `total` [B, d, d]; above it, anything goes."""
+    """Adds ``rowsᵀ rows`` to the lower triangle of `total` [B, d, d]; the rest is undefined."""
     batch, width, _ = total.shape
     tile = _TILE if width >= _LEAST_TILED else max(1, width)
     for start in range(0, width, tile):

@@ -3,9 +3,9 @@
 For a window that moves by single steps, entries (c, k) and (c', k') of the moment are
 ``Σ_u p[c, u] p[c', u + δ]`` with ``δ = (k' - k) * dilation``, where u runs over a box of the padded
 image p that depends on k. Boxes of different k differ by borders only. So the image is cut into
-disjoint boxes, such that each k takes all or nothing of each of them. A box is correlated once for
-each δ, and the result serves all pairs (k, k') of that difference: a kernel of 3 x 3 has 81 pairs,
-and 13 differences up to symmetry. Terms are only added, never taken away, so nothing cancels.
+disjoint boxes such that each k uses all or nothing of each of them. A box is correlated once for
+each δ, and the result serves all pairs (k, k') of that difference: a 3 x 3 kernel has 81 pairs, and
+13 differences up to symmetry. Terms are only added, never subtracted, so nothing cancels.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments, Window
 
 Box = tuple[tuple[int, int], ...]
 # From the widened plane, the first and the last-but-one position of a box, the window and the
 # number of groups to the box's correlations [groups, c, c', *differences].
 Correlate = Callable[[Tensor, Box, Window, int], Tensor]
 
-# Costs in multiplications of a large product, estimated on one core: what each copied element, each
-# kernel offset, each box and each element of a box's result or of the moment take.
+# Costs in units of one multiplication in a large product, estimated on one core: for each copied
+# element, kernel offset, box, and element of a box's result or of the moment.
 _COPY = 64
 _OFFSET = 600_000
 _BOX = 1_500_000
 _ELEMENT = 140
-# Fewer channels leave the registers of a convolution empty, and fewer than `_LEAST_GROUP` in a
-# group make it slow altogether.
+# Fewer channels leave the registers of a convolution partly empty; with fewer than `_LEAST_GROUP`
+# in a group it is always slow.
 _FULL_CHANNELS = 16
 _LEAST_GROUP = 4
 
@@ -73,9 +73,9 @@ def possible(window: Window) -> bool:
     return set(window.step) == {1} and math.prod(window.kernel) > 1
 
 
-def divides(x: Tensor, groups: int, ones: bool, pieces: int) -> bool:
+def divides(x: Tensor, args: PatchArguments) -> bool:
     """Whether the pieces consist of whole channels."""
-    return pieces == 1 or (not ones and x.shape[1] % (groups * pieces) == 0)
+    return args.pieces == 1 or (not args.ones and x.shape[1] % (args.groups * args.pieces) == 0)
 
 
 def differences(kernel: Sequence[int]) -> tuple[int, ...]:

@@ -120,6 +120,45 @@ class Window:
         )
 
 
+@dataclass(frozen=True)
+class PatchArguments:
+    """Which moment of which patches: what the patch operators take besides their input.
+
+    Attributes:
+        window: how the kernel moves.
+        groups: groups of the convolution; each has its own moment.
+        ones: whether a constant 1 ends each patch.
+        pieces: number of equal diagonal blocks of each group.
+        scale: factor of the sum over all images and output positions.
+    """
+
+    window: Window
+    groups: int
+    ones: bool
+    pieces: int
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        transposed: bool,
+        output_padding: Sequence[int],
+        *rest: Any,
+    ) -> PatchArguments:
+        """From the arguments of ``graphopt::patch_moment``, in its order.
+
+        A transposed convolution's patch holds, for each entry (c, k) of the weight, the input value
+        that it is multiplied with at that output position.
+        """
+        window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+        return cls(window, groups, *rest)
+
+
 def pad(x: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:
     """`x` with zeros before and after it along its last dimensions."""
     if all(margin == (0, 0) for margin in margins):

@@ -143,7 +143,7 @@ class Record:
     outputs: Sequence[Tensor]
 
     def is_of(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> bool:
-        """Whether it has the wanted gradients of these tensors, which hold what they held."""
+        """Whether it has the wanted gradients of these tensors, unchanged since then."""
         return all(
             leaf.dtype == tensor.dtype
             and leaf.is_set_to(tensor)
@@ -181,7 +181,7 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd as it is outside of operators; inside one, the dispatcher has left it behind."""
+    """Autograd as it works outside of operators; inside one, the dispatcher is already past it."""
     key, keyset = torch._C.DispatchKey, torch._C.DispatchKeySet
     keys = (
         keyset(key.AutogradFunctionality)

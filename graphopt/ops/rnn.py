@@ -14,6 +14,7 @@ backward operator and how results stay bit-equal to eager.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,68 +35,54 @@ _PARAMETERS = (
 )
 
 
-def _time_major(x: Tensor, batch_first: bool) -> Tensor:
-    """`x` laid out with time outermost, as all eager kernels leave it; usually `x` itself."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1) if batch_first else x.contiguous()
+class RnnArguments(NamedTuple):
+    """The parameters of the operator, in order."""
+
+    mode: str
+    input: Tensor
+    hx: Sequence[Tensor]
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+
+    def time_major(self, x: Tensor) -> Tensor:
+        """`x` laid out with time outermost, as all eager kernels leave it; usually `x` itself."""
+        if self.batch_first:
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x.contiguous()
 
 
-def _eager(
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    state = tuple(hx) if mode == "lstm" else hx[0]
-    output, *hidden = MODES[mode](
-        input,
-        state,
-        list(params),
-        has_biases,
-        num_layers,
-        dropout,
-        train,
-        bidirectional,
-        batch_first,
-    )
-    if mode != "lstm":
+def _eager(*parameters: Any) -> tuple[Tensor, ...]:
+    args = RnnArguments(*parameters)
+    state = tuple(args.hx) if args.mode == "lstm" else args.hx[0]
+    output, *hidden = MODES[args.mode](args.input, state, list(args.params), *args[4:])
+    if args.mode != "lstm":
         hidden.append(output.new_empty(0))
-    return (_time_major(output, batch_first), *(h.contiguous() for h in hidden))
+    return (args.time_major(output), *(h.contiguous() for h in hidden))
 
 
-def _fake(
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    autocast: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    hidden, cell = _dtypes(mode, input, hx, autocast)
-    size = hx[0].shape[-1] * (2 if bidirectional else 1)
+def _fake(*parameters: Any) -> tuple[Tensor, ...]:
+    *given, autocast = parameters
+    args = RnnArguments(*given)
+    hidden, cell = _dtypes(args, autocast)
+    input, hx = args.input, args.hx
+    size = hx[0].shape[-1] * (2 if args.bidirectional else 1)
     output = input.new_empty((*input.shape[:2], size), dtype=hidden)
-    cn = hx[1].shape if mode == "lstm" else (0,)
+    cn = hx[1].shape if args.mode == "lstm" else (0,)
     return (
-        _time_major(output, batch_first),
+        args.time_major(output),
         hx[0].new_empty(hx[0].shape, dtype=hidden),
         hx[0].new_empty(cn, dtype=cell),
     )
 
 
-def _dtypes(
-    mode: str, input: Tensor, hx: Sequence[Tensor], autocast: torch.dtype | None
-) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(args: RnnArguments, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of the hidden and of the cell state."""
+    mode, input, hx = args[:3]
     if autocast is None or input.dtype is torch.float64:
         return input.dtype, input.dtype
     projects = mode == "lstm" and hx[0].shape[-1] != hx[1].shape[-1]
@@ -107,29 +94,21 @@ def _dtypes(
     return (autocast if projects else carried), carried
 
 
-def _is_random(
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    *_: bool,
-) -> bool:
-    return train and dropout > 0 and num_layers > 1
+def _is_random(*parameters: Any) -> bool:
+    args = RnnArguments(*parameters)
+    return args.train and args.dropout > 0 and args.num_layers > 1
 
 
 def _can_repeat(mode: str, input: Tensor, *_: object) -> bool:
-    # cuDNN keeps a dropout state of its own, which nothing outside of it can read.
+    # cuDNN keeps its own dropout state, which cannot be read from outside.
     if input.device.type != "cuda":
         return True
     return not torch.backends.cudnn.is_acceptable(input)  # type: ignore[no-untyped-call]
 
 
-def _arrange(gradient: Tensor, index: int, *call: object) -> Tensor:
-    return _time_major(gradient, bool(call[-1])) if index == 0 else gradient.contiguous()
+def _arrange(gradient: Tensor, index: int, *parameters: Any) -> Tensor:
+    args = RnnArguments(*parameters)
+    return args.time_major(gradient) if index == 0 else gradient.contiguous()
 
 
 define("rnn", _PARAMETERS, 3, Function(_eager, _fake, _is_random, _can_repeat, _arrange))

@@ -6,15 +6,15 @@
 
 For each layer and direction four tensors of shape [1, N, d] with N = time steps times examples:
 gradients of ``W_ih x + b_ih``, the inputs x, gradients of ``W_hh h + b_hh``, the hidden states h.
-`graphopt::rnn` computes with one fused kernel and tells none of them, so the network is run once
-more, cell by cell, under autograd; only a step that renews its curvature pays for that. Dropout
+`graphopt::rnn` computes with one fused kernel and returns none of them, so the network runs once
+more, cell by cell, under autograd; only a step that updates its curvature pays for that. Dropout
 between layers and projections are not covered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,44 +56,53 @@ CELLS: dict[str, Cell] = {
 }
 
 
-def _rows(
-    grads: Sequence[Tensor | None],
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> list[Tensor]:
-    directions = 2 if bidirectional else 1
-    each = 4 if has_biases else 2
+class RowsArguments(NamedTuple):
+    """The parameters of the operator, in order."""
+
+    grads: Sequence[Tensor | None]
+    mode: str
+    input: Tensor
+    hx: Sequence[Tensor]
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+
+    @property
+    def each(self) -> int:
+        """Parameters of one layer and direction."""
+        return 4 if self.has_biases else 2
+
+
+def _rows(*parameters: Any) -> list[Tensor]:
+    args = RowsArguments(*parameters)
+    directions, each = 2 if args.bidirectional else 1, args.each
     found: list[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = []
     with torch.enable_grad():
-        sequence = (input.transpose(0, 1) if batch_first else input).detach()
-        last: list[list[Tensor]] = [[] for _ in hx]
-        for layer in range(num_layers):
+        sequence = (args.input.transpose(0, 1) if args.batch_first else args.input).detach()
+        last: list[list[Tensor]] = [[] for _ in args.hx]
+        for layer in range(args.num_layers):
             outputs = []
             for direction in range(directions):
                 at = layer * directions + direction
-                weights = [p.detach() for p in params[at * each : (at + 1) * each]]
-                state = [h[at].detach() for h in hx]
+                weights = [p.detach() for p in args.params[at * each : (at + 1) * each]]
+                state = [h[at].detach() for h in args.hx]
                 found.append(([], [], [], []))
                 steps = list(sequence)[:: -1 if direction else 1]
                 hidden = []
                 for x in steps:
-                    state = list(_step(mode, x, state, weights, found[-1]))
+                    state = list(_step(args.mode, x, state, weights, found[-1]))
                     hidden.append(state[0])
                 outputs.append(torch.stack(hidden[:: -1 if direction else 1]))
                 for kept, value in zip(last, state, strict=True):
                     kept.append(value)
             sequence = torch.cat(outputs, -1)
         results = [
-            sequence.transpose(0, 1) if batch_first else sequence,
+            sequence.transpose(0, 1) if args.batch_first else sequence,
             *(torch.stack(kept) for kept in last),
         ]
-        given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
+        given = [(r, g) for r, g in zip(results, args.grads, strict=False) if g is not None]
         leaves = [leaf for rows in found for leaf in (*rows[0], *rows[2])]
         gradients = iter(torch.autograd.grad([r for r, _ in given], leaves, [g for _, g in given]))
     rows = []
@@ -131,23 +140,13 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return stacked.reshape(1, -1, stacked.shape[-1])
 
 
-def _fake(
-    grads: Sequence[Tensor | None],
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> list[Tensor]:
-    count = input.shape[0] * input.shape[1]
-    each = 4 if has_biases else 2
+def _fake(*parameters: Any) -> list[Tensor]:
+    args = RowsArguments(*parameters)
+    count = args.input.shape[0] * args.input.shape[1]
     rows = []
-    for at in range(0, len(params), each):
-        for weight in params[at : at + 2]:
-            rows += [input.new_empty((1, count, d)) for d in weight.shape]
+    for at in range(0, len(args.params), args.each):
+        for weight in args.params[at : at + 2]:
+            rows += [args.input.new_empty((1, count, d)) for d in weight.shape]
     return rows
 
 

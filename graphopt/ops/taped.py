@@ -1,8 +1,8 @@
 """Operators that are opaque in the graph and exactly PyTorch eager inside, backward included.
 
-Some functions must not be taken apart when a step is captured: a recurrent network would unroll
-over time and lose its dropout, a CTC loss has intermediate shapes that depend on data. `define`
-makes such a function one forward node and one backward node:
+Some functions must not be decomposed when a step is captured: a recurrent network would unroll over
+time and lose its dropout, a CTC loss has intermediate shapes that depend on data. `define` turns
+such a function into one forward node and one backward node:
 
     NAME(PARAMETERS, ScalarType? autocast, bool[] wanted) -> (Tensor, ..., Tensor tape)
     NAME_backward(Tensor?[] grads, bool[] wanted, PARAMETERS, ScalarType? autocast, Tensor tape)
@@ -17,7 +17,7 @@ Both kernels run the eager function under autograd, so results are bit-equal to 
 pure functions of their arguments: ``tape`` holds the state of the random generator before the
 forward, from which the backward can repeat it. As a cache, the forward leaves autograd's own record
 on the tape tensor. The backward uses it once, provided that its tensors are still the recorded
-ones, and so costs what it costs in eager; always repeating would add a forward to every step. A
+ones, and then costs the same as in eager; recomputing would add a forward to every step. A
 hand-written backward over `aten` operators would serve one device and one mode each, and CPU GRU
 has none to build on.
 """
@@ -44,7 +44,7 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
     """Register ``graphopt::NAME`` and ``graphopt::NAME_backward`` with all their kernels.
 
     Args:
-        name: the operator, with ``.OVERLOAD`` behind it where there are several.
+        name: the operator, with ``.OVERLOAD`` appended where there are several.
         parameters: in schema language, without defaults; the first tensor decides the device.
         outputs: how many tensors `function` returns.
         function: what it computes.

@@ -5,7 +5,7 @@
     from_wire(Tensor flat, Tensor magnitudes, Tensor[] like, int contributions, int divisor)
         -> Tensor[]
 
-A floating-point sum changes with its order, hence with the algorithm of a collective, the number of
+A floating-point sum depends on its order, and so on the algorithm of a collective, the number of
 ranks and the layout of groups; an integer sum does not. Between the operators the caller reduces
 twice: `magnitudes` by maximum, then the result of `to_wire` by sum.
 
@@ -56,7 +56,7 @@ def exponents(magnitudes: Tensor, contributions: int) -> Tensor:
         contributions: how many integers are summed at most, 1 to `MOST_CONTRIBUTIONS`.
 
     Returns:
-        One exponent per magnitude; that of a magnitude which is not finite means nothing.
+        One exponent per magnitude; meaningless where the magnitude is not finite.
 
     Raises:
         ArgumentError: `contributions` is out of range.
@@ -144,9 +144,9 @@ def _to_wire(gradients: Sequence[Tensor], magnitudes: Tensor, contributions: int
     places = flat.split_with_sizes([g.numel() for g in gradients]) if gradients else ()
     for index, (gradient, place) in enumerate(zip(gradients, places, strict=True)):
         dtype = _working_dtype(gradient)
-        # Exact, save where it underflows, and there the integer is 0 anyway.
+        # Exact, except where it underflows, and there the integer is 0 anyway.
         scaled = gradient.detach().to(dtype) * factors[dtype][index]
-        # NaN is what 0 makes of infinity. Beyond the bounds is only what the magnitude hid.
+        # 0 times infinity is NaN. Only what the magnitude did not show is out of bounds.
         scaled = scaled.round_().clamp_(-bounds[dtype], bounds[dtype]).nan_to_num_(nan=0.0)
         place.view(gradient.shape).copy_(scaled)
     return flat
@@ -176,7 +176,7 @@ def _from_wire(
         value = part.to(torch.float64).mul_(factor)
         if divisor > 1:
             value.div_(divisor)
-        # By way of float32 also for halves, as PyTorch does, so that every backend agrees.
+        # Halves go through float32 too, as in PyTorch, so that every backend agrees.
         result.detach().copy_(value.to(_working_dtype(result)).view(result.shape))
     return results
 

@@ -1,8 +1,8 @@
-"""What surrounds the gradient in large-batch training: schedules, regularisers and their settings.
+"""Large-batch training around the gradient: schedules, regularisers and their settings.
 
 Plain PyTorch, for any optimizer and any model; nothing here needs a graph. Most of it is the recipe
-of SP-NGD (Osawa et al., arXiv 2002.06015); the details are those of its authors' code,
-github.com/tyohei/chainerkfac, where paper and code differ both are offered.
+of SP-NGD (Osawa et al., arXiv 2002.06015). Details follow its authors' code,
+github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
 """
 
 from graphopt.optim.erasing import random_erasing

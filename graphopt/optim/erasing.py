@@ -1,7 +1,7 @@
 """Random erasing with zero fill.
 
 Zhong et al., arXiv 1708.04896, in the variant of SP-NGD's code: zeros, and an aspect ratio that is
-drawn evenly from [aspect, 1] and turned over half of the time.
+drawn uniformly from [aspect, 1] and inverted half of the time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def random_erasing(
 ) -> Tensor:
     """Set a random rectangle of some images to 0, in all channels.
 
-    Sides are rounded to whole pixels and cut to the image, which happens where a long rectangle
-    meets a long image; at least one pixel is erased. All positions inside the image are equally
-    likely. With running mixup, SP-NGD erases the mixed images.
+    Sides are rounded to whole pixels and clipped to the image, which can happen to long rectangles;
+    at least one pixel is erased. All positions inside the image are equally likely. With running
+    mixup, SP-NGD erases the mixed images.
 
     Args:
         images: [n, channels, height, width]; normalise before, so that 0 is the mean.
@@ -37,7 +37,7 @@ def random_erasing(
         A new tensor like `images`.
 
     Raises:
-        ArgumentError: `images` is no batch of images or is empty, or a number is out of range.
+        ArgumentError: `images` is not a batch of images or is empty, or a number is out of range.
     """
     least, most = area
     if not (0 <= rate <= 1 and 0 <= least <= most <= 1 and 0 < aspect <= 1):

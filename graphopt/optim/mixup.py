@@ -1,8 +1,8 @@
-"""Running mixup: mix every batch with what the last mixing gave.
+"""Running mixup: mix every batch with the result of the previous mix.
 
 Osawa et al., arXiv 2002.06015: ``x~_t = lam * x_t + (1 - lam) * x~_{t-1}``, labels the same, with
 one ``lam ~ Beta(alpha, alpha)`` per sample. Plain mixup (Zhang et al., arXiv 1710.09412) mixes two
-samples; here a virtual sample holds some of every batch so far, ever less of the older ones.
+samples; here a virtual sample holds a part of every batch so far, less and less of older ones.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from graphopt.errors import ArgumentError, StateError
 
 
 class RunningMixup:
-    """Mixes batches of inputs and soft labels with the virtual samples of the batch before.
+    """Mixes batches of inputs and soft labels with the virtual samples of the previous batch.
 
-    Row i of a batch is mixed with virtual sample i. A batch of another size is no trouble: a
-    smaller one mixes with and replaces the first virtual samples and leaves the others for the
-    next batch; rows beyond the largest batch so far find no partner and pass unmixed, as the whole
-    first batch does.
+    Row i of a batch is mixed with virtual sample i. Batch sizes may vary: a smaller batch
+    mixes with and replaces the first virtual samples and leaves the others for the next one; rows
+    beyond the largest batch so far have no partner and stay unmixed, like the whole first batch.
 
     Use one object per training data set, and leave evaluation batches alone. Loss: cross entropy
     with the soft labels, as `torch.nn.functional.cross_entropy` takes them.
@@ -70,7 +69,7 @@ class RunningMixup:
         return mixed_inputs, mixed_labels
 
     def state_dict(self) -> dict[str, Any]:
-        """Virtual samples and the state of the own generator; copies, for `torch.save`."""
+        """Copies of the virtual samples and of the generator's state, for `torch.save`."""
         return {
             "inputs": None if self._inputs is None else self._inputs.clone(),
             "labels": None if self._labels is None else self._labels.clone(),
@@ -81,7 +80,7 @@ class RunningMixup:
         """Continue where `state` was saved.
 
         Raises:
-            StateError: only one of the two sides has a generator of its own.
+            StateError: only one of the two sides has its own generator.
         """
         if (state["generator"] is None) != (self.generator is None):
             raise StateError(
@@ -122,7 +121,7 @@ class RunningMixup:
         """One lam per sample, float64 [count].
 
         Gamma(alpha) is Gamma(alpha + 1) * U^(1 / alpha) (Marsaglia and Tsang, 2000); its logarithm
-        does not underflow, so that the quotient is right for the smallest alpha too.
+        does not underflow, so the quotient is right even for the smallest alpha.
         """
         shape = torch.full((2, count), self.alpha + 1.0, dtype=torch.float64)
         gamma = torch._standard_gamma(shape, generator=self.generator)

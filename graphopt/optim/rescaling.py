@@ -1,8 +1,8 @@
 """Weight rescaling: after an update, give each weight the norm it would have at initialisation.
 
-Osawa et al., arXiv 2002.06015: ``w <- sqrt(2 * d_out) * w / (|w| + eps)``. In front of a
-normalisation the scale of a weight does not change the output, but it does scale its gradient: a
-norm that grows over time lowers the effective learning rate.
+Osawa et al., arXiv 2002.06015: ``w <- sqrt(2 * d_out) * w / (|w| + eps)``. Before a
+normalisation the scale of a weight does not change the output, but it scales the gradient: a norm
+that grows over time lowers the effective learning rate.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def rescale_weights(
 
     Meant for the weights of linear and convolution layers that a normalisation follows, whose
     first dimension is d_out. Tensors of fewer than two dimensions (biases, norms) are left alone,
-    so that `model.parameters()` may be passed; where it holds an embedding or a transposed
-    convolution, whose first dimension is something else, pass a selection.
+    so `model.parameters()` may be passed. If it holds an embedding or a transposed convolution,
+    whose first dimension means something else, pass a selection.
 
     Args:
         parameters: one tensor or several, [d_out, ...].
@@ -46,8 +46,8 @@ def rescale_weights(
             )
         if weight.dim() < 2:
             continue
-        # In halves the norm may overflow and the scale is coarse. No value is read back to the
-        # host, so nothing waits for a GPU.
+        # In half precision the norm may overflow and the scale is coarse. Nothing is read back to
+        # the host, so nothing waits for a GPU.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         norm = torch.linalg.vector_norm(weight, dtype=dtype)
         scale = math.sqrt(2 * weight.shape[0]) / (norm + eps)

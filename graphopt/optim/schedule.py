@@ -1,7 +1,7 @@
 """SP-NGD's learning rate, and a momentum that follows it.
 
 Osawa et al., arXiv 2002.06015, section on the training scheme. With the factor
-``f(e) = 1`` up to `start`, ``(1 - (e - start) / (end - start)) ** power`` up to `end`, and 0 behind
+``f(e) = 1`` up to `start`, ``(1 - (e - start) / (end - start)) ** power`` up to `end`, and 0 after
 it, the learning rate is ``eta0 * f``. The momentum m that goes with it multiplies the last
 *update*: ``w += v`` with ``v = m * v - eta * gradient``. `torch.optim.SGD` instead sums *gradients*
 and multiplies the sum by eta, so the same training needs another number there:
@@ -62,7 +62,7 @@ class PolynomialDecay(LRScheduler):
 
     With ``buffer="gradients"`` the value set is ``m * eta_{t-1} / eta_t``, with which
     `torch.optim.SGD` (without dampening and Nesterov) makes the updates that the formulas mean.
-    "ratio" is a constant m0 then: SGD's own convention does already what that formula is for.
+    "ratio" is then a constant m0: SGD's own convention already does what that formula is for.
 
     Args:
         optimizer: what to schedule; each group decays from its own learning rate and momentum.

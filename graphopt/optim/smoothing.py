@@ -2,7 +2,7 @@
 
 Inspired by, and not a reproduction of, Naganuma's smoothing of the objective function for
 large-batch natural gradient training (Tokyo Institute of Technology, 2018 and 2019), whose exact
-formulas were not at hand. What is built here is the plain reading of that idea: descend on
+formulas were not available. This is the plain reading of that idea: descend on
 ``E[L(w + eps)]`` for normal eps of mean 0 and covariance Sigma, in place of L(w).
 """
 
@@ -35,11 +35,11 @@ class Smoother:
     mix a batch once, and let the closure use it.
 
     Args:
-        model: its trainable parameters are perturbed and averaged, those of the moment.
+        model: its parameters that are trainable at the time are perturbed and averaged.
         std: standard deviation of the noise. A number is isotropic noise; a mapping by parameter
             name, or a function of name and parameter, gives tensors that broadcast to the
-            parameter, such as ``scale / (diagonal curvature).sqrt()``. A function is asked at
-            every draw, and what it returns is taken as it is.
+            parameter, such as ``scale / (diagonal curvature).sqrt()``. A function is called for
+            every draw, and its result is used as it is.
         pairs: antithetic pairs per gradient, at least 1.
         generator: for the noise, on any device; without it, PyTorch's global ones. Ranks of a job
             may draw different noise: their weights are the same again afterwards.
@@ -78,11 +78,11 @@ class Smoother:
             The mean loss over all draws, without a graph.
 
         Raises:
-            ArgumentError: the closure returns something else. Whatever is raised, weights and
-                gradients are left as they were.
+            ArgumentError: the closure returns something else. Weights and gradients are left
+                untouched whatever is raised.
         """
         parameters = self._parameters().values()
-        # Gradients of before are set aside: only what is added here is divided. (Scaling the loss
+        # Earlier gradients are set aside: only what is added here is divided. (Scaling the loss
         # instead would also scale the curvature that K-FAC reads from the backward pass.)
         earlier = [parameter.grad for parameter in parameters]
         losses = []
@@ -134,7 +134,7 @@ class Smoother:
             yield
 
     def update_average(self) -> None:
-        """Take the present weights into the equal average of all weights taken so far.
+        """Add the current weights to the uniform average of all weights added so far.
 
         Izmailov et al., arXiv 1803.05407. Call it after an update, towards the end of training.
         """
@@ -154,7 +154,7 @@ class Smoother:
         `torch.optim.swa_utils.update_bn`.
 
         Raises:
-            ArgumentError: there is no average, or not of every parameter.
+            ArgumentError: there is no average, or a parameter has none.
         """
         missing = [name for name in self._parameters() if name not in self._averages]
         if missing:
@@ -169,7 +169,7 @@ class Smoother:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, how many weights are in it, and the own generator; copies."""
+        """Copies of the average, how many weights are in it, and the generator's state."""
         return {
             "averages": {name: average.clone() for name, average in self._averages.items()},
             "count": self._count,

@@ -17,10 +17,10 @@ Deviation = float | Mapping[str, Tensor] | Callable[[str, Tensor], Tensor | floa
 def check_deviation(std: Deviation, names: Iterable[str]) -> None:
     """Refuse deviations that are negative, not finite, or missing for one of `names`.
 
-    What a function will return is not looked at.
+    The results of a function are not checked.
 
     Raises:
-        ArgumentError: as said.
+        ArgumentError: for such a deviation.
     """
     if isinstance(std, Mapping):
         for name in names:
@@ -37,7 +37,7 @@ def check_deviation(std: Deviation, names: Iterable[str]) -> None:
 
 
 def draw_noise(name: str, parameter: Tensor, std: Deviation, generator: Generator | None) -> Tensor:
-    """Noise shaped like `parameter`, on its device, in its precision but at least float32.
+    """Noise shaped like `parameter`, on its device, in its dtype but at least float32.
 
     Args:
         name: qualified name of the parameter.

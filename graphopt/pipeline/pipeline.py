@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from graphopt.errors import ArgumentError, GraphoptError, PipelineError
@@ -12,6 +12,8 @@ from graphopt.passbase import Outcome, Pass, PassContext
 from graphopt.pipeline.order import check_order
 from graphopt.pipeline.spec import format_pass, format_spec, parse_spec
 from graphopt.pipeline.step import PassStep
+from graphopt.plan import Role, Signature
+from graphopt.plan.plan import check_part
 from graphopt.verify import verify as verify_graph
 
 VerifyLevel = Literal["off", "structure", "full"]
@@ -95,7 +97,8 @@ class Pipeline:
                 for observer in self.observers:
                     if before := getattr(observer, "before", None):
                         before(index, pass_, graph)
-                step = self._run_one(index, graph, ctx or PassContext(), verify, checking)
+                own = replace(ctx or PassContext(), running=pass_.name)
+                step = self._run_one(index, graph, own, verify, checking)
                 checking = 0.0
             steps.append(step)
             for observer in self.observers:
@@ -117,8 +120,10 @@ class Pipeline:
             if outcome.changed:
                 graph.changed()
             seconds = time.perf_counter() - started
-            if graph.signature != signature and not pass_.changes_signature:
-                raise PipelineError("it changed the signature and does not declare that")
+            if graph.signature != signature:
+                _check_signature(pass_, signature, graph.signature)
+            if outcome.part is not None:
+                check_part(outcome.part, pass_.name)
             if outcome.changed:
                 checking += _verified(graph, verify)
             elif not before.holds(graph):
@@ -142,6 +147,20 @@ class Pipeline:
             where=error.where,
             hint=error.hint,
         )
+
+
+def _check_signature(pass_: Pass, before: Signature, after: Signature) -> None:
+    """A pass declares that it changes the signature, and what it adds for itself has its name."""
+    if not pass_.changes_signature:
+        raise PipelineError("it changed the signature and does not declare that")
+    known = {*before.inputs, *before.outputs}
+    for slot in (*after.inputs, *after.outputs):
+        owned = slot.role in (Role.STATE, Role.AUX) and slot not in known
+        if owned and not slot.name.startswith(f"{pass_.name}/"):
+            raise PipelineError(
+                f"it added {slot}, which is not in its own namespace",
+                hint=f"name it '{pass_.name}/{slot.name}'",
+            )
 
 
 class _Fingerprint:

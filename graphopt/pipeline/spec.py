@@ -1,4 +1,4 @@
-"""The spec language: ``cleanup,kfac{damping=0.01,keep=a|b}`` to passes and back.
+"""The spec language: ``cleanup,schedule{link=10gbe,memory=0.5}`` to passes and back.
 
 A spec is a list of pass names, each with the options that differ from their defaults. Names are in
 snake_case, values have the type of the pass's dataclass field (`graphopt.pipeline.values`). Every
@@ -162,7 +162,7 @@ class _Scanner:
 def _pass(scanner: _Scanner) -> Pass:
     name, column = scanner.name("a pass")
     try:
-        pass_type = registry.get(name)
+        pass_type: type[Pass] = registry.get(name)
     except SpecError as error:
         scanner.fail(column, error.message, error.hint)
     options = options_of(pass_type)

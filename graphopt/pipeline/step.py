@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.passbase import Numerics, Outcome
+from graphopt.plan import PlanPart
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,8 @@ class PassStep:
     nodes_before: int
     nodes_after: int
     skipped: str = ""
+
+
+def parts_of(steps: Sequence[PassStep]) -> tuple[PlanPart, ...]:
+    """What the passes of a pipeline have decided for the runtime, in order."""
+    return tuple(step.outcome.part for step in steps if step.outcome.part is not None)

@@ -5,6 +5,7 @@ specialisation. Both are plain data, so a plan can be read, compared and hashed 
 without the model.
 """
 
+from graphopt.plan.part import PlanPart
 from graphopt.plan.plan import Plan
 from graphopt.plan.signature import (
     INPUT_ROLES,
@@ -22,6 +23,7 @@ __all__ = [
     "OutputAlias",
     "Phase",
     "Plan",
+    "PlanPart",
     "Role",
     "Signature",
     "Slot",

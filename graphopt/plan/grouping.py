@@ -1,4 +1,4 @@
-"""Which gradients travel together: the decision of `group_gradients`, as plain data.
+"""Which gradients travel together, as plain data.
 
 All times are seconds since the backward pass began. Times of communication are those of one
 channel that carries one group after the other, in order.
@@ -7,7 +7,6 @@ channel that carries one group after the other, in order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,3 @@ class Grouping:
     def exposed(self) -> float:
         """Seconds of communication that no computation hides."""
         return max(0.0, self.finish - self.backward)
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Grouping:
-        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-        groups = tuple(Group(**{**g, "names": tuple(g["names"])}) for g in data["groups"])
-        others = tuple(Candidate(**{**c, "sizes": tuple(c["sizes"])}) for c in data["candidates"])
-        return cls(**{**data, "groups": groups, "candidates": others})

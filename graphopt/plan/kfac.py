@@ -8,18 +8,10 @@ gradient is ``G⁻¹ M A⁻¹``. The scale and shift of a norm are preconditione
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from torch import Tensor
-
-from graphopt.errors import StateError
-
-# What the names of all tensors of the curvature begin with in the state of a model.
-PREFIX = "kfac/"
-# Marks a state that was loaded before there were blocks to compare it with.
-UNCHECKED = PREFIX + "unchecked"
+from graphopt.plan.part import PlanPart
 
 # How the statistic of a side is stored: symmetric matrices as their lower triangles, row by row, of
 # shape [blocks, size * (size + 1) / 2]; or their diagonals only, of shape [blocks, size].
@@ -37,7 +29,7 @@ class Side:
     """One Kronecker factor of a block.
 
     Attributes:
-        statistic: name of its statistic among the outputs of the backward.
+        statistic: its name; the backward returns it as the ``AUX`` output ``kfac/<name>``.
         size: rows of each of its independent square matrices; the homogeneous coordinate counts.
         blocks: number of independent matrices: groups of a convolution times the pieces that a
             side larger than ``max_dim`` was cut into.
@@ -95,7 +87,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Curvature:
+class Curvature(PlanPart):
     """All blocks of a model and the options of the method; part of a plan.
 
     Attributes:
@@ -111,6 +103,8 @@ class Curvature:
         fraction: share of the ranks that precondition one block; 0 for one rank.
     """
 
+    name: ClassVar[str] = "kfac"
+
     blocks: tuple[Block, ...]
     damping: float
     interval: int
@@ -121,54 +115,3 @@ class Curvature:
     ema: float
     wire: str
     fraction: float
-
-    def check(self, state: Mapping[str, Tensor]) -> None:
-        """Whether saved statistics are those of these blocks.
-
-        Raises:
-            StateError: they are not, naming the first difference.
-        """
-        sides = {side.statistic: side for block in self.blocks for side in block.sides}
-        end = "/now"
-        saved = {n.removeprefix(PREFIX).removesuffix(end): n for n in state if n.endswith(end)}
-        saved = {name: key for name, key in saved.items() if key.startswith(PREFIX)}
-        hint = "load the state of this model, saved with the same options of kfac"
-        for name, side in sides.items() if saved else ():
-            if name not in saved:
-                raise StateError(f"the saved state lacks the statistic {name!r}", hint=hint)
-            if (count := state[saved[name]].numel()) != side.entries:
-                raise StateError(
-                    f"the statistic {name!r} has {count} numbers in the saved state and "
-                    f"{side.entries} here",
-                    hint=hint,
-                )
-        if unknown := next((name for name in saved if name not in sides), None):
-            raise StateError(f"the saved state has a statistic {unknown!r} too many", hint=hint)
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Curvature:
-        """The inverse of `dataclasses.asdict`."""
-        blocks = (
-            Block(
-                **{
-                    **b,
-                    "left": Side(**b["left"]),
-                    "right": Side(**b["right"]) if b["right"] else None,
-                    "samples": tuple(b["samples"]),
-                }
-            )
-            for b in data["blocks"]
-        )
-        return cls(**{**data, "blocks": tuple(blocks)})
-
-
-def notes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """A line for the report: how often statistics are renewed now."""
-    chosen = sorted(int(v[0]) for n, v in state.items() if n.endswith("/interval"))
-    if not chosen:
-        return ()
-    steps, middle = int(state[PREFIX + "step"]), chosen[len(chosen) // 2]
-    return (
-        f"kfac: after {steps} steps {len(chosen)} statistics are renewed every {chosen[0]} to "
-        f"{chosen[-1]} steps, half of them every {middle} or less often",
-    )

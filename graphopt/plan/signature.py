@@ -10,8 +10,9 @@ class Role(StrEnum):
     """What an input or output of a graph is to the model.
 
     ``LOCAL`` is the gradient of this rank's own batch, beside the reduced ``GRAD``: what a step of
-    gradient accumulation that does not communicate returns. ``STATISTIC`` is what the curvature is
-    estimated from; only steps that renew the estimate compute it.
+    gradient accumulation that does not communicate returns. ``AUX`` is a value that a pass lets
+    either half compute for its runtime part, and ``STATE`` a tensor that the part keeps between
+    steps; both are named ``"<pass>/<what>"``.
     """
 
     PARAM = "param"
@@ -23,7 +24,7 @@ class Role(StrEnum):
     GRAD = "grad"
     LOCAL = "local"
     MUTATION = "mutation"
-    STATISTIC = "statistic"
+    AUX = "aux"
 
 
 class Phase(StrEnum):
@@ -34,7 +35,7 @@ class Phase(StrEnum):
 
 
 INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE})
-OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.STATISTIC})
+OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.AUX})
 
 
 @dataclass(frozen=True)

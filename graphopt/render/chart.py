@@ -40,14 +40,14 @@ def efficiency_chart(title: str, subtitle: str, series: Series) -> str:
 
 
 class _Axes:
-    """From ranks and efficiencies to places in the picture."""
+    """Maps ranks and efficiencies to coordinates."""
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.first = min(world for world, _ in points)
         self.last = max(world for world, _ in points)
         lowest = min(efficiency for _, efficiency in points)
-        # Down to the ten per cent below all points: a chart that always began at 0 would show
-        # nothing but a line along its upper edge.
+        # The axis starts at the multiple of 10 % below all points: if it always started at 0, most
+        # charts would be a line along the upper edge.
         self.floor = max(0.0, min(0.9, math.floor(lowest * 10 - 1e-9) / 10))
 
     def x(self, world: int) -> float:
@@ -64,7 +64,7 @@ class _Axes:
         low, high = math.ceil(math.log2(self.first)), math.floor(math.log2(self.last))
         stride = max(1, math.ceil((high - low + 1) / TICKS_WANTED))
         ticks = [2**power for power in range(low, high + 1, stride)]
-        # The label of the largest machine matters most; it gets its room.
+        # The label of the largest machine matters most: keep others away from it.
         return [t for t in ticks if self.x(self.last) - self.x(t) >= 44] + [self.last]
 
     def efficiencies(self) -> list[float]:

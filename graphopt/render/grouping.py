@@ -1,4 +1,4 @@
-"""A plan of gradient groups, with what it was weighed against, for a terminal."""
+"""A plan of gradient groups and its baselines, for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a tree of modules to lines that fit a screen: what every form of output shares."""
+"""A tree of modules as lines that fit a screen, for every output format."""
 
 from __future__ import annotations
 

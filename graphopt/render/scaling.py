@@ -19,7 +19,7 @@ COLUMNS = ("world", "groups", "step ms", "exposed ms", "efficiency", "DDP defaul
 def scaling_view(
     points: Sequence[Point], ddp: Sequence[Point], assumptions: Sequence[tuple[str, str]]
 ) -> RenderableType:
-    """A row per machine size, and below them what the figures rest on.
+    """One row per machine size, then the assumptions behind the figures.
 
     Args:
         points: the plan's predicted steps.

@@ -8,16 +8,16 @@ from xml.etree import ElementTree as Xml
 COLOURS = ("#1f6feb", "#d1570a", "#2d7d46", "#7a4fbf")
 INK, FAINT = "#24292f", "#d8dee4"
 SUBTITLE_LINE = 16
-CHARACTER = 6.6  # a wide one of the subtitle's, which is set in 12 pixels
+CHARACTER = 6.6  # width of a wide character of the subtitle, at 12 pixels
 
 
 def page(width: int, height: int, left: float, title: str, subtitle: str) -> Xml.Element:
     """An empty picture.
 
     Args:
-        width: of the picture, in pixels, as all lengths here.
-        height: of it.
-        left: where title and subtitle begin.
+        width: of the picture, in pixels, like all lengths here.
+        height: of the picture.
+        left: where title and subtitle start.
         title: the first line.
         subtitle: smaller, below it; more than one line where it is long.
     """
@@ -42,14 +42,14 @@ def finished(root: Xml.Element) -> str:
 
 
 def colour(index: int) -> str:
-    """That of series `index`; they repeat."""
+    """The colour of series `index`; colours repeat."""
     return COLOURS[index % len(COLOURS)]
 
 
 def line(
     root: Xml.Element, start: tuple[float, float], end: tuple[float, float], stroke: str
 ) -> None:
-    """A straight one."""
+    """A straight line."""
     (x1, y1), (x2, y2) = start, end
     places = {"x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"}
     Xml.SubElement(root, "line", {**places, "stroke": stroke})

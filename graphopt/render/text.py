@@ -55,7 +55,7 @@ class GraphTable:
 
 
 def _label_width(lines: list[Row], room: int) -> int:
-    """Where it is narrow, class names are cut, and names of modules are not."""
+    """On a narrow console, class names are cut, but not module names."""
     output = max(len(row.summary.output) for row in lines) + 1
     names = max(len(_name(row)) for row in lines)
     longest = max(len("module"), *(len(_label(row)) for row in lines))

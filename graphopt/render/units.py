@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def count(value: float) -> str:
-    """``5758176`` as ``"5.76 M"``; ``0`` as ``"-"``, which a column of figures needs to be read."""
+    """``5758176`` as ``"5.76 M"``; ``0`` as ``"-"``, which keeps columns readable."""
     return _scaled(value, ("", "k", "M", "G", "T", "P")) if value else "-"
 
 

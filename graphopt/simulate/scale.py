@@ -51,9 +51,9 @@ def scaling(
     channels: int = 1,
     contention: float = 1.0,
 ) -> tuple[Point, ...]:
-    """Weak scaling: each rank computes the same, whatever the number of ranks.
+    """Weak scaling: the work per rank does not depend on the number of ranks.
 
-    A world of one rank communicates nothing and waits for nobody.
+    A single rank neither communicates nor waits.
 
     Args:
         timeline: the computation of one rank alone.

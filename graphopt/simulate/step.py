@@ -39,8 +39,8 @@ def simulate(
         groups: what is reduced together, in this order; all gradients, each once.
         cost: seconds of a collective by its bytes.
         channels: how many collectives run at once; each takes as long as if it were alone.
-        contention: by which factor computation is slower while any channel is busy.
-        negotiation: seconds that each group is negotiated before; None for none.
+        contention: factor by which computation is slower while any channel is busy.
+        negotiation: seconds of negotiation before each group; None for none.
 
     Raises:
         ArgumentError: the groups do not partition the gradients, or a number is out of range.
@@ -76,7 +76,7 @@ class _Run:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.spans: list[Span] = []
         self.now = 0.0
-        # Progress of the computation: at time `anchor[0]` it had done `anchor[1]` seconds of work.
+        # Progress of the computation: `anchor[1]` seconds of work were done at time `anchor[0]`.
         self.contention = contention
         self.anchor = (0.0, 0.0)
         self.pace = 1.0
@@ -85,7 +85,7 @@ class _Run:
         self.span_start = 0.0
         self.group_of = {name: i for i, group in enumerate(groups) for name in group.names}
         self.missing = [len(group.names) for group in groups]
-        self.computed = 0  # groups before this one are computed, as far as in-order service goes
+        self.computed = 0  # all groups before this one have been computed
         self.to_reduce: deque[int] = deque()
         self.talking = False
         self.free = list(range(channels))  # a heap: the lowest free channel serves first
@@ -114,12 +114,12 @@ class _Run:
             return
         work, name, _ = self.milestones[0]
         since, done = self.anchor
-        # Rounding at a change of pace must not send an event into the past.
+        # Rounding at a change of pace must not put an event into the past.
         time = max(self.now, since + (work - done) * self.pace)
         anchor = self.anchor
 
         def arrive() -> None:
-            if anchor is self.anchor:  # otherwise the pace has changed, and this is out of date
+            if anchor is self.anchor:  # otherwise the pace has changed since
                 self._compute(name)
 
         self._at(time, arrive)

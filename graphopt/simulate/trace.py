@@ -16,7 +16,7 @@ def channel_lane(index: int) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """One thing that one lane was busy with.
+    """One activity on one lane.
 
     Attributes:
         lane: ``"compute"``, ``"negotiation"`` or ``"channel 0"``, ``"channel 1"``, …

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.testing.check import check_pass
+    from graphopt.testing.check_runtime import check_runtime
     from graphopt.testing.comparison import assert_same, relative_error
     from graphopt.testing.corpus import CORPUS
     from graphopt.testing.inputs import inputs_for
@@ -25,6 +26,7 @@ _HOMES = {
     "assert_same": "comparison",
     "build": "program",
     "check_pass": "check",
+    "check_runtime": "check_runtime",
     "inference_graphs": "strategies",
     "inputs_for": "inputs",
     "joint_graphs": "strategies",
@@ -41,6 +43,7 @@ __all__ = [
     "assert_same",
     "build",
     "check_pass",
+    "check_runtime",
     "inference_graphs",
     "inputs_for",
     "joint_graphs",
@@ -54,4 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"graphopt.testing.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"graphopt.testing.{_HOMES[name]}"), name)
+    # The module `check_runtime` has put itself in the place of its function.
+    globals()[name] = value
+    return value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from graphopt.analysis.gradient_order import GradientOrder, gradient_order, measured_order
 from graphopt.analysis.linearity import linear_in_tangents
-from graphopt.analysis.profile import measure
+from graphopt.analysis.profile import profile_graph
 from graphopt.errors import ArgumentError
-from graphopt.graph import REDUCTION, Graph, Reduction
+from graphopt.graph import Graph
 from graphopt.grouping.planner import plan
 from graphopt.network.curve import Curve
 from graphopt.network.named import link_curve
@@ -25,7 +25,9 @@ from graphopt.passbase import (
     lowered,
 )
 from graphopt.passes.group_gradients.rewrite import insert_collectives
+from graphopt.plan.group_gradients import Reduction
 from graphopt.plan.grouping import Grouping
+from graphopt.plan.part import from_data, to_data
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class GroupGradients(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"grouped"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"grouped"})
     changes_signature: ClassVar[bool] = True
+    communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Laanait et al., arXiv 1909.11150; optimal grouping is graphopt's own"
 
@@ -67,14 +70,19 @@ class GroupGradients(Pass):
             )
 
     @property
+    def on_one_rank(self) -> bool:  # type: ignore[override]
+        """The integer wire gives one rank the bits that many ranks would have."""
+        return self.wire == "int32"
+
+    @property
     def numerics(self) -> Numerics:  # type: ignore[override]
         """Sums over ranks are rounded in another order; a narrow wire rounds more."""
         return {"native": REASSOCIATED, "bf16": lowered(2**-7), "int32": lowered(2**-20)}[self.wire]
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Insert one collective per group and leave the rank's own gradients as ``LOCAL``."""
-        world = ctx.workers.size if ctx.workers else ctx.mesh.get("dp", 1)
-        if world == 1 and not (self.wire == "int32" and ctx.workers):
+        world, ranks = ctx.size("dp"), ctx.ranks.get("dp")
+        if world == 1 and not (self.on_one_rank and ranks):
             return _declined("one-rank", "there is one rank, so nothing has to be reduced")
         order = graph.get(gradient_order)
         if not order.ready:
@@ -87,12 +95,11 @@ class GroupGradients(Pass):
             [g.names for g in grouping.groups],
             wire=self.wire,
             world=world,
-            channel=ctx.workers.channel if ctx.workers else "dp",
+            channel=ranks.channel if ranks else "dp",
             scaled=scaled,
         )
-        reduction = Reduction(grouping, self.wire, self.stale, 1 / world if scaled else 1.0)
-        graph.annotate(graph.output, REDUCTION, reduction)
-        return Outcome(_applied(grouping))
+        part = Reduction(grouping, self.wire, self.stale, 1 / world if scaled else 1.0)
+        return Outcome(_applied(grouping), part=part)
 
     def _agreed(self, graph: Graph, ctx: PassContext, order: GradientOrder, world: int) -> Grouping:
         """Rank 0's plan; times differ from rank to rank, and groups must not."""
@@ -103,20 +110,19 @@ class GroupGradients(Pass):
                 by.ready, curve, by.backward, link=curve.source, times=by.times, world=world
             )
 
-        if ctx.workers is None:
+        ranks = ctx.ranks.get("dp")
+        if ranks is None:
             return decide(order)
         known = "\n".join([f"passes {self}", *order.sizes])
-        text = ctx.workers.agree(
+        text = ranks.agree(
             "gradients",
             known,
-            lambda: json.dumps(asdict(decide(measured_order(graph, measure(graph))))),
+            lambda: json.dumps(to_data(decide(measured_order(graph, profile_graph(graph))))),
         )
-        return Grouping.from_data(json.loads(text))
+        return from_data(Grouping, json.loads(text))
 
     def _curve(self, ctx: PassContext) -> Curve:
-        if self.link == "measure" and ctx.workers is not None:
-            return ctx.workers.link()
-        return link_curve(self.link, ctx)
+        return link_curve(self.link, ctx.size("dp"), ctx.ranks.get("dp"))
 
 
 def _refuse_sparse(order: GradientOrder) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from graphopt.errors import ArgumentError
-from graphopt.graph import CURVATURE, Graph, value_of
+from graphopt.graph import Graph, value_of
 from graphopt.passbase import ALGORITHM, Applied, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.kfac.emit import Batch, emit_statistics
 from graphopt.passes.kfac.sites import find_sites
@@ -57,6 +57,7 @@ class Kfac(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"preconditioned"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"preconditioned", "lowered", "grouped"})
     changes_signature: ClassVar[bool] = True
+    communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Osawa et al., Scalable and Practical Natural Gradient, 2002.06015"
 
@@ -97,7 +98,7 @@ class Kfac(Pass):
             )
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
-        """Insert the statistics and leave on the output node what the runtime does with them."""
+        """Insert the statistics, and decide what the runtime does with them."""
         sites, declined = find_sites(graph, self.max_dim)
         if not sites:
             return Outcome(declined=tuple(declined))
@@ -115,11 +116,11 @@ class Kfac(Pass):
             blocks.append(block)
             applied += _applied(block, sharing, len(site.uses))
             for name, node in nodes.items():
-                outputs[Slot(Role.STATISTIC, name, Phase.BACKWARD)] = node
+                outputs[Slot(Role.AUX, f"{self.name}/{name}", Phase.BACKWARD)] = node
         graph.set_outputs(outputs)
-        graph.annotate(graph.output, CURVATURE, self._curvature(blocks, batch.mean))
         graph.changed()
-        return Outcome(tuple(applied), tuple(declined))
+        part = self._curvature(blocks, batch.mean)
+        return Outcome(tuple(applied), tuple(declined), part)
 
     def _curvature(self, blocks: list[Block], mean: bool) -> Curvature:
         return Curvature(

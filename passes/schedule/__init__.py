@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphopt.analysis.gradient_order import GradientOrder, gradient_order, measured_order
-from graphopt.analysis.profile import measure
+from graphopt.analysis.profile import profile_graph
 from graphopt.graph import Graph
 from graphopt.network.named import link_curve
 from graphopt.passbase import EXACT, Applied, Declined, Number, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.schedule.rewrite import arrange, outline
-from graphopt.passes.schedule.search import Search
+from graphopt.passes.schedule.search import OrderSearch
 from graphopt.passes.schedule.trial import confirmed
 
 
@@ -22,18 +22,19 @@ class Schedule(Pass):
     """Compute large gradients early and leave little to send for the end of backward.
 
     Operators that lead to one gradient only (the product with the saved activation) may run at any
-    time after their operands are there, until the end; everything else keeps its order. The order
-    is taken whose gradients, grouped anew, are predicted to be reduced first; the present one stays
-    if none gains. Backward convolutions are split in two where the order asks for it. A second
+    time once their operands are there; everything else keeps its order. The pass picks the order
+    whose gradients, regrouped, are predicted to be reduced first, and keeps the present one if none
+    is better. Backward convolutions are split in two where the order requires it. A second
     application finds nothing, unless `memory` ruled out an order that it allows the second time.
 
-    In a running job rank 0 decides for all by measured times, and takes only an order that still
-    gains when it is measured itself.
+    In a running job rank 0 decides for all by measured times, and only accepts an order whose gain
+    holds when the order itself is measured.
 
     Attributes:
-        link: whose costs to plan with, as for ``group_gradients``.
-        memory: how much the peak of memory may grow, as a share of it, since operands of what is
-            put off live longer.
+        link: ``measure`` plans with the job's own link; a name of `graphopt.network.clusters`
+            with that machine's.
+        memory: how much peak memory may grow, as a share of it: what is put off keeps its operands
+            alive for longer.
     """
 
     name: ClassVar[str] = "schedule"
@@ -53,7 +54,7 @@ class Schedule(Pass):
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Reorder `graph`, or decline with the predicted times."""
-        world = ctx.workers.size if ctx.workers else ctx.mesh.get("dp", 1)
+        world = ctx.size("dp")
         if world == 1:
             return _declined("one-rank", "there is one rank, so nothing has to be reduced")
         if not graph.get(gradient_order).ready:
@@ -69,23 +70,24 @@ class Schedule(Pass):
     def _choice(self, graph: Graph, ctx: PassContext, world: int) -> dict[str, Any]:
         """The best order of this graph, or of rank 0's.
 
-        Messages travel in one order on all ranks. A rank that computed in an order of its own would
-        hold up those that the others have ready, behind one that it has not.
+        All ranks send their messages in one order. A rank that computed in a different one would
+        hold back messages that the others have ready, waiting for one that it does not.
         """
-        curve = link_curve(self.link, ctx)
+        ranks = ctx.ranks.get("dp")
+        curve = link_curve(self.link, world, ranks)
 
-        def search(order: GradientOrder) -> Search:
-            return Search(graph, order, curve, world, self.memory)
+        def search(order: GradientOrder) -> OrderSearch:
+            return OrderSearch(graph, order, curve, world, self.memory)
 
         def decide() -> str:
-            mine = search(measured_order(graph, measure(graph)))
+            mine = search(measured_order(graph, profile_graph(graph)))
             return json.dumps({**confirmed(mine, mine.best()), "graph": outline(graph)})
 
         order = graph.get(gradient_order)
-        if ctx.workers is None:
+        if ranks is None:
             return {**search(order).best(), "graph": outline(graph)}
         known = "\n".join([f"passes {self}", *order.sizes])
-        choice: dict[str, Any] = json.loads(ctx.workers.agree("gradients", known, decide))
+        choice: dict[str, Any] = json.loads(ranks.agree("gradients", known, decide))
         return choice
 
 

@@ -1,11 +1,11 @@
-"""In which order to compute, so that what has to be sent is ready early and little is left at last.
+"""In which order to compute, so that gradients are ready early and little is left for the end.
 
-Computation and channel are a flow shop of two machines: each gradient is computed on the first and
+Computation and channel form a two-machine flow shop: each gradient is computed on the first and
 then sent on the second. Johnson's rule (1954) orders free tasks so that the last one is sent as
-early as possible. Here the tasks hang off a chain, which makes an out-tree; for those the rule
-stays exact when the best task is glued behind the one that it waits for, again and again (Sidney
-1979). It is exact as long as a message costs nothing but its bytes; what starting a message costs
-is left to the comparison of candidates with their real groups.
+early as possible. Here the tasks hang off a chain and form an out-tree, for which the rule stays
+exact if the best task is repeatedly merged into the one that it waits for (Sidney 1979). That holds
+as long as a message costs nothing but its bytes; the cost of starting messages enters when the
+candidates are compared with their real groups.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Task:
 
 
 def ready_times(tasks: Sequence[Task], order: Sequence[int]) -> tuple[Ready, ...]:
-    """The gradients in the order in which they get ready, with these times."""
+    """The gradients with their ready times, in that order."""
     result, clock = [], 0.0
     for index in order:
         clock += tasks[index].seconds
@@ -51,7 +51,7 @@ def ready_times(tasks: Sequence[Task], order: Sequence[int]) -> tuple[Ready, ...
 
 
 def lower_bound(ready: Sequence[Ready], cost: Cost) -> float:
-    """Seconds at which everything can be sent at the earliest, if merging messages never costs."""
+    """Earliest time at which everything can be sent, if merging messages is free."""
     left, latest = 0, 0.0
     for item in reversed(ready):
         left += item.bytes
@@ -140,7 +140,7 @@ def johnson(tasks: Sequence[Task], rate: float) -> Order:
     while heap:
         key, index = heapq.heappop(heap)
         if inside[index] != index or blocks[index].key != key:
-            continue  # it was glued to another block, or grew since
+            continue  # it was merged into another block, or grew since
         parent = first_of(tasks[index].after)
         blocks[parent].append(blocks[index])
         inside[index] = parent
@@ -156,7 +156,7 @@ def _leaves(tasks: Sequence[Task]) -> tuple[int, ...]:
 
 
 def _late(tasks: Sequence[Task], rate: float, late: frozenset[int]) -> Order:
-    """Everything in its present order, each task as soon as it can run; `late` ones at the end."""
+    """Everything in its present order, each task as early as possible; `late` ones at the end."""
     followers: dict[int, list[int]] = {}
     for index, task in enumerate(tasks):
         followers.setdefault(task.after, []).append(index)

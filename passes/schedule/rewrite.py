@@ -1,4 +1,4 @@
-"""Putting operators into another order, and splitting what computes two things at once."""
+"""Reordering operators, and splitting those that compute two things at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def arrange(graph: Graph, apart: Iterable[str], order: Iterable[str]) -> dict[fx
 def outline(graph: Graph) -> str:
     """Digest of what `arrange` relies on; an order found for a graph is legal for its equals.
 
-    Names, operators and operands count, but no sizes: ranks may have batches of their own.
+    Names, operators and operands count, but not sizes: batches may differ between ranks.
     """
     lines = [f"{n.name} {n.target} {[i.name for i in n.all_input_nodes]}" for n in tail(graph)]
     lines += [node.name for node in splittable(graph)]
@@ -69,7 +69,7 @@ def splittable(graph: Graph) -> tuple[fx.Node, ...]:
 
 
 def split(graph: Graph, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Compute weight and bias gradients of these convolutions by a call of their own.
+    """Compute the weight and bias gradients of these convolutions in a separate call.
 
     Both halves call the kernels that the whole did, so no bit changes; the second half follows the
     first, which keeps its node.

@@ -29,7 +29,7 @@ LEAST_GAIN = 0.002
 
 @dataclass(frozen=True)
 class _Found:
-    """One order, made and measured by the same rules as the present one."""
+    """One order, built and evaluated by the same rules as the present one."""
 
     name: str
     split: list[str]
@@ -40,7 +40,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class Search:
+class OrderSearch:
     """Compares the present order of a graph with others.
 
     Attributes:
@@ -48,7 +48,7 @@ class Search:
         now: its gradients and the times of its operators.
         curve: seconds of one message over its bytes.
         world: number of ranks.
-        memory: how much the peak of memory may grow, as a share of it.
+        memory: how much peak memory may grow, as a share of it.
     """
 
     graph: Graph
@@ -175,7 +175,7 @@ def _still_together(
     halves: Mapping[fx.Node, fx.Node],
     seconds: Mapping[fx.Node, float],
 ) -> set[fx.Node]:
-    """Second halves that follow their first with nothing but views between; better one call."""
+    """Second halves separated from their first by nothing but views: better left in one call."""
     timed = [node for node in sequence if seconds.get(node, 0.0) > 0]
     following = dict(pairwise(timed))
     return {second for first, second in halves.items() if following.get(first) is second}

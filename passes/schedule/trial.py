@@ -1,8 +1,8 @@
-"""Whether an order that is predicted to be better also is when it runs.
+"""Does a predicted gain hold when the order runs?
 
-The search takes the best of many orders by one noisy profile, so its favourite looks better than it
-is; and it assumes that the halves of a split convolution take half the time each. Both show when
-the rewritten graph is measured itself, in turn with the present one.
+The best of many orders by one noisy profile looks better than it is, and the search assumes that
+both halves of a split convolution take half the time. Measuring the rewritten graph itself, in turn
+with the present one, corrects both.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.analysis.gradient_order import measured_order
-from graphopt.analysis.profile import measure_in_turn
+from graphopt.analysis.profile import profile_in_turn
 from graphopt.passes.schedule.rewrite import arrange
-from graphopt.passes.schedule.search import Search, milliseconds
+from graphopt.passes.schedule.search import OrderSearch, milliseconds
 
-# Below this share of the time to the last reduced gradient, the two profiles may differ by chance.
+# Smaller gains, as a share of the time to the last reduced gradient, may be noise.
 LEAST_MEASURED_GAIN = 0.01
 
 
-def confirmed(search: Search, choice: dict[str, Any]) -> dict[str, Any]:
-    """`choice` if it also gains by times of its own, else the decision to keep the present order.
+def confirmed(search: OrderSearch, choice: dict[str, Any]) -> dict[str, Any]:
+    """`choice` if it also gains by its own measured times, else to keep the present order.
 
     Args:
-        search: what has found the choice; its graph must run on this machine, without collectives.
-        choice: from `Search.best`.
+        search: what found the choice; its graph must run on this machine, without collectives.
+        choice: from `OrderSearch.best`.
 
     Returns:
-        The decision in the form of `Search.best`; its numbers hold what was measured now.
+        The decision in the form of `OrderSearch.best`; its numbers hold what was measured now.
     """
     if not choice["order"]:
         return choice
@@ -35,7 +35,7 @@ def confirmed(search: Search, choice: dict[str, Any]) -> dict[str, Any]:
     graphs = (search.graph, trial)
     before, after = (
         search.grouping(measured_order(graph, seconds)).finish
-        for graph, seconds in zip(graphs, measure_in_turn(graphs), strict=True)
+        for graph, seconds in zip(graphs, profile_in_turn(graphs), strict=True)
     )
     numbers = choice["numbers"] | {
         "retried_ms": milliseconds(before),

@@ -1,35 +1,55 @@
-"""Engines that turn the halves of a step into callables: one module per backend."""
+"""Backends turn a joint or inference graph into an engine: one module each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
-from torch import Tensor, fx
+from torch import fx
 
+from graphopt import registry
 from graphopt.plan import Plan
-from graphopt.runtime.engine.inference import InferenceEngine
-from graphopt.runtime.engine.training import TrainingEngine
-from graphopt.runtime.group_gradients.reduction import Synchronisation
-
-BACKENDS = ("eager", "inductor")
+from graphopt.runtime.engine.build import stack
+from graphopt.runtime.session import Session
 
 
-def build(
-    module: fx.GraphModule,
-    plan: Plan,
-    state: Mapping[str, Tensor],
-    workers: Synchronisation | None = None,
-) -> TrainingEngine | InferenceEngine:
-    """An engine for `plan.backend`; the module is copied, not changed.
+class Backend:
+    """Base of all backends.
+
+    Class attributes:
+        name: how users ask for it.
+    """
+
+    name: ClassVar[str]
+
+    def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
+        """An engine; the module is copied, not changed.
+
+        Raises:
+            BackendError: it cannot run this graph on this machine.
+        """
+        raise NotImplementedError
+
+
+def build(module: fx.GraphModule, plan: Plan, session: Session | None = None) -> Callable[..., Any]:
+    """An engine of the plan's backend, with all runtime parts around.
 
     Args:
         module: a joint or inference module.
         plan: what to obey.
-        state: tensors of ``STATE`` inputs.
-        workers: the ranks, where the plan reduces gradients.
+        session: of the model; a new one where none is given.
+
+    Raises:
+        BackendError: the backend cannot run this graph on this machine.
+        PluginError: a runtime part is missing, or is of another version than its plan part.
+        StateError: another state was loaded than this plan needs.
     """
-    assert plan.backend in BACKENDS
-    backend = import_module(f"graphopt.runtime.backends.{plan.backend}")
-    engine: TrainingEngine | InferenceEngine = backend.build(module, plan, state, workers)
-    return engine
+    session = session or Session()
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    session.check_inputs(plan, values)
+    backend = cast("Backend", registry.get(plan.backend, registry.BACKENDS)())
+
+    def innermost(module: fx.GraphModule, plan: Plan) -> Callable[..., Any]:
+        return backend.build(module, plan, session)
+
+    return stack(plan, session, "engine", innermost)(module, plan)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -20,51 +20,66 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, GraphoptError
 from graphopt.plan import Plan, Role
+from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.eager import boxed
-from graphopt.runtime.engine.base import Executable
-from graphopt.runtime.engine.inference import InferenceEngine
+from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.partition import Halves, split
-from graphopt.runtime.engine.training import TrainingEngine
-from graphopt.runtime.forms import backward_of
+from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
-from graphopt.runtime.group_gradients.reduction import Synchronisation
+from graphopt.runtime.session import Session
 
 
-def build(
-    module: fx.GraphModule, plan: Plan, state: Any, workers: Synchronisation | None = None
-) -> TrainingEngine | InferenceEngine:
-    """Compile a joint or inference module.
+class Inductor(Backend):
+    """Compiles both halves."""
 
-    Raises:
-        BackendError: Inductor's toolchain is missing, or it failed on this graph.
-    """
-    require_toolchain(module)
-    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
-    try:
+    name: ClassVar[str] = "inductor"
+
+    def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
+        """See `Backend.build`."""
+        require_toolchain(module)
+        values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+        try:
+            with _settings(values):
+                return _engine(module, plan, session, values)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise BackendError(
+                f"Inductor failed on this graph: {type(error).__name__}: {reason}",
+                hint="use backend='eager', or report the graph to PyTorch",
+            ) from error
+
+
+def _engine(
+    module: fx.GraphModule, plan: Plan, session: Session, values: Sequence[Any]
+) -> Callable[..., Any]:
+    if not plan.signature.names(Role.TANGENT):
+        return inference(plan, session, module, lambda graph: _inference(graph, plan))
+    from torch._inductor.compile_fx import partition_fn
+
+    halves = split(_decompose(module, values), plan.signature, partition_fn)
+    saved = sum(kind == "saved" for kind, _ in halves.sources)
+    strides: list[Any] = []
+
+    def forward(half: fx.GraphModule) -> Executable:
+        compiled, layouts = _compile_forward(half, saved, _weights(plan))
+        if strides and strides != layouts:
+            raise BackendError(
+                "Inductor saves values of two forms of this forward in different layouts",
+                hint="use backend='eager'",
+            )
+        strides[:] = layouts
+        return compiled
+
+    def backward(form: fx.GraphModule) -> Executable:
+        # Forms that accumulate gradients are made in the middle of a step.
         with _settings(values):
-            if not plan.signature.names(Role.TANGENT):
-                return InferenceEngine(plan, _inference(module, plan), state)
-            from torch._inductor.compile_fx import partition_fn
+            return _compile_backward(form, halves, strides)
 
-            decomposed = _decompose(module, values)
-            halves = split(decomposed, plan.signature, partition_fn)
-            forward, strides = _compile_forward(halves.forward, plan)
-
-            def compile(form: fx.GraphModule) -> Executable:
-                # Forms that accumulate gradients are made in the middle of a step.
-                with _settings(values):
-                    return _compile_backward(form, halves, strides, plan)
-
-            backward = backward_of(halves, plan, state, workers, compile)
-            return TrainingEngine(plan, halves, forward, backward, state)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise BackendError(
-            f"Inductor failed on this graph: {type(error).__name__}: {reason}",
-            hint="use backend='eager', or report the graph to PyTorch",
-        ) from error
+    return training(plan, session, halves, forward, backward)
 
 
 def require_toolchain(module: fx.GraphModule) -> None:
@@ -183,31 +198,26 @@ def _compile_inference(module: fx.GraphModule, static: Sequence[int], outputs: i
     return cast("Executable", compiled)
 
 
-def _compile_forward(module: fx.GraphModule, plan: Plan) -> tuple[Executable, list[Any]]:
-    """The forward executable, and the strides that it gives its outputs."""
+def _compile_forward(
+    module: fx.GraphModule, saved: int, weights: Sequence[int]
+) -> tuple[Executable, list[Any]]:
+    """The forward executable, and the strides that it gives the values it saves."""
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    count = len(cast("Sequence[Any]", module.graph.output_node().args[0]))
     with TracingContext.report_output_strides() as strides:
-        compiled = _compile(
-            module,
-            values,
-            plan.signature.num_forward_outputs,
-            static_input_idxs=_weights(plan),
-        )
-    return cast("Executable", compiled), list(strides or [])
+        compiled = _compile(module, values, count - saved, static_input_idxs=list(weights))
+    return cast("Executable", compiled), list(strides or [])[count - saved :]
 
 
-def _compile_backward(
-    form: fx.GraphModule, halves: Halves, strides: Sequence[Any], plan: Plan
-) -> Executable:
+def _compile_backward(form: fx.GraphModule, halves: Halves, strides: Sequence[Any]) -> Executable:
     """The backward executable, for saved values in the layout the forward really gives them."""
-    first_saved = plan.signature.num_forward_outputs
     values = []
     nodes = form.graph.find_nodes(op="placeholder")
-    # Accumulated gradients come behind what the halves exchange.
+    # What a part adds as inputs comes behind what the halves exchange.
     for (kind, index), node in zip(halves.sources, nodes, strict=False):
         value = node.meta["val"]
-        if kind == "saved" and first_saved + index < len(strides):
-            stride = strides[first_saved + index]
+        if kind == "saved" and index < len(strides):
+            stride = strides[index]
             if stride is not None and tuple(stride) != value.stride():
                 value = value.as_strided(value.size(), tuple(int(s) for s in stride))
         values.append(value)

@@ -1,59 +1,55 @@
-"""What every engine does around its executable: mutations and outputs that are inputs."""
+"""What every engine does around its executables: mutations and outputs that are inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.plan import Phase, Plan, Role, Slot
-
-# Takes a list of arguments, empties it, returns the outputs.
-Executable = Callable[[list[Any]], Sequence[Any]]
-
-
-def _returned(slots: Iterable[Slot]) -> list[Slot]:
-    """The outputs that executables return: each form of a backward has one gradient per name."""
-    return [slot for slot in slots if slot.role not in (Role.LOCAL, Role.STATISTIC)]
+from graphopt.plan import Plan, Role, Slot
+from graphopt.runtime.session import Session
 
 
 class Engine:
-    """What every engine does around its executable: mutations and aliased outputs.
+    """Knows the inputs and outputs of a plan by position.
 
-    Attributes:
-        state: tensors of ``STATE`` inputs by name; owned by the model, updated by mutations.
+    Args:
+        plan: what to obey.
+        session: holds the tensors of ``STATE`` inputs.
+        returns: what the forward gives, in order.
     """
 
-    def __init__(self, plan: Plan, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: Plan, session: Session, returns: Sequence[Slot]) -> None:
         self.plan = plan
-        self.state = state
+        self.session = session
         self.slots = tuple(s for s in plan.signature.inputs if s.role is not Role.TANGENT)
         self._position = {slot.name: i for i, slot in enumerate(self.slots)}
         self._state_names = [s.name for s in self.slots if s.role is Role.STATE]
-        outputs = plan.signature.outputs
-        self._mutations = {
-            phase: tuple(
-                (i, s.name)
-                for i, s in enumerate(_returned(o for o in outputs if o.phase is phase))
-                if s.role is Role.MUTATION
-            )
-            for phase in Phase
-        }
-        forward = [s for s in outputs if s.phase is Phase.FORWARD]
         self._outputs = tuple(
-            (i, int(s.name)) for i, s in enumerate(forward) if s.role is Role.OUTPUT
+            (i, int(s.name)) for i, s in enumerate(returns) if s.role is Role.OUTPUT
         )
+        self._forward_mutations = self._mutations(returns)
 
     def _with_state(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [*inputs, *(self.state[name] for name in self._state_names)]
+        return [*inputs, *map(self.session.tensor, self._state_names)]
 
-    def _write_back(self, phase: Phase, inputs: Sequence[Tensor], results: Sequence[Any]) -> None:
-        mutations = self._mutations[phase]
+    def _mutations(self, returns: Sequence[Slot]) -> tuple[tuple[int, int], ...]:
+        """Positions of mutation results, and of the inputs that they belong to."""
+        return tuple(
+            (i, self._position[s.name]) for i, s in enumerate(returns) if s.role is Role.MUTATION
+        )
+
+    def _write_back(
+        self,
+        mutations: Sequence[tuple[int, int]],
+        input_at: Callable[[int], Tensor],
+        results: Sequence[Any],
+    ) -> None:
         if mutations:
             with torch.no_grad():
-                targets = [inputs[self._position[name]] for _, name in mutations]
+                targets = [input_at(place) for _, place in mutations]
                 torch._foreach_copy_(targets, [results[i] for i, _ in mutations])
 
     def _assemble(self, inputs: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
@@ -69,3 +65,8 @@ class Engine:
                 else base.as_strided(alias.size, alias.stride, alias.offset)
             )
         return [outputs[i] for i in sorted(outputs)]
+
+    def _input_at(self, index: int, inputs: Mapping[int, Tensor]) -> Tensor:
+        """An input of the step when its backward runs."""
+        slot = self.slots[index]
+        return self.session.tensor(slot.name) if slot.role is Role.STATE else inputs[index]

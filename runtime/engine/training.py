@@ -1,142 +1,128 @@
-"""Run a plan: forward and backward executables behind one autograd function."""
+"""Run a joint graph, split into halves, behind one autograd function."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import DoubleBackwardError
-from graphopt.plan import Phase, Plan, Role
-from graphopt.runtime.engine.base import Engine, Executable, _returned
-from graphopt.runtime.engine.partition import Halves
-from graphopt.runtime.engine.tangents import Expected
-from graphopt.runtime.group_gradients.reduction import Backwards
+from graphopt.plan import Plan, Role
+from graphopt.runtime.engine.base import Engine
+from graphopt.runtime.engine.step import Backward, Forward, Source, Step
+from graphopt.runtime.session import Session
 
 
-@dataclass(eq=False)
 class TrainingEngine(Engine):
-    """Runs a joint graph, split into halves, behind one autograd function.
+    """Runs the halves of a step.
 
     Args:
         plan: what to obey.
-        halves: from `graphopt.runtime.engine.partition.split`; has the origin of its arguments.
-        forward: executable of the forward half.
-        backward: executables of the backward half: one, or several forms of it where gradients are
-            reduced.
-        state: tensors of ``STATE`` inputs.
-
-    Attributes:
-        weights_for_backward: tensors by parameter name that the backward reads instead of the ones
-            the forward read; empty unless a schedule fills it.
+        session: of the model.
+        forward: the forward half with what surrounds it.
+        backward: the backward half with what surrounds it.
+        sources: where the arguments of the backward come from.
     """
 
-    plan: Plan
-    halves: Halves
-    forward: Executable
-    backward: Backwards
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    weights_for_backward: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__(self.plan, self.state)
-        signature = self.plan.signature
-        self.num_outputs = signature.num_forward_outputs
-        tangents = [s for s in signature.inputs if s.role is Role.TANGENT]
+    def __init__(
+        self,
+        plan: Plan,
+        session: Session,
+        forward: Forward,
+        backward: Backward,
+        sources: Sequence[Source],
+    ) -> None:
+        super().__init__(plan, session, forward.returns)
+        self.forward, self.backward = forward, backward
+        self._saved_from = len(forward.returns)
+        self._backward_mutations = self._mutations(backward.returns)
+        tangents = [s for s in plan.signature.inputs if s.role is Role.TANGENT]
         # Tangents belong to outputs of the model; the autograd function returns the computed ones.
         computed = [position for _, position in self._outputs]
         self.tangent_of_output = tuple(computed.index(int(t.name)) for t in tangents)
-        placeholders = {
-            n.target: n for n in self.halves.backward.graph.find_nodes(op="placeholder")
-        }
-        arguments = zip(self.halves.sources, placeholders.values(), strict=True)
-        self.tangents = {
-            index: Expected.of(node.meta["val"])
-            for (kind, index), node in arguments
-            if kind == "tangent"
-        }
-        grads = [
-            (i, s.name)
-            for i, s in enumerate(_returned(signature.outputs[self.num_outputs :]))
-            if s.role is Role.GRAD
-        ]
+        grads = [(i, s.name) for i, s in enumerate(backward.returns) if s.role is Role.GRAD]
         self.gradients = tuple(
-            (i, self._position[name], frozenset(sources))
-            for (i, name), sources in zip(grads, self.plan.gradient_sources, strict=True)
+            (i, name, frozenset(reaching))
+            for (i, name), reaching in zip(grads, plan.gradient_sources, strict=True)
         )
         # Only what receives a gradient passes through autograd; the rest rides along.
-        self.differentiable = tuple(index for _, index, _ in self.gradients)
+        self.differentiable = tuple(self._position[name] for _, name in grads)
         self.saved_inputs = tuple(
             dict.fromkeys(
-                i
-                for kind, i in self.halves.sources
-                if kind == "input" and self.slots[i].role is not Role.STATE
+                i for kind, i in sources if kind == "input" and self.slots[i].role is not Role.STATE
             )
         )
+        self._parameters = tuple(
+            (i, s.name) for i, s in enumerate(self.slots) if s.role is Role.PARAM and plan.parts
+        )
+        self._plain_inputs = tuple(
+            i for i, s in enumerate(self.slots) if s.role is Role.INPUT and plan.parts
+        )
+        named = dict(self._parameters).values()
+        self._parameter_gradients = {name: i for i, name in grads if name in set(named)}
+        parts = session.parts(plan)
+        self._finishing = [(run, part) for run, part in reversed(parts) if run.finishes(part)]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the model for its flat inputs, connected to autograd."""
         values = self._with_state(inputs)
         differentiable = (values[i] for i in self.differentiable)
-        computed: tuple[Tensor, ...] = _Step.apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
+        computed: tuple[Tensor, ...] = _Node.apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
         return self._assemble(values, computed)
 
-    def run_forward(self, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def begin(self, values: Sequence[Tensor]) -> Step:
+        """A step on these inputs."""
+        if not self.plan.parts:
+            return Step()
+        batched = (values[i] for i in self._plain_inputs)
+        return Step(
+            parameters={name: values[i] for i, name in self._parameters},
+            examples=max(1, next((v.shape[0] for v in batched if v.dim()), 1)),
+            ends=self.session.synchronise,
+        )
+
+    def run_forward(self, step: Step, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's computed outputs and the values to save."""
         with torch._C._DisableAutocast():
-            results = self.forward(list(values))
-        self._write_back(Phase.FORWARD, values, results)
-        outputs = [results[i] for i, _ in self._outputs]
-        return outputs, list(results[self.num_outputs :])
+            results = self.forward(step, list(values))
+        self._write_back(self._forward_mutations, values.__getitem__, results)
+        return [results[i] for i, _ in self._outputs], list(results[self._saved_from :])
 
-    def run_backward(
-        self,
-        saved: list[Tensor],
-        inputs: dict[int, Tensor],
-        tangents: Sequence[Tensor | None],
-        call: Any = None,
-    ) -> list[Tensor | None]:
+    def run_backward(self, step: Step, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One gradient per differentiable input; ``None`` where no tangent reaches it.
 
         Args:
-            saved: values that the forward saved; emptied.
-            inputs: inputs of the step that the backward reads, by position.
+            step: with what its forward saved, which is taken.
             tangents: one per computed output.
-            call: what `Backwards.forward_made` gave when the forward ran.
         """
+        step.scale = 1.0
         given = [tangents[i] for i in self.tangent_of_output]
-        factor = self.backward.tangent_factor(call)
-        if factor != 1.0:
-            given = [None if t is None else t * factor for t in given]
-        slots = self.slots
-        arguments: list[Any] = []
-        for kind, index in self.halves.sources:
-            if kind == "saved":
-                arguments.append(saved[index])
-            elif kind == "tangent":
-                arguments.append(self.tangents[index].coerce(given[index]))
-            elif slots[index].role is Role.STATE:
-                arguments.append(self.state[slots[index].name])
-            else:
-                arguments.append(self.weights_for_backward.get(slots[index].name, inputs[index]))
-        saved.clear()
         live = {i for i, t in enumerate(given) if t is not None}
-        absent = {i for i, _, sources in self.gradients if not live & sources}
+        absent = {name for _, name, reaching in self.gradients if not live & reaching}
         with torch._C._DisableAutocast():
-            results = self.backward(arguments, call, absent)
-        if self._mutations[Phase.BACKWARD]:
-            everything = [self.state.get(s.name, inputs.get(i)) for i, s in enumerate(slots)]
-            self._write_back(Phase.BACKWARD, cast("list[Tensor]", everything), results)
-        factor = self.backward.input_factor(call)
-        return [
-            results[i] * factor
-            if factor != 1.0 and results[i] is not None and slots[at].role is Role.INPUT
-            else results[i]
-            for i, at, _ in self.gradients
-        ]
+            results = self.backward(step, given, absent)
+            if self._backward_mutations:
+                at = lambda i: self._input_at(i, step.inputs)  # noqa: E731
+                self._write_back(self._backward_mutations, at, results)
+            if self.plan.parts:
+                self._finish(step, results)
+        return [results[i] for i, _, _ in self.gradients]
+
+    def _finish(self, step: Step, results: list[Any]) -> None:
+        """Let the parts do what a step ends with, on its gradients over all micro-batches."""
+        if self._finishing:
+            names = self._parameter_gradients
+            gradients = {n: results[i] for n, i in names.items() if results[i] is not None}
+            if step.ends:
+                for name, before in self.session.take(step.parameters, names).items():
+                    gradients[name] = before + gradients[name] if name in gradients else before
+            for runtime, part in self._finishing:
+                self.session.finish(runtime, part, step, gradients)
+            for name, index in names.items():
+                results[index] = gradients.get(name)
+        self.session.pending = not step.ends
 
 
 def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -157,16 +143,16 @@ def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Ten
     )
 
 
-class _Step(torch.autograd.Function):
+class _Node(torch.autograd.Function):
     """One training step's model part as a node of autograd."""
 
     @staticmethod
     def forward(
         ctx: Any, engine: TrainingEngine, values: list[Tensor], *differentiable: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, saved = engine.run_forward(values)
         ctx.engine = engine
-        ctx.call = engine.backward.forward_made(values, outputs)
+        ctx.step = engine.begin(values)
+        outputs, saved = engine.run_forward(ctx.step, values)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         returned = _changeable(outputs, saved)
@@ -187,7 +173,10 @@ class _Step(torch.autograd.Function):
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.maybe_clear_saved_tensors()
         count = len(tensors) - len(engine.saved_inputs)
-        inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
-        saved = tensors[:count]
+        step: Step = ctx.step
+        step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
+        step.saved = tensors[:count]
         del tensors
-        return (None, None, *engine.run_backward(saved, inputs, tangents, ctx.call))
+        gradients = engine.run_backward(step, tangents)
+        step.inputs = {}
+        return (None, None, *gradients)

@@ -1,1 +1,1 @@
-"""What is computed once and kept while the weights it came from stay as they are."""
+"""Values that are computed once and kept until a weight they depend on changes."""

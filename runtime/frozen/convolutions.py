@@ -1,6 +1,6 @@
 """Run convolutions with frozen weights through packed, fused CPU kernels.
 
-A convolution, an addition and a ReLU behind it become one `graphopt::packed_convolution`, and the
+A convolution and the addition and ReLU after it become one `graphopt::packed_convolution`, and the
 values between such kernels stay in channels-last layout. Before any operator that depends on the
 layout the value is made contiguous again, so the module's results keep their strides.
 """
@@ -17,7 +17,7 @@ from graphopt.ops.convolution import available
 
 aten = torch.ops.aten
 
-# Their result has the layout of their argument, and both are right in any layout.
+# Correct in any layout; the result has the layout of the argument.
 FOLLOW = {
     aten.relu.default,
     aten.add.Tensor,
@@ -29,7 +29,7 @@ FOLLOW = {
     aten.max_pool2d_with_indices.default,
     aten.avg_pool2d.default,
 }
-# Right in any layout; their result has its own.
+# Correct in any layout; the result has a layout of its own.
 REDUCE = {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}
 
 

@@ -1,4 +1,4 @@
-"""Compute once what depends only on weights, and again when a weight changes.
+"""Compute what depends only on weights once, and again when a weight changes.
 
 `hoist` cuts a module at its ``graphopt.frozen`` nodes into a prologue, which runs on weights alone,
 and a main module, which takes the prologue's results as further inputs. `WhileUnchanged` runs the
@@ -17,8 +17,8 @@ from torch import Tensor, fx
 import graphopt.ops  # noqa: F401  (registers graphopt::frozen)
 from graphopt.runtime.frozen.convolutions import pack_convolutions
 
-# Elements compared per weight. An update through ``.data`` does not grow the version counter, and
-# training code that keeps moving averages uses it; such an update changes every element.
+# Elements compared per weight. Code that keeps moving averages updates ``.data``, which does not
+# bump the version counter; such an update changes every element.
 SAMPLE = 16
 
 

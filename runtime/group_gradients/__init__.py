@@ -1,1 +1,129 @@
-"""Reduce gradients over ranks as a plan says."""
+"""Reduce gradients over ranks, in the groups that the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import RankError
+from graphopt.plan import Plan, Role
+from graphopt.plan.group_gradients import Reduction
+from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
+from graphopt.runtime.group_gradients import exact
+from graphopt.runtime.group_gradients.messages import Messages
+from graphopt.runtime.group_gradients.reducing import LOCAL, Reducing
+from graphopt.runtime.part import RuntimePart
+from graphopt.runtime.session import Session
+
+# What begins the names of gradients that wait for the integer wire: micro-batch and parameter.
+_WAITING = "waiting/"
+
+
+class GroupGradients(RuntimePart[Reduction]):
+    """Sends the messages of a model's backward passes."""
+
+    name: ClassVar[str] = "group_gradients"
+    methods: ClassVar[tuple[str, ...]] = ("no_sync", "noise_scale")
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        ranks = session.ranks.get("dp")
+        self.messages = None if ranks is None else Messages(ranks, self.state)
+
+    def noise_scale(self) -> float | None:
+        """Gradient noise scale in examples (McCandlish et al., arXiv 1812.06162, eq. 2.9).
+
+        Measured every few steps from the gradients before and after their reduction; ``None`` on
+        one rank, with a wire other than ``native``, and before there is an estimate.
+        """
+        return None if self.messages is None else self.messages.noise.value
+
+    def backward(self, part: Reduction, plan: Plan, below: MakeBackward) -> MakeBackward:
+        """Choose between the forms that reduce and those that do not."""
+        messages = self.messages
+        assert messages is not None, "a plan that reduces gradients needs the ranks"
+
+        def make(half: Half) -> Backward:
+            if not any(slot.role is Role.LOCAL for slot in half.slots):
+                return below(half)
+            return Reducing(self.session, messages, part, plan, half, below)
+
+        return make
+
+    def finishes(self, part: Reduction) -> bool:
+        """Only the integer wire has to keep micro-batches apart."""
+        return part.wire == "int32"
+
+    def finish(self, part: Reduction, step: Step, gradients: dict[str, Tensor]) -> None:
+        """Keep the gradients of this micro-batch, and reduce all of them where the step ends."""
+        local, presence = step.own.pop(LOCAL, ({}, None))
+        if presence is None:
+            return
+        batches = self._waiting()
+        batches.append({name: value for name, value in local.items() if value is not None})
+        if not step.ends:
+            self.state.update(
+                {f"{_WAITING}{len(batches) - 1}/{n}": value for n, value in batches[-1].items()}
+            )
+            return
+        for key in [k for k in self.state if k.startswith(_WAITING)]:
+            del self.state[key]
+        messages = self.messages
+        assert messages is not None
+        messages.begin(part, step.parameters, step.examples)
+        mine = {name for batch in batches for name in batch}
+        question = presence.ask(messages.ranks, mine, messages.lost_question)
+        whole = [
+            {n: b[n] if n in b else torch.zeros_like(step.parameters[n]) for n in local}
+            for b in batches
+        ]
+        means = exact.reduce(messages, part.grouping.groups, whole)
+        gradients.update(means)
+        for name in presence.absent(local.keys() - mine, question):
+            gradients.pop(name, None)
+
+    def _waiting(self) -> list[dict[str, Tensor]]:
+        """Gradients of earlier micro-batches of this step, in order."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, value in self.state.items():
+            if key.startswith(_WAITING):
+                number, _, name = key.removeprefix(_WAITING).partition("/")
+                found.setdefault(int(number), {})[name] = value
+        return [found[number] for number in sorted(found)]
+
+    def settle(self) -> None:
+        """Wait for messages that belong to the next step.
+
+        Raises:
+            RankError: they did not arrive.
+        """
+        if self.messages is None:
+            return
+        try:
+            self.messages.history.settle()
+        except RuntimeError as error:
+            raise RankError(
+                f"the gradients for step {self.messages.step + 1} did not arrive",
+                where=str(error).splitlines()[0],
+                hint="look at the output of the other ranks, and resume from an earlier state",
+            ) from error
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from a saved state; what messages have left is overwritten where it lies."""
+        for name, tensor in saved.items():
+            if name in self.state:
+                self.state[name].copy_(tensor)
+            else:
+                self.state[name] = tensor.clone()
+
+    def notes(self) -> tuple[str, ...]:
+        """Gradient noise, and what was not finite."""
+        if self.messages is None:
+            return ()
+        noise = self.messages.noise
+        found = f"{noise.value:.4g} examples, over {noise.steps} measured steps"
+        scale = (f"gradient noise scale: {found}",) if noise.value else ()
+        return scale + tuple(f"not finite: {place}" for place in self.messages.nonfinite[:3])

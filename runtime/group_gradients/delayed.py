@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import Work
 
 from graphopt.errors import StateError
 
-_PREFIX = "group_gradients.late."
+_PREFIX = "delayed/"
 
 
 @dataclass
@@ -45,13 +45,12 @@ class History:
 
     Args:
         rank: of this process.
-
-    Attributes:
-        state: where a saved state is looked for when a group sends its first message.
+        state: where `settle` leaves messages, and where a loaded state is looked for when a group
+            sends its first one.
     """
 
     rank: int
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]
     _groups: dict[tuple[str, ...], _Held] = field(default_factory=dict)
     _own: set[str] = field(default_factory=set)
 
@@ -89,17 +88,16 @@ class History:
             work = send(old)
         return _Late(old, work, fresh, failed)
 
-    def settle(self, state: dict[str, Tensor]) -> None:
-        """Wait for what is under way; `state` holds it then, as views that may be written to."""
+    def settle(self) -> None:
+        """Wait for what is under way; the state holds it then, as views that may be written to."""
         for held in self._groups.values():
             if held.work is not None:
                 held.work.wait()
                 held.work = None
             if held.buffer is not None:
                 parts = torch.split(held.buffer, list(held.sizes.values()))
-                state.update(zip(held.sizes, parts, strict=True))
+                self.state.update(zip(held.sizes, parts, strict=True))
                 self._own.update(held.sizes)
-        self.state = state
 
     def _key(self, mode: str, name: str) -> str:
         # A reduced gradient is the same everywhere; one that waits to be sent is this rank's own.

@@ -18,28 +18,28 @@ from torch import Tensor
 import graphopt.ops.wire  # noqa: F401  (defines the operators)
 from graphopt.errors import RankError
 from graphopt.plan.grouping import Group
-from graphopt.runtime.ranks.channel import Channel
+from graphopt.runtime.group_gradients.messages import Messages
 
 ops = torch.ops.graphopt
 
 
 @torch.no_grad()
 def reduce(
-    line: Channel, groups: Sequence[Group], batches: Sequence[Mapping[str, Tensor]]
+    messages: Messages, groups: Sequence[Group], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The mean over ranks of the sum over this rank's micro-batches, by parameter.
 
     Args:
-        line: the ranks; all of them must have as many micro-batches.
+        messages: to the ranks; all of them must have as many micro-batches.
         groups: which gradients share a message.
         batches: gradients of each micro-batch, by parameter.
 
     Raises:
         RankError: a rank has another number of micro-batches, or does not answer.
     """
-    world = line.size()
+    world = messages.ranks.size
     count = torch.tensor([len(batches), -len(batches)])
-    _all_reduce(line, 0, count, dist.ReduceOp.MAX)
+    _all_reduce(messages, 0, count, dist.ReduceOp.MAX)
     if int(count[0]) != -int(count[1]):
         raise RankError(
             f"between {-int(count[1])} and {int(count[0])} micro-batches were accumulated",
@@ -50,20 +50,20 @@ def reduce(
     for index, group in enumerate(groups):
         parts = [[batch[name] for name in group.names] for batch in batches]
         largest = torch.stack([ops.magnitudes(part) for part in parts]).amax(0)
-        _all_reduce(line, index, largest, dist.ReduceOp.MAX)
+        _all_reduce(messages, index, largest, dist.ReduceOp.MAX)
         words = ops.to_wire(parts[0], largest, contributions)
         for part in parts[1:]:
             words += ops.to_wire(part, largest, contributions)
-        _all_reduce(line, index, words, dist.ReduceOp.SUM)
+        _all_reduce(messages, index, words, dist.ReduceOp.SUM)
         means = ops.from_wire(words, largest, parts[0], contributions, world)
         reduced.update(zip(group.names, means, strict=True))
     return reduced
 
 
-def _all_reduce(line: Channel, group: int, tensor: Tensor, operation: Any) -> None:
+def _all_reduce(messages: Messages, group: int, tensor: Tensor, operation: Any) -> None:
     options = dist.AllreduceOptions()
     options.reduceOp = operation
     try:
-        line.inner.allreduce([tensor], options).wait()
+        messages.ranks.group.start(tensor, options).wait()
     except RuntimeError as error:
-        raise line.failure(group, error) from error
+        raise messages.failure(group, error) from error

@@ -6,49 +6,46 @@ gradient of this rank's own batch; the reduced ``GRAD`` of the same name was com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from graphopt.plan import Phase, Role, Signature, Slot
+from graphopt.plan import Role
+from graphopt.runtime.engine.forms import drop_unused
 from graphopt.runtime.engine.partition import copy_graph, is_view
+from graphopt.runtime.engine.step import Half
 
 c10d = torch.ops._c10d_functional
 
 
-def backward_slots(signature: Signature) -> tuple[Slot, ...]:
-    """Output slots of the backward half, ``LOCAL`` ones included."""
-    return tuple(s for s in signature.outputs if s.phase is Phase.BACKWARD)
-
-
-def reducing(backward: fx.GraphModule, slots: Sequence[Slot]) -> fx.GraphModule:
+def reducing(half: Half) -> Half:
     """Returns reduced gradients only."""
-    return _returning(backward, slots, {})
+    return _returning(half, {})
 
 
-def silent(backward: fx.GraphModule, slots: Sequence[Slot]) -> fx.GraphModule:
+def silent(half: Half) -> Half:
     """Returns this rank's own gradients and does not communicate."""
-    return _returning(backward, slots, _locals(backward.graph, slots))
+    return _returning(half, _locals(half))
 
 
-def accumulating(
-    backward: fx.GraphModule, slots: Sequence[Slot], scale: float
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def accumulating(half: Half, scale: float, key: Callable[[str], str]) -> Half:
     """Reduces the sum of this batch's gradients and those accumulated before.
 
     Args:
-        backward: the half.
-        slots: its outputs.
+        half: the half.
         scale: what the tangents are multiplied with, and so also what was accumulated.
+        key: under which an accumulated gradient lies in `Step.own`, by its name.
 
     Returns:
-        The half with one more input per reduced gradient, and the parameters' names in order.
+        The half with one more input per reduced gradient.
     """
-    copy = fx.GraphModule(backward, copy_graph(backward.graph))
+    copy = fx.GraphModule(half.module, copy_graph(half.module.graph))
+    half = replace(half, module=copy)
     graph = copy.graph
-    local = _locals(graph, slots)
+    local = _locals(half)
     names = tuple(local)
     last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last[-1]) if last else graph.inserting_before(None):
@@ -70,66 +67,47 @@ def accumulating(
         for user in users:
             if user.op != "output":
                 user.replace_input_with(node, total)
-    return _returning(copy, slots, {}), names
+    sources = (*half.sources, *(("own", key(name)) for name in names))
+    return _returning(replace(half, sources=sources), {})
 
 
-def with_outputs(backward: fx.GraphModule, kept: Sequence[bool]) -> fx.GraphModule:
-    """A copy that returns and computes some of the outputs only."""
-    copy = fx.GraphModule(backward, copy_graph(backward.graph))
-    output = copy.graph.output_node()
-    values = cast("Sequence[Any]", output.args[0])
-    output.args = (tuple(v for v, keep in zip(values, kept, strict=True) if keep),)
-    output.meta["desc"] = [None] * len(output.args[0])
-    copy.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _random(n))
-    copy.recompile()
-    return copy
-
-
-def _locals(graph: fx.Graph, slots: Sequence[Slot]) -> dict[str, fx.Node]:
-    outputs = cast("Sequence[fx.Node]", graph.output_node().args[0])
+def _locals(half: Half) -> dict[str, fx.Node]:
+    outputs = cast("Sequence[fx.Node]", half.module.graph.output_node().args[0])
     return {
         slot.name: node
-        for slot, node in zip(slots, outputs, strict=True)
+        for slot, node in zip(half.slots, outputs, strict=True)
         if slot.role is Role.LOCAL
     }
 
 
-def _returning(
-    backward: fx.GraphModule, slots: Sequence[Slot], instead: Mapping[str, fx.Node]
-) -> fx.GraphModule:
+def _returning(half: Half, instead: Mapping[str, fx.Node]) -> Half:
     """A copy whose ``GRAD`` outputs are replaced by name, and without ``LOCAL`` ones."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for node in backward.graph.nodes:
+    for node in half.module.graph.nodes:
         if node.op == "output":
             continue
         env[node] = graph.node_copy(node, lambda n: env[n])
-    outputs = cast("Sequence[Any]", backward.graph.output_node().args[0])
+    outputs = cast("Sequence[Any]", half.module.graph.output_node().args[0])
     kept = [
         env.get(instead.get(slot.name, node) if slot.role is Role.GRAD else node, node)
-        for slot, node in zip(slots, outputs, strict=True)
+        for slot, node in zip(half.slots, outputs, strict=True)
         if slot.role is not Role.LOCAL
     ]
     output = graph.output(tuple(kept))
     output.meta["desc"] = [None] * len(kept)
-    # A collective whose result nobody wants must not run: the others would wait for ever.
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _random(n))
-    return fx.GraphModule(backward, graph)
+    drop_unused(graph)
+    slots = tuple(slot for slot in half.slots if slot.role is not Role.LOCAL)
+    return replace(half, module=fx.GraphModule(half.module, graph), slots=slots)
 
 
-def _random(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in target.tags
-    )
-
-
-def reduce_in_place(module: fx.GraphModule) -> fx.GraphModule:
-    """Let each all-reduce overwrite its message, where nobody else reads that memory.
+def reduce_in_place(half: Half) -> Half:
+    """Let each all-reduce overwrite its message, where nobody else reads that memory; in place.
 
     The functional form copies the message first; for gradients of a fast network that copy costs
     as much as everything else about the message (a memory pass per step).
     """
+    module = half.module
     users = _readers(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=c10d.all_reduce.default):
         message = node.args[0]
@@ -138,7 +116,7 @@ def reduce_in_place(module: fx.GraphModule) -> fx.GraphModule:
         if fresh and users[base] == {node}:
             node.target = c10d.all_reduce_.default
     module.recompile()
-    return module
+    return half
 
 
 def _base(node: fx.Node) -> fx.Node:

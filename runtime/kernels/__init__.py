@@ -1,7 +1,6 @@
 """Triton kernels for the moments of K-FAC, behind the `graphopt::` operators.
 
-Nothing here is needed: the operators run everywhere without it. `register` makes them faster on
-CUDA devices.
+Optional: the operators run everywhere without them. `register` makes them faster on CUDA devices.
 """
 
 from __future__ import annotations

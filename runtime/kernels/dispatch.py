@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.ops import moments, moments_patch, moments_shift
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments
 from graphopt.runtime.kernels.shift import correlate
 from graphopt.runtime.kernels.syrk import syrk
 
@@ -31,28 +30,16 @@ def second_moment(rows: Tensor, ones: bool, pieces: int, scale: float) -> Tensor
     return syrk(rows, ones, pieces, scale)
 
 
-def patch_moment(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    ones: bool,
-    pieces: int,
-    scale: float,
-) -> Tensor:
+def patch_moment(x: Tensor, *arguments: Any) -> Tensor:
     """`graphopt.ops.moments.patch_moment`, by correlations where the window moves by single steps.
 
     Other windows, float64 and pieces that cut through channels go to the reference.
     """
-    window = Window.of(kernel, stride, padding, dilation, transposed, output_padding)
+    args = PatchArguments.of(*arguments)
     if (
-        moments_shift.possible(window)
+        moments_shift.possible(args.window)
         and x.dtype is not torch.float64
-        and moments_shift.divides(x, groups, ones, pieces)
+        and moments_shift.divides(x, args)
     ):
-        return moments_patch.by_shifts(x, window, groups, ones, pieces, scale, correlate)
-    return moments_patch.patch_moment(x, window, groups, ones, pieces, scale)
+        return moments_patch.by_shifts(x, args, correlate)
+    return moments_patch.patch_moment(x, args)

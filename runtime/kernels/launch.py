@@ -7,20 +7,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Two programs for each multiprocessor hide the latency of each other's loads.
+# Two programs per multiprocessor hide each other's load latency.
 _PROGRAMS_PER_PROCESSOR = 2
 
 
 def splits_for(tensor: Tensor, programs: int, rows: int, least_rows: int) -> int:
-    """Into how many parts the rows are cut, each summed by a program of its own.
+    """Into how many parts the rows are cut, each summed by its own program.
 
-    The parts are summed in a second step and in a fixed order, so that results do not vary from
-    run to run.
+    The parts are then summed in a fixed order, so that results do not vary from run to run.
 
     Args:
         tensor: where the work is done.
-        programs: how many there are without cutting.
-        rows: what can be cut.
+        programs: how many run without cutting.
+        rows: how many can be cut.
         least_rows: rows below which a part is not worth a program.
     """
     if not tensor.is_cuda:

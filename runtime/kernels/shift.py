@@ -1,6 +1,6 @@
 """Correlation of an image with itself, the work of a convolution's moment on a GPU.
 
-What is summed, and why, is told in `graphopt.ops.moments_shift`. No patch is ever in memory.
+See `graphopt.ops.moments_shift` for what is summed and why. No patch is ever in memory.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def correlate(
     missing = 3 - rank
     channels = plane.shape[1] // groups
     shape = differences(window.kernel)
-    # Behind the others, so that the first dimension, which has half of the differences, stays.
+    # Appended, so that the first dimension, which has only half of the differences, stays first.
     kernel = (*window.kernel, *[1] * missing)
     dilation = (*window.dilation, *[1] * missing)
     strides = (*plane.stride(), *[0] * missing)

@@ -19,7 +19,6 @@ TILE = 64
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def syrk_kernel(  # type: ignore[no-untyped-def]
     rows,
-    old,
     out,
     count,
     width,
@@ -31,13 +30,11 @@ def syrk_kernel(  # type: ignore[no-untyped-def]
     part_rows,
     part_stride,
     scale,
-    decay,
     ONES: tl.constexpr,
-    HAS_OLD: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of ``decay * old + (1 - decay) * scale * Σ r rᵀ`` of one matrix, over some rows."""
+    """One tile of ``scale * Σ r rᵀ`` of one matrix, over some rows."""
     number = tl.program_id(0)
     matrix = tl.program_id(1)
     part = tl.program_id(2)
@@ -87,23 +84,13 @@ def syrk_kernel(  # type: ignore[no-untyped-def]
     place = at_row * (at_row + 1) // 2 + right[None, :]
     place += matrix.to(tl.int64) * (size.to(tl.int64) * (size + 1) // 2)
     stored = (left[:, None] < size) & (right[None, :] <= left[:, None])
-    total *= scale
-    if HAS_OLD:
-        total = decay * tl.load(old + place, mask=stored, other=0.0) + (1.0 - decay) * total
-    tl.store(out + part.to(tl.int64) * part_stride + place, total, mask=stored)
+    tl.store(out + part.to(tl.int64) * part_stride + place, total * scale, mask=stored)
 
 
 def syrk(
-    rows: Tensor,
-    ones: bool,
-    pieces: int,
-    scale: float,
-    *,
-    old: Tensor | None = None,
-    decay: float = 0.0,
-    parts: int | None = None,
+    rows: Tensor, ones: bool, pieces: int, scale: float, *, parts: int | None = None
 ) -> Tensor:
-    """`graphopt.ops.moments.second_moment` by Triton, with a running mean in the same pass.
+    """`graphopt.ops.moments.second_moment` by Triton.
 
     Halves are multiplied as they are, which is exact, and summed in float32.
 
@@ -112,9 +99,6 @@ def syrk(
         ones: whether a constant 1 ends each row.
         pieces: number of equal diagonal blocks.
         scale: factor of the sum.
-        old: float32 of the shape of the result; then ``decay * old + (1 - decay) * new`` is
-            returned.
-        decay: weight of `old`.
         parts: into how many sums the rows are cut; None for what fills the device.
 
     Returns:
@@ -131,11 +115,8 @@ def syrk(
         parts = splits_for(rows, grid[0] * grid[1], count, 8 * STEP)
     part_rows = triton.cdiv(triton.cdiv(count, parts), STEP) * STEP
     out = rows.new_empty(parts, batch * pieces, packed_length(size), dtype=torch.float32)
-    before = old.contiguous() if old is not None and parts == 1 else None
     syrk_kernel[(*grid, parts)](
-        rows, out if before is None else before, out, count, width, size, pieces, *rows.stride(),
-        part_rows, out.stride(0), scale, decay,
-        ONES=ones, HAS_OLD=before is not None, TILE=TILE, STEP=STEP,
+        rows, out, count, width, size, pieces, *rows.stride(), part_rows, out.stride(0), scale,
+        ONES=ones, TILE=TILE, STEP=STEP,
     )  # fmt: skip
-    result = out.sum(0) if parts > 1 else out[0]
-    return result if old is None or before is not None else result.lerp_(old, decay)
+    return out.sum(0) if parts > 1 else out[0]

@@ -1,1 +1,169 @@
-"""Curvature of weights at run time: statistics, their refreshes, and what is solved with them."""
+"""Precondition gradients by the curvature that the plan describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import StateError
+from graphopt.plan import Plan, Role
+from graphopt.plan.kfac import Curvature
+from graphopt.runtime import kernels
+from graphopt.runtime.engine.step import (
+    Backward,
+    Forward,
+    Half,
+    MakeBackward,
+    MakeForward,
+    Step,
+)
+from graphopt.runtime.kfac.division import Division
+from graphopt.runtime.kfac.state import CurvatureState
+from graphopt.runtime.kfac.statistics import (
+    FOUND,
+    Found,
+    KeepingOutput,
+    WithStatistics,
+    is_statistic,
+)
+from graphopt.runtime.part import RuntimePart
+from graphopt.runtime.ranks.presence import Presence
+from graphopt.runtime.ranks.ranks import Ranks
+from graphopt.runtime.session import Session
+
+
+class Kfac(RuntimePart[Curvature]):
+    """Keeps the curvature of a model.
+
+    Attributes:
+        division: which rank owns what; ``None`` on one rank, and before the first step.
+    """
+
+    name: ClassVar[str] = "kfac"
+    methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.division: Division | None = None
+
+    def forward(self, part: Curvature, plan: Plan, below: MakeForward) -> MakeForward:
+        """Keep the model's output where labels are drawn from it."""
+        if part.fisher == "empirical":
+            return below
+
+        def make(half: Half) -> Forward:
+            return KeepingOutput(below(half))
+
+        return make
+
+    def backward(self, part: Curvature, plan: Plan, below: MakeBackward) -> MakeBackward:
+        """Compute statistics in the steps in which they are due."""
+        if torch.cuda.is_available():
+            kernels.register()
+
+        def make(half: Half) -> Backward:
+            if not any(map(is_statistic, half.slots)):
+                return below(half)
+            return WithStatistics(part, plan, CurvatureState(part, self.state), half, below)
+
+        return make
+
+    def finish(self, part: Curvature, step: Step, gradients: dict[str, Tensor]) -> None:
+        """Renew statistics and solutions, and precondition.
+
+        Raises:
+            RankError: a rank does not answer.
+        """
+        found: Found = step.own.pop(FOUND)
+        curvature = found.curvature
+        # A backward that reduces has tangents that already take the mean over ranks.
+        scale = 1.0 if found.sampled else self.session.loss_scale * step.scale
+        curvature.absorb(found.statistics, scale)
+        if not step.ends:
+            return
+        samples = [name for block in part.blocks for name in block.samples]
+        fresh = curvature.taken([*found.due, *samples] if found.due else ())
+        ranks = self.session.ranks.get("dp")
+        if ranks is None or ranks.size == 1:
+            curvature.take_over(part.blocks, fresh)
+            gradients.update(curvature.precondition(part.blocks, gradients))
+        else:
+            reduces = "grouped" not in found.plan.facts
+            if reduces:
+                _complete(found.plan, step, ranks, gradients)
+            if self.division is None:
+                self.division = Division.of(ranks, part.fraction)
+            gradients.update(self.division.step(curvature, gradients, fresh, reduces=reduces))
+        curvature.advance()
+
+    # -- saving and reporting ----------------------------------------------------------------------
+
+    def accepts(self, part: Curvature, saved: Mapping[str, Tensor]) -> None:
+        """Whether saved statistics are those of these blocks.
+
+        Raises:
+            StateError: they are not, naming the first difference.
+        """
+        sides = {side.statistic: side for block in part.blocks for side in block.sides}
+        known = {n.removeprefix("now/"): t for n, t in saved.items() if n.startswith("now/")}
+        hint = "load the state of this model, saved with the same options of kfac"
+        for name, side in sides.items() if known else ():
+            if name not in known:
+                raise StateError(f"the saved state lacks the statistic {name!r}", hint=hint)
+            if (count := known[name].numel()) != side.entries:
+                raise StateError(
+                    f"the statistic {name!r} has {count} numbers in the saved state and "
+                    f"{side.entries} here",
+                    hint=hint,
+                )
+        if unknown := next((name for name in known if name not in sides), None):
+            raise StateError(f"the saved state has a statistic {unknown!r} too many", hint=hint)
+
+    def gather(self) -> dict[str, Tensor]:
+        """The state of all ranks; to be called on all of them.
+
+        Raises:
+            StateError: within a step.
+            RankError: a rank does not answer.
+        """
+        return dict(self.state) if self.division is None else self.division.whole(self.state)
+
+    def notes(self) -> tuple[str, ...]:
+        """How often statistics are renewed now, and what ranks send."""
+        found = (int(v[0]) for n, v in self.state.items() if n.startswith("interval/"))
+        chosen = sorted(found)
+        sent = () if self.division is None else self.division.notes()
+        if not chosen:
+            return sent
+        steps, middle = int(self.state["step"]), chosen[len(chosen) // 2]
+        return (
+            f"kfac: after {steps} steps {len(chosen)} statistics are renewed every {chosen[0]} to "
+            f"{chosen[-1]} steps, half of them every {middle} or less often",
+            *sent,
+        )
+
+    def copy(self, session: Session) -> Self:
+        """The same owners, with messages of their own."""
+        other = type(self)(session)
+        if self.division is not None:
+            other.division = self.division.copy(session.ranks["dp"])
+        return other
+
+
+def _complete(plan: Plan, step: Step, ranks: Ranks, gradients: dict[str, Tensor]) -> None:
+    """Zeros for gradients that only other ranks have; those that no rank has are left out."""
+    names = set(plan.signature.names(Role.GRAD)) & step.parameters.keys()
+    what = "which gradients each rank has was not agreed on"
+    presence = Presence(plan, names)
+    question = presence.ask(
+        ranks, gradients.keys(), lambda error: ranks.group.failure(what, "presence", error)
+    )
+    nowhere = presence.absent(names - gradients.keys(), question)
+    for name in presence.names:
+        if name in nowhere:
+            gradients.pop(name, None)
+        elif name not in gradients:
+            gradients[name] = torch.zeros_like(step.parameters[name])

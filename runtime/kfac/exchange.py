@@ -19,10 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphopt.errors import RankError
-from graphopt.plan.kfac import DENSE, Block
-from graphopt.runtime.ranks.agreement import ranks
-from graphopt.runtime.ranks.channel import GRACE, Channel
+from graphopt.runtime.ranks.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,21 @@ class Exchange:
     """Collectives over the ranks of a job.
 
     Args:
-        line: the ranks.
-        device: where messages lie.
+        ranks: of the job.
 
     Attributes:
+        inner: the process group that does the work.
+        device: where messages lie.
         sent: bytes by kind that all ranks together put on the wire so far, by bandwidth-optimal
             collectives: a message of S bytes costs (w - 1) S to spread or to bring to an owner,
             and twice that to all-reduce.
         about: what a failure is reported to have cost.
     """
 
-    def __init__(self, line: Channel, device: torch.device) -> None:
-        self.line, self.device = line, device
-        self.rank, self.world = line.rank(), line.size()
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.inner, self.device = ranks.group.inner, ranks.device
+        self.rank, self.world = ranks.group.rank(), ranks.size
         self.sent: Counter[str] = Counter()
         self.about = "the curvature"
 
@@ -88,7 +87,7 @@ class Exchange:
             mine = message.new_empty(self.world * parts[self.rank])
             with self._telling():
                 dist.all_to_all_single(
-                    mine, message, [parts[self.rank]] * self.world, parts, group=self.line.inner
+                    mine, message, [parts[self.rank]] * self.world, parts, group=self.inner
                 )
             del message
             received = mine.view(self.world, parts[self.rank])
@@ -201,7 +200,7 @@ class Exchange:
     def _all_reduce(self, kind: str, message: Tensor) -> None:
         self.sent[kind] += 2 * (self.world - 1) * message.nbytes
         with self._telling():
-            dist.all_reduce(message, group=self.line.inner)
+            dist.all_reduce(message, group=self.inner)
 
     def _broadcast(self, group: dist.ProcessGroup, buffers: Sequence[Tensor]) -> None:
         with self._telling():
@@ -219,31 +218,8 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
-            agreement = self.line.agreement
-            try:
-                missing = agreement.missing(f"failed/{self.about}", "", GRACE)
-                who = f"{ranks(missing)} did not answer" if missing else "no rank is missing"
-            except RuntimeError:
-                who = "the job's store is gone, and with it the process that holds it"
-            raise RankError(
-                f"{self.about} did not arrive: {who}",
-                where=str(error).splitlines()[0],
-                hint="look at the output of that rank; the gradients of this step are not usable",
-            ) from error
-
-
-def full_factors(blocks: Sequence[Block], world: int, itemsize: int = 4) -> int:
-    """Bytes of one all-reduce of all factors as full matrices, counted as in `Exchange.sent`.
-
-    That is what K-FAC sends in each step where it neither packs symmetric factors, nor sends them
-    to owners only, nor skips steps.
-    """
-    numbers = sum(
-        side.blocks * (side.size**2 if side.form == DENSE else side.size)
-        for block in blocks
-        for side in block.sides
-    )
-    return 2 * (world - 1) * numbers * itemsize
+            what = f"{self.about} did not arrive"
+            raise self._ranks.group.failure(what, self.about, error) from error
 
 
 def _received(parcel: Parcel, part: Tensor) -> Tensor:

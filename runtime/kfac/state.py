@@ -1,8 +1,8 @@
 """The curvature of one model: statistics, when they are renewed, and what is made of them.
 
-Everything lives in one dictionary of tensors, so that it can be saved, restored and sent:
-``kfac/step``, per statistic ``/now`` and ``/before`` (its last two values), ``/interval``, the sums
-of the micro-batches of an unfinished step, and per block its solution.
+Everything lives in one dictionary of tensors, so that it can be saved, restored and sent: ``step``,
+per statistic ``now/…`` and ``before/…`` (its last two values), ``interval/…``, ``sum/…`` over the
+micro-batches of an unfinished step, and per block its ``solution/…``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from graphopt.plan.kfac import DENSE, UNCHECKED, Block, Curvature, Side
+from graphopt.plan.kfac import DENSE, Block, Curvature, Side
 from graphopt.runtime.kfac import unitwise
 from graphopt.runtime.kfac.interval import Interval, similar
 from graphopt.runtime.kfac.layout import from_matrix, to_matrix
@@ -24,8 +24,8 @@ from graphopt.runtime.kfac.solve import Problem, Solution, solver
 # SP-NGD calls a statistic similar to an older one within this relative distance.
 ALPHA = 0.1
 
-_STEP = "kfac/step"
-_MICRO = "kfac/micro-batches"
+_STEP = "step"
+_MICRO = "micro-batches"
 
 
 class CurvatureState:
@@ -44,9 +44,6 @@ class CurvatureState:
         self._of_gradients = {b.left.statistic for b in curvature.blocks}
         self._rows = {name for b in curvature.blocks for name in b.samples}
         self._warned: set[str] = set()
-        if UNCHECKED in state:
-            curvature.check(state)
-            del state[UNCHECKED]
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -62,7 +59,7 @@ class CurvatureState:
 
     def interval(self, name: str) -> Interval:
         """State of the interval rule of a statistic."""
-        found = self.state.get(f"kfac/{name}/interval")
+        found = self.state.get(f"interval/{name}")
         return Interval() if found is None else Interval(*found.tolist())
 
     def due(self) -> set[str]:
@@ -90,7 +87,7 @@ class CurvatureState:
                 value = value / loss_scale**2
             elif loss_scale != 1.0 and name.endswith(":g"):
                 value = value / loss_scale
-            key = f"kfac/{name}/sum"
+            key = f"sum/{name}"
             if not first and key in self.state:
                 both = (self.state[key], value)
                 value = torch.cat(both) if name in self._rows else both[0] + both[1]
@@ -106,13 +103,13 @@ class CurvatureState:
         m = self.micro_batches
         found = {}
         for name in names:
-            value = self.state.pop(f"kfac/{name}/sum", None)
+            value = self.state.pop(f"sum/{name}", None)
             if value is None:
                 continue
             grows = name in self._of_gradients and self.curvature.reduction == "mean"
             factor = 1.0 if name in self._rows else float(m) if grows else 1.0 / m
             found[name] = value if factor == 1.0 else value * factor
-        for name in [k for k in self.state if k.startswith("kfac/") and k.endswith("/sum")]:
+        for name in [k for k in self.state if k.startswith("sum/")]:
             del self.state[name]
         self.state.pop(_MICRO, None)
         return found
@@ -126,7 +123,7 @@ class CurvatureState:
             b
             for b in mine
             if any(side.statistic in renewed for side in b.sides)
-            and all(f"kfac/{side.statistic}/now" in self.state for side in b.sides)
+            and all(f"now/{side.statistic}" in self.state for side in b.sides)
         ]
         if changed:
             self.solve(changed, fresh)
@@ -142,7 +139,7 @@ class CurvatureState:
         for (name, fresh), (least, largest) in zip(statistics.items(), extremes, strict=True):
             if not (math.isfinite(least) and math.isfinite(largest)):
                 self._warn(name, f"the statistic {name!r} was not finite; the former one is kept")
-            elif f"kfac/{name}/now" not in self.state or least or largest:
+            elif f"now/{name}" not in self.state or least or largest:
                 # Zeros only say that the layer saw no data.
                 self._replace(name, fresh)
                 renewed.add(name)
@@ -155,12 +152,12 @@ class CurvatureState:
         return found.last, found.before
 
     def _replace(self, name: str, fresh: Tensor) -> None:
-        now = self.state.get(f"kfac/{name}/now")
+        now = self.state.get(f"now/{name}")
         ema = self.curvature.ema
         if ema and now is not None:
             fresh = now.lerp(fresh, 1 - ema)
         if not self.curvature.interval:
-            before = self.state.get(f"kfac/{name}/before")
+            before = self.state.get(f"before/{name}")
             form = self.sides[name].form
             last, older = (
                 bool(similar(fresh, old, ALPHA, form)) if old is not None else False
@@ -168,12 +165,12 @@ class CurvatureState:
             )
             self.keep_interval(name, self.interval(name).refreshed(self.step, last, older))
             if now is not None:
-                self.state[f"kfac/{name}/before"] = now
-        self.state[f"kfac/{name}/now"] = fresh
+                self.state[f"before/{name}"] = now
+        self.state[f"now/{name}"] = fresh
 
     def keep_interval(self, name: str, interval: Interval) -> None:
         """Replace the state of the interval rule of a statistic."""
-        self.state[f"kfac/{name}/interval"] = torch.tensor(
+        self.state[f"interval/{name}"] = torch.tensor(
             [interval.last, interval.before, interval.next]
         )
 
@@ -197,7 +194,7 @@ class CurvatureState:
             self._keep_solution(block, found)
 
     def _now(self, side: Side) -> Tensor:
-        return self.state[f"kfac/{side.statistic}/now"]
+        return self.state[f"now/{side.statistic}"]
 
     def _problem(self, block: Block, samples: Mapping[str, Tensor]) -> Problem:
         assert block.right is not None
@@ -240,8 +237,9 @@ class CurvatureState:
         """What was made of the blocks' statistics, by `prefix_of` them; one look at the state."""
         found: dict[str, Solution] = {}
         for key, value in self.state.items():
-            end = key.rfind("/") + 1
-            found.setdefault(key[:end], {})[key[end:]] = value
+            if key.startswith("solution/"):
+                end = key.rfind("/") + 1
+                found.setdefault(key[:end], {})[key[end:]] = value
         return found
 
     def precondition(
@@ -280,7 +278,7 @@ class CurvatureState:
 
 def prefix_of(block: Block) -> str:
     """What the names of a block's solution in the state begin with."""
-    return f"kfac/{block.weight}/{block.start}/"
+    return f"solution/{block.weight}/{block.start}/"
 
 
 def _assembled(plain: Tensor, parts: list[tuple[int, Tensor]]) -> Tensor:

@@ -13,20 +13,20 @@ from graphopt.network.curve import Curve, fit
 
 # Bytes of the messages that are timed.
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 25)
-# A backward sends one message behind the other. A small one that is alone finds an idle link, which
-# may let a burst pass, and nothing that fills the pauses between its phases; so trains of this many
-# are timed. A large one is often the last, and has to fill its pauses itself.
+# A backward sends its messages back to back. A small one on its own finds an idle link, which may
+# let a burst through, and nothing fills the pauses between its phases; so trains of this many are
+# timed. A large one is often the last, with nothing behind it to fill its pauses.
 TRAIN = 4
 LONGEST = 1 << 24
-# What all of it may take; a slow link gets fewer repetitions.
+# Time limit for all of it; a slow link gets fewer repetitions.
 SECONDS = 3.0
-# Gradients of 4 MiB that are laid one behind the other.
+# Gradients of 4 MiB that are copied into one buffer.
 JOINED = 4
 REPETITIONS = 5
 
 
-def measure(group: Any, device: torch.device) -> Curve:
-    """Median seconds of an all-reduce among others, for a few sizes; call it on all ranks at once.
+def measure_link(group: Any, device: torch.device) -> Curve:
+    """Median seconds of an all-reduce in a train, for a few sizes; call it on all ranks at once.
 
     Raises:
         RankError: the group does not work.
@@ -40,7 +40,7 @@ def measure(group: Any, device: torch.device) -> Curve:
             repetitions = torch.tensor([REPETITIONS])
             if time.perf_counter() - begin > SECONDS / 2:
                 repetitions = torch.tensor([1])
-            # The slowest rank decides how often, so that all send as many messages.
+            # The slowest rank decides how often, so that all send equally many messages.
             group.allreduce([repetitions], _minimum()).wait()
             for _ in range(int(repetitions)):
                 samples.append((float(size), _timed(group, train)))
@@ -53,10 +53,12 @@ def measure(group: Any, device: torch.device) -> Curve:
     return replace(curve, joining=_joining(device))
 
 
-def _joining(device: torch.device) -> float:
-    """Seconds per byte for laying gradients one behind the other, in memory that is new each time.
 
-    Part of a message like its way, as the message cannot start before.
+
+def _joining(device: torch.device) -> float:
+    """Seconds per byte for copying gradients into one buffer, newly allocated each time.
+
+    Part of the cost of a message, which cannot start before.
     """
     parts = [torch.zeros(1 << 20, device=device) for _ in range(JOINED)]
     times = []

@@ -1,26 +1,23 @@
-"""Measured link costs of earlier runs, one JSON file per job shape in the user's cache folder.
+"""Link cache: costs measured in earlier runs, one entry per job shape.
 
-A job's shape is everything that its messages may depend on: the ranks and the hosts they are on, in
-order, the kind of device, the backend, and the variables by which users choose interfaces.
+A job's shape is everything that the cost of a message may depend on: the ranks and their hosts, in
+order, the kind of device, the backend, and the variables with which users choose interfaces.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import math
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from graphopt.cache import JsonCache, is_duration
 from graphopt.network.curve import Curve
 
-log = logging.getLogger("graphopt")
+CACHE = JsonCache("links")
 
 
 def describe(group: Any, device: torch.device) -> str:
@@ -32,39 +29,34 @@ def describe(group: Any, device: torch.device) -> str:
 
 
 def find(ranks: Sequence[str]) -> Curve | None:
-    """The curve of an earlier run of this shape.
+    """The curve of an earlier run of this shape; ``None`` unless all of the entry makes sense.
 
     Args:
         ranks: what `describe` says on every rank, in order.
-
-    Returns:
-        ``None`` where there is no file, or one that does not hold a curve.
     """
-    try:
-        data = json.loads(_file(ranks).read_text())
-        points = tuple((float(size), float(seconds)) for size, seconds in data["points"])
-        if not all(math.isfinite(size) and seconds > 0 for size, seconds in points):
-            raise ValueError("times must be positive")
-        source = f"{data['source']} (kept from an earlier run)"
-        return Curve(points, source, float(data["joining"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.info("no link cost was kept: %s", error)
-        return None
+    match CACHE.read(_key(ranks)):
+        case {"points": list(points), "source": str(source), "joining": float(joining)} if (
+            all(map(_is_point, points)) and 0 <= joining < 1
+        ):
+            pairs = tuple((size, seconds) for size, seconds in points)
+            try:
+                return Curve(pairs, f"{source} (kept from an earlier run)", joining)
+            except ValueError:  # no points, or falling ones
+                return None
+    return None
 
 
 def keep(ranks: Sequence[str], curve: Curve) -> None:
-    """Keep a measured curve; a folder that cannot be written costs the next run a measurement."""
-    file = _file(ranks)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(vars(curve)))
-        partial.replace(file)
-    except OSError as error:
-        log.info("the link cost could not be kept: %s", error)
+    """Cache a measured curve for the next job of this shape."""
+    CACHE.write(_key(ranks), vars(curve))
 
 
-def _file(ranks: Sequence[str]) -> Path:
-    key = hashlib.sha256("\n\n".join(ranks).encode()).hexdigest()[:24]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "graphopt" / "links" / f"{key}.json"
+def _is_point(point: object) -> bool:
+    match point:
+        case [float(size), seconds]:
+            return 1 <= size < 2**63 and is_duration(seconds)
+    return False
+
+
+def _key(ranks: Sequence[str]) -> str:
+    return hashlib.sha256("\n\n".join(ranks).encode()).hexdigest()[:24]

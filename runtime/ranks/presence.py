@@ -8,86 +8,82 @@ absent. `DistributedDataParallel` does the same with ``find_unused_parameters=Tr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 import torch
+import torch.distributed as dist
 
-from graphopt.plan import Plan, Role, Slot
-from graphopt.runtime.ranks.channel import Channel
+from graphopt.plan import Plan, Role
+from graphopt.runtime.ranks.ranks import Ranks
+
+Failed = Callable[[BaseException], BaseException]
 
 
 class Presence:
-    """Agrees on the reduced gradients of one plan that are absent everywhere.
+    """Agrees on the reduced gradients that are absent everywhere.
 
     Args:
-        plan: what to obey; without a grouping, all gradients of parameters are reduced.
-        returned: the outputs of its backward.
+        plan: of the step.
+        reduced: names of the gradients that are reduced.
 
     Attributes:
-        names: the reduced gradients by their position among the outputs of the backward.
-        asks: whether ranks can differ at all: some gradient depends on some tangents and not on
-            others. Equal on all ranks, because their models are.
+        names: the reduced gradients in the order of the plan.
+        asks: whether a rank may lack a gradient that another one has; the same on all ranks, as
+            their models are.
     """
 
-    def __init__(self, plan: Plan, returned: Sequence[Slot]) -> None:
-        grouped = set(plan.signature.names(Role.PARAM))
-        if plan.grouping is not None:
-            grouped = {name for group in plan.grouping.groups for name in group.names}
-        grads = {i: s.name for i, s in enumerate(returned) if s.role is Role.GRAD}
-        self.names = {i: name for i, name in grads.items() if name in grouped}
-        named = zip(grads.values(), plan.gradient_sources, strict=True)
-        reach = [set(sources) for name, sources in named if name in grouped and sources]
-        self._never = {
-            i
-            for i, sources in zip(grads, plan.gradient_sources, strict=True)
-            if i in self.names and not sources
+    def __init__(self, plan: Plan, reduced: Collection[str]) -> None:
+        grads = plan.signature.names(Role.GRAD)
+        reach: Mapping[str, set[int]] = {
+            name: set(sources)
+            for name, sources in zip(grads, plan.gradient_sources, strict=True)
+            if name in reduced
         }
-        # A result of the step before belongs to no tangent of this step: it is never absent.
-        self.asks = plan.stale == "none" and any(r != set().union(*reach) for r in reach)
+        self.names = tuple(reach)
+        self._never = {name for name, sources in reach.items() if not sources}
+        everything = set().union(*reach.values())
+        self.asks = any(sources and sources != everything for sources in reach.values())
 
-    def present(self, absent: Collection[int]) -> set[str]:
-        """Names of reduced gradients that this rank has."""
-        return {name for i, name in self.names.items() if i not in absent}
-
-    def ask(
-        self, line: Channel, absent: Collection[int], also: Collection[str], device: torch.device
-    ) -> _Question | None:
+    def ask(self, ranks: Ranks, present: Collection[str], failed: Failed) -> _Question | None:
         """Start to find out who has what; ``None`` where all ranks have all gradients.
 
         One message of a byte per gradient, which travels while the backward computes.
 
         Args:
-            line: the ranks.
-            absent: positions of gradients that this rank lacks in this backward.
-            also: names of gradients that it has from earlier ones.
-            device: where messages lie.
+            ranks: who is asked.
+            present: names of gradients that this rank has.
+            failed: makes the error where no answer comes.
         """
         if not self.asks:
             return None
-        bits = [i not in absent or name in also for i, name in self.names.items()]
-        return _Question(line, torch.tensor(bits, dtype=torch.uint8).to(device))
+        bits = [name in present for name in self.names]
+        return _Question(ranks, torch.tensor(bits, dtype=torch.uint8).to(ranks.device), failed)
 
-    def absent(self, local: Collection[int], question: _Question | None) -> set[int]:
-        """Positions of gradients that are absent: reduced ones only where no rank has them."""
-        found = {i for i in local if i not in self.names} | self._never
+    def absent(self, local: Collection[str], question: _Question | None) -> set[str]:
+        """Names of gradients that are absent: reduced ones only where no rank has them."""
+        found = set(local) - set(self.names) | self._never
         if question is not None:
-            found |= {i for i, has in zip(self.names, question.answer(), strict=True) if not has}
+            answers = zip(self.names, question.answer(), strict=True)
+            found |= {name for name, has in answers if not has}
         return found
 
 
 class _Question:
     """A bit per gradient on its way, reduced to its maximum over all ranks."""
 
-    def __init__(self, line: Channel, bits: torch.Tensor) -> None:
-        self._line, self._bits = line, bits
-        options = torch.distributed.AllreduceOptions()
-        options.reduceOp = torch.distributed.ReduceOp.MAX  # type: ignore[assignment]
-        self._work = line.start(bits, 0, options)
+    def __init__(self, ranks: Ranks, bits: torch.Tensor, failed: Failed) -> None:
+        self._bits, self._failed = bits, failed
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        try:
+            self._work = ranks.group.start(bits, options)
+        except RuntimeError as error:
+            raise failed(error) from error
 
     def answer(self) -> list[int]:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise self._line.failure(0, error) from error
+            raise self._failed(error) from error
         found: list[int] = self._bits.tolist()
         return found

@@ -18,8 +18,8 @@ from graphopt.analysis.aliasing import storage
 from graphopt.analysis.cost import Cost, cost, tensor_bytes
 from graphopt.analysis.dependency import backward_before, dependency
 from graphopt.analysis.liveness import liveness
+from graphopt.analysis.provenance import names, provenance
 from graphopt.analysis.regions import regions
-from graphopt.analysis.story import names, story
 from graphopt.analysis.summary import describe, summary
 from graphopt.capture import capture
 from graphopt.graph import Graph, module_of, phase_of, value_of
@@ -278,7 +278,7 @@ def test_an_inference_graph_saves_nothing() -> None:
     assert (found.saved_bytes, found.peak, found.peak_at) == (0, 48, y)
 
 
-# -- summary and story -----------------------------------------------------------------------------
+# -- summary and provenance ------------------------------------------------------------------------
 
 
 def test_figures_of_a_module_are_the_sums_of_its_parts(net: Net, net_graph: Graph) -> None:
@@ -300,7 +300,7 @@ def test_describe_names_dtype_and_shape() -> None:
 
 
 def test_the_story_of_a_weight_leads_to_its_uses_and_its_gradient(net_graph: Graph) -> None:
-    told = story(net_graph, "layers.1.conv.weight")
+    told = provenance(net_graph, "layers.1.conv.weight")
     assert (told.what, told.module, told.type) == ("param", "layers.1.conv", "f32[4,4,3,3]")
     assert "models_for_cli.py" in told.source
     assert "self.conv(x)" in told.source
@@ -319,7 +319,7 @@ def test_the_story_of_a_weight_leads_to_its_uses_and_its_gradient(net_graph: Gra
 
 
 def test_the_story_of_a_head_looks_through_the_transposed_view(net_graph: Graph) -> None:
-    told = story(net_graph, "head.weight")
+    told = provenance(net_graph, "head.weight")
     assert [(u.operator, u.phase) for u in told.users] == [
         ("aten.addmm.default", "forward"),
         ("aten.mm.default", "backward"),
@@ -327,7 +327,7 @@ def test_the_story_of_a_head_looks_through_the_transposed_view(net_graph: Graph)
 
 
 def test_the_story_of_an_operator_names_what_it_reads_and_costs(net_graph: Graph) -> None:
-    told = story(net_graph, "convolution")
+    told = provenance(net_graph, "convolution")
     assert [(p.node, p.operator) for p in told.producers][1:] == [
         ("stem_weight", "param"),
         ("stem_bias", "param"),
@@ -336,7 +336,7 @@ def test_the_story_of_an_operator_names_what_it_reads_and_costs(net_graph: Graph
     assert told.flops == 2 * 2 * 4 * 6 * 6 * 27
     assert told.saved == 2 * 4 * 6 * 6 * 4
     with pytest.raises(KeyError):
-        story(net_graph, "nothing")
+        provenance(net_graph, "nothing")
 
 
 def test_inputs_are_found_by_qualified_name_and_by_node(net_graph: Graph) -> None:

@@ -14,7 +14,7 @@ from graphopt.analysis.gradient_order import (
     measured_order,
     roofline,
 )
-from graphopt.analysis.profile import measure, measure_in_turn
+from graphopt.analysis.profile import profile_graph, profile_in_turn
 from graphopt.capture import capture
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, phase_of
@@ -161,7 +161,7 @@ def test_measure_times_every_operator_and_leaves_the_random_stream_alone() -> No
     model = nn.Sequential(nn.Embedding(5, 4), nn.Dropout(0.5), nn.Linear(4, 2))
     graph = capture(model, (torch.tensor([1, 4]),), {}).graph
     state = torch.get_rng_state()
-    seconds = measure(graph, rounds=1)
+    seconds = profile_graph(graph, rounds=1)
     assert torch.equal(state, torch.get_rng_state())
     assert seconds.keys() == set(graph.operators)
     assert min(seconds.values()) > 0
@@ -180,7 +180,7 @@ def test_forms_of_a_step_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -
         return stopwatch(module)
 
     monkeypatch.setattr(profile, "_Stopwatch", watched)
-    first, second = measure_in_turn([graph, other], rounds=2)
+    first, second = profile_in_turn([graph, other], rounds=2)
     assert ran == [graph.module, other.module] * 3
     assert first.keys() == set(graph.operators)
     assert second.keys() == set(other.operators)
@@ -191,12 +191,12 @@ def test_measure_does_not_write_into_the_given_tensors() -> None:
     x = b.input(Role.BUFFER, "0", (2,))
     y = b.call(aten.add_.Tensor, x, 1)
     given = torch.ones(2)
-    measure(b.build({output(): y}), [given], rounds=1)
+    profile_graph(b.build({output(): y}), [given], rounds=1)
     assert torch.equal(given, torch.ones(2))
 
 
 def test_measure_refuses_what_it_cannot_run() -> None:
     with pytest.raises(ArgumentError, match="rounds is 0"):
-        measure(linear_graph(), rounds=0)
+        profile_graph(linear_graph(), rounds=0)
     with pytest.raises(ArgumentError, match="1 tensors for 3 inputs"):
-        measure(linear_graph(), [torch.ones(1)])
+        profile_graph(linear_graph(), [torch.ones(1)])

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as Xml
 import pytest
 
 from benchmarks import ladder, overlap, overlap_variants
-from graphopt.render.bars import Bar, bar_chart
+from benchmarks.bars import Bar, bar_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 ABOUT = {"torch": "2.13.0", "machine": "some CPU, 2 cores", "date": "2026-01-02T03:04:05"}

@@ -351,4 +351,4 @@ class Packed(Tagger):
 def test_packed_sequences_are_refused() -> None:
     with pytest.raises(CaptureError, match="pack_padded_sequence") as error:
         capture(Packed(nn.LSTM), (torch.randn(7, 2, 4), torch.tensor([7, 5])))
-    assert "test_leaves.py" in error.value.where
+    assert "test_opaque.py" in error.value.where

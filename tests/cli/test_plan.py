@@ -13,7 +13,6 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from graphopt import registry
 from graphopt.cli.main import app
 from graphopt.graph import Graph
 from graphopt.passbase import Outcome, PassContext
@@ -284,14 +283,6 @@ def test_two_dtypes_are_planned_each_on_its_own(models: str) -> None:
 # -- beside other passes ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the pass known where it is not yet; the registry caches per search path."""
-    monkeypatch.setitem(registry.BUILT_IN, "schedule", "graphopt.passes.schedule:Schedule")
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-
-@pytest.mark.usefixtures("schedule")
 def test_a_schedule_before_the_grouping_plans_for_the_same_link() -> None:
     links = []
 
@@ -306,7 +297,6 @@ def test_a_schedule_before_the_grouping_plans_for_the_same_link() -> None:
     assert links == [("summit", {"dp": 64}), ("abci", {"dp": 64})]
 
 
-@pytest.mark.usefixtures("schedule")
 def test_emit_ddp_refuses_a_schedule_that_eager_would_not_follow() -> None:
     result = plan(NET, "-p", "schedule,group_gradients", "--emit", "ddp", code=2)
     assert "leave schedule out of -p" in result.stderr

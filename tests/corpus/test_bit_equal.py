@@ -12,6 +12,8 @@ import graphopt
 from graphopt.model.surface import report
 from graphopt.testing.corpus import CORPUS
 
+pytestmark = pytest.mark.corpus
+
 # Where the model itself runs other operators while it is captured, with the reason and a bound.
 # Which kernels a processor has decides whether such a difference shows, so none has to. Everything
 # else must be equal to the last bit.
@@ -66,6 +68,7 @@ def test_full_verification_holds_after_each_pass(name: str) -> None:
     assert report(model).specialisations[0].steps[0].outcome.changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpointed", "branching", "custom_function", "lstm_ctc"])
 def test_inductor_follows_eager_with_its_random_stream(name: str) -> None:
     entry = CORPUS[name]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor
 
-from graphopt.capture import capture
-from graphopt.graph import Graph
 from graphopt.passbase import PassContext
 from graphopt.passes.cleanup import Cleanup
 from graphopt.passes.fold_inference import FoldInference
-from graphopt.testing import CORPUS, assert_same, inputs_for, run_graph
+from graphopt.testing import assert_same, run_graph
 from graphopt.verify import verify
 from tests.support.applying import targets
+from tests.support.captures import captured
+
+pytestmark = pytest.mark.corpus
 
 JOINT = [
     "resnet",
@@ -24,15 +23,6 @@ JOINT = [
     "autocast",
     "parametrised",
 ]
-
-
-def captured(name: str, *, training: bool) -> tuple[Graph, list[Tensor]]:
-    """A graph of a corpus model, with the live inputs of the captured call and random tangents."""
-    model, args, kwargs = CORPUS[name].make()
-    with torch.set_grad_enabled(training):
-        found = capture(model.train(training), args, kwargs)
-    live = [value.detach() for value in found.inputs]
-    return found.graph, [*live, *inputs_for(found.graph)[len(live) :]]
 
 
 @pytest.mark.parametrize("name", JOINT)

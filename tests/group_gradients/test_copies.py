@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -14,11 +15,13 @@ from graphopt.model.controller import controller_of
 from tests.support.models import batch, mlp
 from tests.support.ranks import on_ranks
 
+pytestmark = pytest.mark.distributed
 
-def _workers(model: Any) -> Any:
+
+def _messages(model: Any) -> Any:
     controller = controller_of(model)
     assert controller is not None
-    return controller.compiler.workers
+    return controller.session.part("group_gradients").messages
 
 
 def _train(model: Any, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
@@ -39,8 +42,8 @@ def _own_late_gradients(rank: int) -> None:
     for step in range(3):
         _train(model, optimizer, rank, step)
     twin = copy.deepcopy(model)
-    assert _workers(twin).channel != _workers(model).channel
-    assert _workers(twin).line.step == 0
+    assert _messages(twin).ranks.channel != _messages(model).ranks.channel
+    assert _messages(twin).step == 0
     others = _sgd(twin)
     for step in range(3, 6):  # in turns, on the same data
         _train(model, optimizer, rank, step)
@@ -48,7 +51,7 @@ def _own_late_gradients(rank: int) -> None:
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(a, b)
     _train(twin, others, rank, 7)
-    assert (_workers(model).line.step, _workers(twin).line.step) == (6, 4)
+    assert (_messages(model).step, _messages(twin).step) == (6, 4)
 
 
 def test_a_copy_continues_on_its_own(tmp_path: Path) -> None:
@@ -98,8 +101,8 @@ def _silence_is_its_own(rank: int) -> None:
         total = alone.clone()
         dist.all_reduce(total)
         torch.testing.assert_close(mean, total / 2, rtol=1e-5, atol=1e-7)
-    assert _workers(twin).pending
-    assert not _workers(model).pending
+    assert _messages(twin).pending
+    assert not _messages(model).pending
 
 
 def test_no_sync_of_a_copy_leaves_the_original_alone(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def _digests(folder: Path) -> set[str]:
     return {file.read_text() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_bits_do_not_depend_on_world_size_or_layout(tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
@@ -76,6 +78,7 @@ def test_bits_do_not_depend_on_world_size_or_layout(tmp_path: Path) -> None:
     assert len(_digests(results)) == 1
 
 
+@pytest.mark.distributed
 def test_ddp_in_float32_depends_on_world_size(tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()

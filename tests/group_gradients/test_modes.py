@@ -13,6 +13,8 @@ import graphopt
 from tests.support.models import batch, mlp
 from tests.support.ranks import on_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 def _mean_gradients(steps: int, world: int) -> list[list[torch.Tensor]]:
     """The oracle: one process, plain PyTorch, gradients averaged by hand."""
@@ -59,7 +61,7 @@ def _narrow(rank: int, wire: str, tolerance: float, backend: str) -> None:
             assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("wire", "tolerance"), [("bf16", 2**-6), ("int32", 1e-6)])
 def test_narrow_wires(wire: str, tolerance: float, backend: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _narrow, wire, tolerance, backend)

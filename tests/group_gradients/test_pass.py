@@ -8,11 +8,12 @@ import pytest
 
 from graphopt.analysis.linearity import linear_in_tangents
 from graphopt.errors import ArgumentError
-from graphopt.graph import REDUCTION, Graph
+from graphopt.graph import Graph
 from graphopt.passbase import PassContext
 from graphopt.passes.cleanup import Cleanup
 from graphopt.passes.group_gradients import GroupGradients
 from graphopt.plan import Role
+from graphopt.plan.group_gradients import Reduction
 from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
 
@@ -39,14 +40,15 @@ def test_golden(wire: str) -> None:
     assert print_graph(parse_graph(text)) == text
 
 
-def test_plan_is_on_the_graph() -> None:
-    graph = _grouped()
-    reduction = graph.annotation(graph.output, REDUCTION)
-    assert reduction is not None
+def test_the_plan_part_names_what_the_graph_returns() -> None:
+    graph = _graph()
+    pass_ = GroupGradients(link="10gbe")
+    reduction = pass_.apply(graph, PassContext(mesh={"dp": 4})).part
+    assert isinstance(reduction, Reduction)
     names = [name for group in reduction.grouping.groups for name in group.names]
     assert sorted(names) == sorted(graph.signature.names(Role.GRAD))
     assert sorted(names) == sorted(graph.signature.names(Role.LOCAL))
-    assert reduction.tangent_scale == 0.25
+    assert reduction.scale == 0.25
     assert all(c.finish >= reduction.grouping.finish for c in reduction.grouping.candidates)
     assert reduction.grouping.bound <= reduction.grouping.finish
 

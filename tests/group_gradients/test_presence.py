@@ -84,6 +84,7 @@ def _like_ddp(rank: int, wire: str) -> None:
                 assert expected.grad is None
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("wire", ["native", "int32"])
 def test_like_ddp_with_unused_parameters(wire: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _like_ddp, wire, timeout=20)
@@ -101,6 +102,7 @@ def _zeros_before(rank: int) -> None:
     assert torch.equal(model.heads["c"].weight.grad, torch.full((4, 16), 0.5))
 
 
+@pytest.mark.distributed
 def test_gradients_from_before(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _zeros_before, timeout=20)
 
@@ -123,6 +125,7 @@ def _late(rank: int) -> None:
     assert not model.heads["a"].weight.grad.any()
 
 
+@pytest.mark.distributed
 def test_results_of_the_step_before_are_never_absent(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _late, timeout=20)
 

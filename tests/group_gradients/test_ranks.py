@@ -13,8 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from graphopt.model.surface import report
+from graphopt.plan.group_gradients import Reduction
 from tests.support.models import MODELS, batch
 from tests.support.ranks import on_ranks
+
+pytestmark = pytest.mark.distributed
 
 
 def _steps(model: nn.Module, module: Any, name: str, rank: int) -> list[dict[str, torch.Tensor]]:
@@ -47,14 +50,15 @@ def _like_ddp(rank: int, name: str, backend: str) -> None:
         _close(actual, expected)
     assert "group_gradients" in optimized.explain()
     plan = report(optimized).specialisations[0].plan
-    assert plan.grouping is not None
-    assert plan.grouping.world == 2
-    names = [n for group in plan.grouping.groups for n in group.names]
+    reduction = plan.part(Reduction)
+    assert reduction is not None
+    assert reduction.grouping.world == 2
+    names = [n for group in reduction.grouping.groups for n in group.names]
     assert sorted(names) == sorted(n for n, _ in plain.named_parameters())
     assert plan == type(plan).from_json(plan.to_json())
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_like_ddp(name: str, backend: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _like_ddp, name, backend)

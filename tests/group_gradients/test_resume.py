@@ -17,6 +17,8 @@ from graphopt.passes import group_gradients
 from tests.support.models import batch, mlp
 from tests.support.ranks import on_ranks
 
+pytestmark = pytest.mark.distributed
+
 BEFORE, AFTER = 3, 3
 
 

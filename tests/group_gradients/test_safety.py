@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import ArgumentError, RankError
 from graphopt.runtime.ranks.agreement import ranks
-from graphopt.runtime.ranks.workers import Workers
+from graphopt.runtime.ranks.ranks import Ranks
 from tests.support.models import batch, mlp
 from tests.support.ranks import on_ranks
+
+pytestmark = pytest.mark.distributed
 
 
 def _refuses(make: Any, passes: str, expected: str) -> None:
@@ -71,17 +74,25 @@ def test_ranks_with_different_plans(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _other_passes)
 
 
-def _missing_rank(rank: int) -> None:
+def _missing_rank(rank: int, folder: str) -> None:
     model = mlp()
     if rank == 1:
-        time.sleep(8)
+        _wait_for(Path(folder, "raised"))
         return
     with pytest.raises(RankError, match="rank 1 did not come to agree on models within 3 s"):
         graphopt.optimize(model)
+    Path(folder, "raised").touch()
+
+
+def _wait_for(file: Path) -> None:
+    """Wait until another rank has made a file, or for longer than it should take."""
+    end = time.monotonic() + 25
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
-    on_ranks(tmp_path, 2, _missing_rank, timeout=3)
+    on_ranks(tmp_path, 2, _missing_rank, str(tmp_path), timeout=3)
 
 
 def _stalls(rank: int, how: str, folder: str) -> None:
@@ -91,7 +102,7 @@ def _stalls(rank: int, how: str, folder: str) -> None:
         Path(folder, "pid").write_text(str(os.getpid()))
         time.sleep(2)
         if how == "stall":
-            time.sleep(25)
+            _wait_for(Path(folder, "raised"))
         os._exit(0)  # without a word to the others
     start = time.monotonic()
     loss = model(batch("mlp", rank)).sum()
@@ -101,6 +112,7 @@ def _stalls(rank: int, how: str, folder: str) -> None:
     Path(folder, "raised").touch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["die", "stall"])
 def test_a_rank_that_dies_or_stalls(how: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _stalls, how, str(tmp_path), timeout=6)
@@ -177,7 +189,7 @@ def _mixed_devices(rank: int) -> None:
     # The meta device stands in for a GPU; `optimize` itself refuses it earlier, by its own rule.
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4, device="meta"))
     with pytest.raises(ArgumentError, match=r"several kinds of device: .* on cpu, .* on meta"):
-        Workers.of(model)
+        Ranks.of(model, dist.group.WORLD)
 
 
 def test_mixed_devices(tmp_path: Path) -> None:

@@ -87,5 +87,6 @@ def _on_ranks(rank: int) -> None:
     torch.testing.assert_close(_gradient(dense, dense, _tokens(rank)), expected.to_dense())
 
 
+@pytest.mark.distributed
 def test_several_ranks(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _on_ranks)

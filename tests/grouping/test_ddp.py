@@ -127,6 +127,7 @@ def _work(rank: int) -> None:
     _check_planner(_tied)
 
 
+@pytest.mark.distributed
 def test_rebuilt_buckets_are_the_groups(tmp_path: Path) -> None:
     on_ranks(tmp_path, WORLD, _work)
 

@@ -19,9 +19,10 @@ from graphopt.grouping.baselines import (
     one_group,
     per_layer,
 )
-from graphopt.grouping.planner import DELTA_EXPOSED, earliest_finish, plan
+from graphopt.grouping.planner import DELTA_EXPOSED, plan
 from graphopt.network.curve import Curve
 from graphopt.plan.grouping import Ready
+from tests.grouping.earliest import earliest_finish
 from tests.support.gradient_profiles import NETWORKS
 
 # Seconds per message and per byte; the first five are what MG-WFBP's authors ship as fits.

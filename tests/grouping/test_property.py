@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from graphopt.grouping import planner
 from graphopt.grouping.baselines import finish_time, group_of
-from graphopt.grouping.planner import DELTA, earliest_finish, plan
+from graphopt.grouping.planner import DELTA, plan
 from graphopt.network.curve import Curve
 from graphopt.plan.grouping import Ready
+from tests.grouping.earliest import earliest_finish
 
 SIZES = st.integers(0, 4000)
 GAPS = st.sampled_from([0.0, 0.5, 1.0, 3.0, 40.0])

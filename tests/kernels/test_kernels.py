@@ -35,13 +35,15 @@ def run(*arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_agree_with_the_reference() -> None:
     errors = run("-m", "tests.support.interpreted_kernels", TRITON_INTERPRET="1")
-    assert len(errors) == 23
+    assert len(errors) == 21
     assert {name: error for name, error in errors.items() if error > 2e-6} == {}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     found = run("-m", "tests.support.compiled_kernels", TRITON_CACHE_DIR=str(tmp_path))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from graphopt.capture import capture
 from graphopt.passbase import PassContext
 from graphopt.passes.kfac import Kfac
 from graphopt.plan import Role
-from graphopt.testing import CORPUS
 from graphopt.verify import verify
+from tests.support.captures import captured
+
+pytestmark = pytest.mark.corpus
 
 # Parameters that are left alone, and a word of the reason.
 LEFT = {
@@ -38,8 +39,7 @@ LEFT = {
     ],
 )
 def test_every_parameter_is_preconditioned_or_listed(name: str) -> None:
-    model, args, kwargs = CORPUS[name].make()
-    graph = capture(model.train(), args, kwargs).graph
+    graph, _ = captured(name)
     parameters = set(graph.signature.names(Role.PARAM)) & set(graph.signature.names(Role.GRAD))
     outcome = Kfac().apply(graph, PassContext())
     verify(graph, full=True)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.capture import capture
 from graphopt.errors import ArgumentError
-from graphopt.graph import CURVATURE, Graph
+from graphopt.graph import Graph
 from graphopt.passbase import Outcome, PassContext
 from graphopt.passes.kfac import Kfac
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan, Role
-from graphopt.plan.kfac import DIAGONAL, Block
+from graphopt.plan.kfac import DIAGONAL, Block, Curvature
 from graphopt.testing import inputs_for, run_graph
 from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
@@ -34,10 +34,9 @@ def _captured(model: nn.Module, *inputs: Tensor) -> Graph:
     return capture(model, inputs, {}).graph
 
 
-def _blocks(graph: Graph) -> dict[str, Block]:
-    curvature = graph.annotation(graph.output, CURVATURE)
-    assert curvature is not None
-    return {block.weight: block for block in curvature.blocks}
+def _blocks(outcome: Outcome) -> dict[str, Block]:
+    assert isinstance(outcome.part, Curvature)
+    return {block.weight: block for block in outcome.part.blocks}
 
 
 def test_golden() -> None:
@@ -56,7 +55,7 @@ def test_step_is_as_it_was() -> None:
     _applied(graph)
     after = run_graph(graph, inputs)
     slots = graph.signature.outputs
-    kept = [v for s, v in zip(slots, after, strict=True) if s.role is not Role.STATISTIC]
+    kept = [v for s, v in zip(slots, after, strict=True) if s.role is not Role.AUX]
     assert len(kept) == len(before)
     assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
 
@@ -65,10 +64,11 @@ def test_plan_is_data() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     plan = graphopt.optimize(model, (torch.randn(2, 3),), passes="kfac{damping=0.01}", dry_run=True)
     assert isinstance(plan, Plan)
-    assert plan.curvature is not None
+    curvature = plan.part(Curvature)
+    assert curvature is not None
     assert Plan.from_json(plan.to_json()) == plan
-    assert plan.curvature.damping == 0.01
-    assert [b.bias for b in plan.curvature.blocks] == ["0.bias", "2.bias"]
+    assert curvature.damping == 0.01
+    assert [b.bias for b in curvature.blocks] == ["0.bias", "2.bias"]
 
 
 class Experts(nn.Module):
@@ -84,8 +84,7 @@ class Experts(nn.Module):
 
 def test_batch_of_weights_has_a_block_for_each() -> None:
     graph = _captured(Experts(), torch.randn(3, 5, 4))
-    _applied(graph)
-    block = _blocks(graph)["weight"]
+    block = _blocks(_applied(graph))["weight"]
     assert (block.groups, block.rows, block.columns, block.layout) == (3, 2, 4, "in-out")
 
 
@@ -103,9 +102,8 @@ class Sliced(nn.Module):
 def test_slices_of_a_weight_are_blocks_of_their_own() -> None:
     graph = _captured(Sliced(), torch.randn(5, 4))
     outcome = _applied(graph)
-    curvature = graph.annotation(graph.output, CURVATURE)
-    assert curvature is not None
-    found = sorted((b.start, b.rows, b.columns) for b in curvature.blocks)
+    assert isinstance(outcome.part, Curvature)
+    found = sorted((b.start, b.rows, b.columns) for b in outcome.part.blocks)
     assert found == [(0, 4, 4), (4, 2, 4)]
     assert not outcome.declined
 
@@ -113,8 +111,7 @@ def test_slices_of_a_weight_are_blocks_of_their_own() -> None:
 @pytest.mark.parametrize(("max_dim", "form"), [(2, "dense"), (3, "dense"), (1, DIAGONAL)])
 def test_oversized_sides_are_cut_or_diagonal(max_dim: int, form: str) -> None:
     graph = _captured(nn.Linear(67, 6, bias=False), torch.randn(5, 67))
-    _applied(graph, max_dim=max_dim)
-    block = _blocks(graph)["weight"]
+    block = _blocks(_applied(graph, max_dim=max_dim))["weight"]
     assert block.right is not None
     assert block.right.form == DIAGONAL
     assert block.left.size * block.left.blocks == 6

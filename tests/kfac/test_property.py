@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.graph import CURVATURE, Graph
-from graphopt.passbase import PassContext
+from graphopt.graph import Graph
+from graphopt.passbase import Outcome, PassContext
 from graphopt.passes.cleanup import Cleanup
 from graphopt.passes.kfac import Kfac
 from graphopt.plan import Role
@@ -20,8 +20,10 @@ from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
 
 
-def _curvature(graph: Graph) -> Curvature | None:
-    return graph.annotation(graph.output, CURVATURE)
+def _curvature(outcome: Outcome) -> Curvature | None:
+    part = outcome.part
+    assert part is None or isinstance(part, Curvature)
+    return part
 
 
 def _outputs(graph: Graph, seed: int, role: Role) -> dict[str, torch.Tensor]:
@@ -40,7 +42,7 @@ def test_step_is_as_it_was_and_text_reads_back(graph: Graph, seed: int) -> None:
     verify(graph, full=True)
     slots = graph.signature.outputs
     after = run_graph(graph, inputs)
-    kept = [v for s, v in zip(slots, after, strict=True) if s.role is not Role.STATISTIC]
+    kept = [v for s, v in zip(slots, after, strict=True) if s.role is not Role.AUX]
     assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
     assert {item.site for item in (*outcome.applied, *outcome.declined)} == parameters
     text = print_graph(graph)
@@ -54,10 +56,9 @@ def test_statistics_are_of_what_the_gradient_is_the_product_of() -> None:
     @given(graph=joint_graphs(), seed=st.integers(0, 3))
     def property_holds(graph: Graph, seed: int) -> None:
         nonlocal seen
-        Kfac(solver="ekfac").apply(graph, PassContext())
-        curvature = _curvature(graph)
+        curvature = _curvature(Kfac(solver="ekfac").apply(graph, PassContext()))
         gradients = _outputs(graph, seed, Role.GRAD)
-        statistics = _outputs(graph, seed, Role.STATISTIC)
+        statistics = _outputs(graph, seed, Role.AUX)
         for block in curvature.blocks if curvature else ():
             if block.kind != "kronecker":
                 continue
@@ -69,7 +70,7 @@ def test_statistics_are_of_what_the_gradient_is_the_product_of() -> None:
             )
             if not block.samples:
                 continue
-            g, a = (statistics[name] for name in block.samples)
+            g, a = (statistics[f"kfac/{name}"] for name in block.samples)
             found = torch.einsum("nrg,nra->ga", g, a)[None]
             scale = wanted.abs().max().clamp(min=1e-30)
             assert ((found - wanted).abs().max() / scale) < 1e-5
@@ -82,12 +83,11 @@ def test_statistics_are_of_what_the_gradient_is_the_product_of() -> None:
 @settings(max_examples=30, deadline=None)
 @given(graph=joint_graphs(), seed=st.integers(0, 3))
 def test_dense_statistics_are_positive_semidefinite(graph: Graph, seed: int) -> None:
-    Kfac().apply(graph, PassContext())
-    curvature = _curvature(graph)
-    statistics = _outputs(graph, seed, Role.STATISTIC)
+    curvature = _curvature(Kfac().apply(graph, PassContext()))
+    statistics = _outputs(graph, seed, Role.AUX)
     for block in curvature.blocks if curvature else ():
         for side in block.sides:
-            found = statistics[side.statistic]
+            found = statistics[f"kfac/{side.statistic}"]
             assert found.numel() == side.entries
             if side.form == DENSE and found.isfinite().all():
                 values = torch.linalg.eigvalsh(unpack(found).double())
@@ -100,11 +100,11 @@ def test_cleanup_and_kfac_commute_on_what_is_preconditioned(order: str) -> None:
     @given(graph=joint_graphs())
     def property_holds(graph: Graph) -> None:
         alone, both = graph.copy(), graph.copy()
-        Kfac().apply(alone, PassContext())
-        for pass_ in [Cleanup(), Kfac()][:: 1 if order == "cleanup first" else -1]:
-            pass_.apply(both, PassContext())
+        one = _curvature(Kfac().apply(alone, PassContext()))
+        passes = [Cleanup(), Kfac()][:: 1 if order == "cleanup first" else -1]
+        outcomes = {pass_.name: pass_.apply(both, PassContext()) for pass_ in passes}
         verify(both, full=True)
-        one, other = _curvature(alone), _curvature(both)
+        other = _curvature(outcomes["kfac"])
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert {b.weight for b in one.blocks} == {b.weight for b in other.blocks}

@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import RankError, StateError
 from graphopt.model.controller import controller_of
-from graphopt.plan.kfac import OUT_IN, Block, Side
+from graphopt.plan.kfac import OUT_IN, Block, Curvature, Side
+from graphopt.runtime.kfac.division import Division
 from graphopt.runtime.kfac.owners import Grid, assign, cost, measure, sizes, units
 from graphopt.runtime.kfac.solve import solver
-from graphopt.runtime.kfac.together import Division
-from tests.support.ranks import on_ranks
+from tests.support.ranks import in_processes, on_ranks
 
 CLOSE = 1e-8
 BATCH = 8
@@ -114,13 +113,13 @@ class Run:
     def state(self) -> dict[str, Tensor]:
         controller = controller_of(self.model)
         assert controller is not None
-        return controller.state
+        return controller.session.state("kfac")
 
     @property
     def division(self) -> Division:
         controller = controller_of(self.model)
         assert controller is not None
-        found = controller.compiler.workers.division
+        found = controller.session.part("kfac").division
         assert isinstance(found, Division)
         return found
 
@@ -206,6 +205,8 @@ def _equals_whole_batch(rank: int, world: int, cases: Sequence[tuple[str, int]],
         assert "kfac sends per step" in run.model.explain()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_one_process_with_the_whole_batch(tmp_path: Path, world: int) -> None:
     run = Run(SPEC % (0, "stale"))
@@ -225,6 +226,8 @@ def _options(rank: int, world: int, specs: dict[str, float], kept: str) -> None:
         assert _compare(Run(spec, rank, world).steps(3), wanted[spec.split("@")[0]]) < bound, spec
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_solvers_and_wire(tmp_path: Path) -> None:
     base = "kfac{damping=0.02,interval=1,%s}"
     specs = {base % f"solver={name}": CLOSE for name in ("eigen", "ekfac", "lowrank")}
@@ -261,6 +264,8 @@ def _resume(rank: int, world: int, spec: str, folder: str) -> None:
     assert _compare(run.steps(4), wanted) < CLOSE
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_state_moves_between_world_sizes(tmp_path: Path) -> None:
     spec = SPEC % (0.5, "stale")
     on_ranks(tmp_path, 2, _save, 2, spec, str(tmp_path))
@@ -315,6 +320,7 @@ def _other_outputs(rank: int, world: int) -> None:
         assert model.head.weight.grad is not None
 
 
+@pytest.mark.distributed
 def test_nan_on_one_rank_and_other_outputs_on_each(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _hard_cases, 2)
 
@@ -343,10 +349,12 @@ def _counts(rank: int, world: int) -> None:
 
 def _sides(run: Run) -> list[Any]:
     plan = controller_of(run.model).variants[0].entry.plan  # type: ignore[union-attr]
-    assert plan.curvature is not None
-    return [side for block in plan.curvature.blocks for side in block.sides]
+    curvature = plan.part(Curvature)
+    assert curvature is not None
+    return [side for block in curvature.blocks for side in block.sides]
 
 
+@pytest.mark.distributed
 def test_bytes_are_counted_exactly(tmp_path: Path) -> None:
     on_ranks(tmp_path, 4, _counts, 4)
 
@@ -374,7 +382,8 @@ def _dies(rank: int, store: str, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.distributed
 def test_a_rank_that_dies_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    mp.spawn(_dies, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    in_processes(2, _dies, str(tmp_path / "store"), str(tmp_path))
     text = (tmp_path / "error").read_text()
     assert "the curvature of step 3 did not arrive: rank 1 did not answer" in text

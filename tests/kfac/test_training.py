@@ -72,6 +72,7 @@ def test_micro_batches_equal_one_batch(spec: Spec) -> None:
     assert not [k for k in graphopt.state_dict(parts) if k.endswith("/sum")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [EVERY, STALE, "kfac{interval=2,solver=eigen}"])
 def test_inductor_equals_eager(spec: Spec) -> None:
     one, other = _optimized(spec), _optimized(spec, "inductor")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from tests.support.ranks import on_ranks
+
+pytestmark = pytest.mark.distributed
 
 
 def _gradients(model: nn.Module, rank: int) -> list[torch.Tensor]:

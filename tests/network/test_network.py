@@ -17,12 +17,11 @@ from graphopt.network.negotiation import (
     NEGOTIATIONS,
     Negotiator,
     bit_vector,
-    bit_vector_bits,
     bit_vector_bytes,
     control_tree,
     coordinator,
 )
-from graphopt.network.straggler import asymptotic_maximum, delay, expected_maximum
+from graphopt.network.straggler import delay, expected_maximum
 
 LINK = Link(1.0, 0.1, 0.01)
 
@@ -117,18 +116,15 @@ def test_nccl_prefers_a_tree_at_scale_and_a_ring_for_large_messages() -> None:
     assert Tuner(8, 2, 370e9, 368e9, "hopper").best(64)[2] is Protocol.LL
 
 
-def test_bits_and_bytes_of_the_bit_vector() -> None:
-    assert bit_vector_bits(300) == 303
+def test_bytes_of_the_bit_vector() -> None:
     assert [bit_vector_bytes(n) for n in (0, 61, 62, 300)] == [8, 8, 16, 40]
-    assert bit_vector_bytes(300, timeline=True) == 80
 
 
 def test_negotiation() -> None:
     link = Link(2.0, 0.5)
     assert coordinator(9, 3, 1.0, 0.1, link) == pytest.approx(8 * 1.3 + 4 * 2)
-    assert coordinator(1, 3, 1.0, 0.1, link, reply=10) == 0
+    assert coordinator(1, 3, 1.0, 0.1, link) == 0
     assert bit_vector(8, 300, Link(2.0, 0.0)) == 12
-    assert bit_vector(8, 300, link, invalid=True) == 2 * bit_vector(8, 300, link)
     assert control_tree(64, 4, 1.0) == 12
     assert control_tree(65, 4, 1.0) == 16
     assert control_tree(1, 4, 1.0) == 0
@@ -169,10 +165,6 @@ def test_the_coordinator_grows_linearly_and_the_bit_vector_does_not() -> None:
 def test_slowest_of_few_ranks_is_exact(ranks: int, expected: float) -> None:
     assert expected_maximum(ranks) == pytest.approx(expected, abs=1e-8)
     assert delay(ranks, 0.1) == pytest.approx(0.1 * expected, abs=1e-8)
-
-
-def test_asymptotic_maximum() -> None:
-    assert [round(asymptotic_maximum(p), 1) for p in (8, 1024, 27_600)] == [2.0, 3.7, 4.5]
 
 
 def test_clusters_name_what_they_assume() -> None:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import graphopt.ops  # noqa: F401  (registers the operators)
+
 ctc = torch.ops.graphopt.ctc_loss
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 TIME, BATCH, CLASSES = 8, 3, 5

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.errors import ArgumentError
 from graphopt.ops import moments_patch, moments_shift
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments, Window
 
 ops = torch.ops.graphopt
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -179,11 +179,11 @@ def test_patch_moments(name: str, groups: int) -> None:
     for ones in (False, True):
         wanted = expected(rows, ones, 1, 0.5)
         close(ops.patch_moment(x, *arguments, ones, 1, 0.5), wanted)
-        window = Window.of(*arguments[:4], transposed, output_padding)
-        close(moments_patch.by_patches(x, window, groups, ones, 1, 0.5), wanted)
-        if moments_shift.possible(window):
+        args = PatchArguments.of(*arguments, ones, 1, 0.5)
+        close(moments_patch.by_patches(x, args), wanted)
+        if moments_shift.possible(args.window):
             correlate = moments_shift.by_convolution
-            close(moments_patch.by_shifts(x, window, groups, ones, 1, 0.5, correlate), wanted)
+            close(moments_patch.by_shifts(x, args, correlate), wanted)
         size = rows.shape[2] + int(ones)
         diagonal = wanted[:, [r * (r + 3) // 2 for r in range(size)]]
         close(ops.patch_diagonal_moment(x, *arguments, ones, 0.5), diagonal)
@@ -198,10 +198,10 @@ def test_pieces_of_patches(channels: int, groups: int, ones: bool, pieces: int) 
     window = [3, 3], [1, 1], [1, 1], [1, 1], groups, False, [0, 0]
     wanted = expected(patches(x, *window), ones, pieces, 1.0)
     close(ops.patch_moment(x, *window, ones, pieces, 1.0), wanted)
-    if moments_shift.divides(x, groups, ones, pieces):
-        moved = Window.of([3, 3], [1], [1], [1], False, [0])
+    moved = PatchArguments.of(*window, ones, pieces, 1.0)
+    if moments_shift.divides(x, moved):
         correlate = moments_shift.by_convolution
-        close(moments_patch.by_shifts(x, moved, groups, ones, pieces, 1.0, correlate), wanted)
+        close(moments_patch.by_shifts(x, moved, correlate), wanted)
 
 
 def test_patches_are_those_of_unfold() -> None:
@@ -265,9 +265,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("stride", "factor"), [(1, 1.5), (2, 1.1)])
 def test_patches_are_never_all_in_memory(stride: int, factor: float) -> None:
     x = normal(32, 16, 64, 64)
-    window = Window.of([3, 3], [stride], [1], [1], False, [0])
+    args = PatchArguments.of([3, 3], [stride], [1], [1], 1, False, [0], True, 1, 1.0)
     with Largest() as largest:
-        moments_patch.patch_moment(x, window, 1, True, 1, 1.0)
+        moments_patch.patch_moment(x, args)
     copied = x.numel() * 9 // stride**2
     assert largest.elements < factor * x.numel() < copied
 
@@ -382,6 +382,7 @@ def test_registration_and_fake_results(name: str) -> None:
     torch.library.opcheck(operator, CALLS[name])
 
 
+@pytest.mark.slow
 def test_inductor_runs_them_all() -> None:
     def all_of_them(rows: Tensor, x: Tensor, indices: Tensor) -> list[Tensor]:
         doubled = x * 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt.ops import moments_patch, moments_shift
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments, Window
 
 ops = torch.ops.graphopt
 QUICK = settings(max_examples=60, deadline=None)
@@ -109,10 +109,11 @@ def test_windows(
     window, spatial = drawn
     x = integers(2, groups * channels, *spatial, seed=seed)
     wanted = definition(patches(x, window, groups), ones)
-    assert torch.equal(moments_patch.by_patches(x, window, groups, ones, 1, 1.0), wanted)
+    args = PatchArguments(window, groups, ones, 1, 1.0)
+    assert torch.equal(moments_patch.by_patches(x, args), wanted)
     if moments_shift.possible(window):
         correlate = moments_shift.by_convolution
-        found = moments_patch.by_shifts(x, window, groups, ones, 1, 1.0, correlate)
+        found = moments_patch.by_shifts(x, args, correlate)
         assert torch.equal(found, wanted)
     arguments = (
         window.kernel, window.stride, window.padding, window.dilation, groups, window.transposed,

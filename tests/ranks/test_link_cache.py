@@ -1,4 +1,4 @@
-"""A measured link is kept for the next job of the same shape; rank 0 decides for all."""
+"""A measured link is cached for the next job of the same shape; rank 0 decides for all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import nn
 
 from graphopt.network.curve import Curve
-from graphopt.runtime.ranks import workers
+from graphopt.runtime.ranks import ranks
 from graphopt.runtime.ranks.link_cache import find, keep
 from tests.support.ranks import on_ranks
 
@@ -24,7 +25,7 @@ def _file() -> Path:
     return file
 
 
-def test_kept_and_found() -> None:
+def test_found_again() -> None:
     assert find(RANKS) is None
     keep(RANKS, CURVE)
     found = find(RANKS)
@@ -36,47 +37,54 @@ def test_kept_and_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "wrong",
     [
-        "",
-        "{",
-        "[]",
-        "{}",
-        json.dumps({"points": [], "source": ""}),
-        json.dumps({"points": [[1, 2e-3], [2, 1e-3]], "source": ""}),
-        json.dumps({"points": [[1, float("nan")]], "source": ""}),
-        json.dumps({"points": [[1, 0.0]], "source": ""}),
-        json.dumps({"points": [[float("inf"), 1.0]], "source": ""}),
-        json.dumps({"points": [[1, "soon"]], "source": ""}),
+        {"points": []},
+        {"points": None},
+        {"points": {"1": 1.0}},
+        {"points": [1.0, 2.0]},
+        {"points": [[1, 2e-3], [2, 1e-3]]},
+        {"points": [[2, 1e-3], [1, 2e-3]]},
+        {"points": [[1, 1e-3, 1e-3]]},
+        {"points": [[1, float("nan")]]},
+        {"points": [[1, 0.0]]},
+        {"points": [[1, 1e308]]},
+        {"points": [[1, "soon"]]},
+        {"points": [[1, True]]},
+        {"points": [[float("inf"), 1.0]]},
+        {"points": [[10**400, 1.0]]},
+        {"points": [[-5, 1.0]]},
+        {"points": [[0, 1e-320], [1e-320, 1.0]]},
+        {"source": None},
+        {"joining": -1.0},
+        {"joining": 1e308},
+        {"joining": float("nan")},
+        {"joining": "0"},
     ],
 )
-def test_a_file_that_holds_no_curve_is_ignored(text: str) -> None:
+def test_an_entry_that_is_no_curve_is_ignored(wrong: dict[str, Any]) -> None:
     keep(RANKS, CURVE)
-    _file().write_text(text)
+    entry = json.loads(_file().read_text())
+    _file().write_text(json.dumps({**entry, **wrong}))
     assert find(RANKS) is None
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "taken").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
-    keep(RANKS, CURVE)
-    assert find(RANKS) is None
+    _file().write_text(json.dumps(entry))
+    assert find(RANKS) is not None
 
 
 def _asks(rank: int, folder: str) -> None:
     os.environ["XDG_CACHE_HOME"] = f"{folder}/{rank}"  # as on hosts with homes of their own
     measured = 0
-    measure = workers.measure
+    measure = ranks.measure_link
 
     def counting(*args: Any) -> Curve:
         nonlocal measured
         measured += 1
         return measure(*args)
 
-    workers.measure = counting
+    ranks.measure_link = counting
 
     def link() -> Curve:
-        found = workers.Workers.of(nn.Linear(2, 2))
+        found = ranks.Ranks.of(nn.Linear(2, 2), dist.group.WORLD)
         assert found is not None
         curve = found.link()
         assert found.link() == curve
@@ -103,5 +111,6 @@ def _asks(rank: int, folder: str) -> None:
     assert measured == 3
 
 
+@pytest.mark.distributed
 def test_rank_0_decides_whether_there_is_one(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _asks, str(tmp_path / "homes"), timeout=30)

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from graphopt.analysis.story import story
+from graphopt.analysis.provenance import provenance
 from graphopt.analysis.summary import Half, Summary, summary
 from graphopt.capture import capture
 from graphopt.graph import Graph
 from graphopt.passbase import EXACT, Applied, Declined, Outcome
 from graphopt.pipeline.step import PassStep
 from graphopt.render.html import graph_html
+from graphopt.render.provenance import provenance_view
 from graphopt.render.rows import Row, fitting_depth, rows
 from graphopt.render.steps import step_view
-from graphopt.render.story import story_view
 from graphopt.render.text import GraphTable
 from graphopt.render.units import count, duration, size
 from tests.support.graphs import inference_graph, linear_graph
@@ -167,7 +167,7 @@ def test_depth_limits_the_lines_and_narrow_terminals_lose_nothing(net_graph: Gra
     assert any(line.startswith("      norm") for line in narrow)
 
 
-# -- steps and stories -----------------------------------------------------------------------------
+# -- steps and provenance --------------------------------------------------------------------------
 
 
 def step(outcome: Outcome, skipped: str = "") -> PassStep:
@@ -201,9 +201,9 @@ def test_a_pass_without_candidates_and_a_skipped_one_say_so() -> None:
 
 
 def test_a_story_shows_facts_then_decisions(net_graph: Graph) -> None:
-    told = story(net_graph, "head.weight")
+    told = provenance(net_graph, "head.weight")
     decision = step(Outcome((Applied("head.weight", "kept"),)))
-    shown = lines(story_view(told, [decision], removed=True), width=200)
+    shown = lines(provenance_view(told, [decision], removed=True), width=200)
     assert shown[0] == "head.weight  param"
     facts = [line.split("  ")[0] for line in shown[1:]]
     assert facts == [

@@ -116,7 +116,7 @@ def test_with_latency_the_found_orders_stay_near_the_optimum() -> None:
 
 @pytest.fixture(autouse=True)
 def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "link_curve", lambda link, ctx: SLOW)
+    monkeypatch.setattr(schedule, "link_curve", lambda *_: SLOW)
 
 
 # Most generated steps have no parameters; these kinds have some.

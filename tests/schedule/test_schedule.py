@@ -40,7 +40,7 @@ FOUR = PassContext(mesh={"dp": 4})
 
 @pytest.fixture
 def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "link_curve", lambda link, ctx: SLOW)
+    monkeypatch.setattr(schedule, "link_curve", lambda *_: SLOW)
 
 
 def captured(model: nn.Module, *shape: int) -> Graph:
@@ -158,7 +158,7 @@ def test_memory_may_forbid_what_gains(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_latency_bound_links_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     # One message at the end is best, and then no order matters.
     curve = Curve.affine(1.0, 0.0, "a second per message")
-    monkeypatch.setattr(schedule, "link_curve", lambda link, ctx: curve)
+    monkeypatch.setattr(schedule, "link_curve", lambda *_: curve)
     graph = wide_first()
     text = print_graph(graph)
     outcome = apply(graph)
@@ -199,12 +199,12 @@ def by_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_turn(graphs: Sequence[Graph]) -> list[dict[fx.Node, float]]:
         return [roofline(graph) for graph in graphs]
 
-    monkeypatch.setattr(schedule, "measure", roofline)
-    monkeypatch.setattr(schedule_trial, "measure_in_turn", in_turn)
+    monkeypatch.setattr(schedule, "profile_graph", roofline)
+    monkeypatch.setattr(schedule_trial, "profile_in_turn", in_turn)
 
 
 def test_a_running_rank_plans_with_measured_times_and_the_measured_link() -> None:
-    graph, ctx = wide_first(), PassContext(workers=OneOfTwo())
+    graph, ctx = wide_first(), PassContext(ranks={"dp": OneOfTwo()})
     outcome = bits_kept(graph, lambda g: Schedule(memory=10.0).apply(g, ctx))
     assert isinstance(outcome, Outcome)
     (item,) = (*outcome.applied, *outcome.declined)
@@ -216,10 +216,11 @@ def test_a_running_rank_plans_with_measured_times_and_the_measured_link() -> Non
 def test_all_ranks_take_the_order_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, graph = OneOfTwo(), OneOfTwo(), golden()
     other = graph.copy()
-    assert Schedule().apply(graph, PassContext(workers=first)).changed
+    assert Schedule().apply(graph, PassContext(ranks={"dp": first})).changed
     second.told = first.told
-    monkeypatch.setattr(schedule, "measure", lambda graph: pytest.fail("only rank 0 measures"))
-    bits_kept(other, lambda g: Schedule().apply(g, PassContext(workers=second)))
+    fail = "only rank 0 measures"
+    monkeypatch.setattr(schedule, "profile_graph", lambda graph: pytest.fail(fail))
+    bits_kept(other, lambda g: Schedule().apply(g, PassContext(ranks={"dp": second})))
     assert print_graph(other) == print_graph(graph)
     assert first.asked == second.asked
     assert first.asked[0].splitlines()[1:] == graph.get(gradient_order).sizes
@@ -228,10 +229,10 @@ def test_all_ranks_take_the_order_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("by_roofline")
 def test_an_order_for_other_operators_is_declined() -> None:
     first, graph = OneOfTwo(), golden()
-    assert Schedule().apply(graph, PassContext(workers=first)).changed
+    assert Schedule().apply(graph, PassContext(ranks={"dp": first})).changed
     other = wide_first()
     text = print_graph(other)
-    outcome = Schedule().apply(other, PassContext(workers=OneOfTwo(first.told)))
+    outcome = Schedule().apply(other, PassContext(ranks={"dp": OneOfTwo(first.told)}))
     assert reasons(outcome) == [("backward", "other-graph")]
     assert print_graph(other) == text
 
@@ -258,10 +259,10 @@ def test_what_is_slower_when_it_runs_is_not_taken(
         times = {node: slower * seconds for node, seconds in roofline(trial).items()}
         return [roofline(present), times]
 
-    monkeypatch.setattr(schedule_trial, "measure_in_turn", in_turn)
+    monkeypatch.setattr(schedule_trial, "profile_in_turn", in_turn)
     graph, rank = golden(), OneOfTwo()
     text = print_graph(graph)
-    outcome = Schedule().apply(graph, PassContext(workers=rank))
+    outcome = Schedule().apply(graph, PassContext(ranks={"dp": rank}))
     assert bool(outcome.applied) is applied
     assert (print_graph(graph) != text) is applied
     (item,) = (*outcome.applied, *outcome.declined)
@@ -273,12 +274,13 @@ def test_what_is_slower_when_it_runs_is_not_taken(
 
 
 def test_link_is_a_cluster_the_measured_one_or_an_assumed_one() -> None:
-    assert link_curve("summit", FOUR).source.startswith("summit")
-    assert "assumed" in link_curve("measure", FOUR).source
-    assert link_curve("measure", FOUR)(2**20) == link_curve(ASSUMED, FOUR)(2**20)
-    assert link_curve("measure", PassContext(workers=OneOfTwo())) is SLOW
+    assert link_curve("summit", 4, None).source.startswith("summit")
+    assert "assumed" in link_curve("measure", 4, None).source
+    assert link_curve("measure", 4, None)(2**20) == link_curve(ASSUMED, 4, None)(2**20)
+    assert link_curve("measure", 2, OneOfTwo()) is SLOW
+    assert link_curve("summit", 2, OneOfTwo()).source.startswith("summit")
     with pytest.raises(ArgumentError):
-        link_curve("sumit", FOUR)
+        link_curve("sumit", 4, None)
 
 
 def test_order_of_passes_and_options() -> None:

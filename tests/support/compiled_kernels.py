@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 from graphopt.runtime.kernels.shift import correlation_kernel
 from graphopt.runtime.kernels.syrk import syrk_kernel
 
-POINTERS = {"rows", "plane", "old", "out"}
-FLOATS = {"scale", "decay"}
+POINTERS = {"rows", "plane", "out"}
+FLOATS = {"scale"}
 
 
 def instructions(kernel: Any, dtype: str, constants: dict[str, Any]) -> list[str]:
@@ -40,9 +40,8 @@ def instructions(kernel: Any, dtype: str, constants: dict[str, Any]) -> list[str
 if __name__ == "__main__":
     found = {}
     for dtype in ("fp32", "bf16"):
-        for has_old in (False, True):
-            constants = {"ONES": True, "HAS_OLD": has_old, "TILE": 64, "STEP": 32}
-            found[f"syrk {dtype} {has_old}"] = instructions(syrk_kernel, dtype, constants)
+        constants = {"ONES": True, "TILE": 64, "STEP": 32}
+        found[f"syrk {dtype}"] = instructions(syrk_kernel, dtype, constants)
         for tile in (16, 64):
             constants = {"KERNEL1": 3, "KERNEL2": 1, "TILE": tile, "STEP": 32}
             found[f"shift {dtype} {tile}"] = instructions(correlation_kernel, dtype, constants)

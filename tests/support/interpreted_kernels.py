@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ops import moments, moments_patch, moments_shift
-from graphopt.ops.moments_window import Window
+from graphopt.ops.moments_window import PatchArguments, Window
 from graphopt.runtime.kernels import dispatch
 from graphopt.runtime.kernels.shift import correlate
 from graphopt.runtime.kernels.syrk import syrk
@@ -52,13 +52,6 @@ def products() -> Iterator[Case]:
         lambda: syrk(rows, True, 1, 1.0, parts=3),
         lambda: moments.second_moment(rows, True, 1, 1.0),
     )
-    old = normal(7, 10)
-    for parts in (1, 2):
-        yield (
-            f"syrk running mean in {parts}",
-            lambda parts=parts: syrk(rows, False, 1, 0.1, old=old[:, :6], decay=0.9, parts=parts),
-            lambda: 0.9 * old[:, :6] + 0.1 * moments.second_moment(rows, False, 1, 0.1),
-        )
     yield (
         "syrk without rows",
         lambda: syrk(rows[:, :0], True, 1, 1.0),
@@ -106,15 +99,12 @@ def whole() -> Iterator[Case]:
         ("transposed", ([2, 2], [1, 1], [1, 0], [1, 1], True, [0, 0]), 1, True, 1),
         ("strided", ([3, 3], [2, 2], [1, 1], [1, 1], False, [0, 0]), 1, True, 1),
     ):
-        window = Window.of(*arguments)
+        given = (*arguments[:4], groups, *arguments[4:], ones, pieces, 0.5)
+        args = PatchArguments.of(*given)
         yield (
             f"patches {name}",
-            lambda arguments=arguments, groups=groups, ones=ones, pieces=pieces: (
-                dispatch.patch_moment(x, *arguments[:4], groups, *arguments[4:], ones, pieces, 0.5)
-            ),
-            lambda window=window, groups=groups, ones=ones, pieces=pieces: moments_patch.by_patches(
-                x, window, groups, ones, pieces, 0.5
-            ),
+            lambda given=given: dispatch.patch_moment(x, *given),
+            lambda args=args: moments_patch.by_patches(x, args),
         )
     yield (
         "rows of float64",

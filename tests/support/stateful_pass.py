@@ -27,8 +27,8 @@ class GradientNorms(Pass):
         applied = []
         for name in graph.signature.names(Role.GRAD):
             gradient = graph.gradient(name)
-            key = f"squared_norm.{name}"
-            ctx.state.setdefault(key, torch.zeros(()))
+            key = f"{self.name}/{name}"
+            ctx.state.setdefault(name, torch.zeros(()))
             value = gradient.meta["val"].sum()
             state = graph.add_input(Slot(Role.STATE, key, Phase.BACKWARD), value)
             state.meta["partitioner_tag"] = "is_backward"

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_map_only
 
 from graphopt.testing.corpus import CORPUS, CorpusModel
 
+pytestmark = pytest.mark.corpus
+
 SEED = 3
 
 

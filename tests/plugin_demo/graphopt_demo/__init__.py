@@ -1,1 +1,1 @@
-"""A graphopt pass in a package of its own."""
+"""graphopt passes in a package of their own."""

@@ -21,7 +21,7 @@ class Bar:
         label: what it belongs to.
         value: zero or more.
         low: lower end of its interval.
-        high: upper end of it.
+        high: upper end.
     """
 
     label: str
@@ -81,7 +81,7 @@ def _draw(root: Xml.Element, bar: Bar, fill: str, x: Callable[[float], float], y
         line(root, (x(bar.low), middle), (x(bar.high), middle), INK)
         for end in (bar.low, bar.high):
             line(root, (x(end), middle - 4), (x(end), middle + 4), INK)
-    # In a column of their own, where no line of the axis crosses them.
+    # In a separate column, where no grid line crosses them.
     text(root, WIDTH - RIGHT + 12, middle + 4, words, size=12)
 
 

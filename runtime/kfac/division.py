@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.errors import StateError
-from graphopt.plan.kfac import PREFIX, Block, Curvature
+from graphopt.plan.kfac import Block, Curvature
 from graphopt.runtime.kfac.exchange import Exchange, Parcel
 from graphopt.runtime.kfac.interval import Interval
 from graphopt.runtime.kfac.owners import Grid, assign, cost, measure, sizes, units
 from graphopt.runtime.kfac.solve import solver
 from graphopt.runtime.kfac.state import CurvatureState, prefix_of
-from graphopt.runtime.ranks.workers import Workers
+from graphopt.runtime.ranks.ranks import Ranks
 
 # Under which a saved state keeps the owners, so that a resumed run sums in the same order.
-_OWNERS = PREFIX + "owners"
+_OWNERS = "owners"
 
 
 @dataclass
@@ -34,16 +34,16 @@ class Division:
     """Who owns what in one model; shared by all its specialisations.
 
     Attributes:
-        workers: the ranks.
+        ranks: all of them.
         grid: their rows and columns.
         exchange: their messages.
         owners: rank by unit of blocks.
-        keeper: rank by the beginning of a name in the state, of what only an owner may answer for.
+        keeper: rank by statistic, and by `prefix_of` a block, of what only an owner may answer for.
         load: seconds of solving by rank.
         steps: finished steps.
     """
 
-    workers: Workers
+    ranks: Ranks
     grid: Grid
     exchange: Exchange
     owners: dict[str, int] = field(default_factory=dict)
@@ -54,20 +54,14 @@ class Division:
     _column: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, workers: Workers, fraction: float) -> Division:
-        """The one of these workers; made when it is first asked for."""
-        if workers.division is None:
-            grid = Grid.of(workers.size, fraction)
-            exchange = Exchange(workers.line, workers.device)
-            workers.division = cls(workers, grid, exchange, load=[0.0] * workers.size)
-        found: Division = workers.division
-        return found
+    def of(cls, ranks: Ranks, fraction: float) -> Division:
+        """Nobody owns anything yet."""
+        return cls(ranks, Grid.of(ranks.size, fraction), Exchange(ranks), load=[0.0] * ranks.size)
 
-    def copy(self, workers: Workers) -> Division:
+    def copy(self, ranks: Ranks) -> Division:
         """For a copy of the model: the same owners, and messages of its own."""
-        exchange = Exchange(workers.line, workers.device)
         owned = dict(self.owners), dict(self.keeper), list(self.load)
-        return Division(workers, self.grid, exchange, *owned, 0, self._row, self._column)
+        return Division(ranks, self.grid, Exchange(ranks), *owned, 0, self._row, self._column)
 
     @property
     def rank(self) -> int:
@@ -106,11 +100,11 @@ class Division:
         saved = [] if loaded is None else loaded.tolist()
         wanted = sizes([block for members in new.values() for block in members])
         mine = f"{list(new)}\n{wanted}\n{saved}"
-        answer = self.workers.agree(
+        answer = self.ranks.agree(
             "blocks of kfac",
             mine,
             lambda: json.dumps(
-                list(measure(solver(curvature.solver), wanted, self.workers.device).items())
+                list(measure(solver(curvature.solver), wanted, self.ranks.device).items())
             ),
         )
         costs = {name: cost(members, dict(json.loads(answer))) for name, members in new.items()}
@@ -121,7 +115,7 @@ class Division:
             self.load[rank] += costs[name]
             for block in new[name]:
                 self.keeper[prefix_of(block)] = rank
-                self.keeper.update({f"{PREFIX}{s.statistic}/": rank for s in block.sides})
+                self.keeper.update({side.statistic: rank for side in block.sides})
         self.owners.update(owners)
         self.trim(state)
 
@@ -132,7 +126,7 @@ class Division:
             owner = self._keeper(key)
             if owner is None or owner == self.rank:
                 continue
-            if key.endswith(("/now", "/before")) or self.grid.column(owner) != column:
+            if not key.startswith("solution/") or self.grid.column(owner) != column:
                 del state[key]
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,19 +136,18 @@ class Division:
             StateError: within a step.
             RankError: a rank does not answer.
         """
-        if f"{PREFIX}micro-batches" in state:
+        if "micro-batches" in state:
             raise StateError(
                 "a step is not finished: its micro-batches are on several ranks",
                 hint="save the state after a backward pass outside of no_sync()",
             )
         if not self.owners:
             return dict(state)
-        ours = {k: v for k, v in state.items() if k.startswith(PREFIX)}
-        mine = {k: v for k, v in ours.items() if self._keeper(k) in (None, self.rank)}
+        mine = {k: v for k, v in state.items() if self._keeper(k) in (None, self.rank)}
         self.exchange.about = "the state"
-        found = self.exchange.union("saved", self.exchange.line.inner, mine)
+        found = self.exchange.union("saved", self.exchange.inner, mine)
         found[_OWNERS] = torch.tensor([self.grid.world, *self.owners.values()])
-        return {**{k: v for k, v in state.items() if k not in ours}, **found}
+        return found
 
     def notes(self) -> tuple[str, ...]:
         """A line for the report: bytes per step, over all ranks."""
@@ -165,54 +158,54 @@ class Division:
         return (f"kfac sends per step, in bytes over all ranks: {found}",)
 
     def _keeper(self, key: str) -> int | None:
-        if key.endswith("/interval"):
-            return None
-        return self.keeper.get(key[: key.rfind("/") + 1])
+        table, _, name = key.partition("/")
+        if table in ("now", "before"):
+            return self.keeper.get(name)
+        return self.keeper.get(key[: key.rfind("/") + 1]) if table == "solution" else None
 
     def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Those of this rank's row and column; all ranks make all groups in the same order."""
         grid = self.grid
         rows = [_group(grid, grid.row_ranks(i)) for i in range(grid.rows)]
         columns = [_group(grid, grid.column_ranks(i)) for i in range(grid.columns)]
-        inner = self.exchange.line.inner
+        inner = self.exchange.inner
         row, column = rows[grid.row(self.rank)], columns[grid.column(self.rank)]
         return inner if row is None else row, inner if column is None else column
 
-
-class Together:
-    """The share of one rank of several.
-
-    Args:
-        division: who owns what.
-        reduces: whether nobody else averages gradients over ranks.
-    """
-
-    def __init__(self, division: Division, *, reduces: bool) -> None:
-        self.division = division
-        self.exchange = division.exchange
-        self.reduces = reduces
+    # -- the end of a step -------------------------------------------------------------------------
 
     def step(
         self,
         curvature: CurvatureState,
         gradients: Mapping[str, Tensor],
         fresh: Mapping[str, Tensor],
+        *,
+        reduces: bool,
     ) -> dict[str, Tensor]:
-        """See `Share.step`; of a job that nobody else averages, all gradients of parameters.
+        """Renew statistics and solutions, and precondition.
+
+        Args:
+            curvature: of this rank.
+            gradients: of the whole step by parameter name.
+            fresh: statistics, and rows of examples, that this step computed.
+            reduces: whether nobody else averages gradients over ranks.
+
+        Returns:
+            Preconditioned gradients by parameter name; where gradients are reduced here, all.
 
         Raises:
             RankError: a rank does not answer.
         """
-        division, grid = self.division, self.division.grid
-        division.prepare(curvature.curvature, curvature.state)
+        grid = self.grid
+        self.prepare(curvature.curvature, curvature.state)
         blocks = units(curvature.curvature.blocks)
-        owner = {name: division.owner(unit) for unit, bs in blocks.items() for name in _needs(bs)}
+        owner = {name: self.owner(unit) for unit, bs in blocks.items() for name in _needs(bs)}
         self.exchange.about = f"the curvature of step {curvature.step + 1}"
         fresh = dict(sorted(fresh.items()))
 
         parcels = self._statistics(curvature, fresh, owner)
-        everywhere = dict(gradients) if self.reduces else {}
-        if self.reduces and grid.rows == 1:
+        everywhere = dict(gradients) if reduces else {}
+        if reduces and grid.rows == 1:
             taken = [n for n in gradients if n in owner]
             parcels += [
                 Parcel("gradients", n, gradients[n], owner[n], gradients[n].dtype) for n in taken
@@ -223,22 +216,22 @@ class Together:
         means = {**gradients, **means, **_of_kind(received, "gradients")}
 
         if fresh:
-            own = [b for u, bs in blocks.items() if division.owner(u) == division.rank for b in bs]
+            own = [b for u, bs in blocks.items() if self.owner(u) == self.rank for b in bs]
             changed = curvature.take_over(own, _of_kind(received, "statistics"))
             self._share_solutions(curvature, changed)
             self._share_intervals(curvature, list(fresh), owner)
-            division.trim(curvature.state)
-        division.steps += 1
+            self.trim(curvature.state)
+        self.steps += 1
 
         columns: list[list[Block]] = [[] for _ in range(grid.columns)]
         for unit, members in blocks.items():
-            columns[grid.column(division.owner(unit))] += members
-        mine = columns[grid.column(division.rank)]
+            columns[grid.column(self.owner(unit))] += members
+        mine = columns[grid.column(self.rank)]
         means.update(curvature.precondition(mine, means))
         if grid.columns > 1:
             names = ([n for n in _parameters(bs) if n in gradients] for bs in columns)
             parts = [{n: means[n] for n in some} for some in names]
-            means.update(self.exchange.spread("gradients", division.row, parts))
+            means.update(self.exchange.spread("gradients", self.row, parts))
         return means
 
     def _statistics(
@@ -258,7 +251,7 @@ class Together:
 
     def _share_solutions(self, curvature: CurvatureState, changed: Sequence[Block]) -> None:
         """Give the ranks of the column what this one has solved, and take what they have."""
-        if self.division.grid.rows == 1:
+        if self.grid.rows == 1:
             return
         state = curvature.state
         mine = {}
@@ -266,7 +259,7 @@ class Together:
             # Says that the former solution is void, also where there is no new one.
             mine[prefix] = torch.empty(0, dtype=torch.uint8)
             mine.update({k: v for k, v in state.items() if k.startswith(prefix)})
-        found = self.exchange.union("solutions", self.division.column, mine)
+        found = self.exchange.union("solutions", self.column, mine)
         # Those of this rank, too: strides that only the owner has would give it other roundings.
         for prefix in (name for name in found if name.endswith("/")):
             for key in [k for k in state if k.startswith(prefix)]:
@@ -282,7 +275,7 @@ class Together:
             return
         numbers = torch.zeros(len(names), 3, dtype=torch.int64)
         for row, name in zip(numbers, names, strict=True):
-            if owner[name] == self.division.rank:
+            if owner[name] == self.rank:
                 known = curvature.interval(name)
                 row.copy_(torch.tensor([known.last, known.before, known.next]))
         numbers = numbers.to(self.exchange.device)

@@ -1,4 +1,4 @@
-"""Everything a graph says about one of its parameters or nodes, as plain data."""
+"""Where one parameter or node of a graph comes from, and what uses it, as plain data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from graphopt.plan import Role
 
 
 @dataclass(frozen=True)
-class Link:
-    """A node that another one is connected with.
+class Neighbour:
+    """A node that reads or produces the value of another one.
 
     Attributes:
         node: its name.
@@ -60,7 +60,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Story:
+class Provenance:
     """One parameter, buffer, input or operator.
 
     Attributes:
@@ -91,8 +91,8 @@ class Story:
     module: str
     kind: str
     source: str
-    producers: tuple[Link, ...]
-    users: tuple[Link, ...]
+    producers: tuple[Neighbour, ...]
+    users: tuple[Neighbour, ...]
     outputs: tuple[str, ...]
     flops: int
     bytes: int
@@ -101,13 +101,13 @@ class Story:
 
 
 def names(graph: Graph) -> dict[str, fx.Node]:
-    """What `story` can be asked for: the names of inputs and of nodes; an input's name wins."""
+    """What `provenance` can be asked for: inputs and nodes; an input's name wins."""
     result = {node.name: node for node in graph.nodes if node.op != "output"}
     slots = zip(graph.signature.inputs, graph.inputs, strict=True)
     return result | {slot.name: node for slot, node in slots if slot.role is not Role.TANGENT}
 
 
-def story(graph: Graph, name: str) -> Story:
+def provenance(graph: Graph, name: str) -> Provenance:
     """What `graph` says about `name`; raises ``KeyError`` for a name that `names` lacks."""
     node = names(graph)[name]
     slot = graph.slot(node) if node.op == "placeholder" else None
@@ -117,7 +117,7 @@ def story(graph: Graph, name: str) -> Story:
     stack = module_stack(node)
     price = graph.get(cost).by_node[node]
     outputs = zip(graph.signature.outputs, graph.outputs, strict=True)
-    return Story(
+    return Provenance(
         name=name,
         what=str(slot.role) if slot else "operator",
         node=node.name,
@@ -127,7 +127,7 @@ def story(graph: Graph, name: str) -> Story:
         module=slot.name.rpartition(".")[0] if slot else module_of(node),
         kind=stack[-1][1] if stack else "",
         source=source,
-        producers=tuple(_link(graph, producer) for producer in node.all_input_nodes),
+        producers=tuple(_neighbour(graph, producer) for producer in node.all_input_nodes),
         users=users,
         outputs=tuple(str(out) for out, returned in outputs if returned is node),
         flops=price.flops,
@@ -137,7 +137,7 @@ def story(graph: Graph, name: str) -> Story:
     )
 
 
-def _users(graph: Graph, node: fx.Node) -> tuple[Link, ...]:
+def _users(graph: Graph, node: fx.Node) -> tuple[Neighbour, ...]:
     """What reads a value, in graph order; a view stands for its own users."""
     views = graph.get(storage).views
     found: set[fx.Node] = set()
@@ -148,12 +148,12 @@ def _users(graph: Graph, node: fx.Node) -> tuple[Link, ...]:
             todo.extend(user.users)
         elif user.op != "output":
             found.add(user)
-    return tuple(_link(graph, user) for user in sorted(found))
+    return tuple(_neighbour(graph, user) for user in sorted(found))
 
 
-def _link(graph: Graph, node: fx.Node) -> Link:
+def _neighbour(graph: Graph, node: fx.Node) -> Neighbour:
     what = str(graph.slot(node).role) if node.op == "placeholder" else operator_name(node)
-    return Link(node.name, what, str(phase_of(node)), source_of(node))
+    return Neighbour(node.name, what, str(phase_of(node)), source_of(node))
 
 
 def _gradient(graph: Graph, name: str) -> Gradient | None:

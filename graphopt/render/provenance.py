@@ -9,20 +9,28 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from graphopt.analysis.story import Link, Story
+from graphopt.analysis.provenance import Neighbour, Provenance
 from graphopt.pipeline.step import PassStep
+from graphopt.plan.reading import Mention
 from graphopt.render.steps import numbers_text
 from graphopt.render.units import count, size
 
 USERS_SHOWN = 8
 
 
-def story_view(told: Story, decisions: Sequence[PassStep], *, removed: bool) -> RenderableType:
-    """The story as lines of fact, then one line per decision.
+def provenance_view(
+    told: Provenance,
+    decisions: Sequence[PassStep],
+    planned: Sequence[Mention] = (),
+    *,
+    removed: bool,
+) -> RenderableType:
+    """The provenance as lines of fact, then one line per decision.
 
     Args:
         told: what the graph says.
         decisions: one step per pass, with only those sites that are about `told`.
+        planned: where the plan names it.
         removed: whether a pass removed the node.
     """
     table = Table.grid(padding=(0, 2))
@@ -36,10 +44,13 @@ def story_view(told: Story, decisions: Sequence[PassStep], *, removed: bool) -> 
     for step in decisions:
         for verdict in _verdicts(step, told):
             table.add_row("pass", f"[bold]{escape(step.spec)}[/]: {verdict}")
+    for mention in planned:
+        words = ", ".join(f"{key} {value}" for key, value in mention.values.items())
+        table.add_row("plan", escape(f"{mention.part} {mention.path}: {words}"))
     return Group(f"[bold]{escape(told.name)}[/]  {told.what}", table)
 
 
-def _facts(told: Story) -> Iterator[tuple[str, str]]:
+def _facts(told: Provenance) -> Iterator[tuple[str, str]]:
     yield "type", told.type
     if told.operator:
         yield "operator", f"{told.operator}, {told.phase}"
@@ -49,12 +60,12 @@ def _facts(told: Story) -> Iterator[tuple[str, str]]:
         yield "module", f"{told.module} {told.kind}".rstrip()
     if told.source:
         yield "source", told.source
-    yield from (("reads", _link(link, told)) for link in told.producers)
+    yield from (("reads", _neighbour(other, told)) for other in told.producers)
     for half in ("forward", "backward"):
-        links = [link for link in told.users if link.phase == half]
-        yield from ((f"used {half}", _link(link, told)) for link in links[:USERS_SHOWN])
-        if len(links) > USERS_SHOWN:
-            yield f"used {half}", f"and by {len(links) - USERS_SHOWN} more"
+        users = [other for other in told.users if other.phase == half]
+        yield from ((f"used {half}", _neighbour(other, told)) for other in users[:USERS_SHOWN])
+        if len(users) > USERS_SHOWN:
+            yield f"used {half}", f"and by {len(users) - USERS_SHOWN} more"
     yield from (("returned as", output) for output in told.outputs)
     if told.gradient:
         g = told.gradient
@@ -68,13 +79,13 @@ def _facts(told: Story) -> Iterator[tuple[str, str]]:
         yield "saved", f"{size(told.saved)} kept for backward"
 
 
-def _link(link: Link, told: Story) -> str:
-    """A neighbour, with its source line unless that was told already."""
-    source = f"  {link.source}" if link.source not in ("", told.source) else ""
-    return f"{link.node}  {link.operator}{source}"
+def _neighbour(other: Neighbour, told: Provenance) -> str:
+    """With its source line, unless that was shown already."""
+    source = f"  {other.source}" if other.source not in ("", told.source) else ""
+    return f"{other.node}  {other.operator}{source}"
 
 
-def _verdicts(step: PassStep, told: Story) -> Iterator[str]:
+def _verdicts(step: PassStep, told: Provenance) -> Iterator[str]:
     if step.skipped:
         yield f"[yellow]skipped[/], {escape(step.skipped)}"
         return
@@ -88,5 +99,5 @@ def _verdicts(step: PassStep, told: Story) -> Iterator[str]:
         yield "no candidate here"
 
 
-def _site(site: str, told: Story) -> str:
+def _site(site: str, told: Provenance) -> str:
     return "" if site in (told.name, told.node) else f"{escape(site)}: "

@@ -1,0 +1,130 @@
+"""The ranks of one mesh dimension, as `optimize`, the passes and the runtime parts see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import PrefixStore, _broadcast_coalesced
+from torch.distributed.distributed_c10d import _world
+
+from graphopt.errors import ArgumentError
+from graphopt.network.curve import Curve
+from graphopt.runtime.ranks.agreement import Agreement
+from graphopt.runtime.ranks.channel import Channel
+from graphopt.runtime.ranks.link import measure_link
+from graphopt.runtime.ranks.link_cache import describe, find, keep
+
+_numbers = count()
+# How rank 0 says that it kept no curve.
+_NONE = "none"
+
+
+@dataclass
+class Ranks:
+    """One model's view of a process group.
+
+    Attributes:
+        group: carries the messages of the model's graphs.
+        device: where messages lie.
+    """
+
+    group: Channel
+    device: torch.device
+    _decisions: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
+    _copies: Iterator[int] = field(default_factory=count, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, group: dist.ProcessGroup) -> Ranks:
+        """The ranks of a process group, for a model.
+
+        Raises:
+            ArgumentError: the parameters lie on several kinds of device.
+        """
+        named = [*model.named_parameters(), *model.named_buffers()]
+        kinds = {t.device.type: name for name, t in named}
+        if len(kinds) > 1:
+            places = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())
+            raise ArgumentError(
+                f"the parameters lie on several kinds of device: {places}",
+                hint="move the model with model.to(device) before optimizing it",
+            )
+        number = next(_numbers)
+        device = named[0][1].device if named else torch.device("cpu")
+        timeout = group._get_backend(device).options._timeout
+        store = PrefixStore(f"graphopt/{number}", _world.pg_map[group][1])
+        agreement = Agreement(store, group.rank(), group.size(), timeout)
+        return cls(Channel(group, agreement, f"graphopt.{number}"), device)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.group.size()
+
+    @property
+    def channel(self) -> str:
+        """Name under which the graph's collectives find these ranks."""
+        return self.group.channel
+
+    def link(self) -> Curve:
+        """Measured cost of a message: what rank 0 kept of an earlier run, or its fit now."""
+        if ("link", "") not in self._decisions:
+            agreement = self.group.agreement
+            agreement.tell("shape", describe(self.group.inner, self.device))
+            kept = self.agree("link cache", "", lambda: _text(find(agreement.told("shape"))))
+            if kept == _NONE:
+                mine = measure_link(self.group.inner, self.device)
+                self.agree("link", "", lambda: _text(mine))
+                if self.group.rank() == 0:
+                    keep(agreement.told("shape"), mine)
+            else:
+                self._decisions["link", ""] = kept
+        points, source, joining = json.loads(self._decisions["link", ""])
+        return Curve(tuple((size, time) for size, time in points), source, joining)
+
+    def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
+        """Rank 0's decision, once `mine` was found equal on all ranks; else ``RankError``.
+
+        What was agreed once holds: a rank that captures again, because only its batch has another
+        shape, must not wait for the others.
+        """
+        if (topic, mine) not in self._decisions:
+            decision = self.group.agreement.agree(topic, mine, decide)
+            self._decisions[topic, mine] = decision
+        return self._decisions[topic, mine]
+
+    def start(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's parameters and buffers, after a look whether they fit.
+
+        Raises:
+            RankError: the models of two ranks differ, or a rank did not come.
+        """
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        known = "\n".join(
+            f"{name} {t.dtype} {list(t.shape)}{'' if t.requires_grad else ' fixed'}"
+            for name, t in tensors
+        )
+        self.agree("models", known, lambda: "")
+        if tensors:
+            with torch.no_grad():
+                values = [t.detach() for _, t in tensors]
+                _broadcast_coalesced(self.group.inner, values, 256 << 20, 0)
+
+    def copy(self) -> Ranks:
+        """The same ranks for a copy of the model, with messages of its own.
+
+        Decisions are shared, so that a copy that lives on one rank only asks nobody about what the
+        original has settled. A copy that is trained must be trained on all ranks.
+        """
+        name = f"{self.channel}.{next(self._copies)}"
+        own = Channel(self.group.inner, self.group.agreement, name)
+        return Ranks(own, self.device, _decisions=self._decisions)
+
+
+def _text(curve: Curve | None) -> str:
+    return _NONE if curve is None else json.dumps([curve.points, curve.source, curve.joining])

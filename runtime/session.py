@@ -1,0 +1,346 @@
+"""What one optimized model keeps between its steps, whatever methods it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from graphopt import registry
+from graphopt.errors import PluginError, SpecError, StateError
+from graphopt.plan import Plan, PlanPart, Role
+
+if TYPE_CHECKING:
+    from graphopt.runtime.engine.step import Step
+    from graphopt.runtime.part import RuntimePart
+    from graphopt.runtime.ranks.ranks import Ranks
+
+
+class Scaler(Protocol):
+    """What a `torch.amp.GradScaler` is to a session."""
+
+    def get_scale(self) -> float:
+        """Factor of the loss."""
+
+
+class Session:
+    """State, ranks, accumulation, loss scale and runtime parts of one model.
+
+    Args:
+        passes: names of the pipeline's passes; each owns the namespace of its name.
+        ranks: those of a running job by mesh dimension.
+
+    Attributes:
+        states: tensors by namespace and name.
+        synchronise: whether forward passes made now begin steps that end.
+        pending: whether backward passes have run since the last step that ended.
+        scaler: multiplies the loss before its backward (mixed precision).
+    """
+
+    def __init__(
+        self, passes: Sequence[str] = (), ranks: Mapping[str, Ranks] | None = None
+    ) -> None:
+        self.passes = tuple(passes)
+        self.ranks: dict[str, Ranks] = dict(ranks or {})
+        self.states: dict[str, dict[str, Tensor]] = {}
+        self.synchronise = True
+        self.pending = False
+        self.scaler: Scaler | None = None
+        self._runtime: dict[str, RuntimePart[Any]] = {}
+        self._plan_parts: list[PlanPart] = []
+        self._unchecked: set[str] = set()
+        # ``STATE`` inputs that graphs themselves renew, and what `watch` compares with.
+        self._written: set[str] = set()
+        self._watched: dict[str, Tensor] | None = None
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def part(self, name: str) -> RuntimePart[Any]:
+        """The runtime part of this name; there is one per model.
+
+        Raises:
+            PluginError: there is none.
+        """
+        if name not in self._runtime:
+            try:
+                kind = registry.get(name, registry.RUNTIME_PARTS)
+            except SpecError as error:
+                raise PluginError(
+                    f"pass {name!r} leaves a plan part, and no runtime part obeys it",
+                    hint=f"its package needs an entry point {name!r} in the group "
+                    f"{registry.RUNTIME_PARTS.group!r}",
+                ) from error
+            self._runtime[name] = kind(self)
+        return self._runtime[name]
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether any pass of the pipeline has a runtime part."""
+        return any(name in registry.names(registry.RUNTIME_PARTS) for name in self.passes)
+
+    def methods(self) -> tuple[tuple[str, tuple[str, type]], ...]:
+        """What runtime parts add to the model: name of the method, of its part, and its class.
+
+        Raises:
+            PluginError: two parts add different methods of one name.
+        """
+        found: dict[str, tuple[str, type]] = {}
+        for owner in self.passes:
+            if owner not in registry.names(registry.RUNTIME_PARTS):
+                continue
+            kind = registry.get(owner, registry.RUNTIME_PARTS)
+            for name in kind.methods:
+                other, theirs = found.setdefault(name, (owner, kind))
+                if getattr(theirs, name) is not getattr(kind, name):
+                    raise PluginError(
+                        f"{other!r} and {owner!r} both add a method {name!r} to the model",
+                        hint="leave one of the passes out",
+                    )
+        return tuple(found.items())
+
+    def parts(self, plan: Plan) -> list[tuple[RuntimePart[Any], PlanPart]]:
+        """Runtime and plan parts of a plan, in pipeline order.
+
+        Raises:
+            PluginError: a runtime part is missing, or is of another version than its plan part.
+            StateError: a state was loaded that is none of this plan.
+        """
+        found = []
+        for part in plan.parts:
+            runtime = self.part(part.name)
+            if runtime.version != part.version:
+                raise PluginError(
+                    f"the plan part of {part.name!r} has version {part.version}, and the runtime "
+                    f"part that is installed obeys version {runtime.version}",
+                    hint="install plan part and runtime part from one release",
+                )
+            if part.name in self._unchecked:
+                runtime.accepts(part, self.state(part.name))
+                self._unchecked.discard(part.name)
+            if part not in self._plan_parts:
+                self._plan_parts.append(part)
+            found.append((runtime, part))
+        return found
+
+    def agree(self, plan: Plan) -> None:
+        """Compare the decisions of all ranks, before the first message is sent.
+
+        Raises:
+            RankError: they differ, naming the first difference; or a rank did not come.
+        """
+        for ranks in self.ranks.values() if plan.parts else ():
+            ranks.agree("plans", plan.outline(), lambda: "")
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The namespace of a pass."""
+        return self.states.setdefault(name, {})
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a ``STATE`` input ``"<pass>/<what>"``."""
+        owner, _, what = name.partition("/")
+        return self.states[owner][what]
+
+    def check_inputs(self, plan: Plan, values: Iterable[Any]) -> None:
+        """Whether the ``STATE`` inputs of a plan are there, in the form it was made for.
+
+        Raises:
+            StateError: another state was loaded.
+        """
+        mutated = set(plan.signature.names(Role.MUTATION))
+        for slot, value in zip(plan.signature.inputs, values, strict=True):
+            if slot.role is not Role.STATE:
+                continue
+            if slot.name in mutated:
+                self._written.add(slot.name)
+            owner, _, what = slot.name.partition("/")
+            found = self.state(owner).get(what)
+            self._unchecked.discard(owner)
+            if found is None or found.shape != value.shape:
+                here = "nothing" if found is None else f"shape {tuple(found.shape)}"
+                raise StateError(
+                    f"{slot.name!r} has {here} in the loaded state, and the model needs shape "
+                    f"{tuple(value.shape)}",
+                    hint="load the state of this model",
+                )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors as ``"<namespace>/<name>"``; a collective where ranks divide them."""
+        self.settle()
+        found = {}
+        for name, state in self.states.items():
+            runtime = self._runtime.get(name)
+            whole = state if runtime is None else runtime.gather()
+            found.update({f"{name}/{key}": tensor.clone() for key, tensor in whole.items()})
+        return found
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` has given.
+
+        What no call has needed yet is checked when one does.
+
+        Raises:
+            StateError: the state belongs to another model; nothing was loaded.
+        """
+        # Where the passes left plan parts, these know what a state must be.
+        from graphopt.runtime.part import check_like
+
+        by_owner: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in saved.items():
+            owner, _, what = key.partition("/")
+            if owner not in self.passes or not what:
+                raise StateError(
+                    f"the saved state has {key!r}, and no pass of this model is called {owner!r}",
+                    hint="optimize with the passes that it was saved with",
+                )
+            by_owner.setdefault(owner, {})[what] = tensor
+        self.settle()
+        decided = {part.name for part in self._plan_parts}
+        for part in self._plan_parts:
+            self.part(part.name).accepts(part, by_owner.get(part.name, {}))
+        for name in self.states.keys() - decided:
+            check_like(name, self.states[name], by_owner.get(name, {}))
+        for name in by_owner.keys() | self.states.keys():
+            state = by_owner.get(name, {})
+            if name in decided:
+                self.part(name).load(state)
+                continue
+            own = self.state(name)
+            if not own:
+                self._unchecked.add(name)
+            own.clear()
+            own.update({what: tensor.clone() for what, tensor in state.items()})
+
+    def settle(self) -> None:
+        """Have in the state what steps have left to arrive later."""
+        for runtime in self._runtime.values():
+            runtime.settle()
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the report."""
+        return tuple(note for part in self._runtime.values() for note in part.notes())
+
+    def copy(self, memo: dict[int, Any] | None = None) -> Session:
+        """For a copy of the model: state and messages of its own, the same ranks."""
+        self.settle()
+        ranks = {dimension: ranks.copy() for dimension, ranks in self.ranks.items()}
+        other = Session(self.passes, ranks)
+        other.states = deepcopy(self.states, memo)
+        other.pending, other.scaler = self.pending, self.scaler
+        other._unchecked, other._written = set(self._unchecked), set(self._written)
+        other._plan_parts = list(self._plan_parts)
+        other._runtime = {name: part.copy(other) for name, part in self._runtime.items()}
+        return other
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of this step was multiplied with."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, forward passes begin micro-batches: their backward only accumulates."""
+        before, self.synchronise = self.synchronise, False
+        try:
+            yield
+        finally:
+            self.synchronise = before
+
+    def take(self, parameters: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Gradients that micro-batches have accumulated; the parameters have none then.
+
+        This is the only place that reads or changes ``.grad``.
+        """
+        found = {}
+        for name in names if self.pending else ():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                found[name] = gradient
+                parameters[name].grad = None
+        return found
+
+    def finish(
+        self,
+        runtime: RuntimePart[Any],
+        part: PlanPart,
+        step: Step,
+        gradients: dict[str, Tensor],
+    ) -> None:
+        """Call a part's `finish`, the only time at which its state may change."""
+        if self._watched is None:
+            runtime.finish(part, step, gradients)
+            return
+        self._unchanged()
+        runtime.finish(part, step, gradients)
+        self._unchanged(besides=runtime.name)
+        self._watched = self._copies()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Within, the state of a part must not change outside of its `finish`.
+
+        It costs a copy of all state per step.
+
+        Raises:
+            StateError: it did; names the part and the tensor.
+        """
+        self._watched = self._copies()
+        try:
+            yield
+            self._unchanged()
+        finally:
+            self._watched = None
+
+    def _copies(self) -> dict[str, Tensor]:
+        found = {f"{o}/{what}": t for o, state in self.states.items() for what, t in state.items()}
+        return {name: t.clone() for name, t in found.items() if name not in self._written}
+
+    def _unchanged(self, besides: str = "") -> None:
+        before, now = self._watched or {}, self._copies()
+        for key in sorted(before.keys() | now.keys()):
+            owner = key.partition("/")[0]
+            if owner != besides and not _same(before.get(key), now.get(key)):
+                raise StateError(
+                    f"the runtime part of {owner!r} changed its state {key!r} outside of `finish`",
+                    hint="keep it in `Step.own` until `finish` is called; trials, saved states and "
+                    "copies rely on that",
+                )
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within, steps never end, send nothing, and leave no trace in the session."""
+        tables = {name: dict(state) for name, state in self.states.items()}
+        values = [(t, t.clone()) for state in tables.values() for t in state.values()]
+        flags = self.synchronise, self.pending
+        self.synchronise = False
+        try:
+            yield
+        finally:
+            self.synchronise, self.pending = flags
+            with torch.no_grad():
+                for tensor, value in values:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
+            for name, state in self.states.items():
+                state.clear()
+                state.update(tables.get(name, {}))
+
+    @contextmanager
+    def watched_trial(self) -> Iterator[None]:
+        """A `trial` that also watches over what changes state."""
+        with self.trial(), self.watch():
+            yield
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are there with the same values; NaN equals NaN."""
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
