@@ -157,7 +157,7 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _intervals(model: nn.Module) -> dict[str, float]:
     """Steps between the last two refreshes, over all statistics."""
-    last = [int(v[0]) for k, v in _state(model).items() if k.endswith("/interval")]
+    last = [int(v[0]) for k, v in _state(model).items() if k.startswith("interval/")]
     return {"mean": sum(last) / len(last), "least": min(last)}
 
 

@@ -6,10 +6,10 @@ over loopback.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from graphopt.errors import ArgumentError, GraphoptError
-from graphopt.model.surface import report
 from graphopt.passbase import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.spec import format_spec, parse_spec
@@ -46,7 +45,7 @@ def check_runtime(
 
     Args:
         passes: one pass, several, or a spec.
-        model: makes the model and an example batch, whose size is a multiple of four.
+        model: makes the model and an example batch, whose leading dimension is that of examples.
         ranks: whether to check on two ranks, too. These are processes: `model` has to be a
             function of a module, and a script needs ``if __name__ == "__main__"``. Gradients are
             averaged by ``group_gradients``, which is added if it is not there.
@@ -79,7 +78,7 @@ def _check(subject: Subject) -> set[str]:
     try:
         run = Run(subject)
         run.steps(1)
-        plans = [entry.plan for entry in report(run.model).specialisations]
+        plans = [variant.entry.plan for variant in run.controller.variants]
         found = {part.name for plan in plans for part in plan.parts}
         if found:
             for name, obligation in OBLIGATIONS.items():  # noqa: B007
@@ -154,11 +153,8 @@ def _rank(subject: Subject, folder: str) -> None:
         _write(folder, f"proved{subject.rank}", " ".join(_check(subject)))
     except BaseException as error:
         _write(folder, f"failed{subject.rank}", str(error))
-    dist.barrier()
     # Threads of Gloo may outlive the interpreter and abort a process that ends in the usual way.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    atexit.register(os._exit, 0)
 
 
 def _write(folder: str, name: str, text: str) -> None:

@@ -9,64 +9,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import capture
 from graphopt.passbase import REASSOCIATED, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan
-from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.testing.comparison import relative_error
-from graphopt.testing.runtime_runs import Run, Subject, batches, first_difference, loss_of
+from graphopt.testing.runtime_runs import (
+    Run,
+    Subject,
+    batches,
+    first_difference,
+    loss_of,
+    together,
+)
 
 MICRO = 2
 
 
 def _only_finish_changes_state(subject: Subject) -> None:
     run = Run(subject)
-    # State that a part makes when it is built is its initial state.
-    for micro in (1, MICRO):
-        run.controller.specialise(run.model, run.batches(micro)[0], {})
+    run.prepare()  # state that a part makes when it is built is its initial state
     with run.session.watch():
         run.steps(2)
         run.steps(2, MICRO)
-    trial = run.trial()
-    trial = type(trial)(run.model, run.batches()[0], {}, run.session.watched_trial)
-    trial.observe(lambda model, *args: model(*args))
+    run.trial(watched=True)
 
 
 def _trials_leave_no_trace(subject: Subject) -> None:
-    tried, straight = Run(subject), Run(subject)
+    tried, straight, verified = Run(subject), Run(subject), Run(subject, verify="full")
 
     def try_it() -> None:
         before, stream = tried.read(), torch.get_rng_state()
-        tried.trial().observe(lambda model, *args: model(*args))
+        tried.trial()
         changed = first_difference(before, tried.read())
         assert not changed, f"a trial changed {changed}"
         assert torch.equal(stream, torch.get_rng_state()), "a trial drew random numbers"
 
-    for run, before in ((tried, try_it), (straight, None)):
+    for run, before in ((tried, try_it), (straight, None), (verified, None)):
         run.steps(2, before=before)
         run.steps(2, MICRO, before=before)
-    changed = first_difference(straight.read(), tried.read())
-    assert not changed, f"after trials between its steps, training gave another {changed}"
-    verified, unverified = Run(subject, verify="full"), Run(subject)
-    for run in (verified, unverified):
-        run.steps(2)
-    changed = first_difference(unverified.read(), verified.read())
-    assert not changed, f"after a verified first call, training gave another {changed}"
+    for run, after in ((tried, "trials between its steps"), (verified, "a verified first call")):
+        changed = first_difference(straight.result(), run.result())
+        assert not changed, f"after {after}, training gave another {changed}"
 
 
 def _resume_is_bit_equal(subject: Subject) -> None:
-    straight, saving = Run(subject), Run(subject)
+    straight, resumed = Run(subject), Run(subject)
+    straight.steps(2)
     for micro in (1, MICRO):
-        resumed = Run(subject)
-        straight.steps(2, micro)
-        saving.steps(2, micro)
-        resumed.load(saving.save())
-        straight.steps(2, micro)
-        resumed.steps(2, micro)
-        changed = first_difference(straight.read(), resumed.read())
+        resumed.load(straight.save())
+        for run in (straight, resumed):
+            run.steps(2, micro)
+        changed = first_difference(straight.result(), resumed.result())
         assert not changed, f"a run that was saved and loaded has another {changed}"
-        saving = resumed
 
 
 def _copies_are_independent(subject: Subject) -> None:
@@ -77,11 +73,11 @@ def _copies_are_independent(subject: Subject) -> None:
     run.steps(2)
     changed = first_difference(before, twin.read())
     assert not changed, f"steps of the original changed {changed} of a copy"
-    after = run.read()
+    after, result = run.read(), run.result()
     twin.steps(2)
     changed = first_difference(after, run.read())
     assert not changed, f"steps of a copy changed {changed} of the original"
-    changed = first_difference(after, twin.read())
+    changed = first_difference(result, twin.result())
     assert not changed, f"a copy that went on has another {changed} than the original"
 
 
@@ -94,7 +90,7 @@ def _no_sync_only_accumulates(subject: Subject) -> None:
         for inputs in micro_batches:
             with run.session.no_sync() if model is run.model else nullcontext():
                 loss = loss_of(forward(*inputs))
-            loss.backward()
+            torch.autograd.backward(loss)
     assert run.session.pending, "after a backward within no_sync nothing is pending"
     wanted = dict(plain.named_parameters())
     for name, parameter in run.model.named_parameters():
@@ -111,8 +107,10 @@ def _accumulation_equals_one_batch(subject: Subject) -> None:
     if not _eager_accumulates(subject):
         return  # dropout, or statistics over the batch
     whole, parts = Run(subject), Run(subject)
-    whole.steps(3)
-    parts.steps(3, MICRO)
+    for _ in range(3):
+        micro_batches = whole.batches(MICRO)
+        whole.step([together(micro_batches)])
+        parts.step(micro_batches)
     _close(whole.model, parts.model, f"after steps of {MICRO} micro-batches")
     states = [
         {f"{owner}/{name}" for owner, state in run.session.states.items() for name in state}
@@ -174,11 +172,13 @@ def _without_parts(subject: Subject) -> tuple[nn.Module, Callable[..., object]]:
 def _eager_accumulates(subject: Subject) -> bool:
     """Whether the model itself, without graphopt, gives equal gradients in micro-batches."""
     gradients: list[list[Tensor]] = []
-    for micro in (1, MICRO):
+    for whole in (True, False):
         model, example = subject.start()
         torch.manual_seed(0)
-        for inputs in batches(subject, example, 0, micro):
-            (loss_of(model(*inputs)) / micro).backward()
+        parts = batches(subject, example, 0, MICRO)
+        parts = [together(parts)] if whole else parts
+        for inputs in parts:
+            torch.autograd.backward(loss_of(model(*inputs)) / len(parts))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     pairs = zip(*gradients, strict=True)
     return all(relative_error(one, other) <= REASSOCIATED.bound for one, other in pairs)

@@ -62,9 +62,9 @@ class Run:
     def __init__(self, subject: Subject, verify: Verify = "off") -> None:
         self.subject = subject
         model, self.example = subject.start()
-        self.model: nn.Module = optimize(
-            model, passes=list(subject.passes), backend="eager", verify=verify
-        )
+        # In place: what it returns is the same object, or a plan where a plan was asked for.
+        optimize(model, passes=list(subject.passes), backend="eager", verify=verify)
+        self.model = model
         self.optimizer = _optimizer(self.model)
         self.number = 0
 
@@ -83,33 +83,45 @@ class Run:
     # -- steps -------------------------------------------------------------------------------------
 
     def batches(self, micro: int = 1) -> list[tuple[Tensor, ...]]:
-        """This rank's part of the next batch, in micro-batches."""
+        """The next micro-batches."""
         return batches(self.subject, self.example, self.number, micro)
 
     def steps(self, count: int, micro: int = 1, before: Callable[[], None] | None = None) -> None:
-        """Train; each batch in so many micro-batches, and `before` is called before each."""
+        """Train with so many micro-batches per step; `before` is called before each."""
         for _ in range(count):
-            self.optimizer.zero_grad()
-            *early, last = self.batches(micro)
-            torch.manual_seed(self.number)
-            for inputs in (*early, last):
-                if before is not None:
-                    before()
-                # Not the model's own `no_sync`: a part need not offer that.
-                with nullcontext() if inputs is last else self.session.no_sync():
-                    loss = loss_of(self.model(*inputs)) / micro
-                loss.backward()
-            self.optimizer.step()
-            self.number += 1
+            self.step(self.batches(micro), before)
 
-    def trial(self, micro: int = 1) -> Trial:
+    def step(
+        self, micro_batches: list[tuple[Tensor, ...]], before: Callable[[], None] | None = None
+    ) -> None:
+        """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        torch.manual_seed(self.number)
+        for inputs in micro_batches:
+            if before is not None:
+                before()
+            ends = inputs is micro_batches[-1]
+            # Not the model's own `no_sync`: a part need not offer that.
+            with nullcontext() if ends else self.session.no_sync():
+                loss = loss_of(self.model(*inputs)) / len(micro_batches)
+            torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.number += 1
+
+    def prepare(self) -> None:
+        """Make the specialisation, without running it."""
+        self.controller.specialise(self.model, self.batches()[0], {})
+
+    def trial(self, *, watched: bool = False) -> None:
         """A step that leaves no trace, as verification makes it."""
-        return Trial(self.model, self.batches(micro)[0], {}, self.session.trial)
+        around = self.session.watched_trial if watched else self.session.trial
+        trial = Trial(self.model, self.batches()[0], {}, around)
+        trial.observe(lambda model, *inputs: model(*inputs))
 
     # -- what is compared --------------------------------------------------------------------------
 
     def read(self) -> dict[str, Tensor]:
-        """Parameters, buffers, gradients, state and the random stream, as they are now."""
+        """Parameters, buffers, gradients, own state and flags, as they are now."""
         named = list(self.model.named_parameters())
         found = {f"parameter {n!r}": p.detach() for n, p in named}
         found |= {f"buffer {n!r}": b for n, b in self.model.named_buffers()}
@@ -119,6 +131,13 @@ class Run:
         copies = {name: value.clone() for name, value in found.items()}
         flags = self.session.synchronise, self.session.pending
         return copies | {"flag of the session": torch.tensor(flags)}
+
+    def result(self) -> dict[str, Tensor]:
+        """What two runs of equal steps have in common; ranks may divide their state otherwise."""
+        found = self.read()
+        if self.subject.world == 1:
+            return found
+        return {name: value for name, value in found.items() if not name.startswith("state ")}
 
     # -- saving and copying ------------------------------------------------------------------------
 
@@ -154,18 +173,25 @@ class Run:
 def batches(
     subject: Subject, example: tuple[Tensor, ...], number: int, micro: int
 ) -> list[tuple[Tensor, ...]]:
-    """The batch of a step, near the example one, in micro-batches of one rank."""
-    generator = torch.Generator().manual_seed(number)
+    """This rank's micro-batches of a step, each of the example's shape and near it.
 
-    def changed(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value.roll(number, 0)
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        return value + 0.1 * noise.to(value)
+    Steps of one and of several micro-batches run the same specialisation.
+    """
+    first = (number * subject.world + subject.rank) * micro
+    return [tuple(_changed(value, first + i) for value in example) for i in range(micro)]
 
-    whole = [changed(value) for value in example]
-    parts = [value.chunk(subject.world)[subject.rank].chunk(micro) for value in whole]
-    return list(zip(*parts, strict=True))
+
+def together(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """One batch of several micro-batches."""
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def _changed(value: Tensor, seed: int) -> Tensor:
+    if not value.is_floating_point():
+        return value.roll(seed, 0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return value + 0.1 * noise.to(value)
 
 
 def loss_of(outputs: object) -> Tensor:

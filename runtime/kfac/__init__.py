@@ -162,8 +162,9 @@ def _complete(plan: Plan, step: Step, ranks: Ranks, gradients: dict[str, Tensor]
         ranks, gradients.keys(), lambda error: ranks.group.failure(what, "presence", error)
     )
     nowhere = presence.absent(names - gradients.keys(), question)
-    for name in presence.names:
-        if name in nowhere:
-            gradients.pop(name, None)
-        elif name not in gradients:
-            gradients[name] = torch.zeros_like(step.parameters[name])
+    found = {name: gradients.pop(name, None) for name in presence.names}
+    # In one order on all ranks, as they lie in the messages in the order of this dictionary.
+    for name, gradient in found.items():
+        if name not in nowhere:
+            zeros = torch.zeros_like
+            gradients[name] = zeros(step.parameters[name]) if gradient is None else gradient

@@ -53,8 +53,6 @@ def measure_link(group: Any, device: torch.device) -> Curve:
     return replace(curve, joining=_joining(device))
 
 
-
-
 def _joining(device: torch.device) -> float:
     """Seconds per byte for copying gradients into one buffer, newly allocated each time.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import networkx as nx
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -86,6 +87,7 @@ def bits(value: Tensor) -> Tensor:
     return value.contiguous().view(-1).view(torch.uint8)
 
 
+@pytest.mark.hypothesis  # examples are generated within
 def test_pass_is_proved() -> None:
     check_pass(Cleanup(), max_examples=60)
 

@@ -6,6 +6,7 @@ import math
 import operator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -132,5 +133,6 @@ def test_both_orders_keep_the_promised_error(layer: Layer) -> None:
         assert bool(((result.double() - exact).abs() <= (count + 8) * UNIT * magnitude).all())
 
 
+@pytest.mark.hypothesis  # examples are generated within
 def test_pass_is_proved() -> None:
     check_pass(FoldInference(), max_examples=40)

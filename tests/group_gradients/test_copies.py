@@ -101,8 +101,8 @@ def _silence_is_its_own(rank: int) -> None:
         total = alone.clone()
         dist.all_reduce(total)
         torch.testing.assert_close(mean, total / 2, rtol=1e-5, atol=1e-7)
-    assert _messages(twin).pending
-    assert not _messages(model).pending
+    assert controller_of(twin).session.pending
+    assert not controller_of(model).session.pending
 
 
 def test_no_sync_of_a_copy_leaves_the_original_alone(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from graphopt.plan import Phase, Plan, Role, Signature, Slot
-from graphopt.plan.grouping import Group, Grouping
 from graphopt.runtime.ranks.presence import Presence
 from tests.support.models import batch
 from tests.support.ranks import on_ranks
@@ -133,7 +132,7 @@ def test_results_of_the_step_before_are_never_absent(tmp_path: Path) -> None:
 # -- when ranks have to ask ------------------------------------------------------------------------
 
 
-def _presence(sources: tuple[tuple[int, ...], ...], stale: str = "none") -> Presence:
+def _presence(sources: tuple[tuple[int, ...], ...]) -> Presence:
     grads = tuple(Slot(Role.GRAD, f"p{i}", Phase.BACKWARD) for i in range(len(sources)))
     inputs = tuple(Slot(Role.PARAM, g.name) for g in grads)
     tangents = tuple(Slot(Role.TANGENT, str(i)) for i in range(2))
@@ -141,10 +140,8 @@ def _presence(sources: tuple[tuple[int, ...], ...], stale: str = "none") -> Pres
         spec="",
         signature=Signature((*inputs, *tangents), grads),
         gradient_sources=sources,
-        grouping=Grouping((Group(("p0", "p1"), 8, "float32 cpu"),), 1.0, 1.0, 1.0),
-        stale=stale,
     )
-    return Presence(plan, grads)
+    return Presence(plan, ("p0", "p1"))
 
 
 def test_ranks_ask_only_where_they_can_differ() -> None:
@@ -153,11 +150,9 @@ def test_ranks_ask_only_where_they_can_differ() -> None:
     assert not _presence(((0, 1), ())).asks  # the second one is absent for everybody
     assert not _presence(((0, 1), (0, 1), (0,))).asks  # the third one is not reduced
     assert _presence(((0, 1), (0,))).asks
-    assert not _presence(((0, 1), (0,)), stale="lag").asks
 
 
 def test_without_a_question_only_gradients_that_nobody_reduces_are_absent() -> None:
     presence = _presence(((0, 1), (0, 1), (0,)))
-    assert presence.present({1, 2}) == {"p0"}
-    assert presence.absent({1, 2}, None) == {2}
-    assert _presence(((0, 1), ())).absent({0, 1}, None) == {1}
+    assert presence.absent({"p1", "p2"}, None) == {"p2"}
+    assert _presence(((0, 1), ())).absent({"p0", "p1"}, None) == {"p1"}

@@ -53,6 +53,7 @@ def _channel() -> Iterator[None]:
     _unregister_process_group("dp")
 
 
+@pytest.mark.hypothesis  # examples are generated within
 @pytest.mark.parametrize(("wire", "tolerance"), [("native", 1e-6), ("bf16", 2e-2), ("int32", 1e-6)])
 def test_identical_ranks_change_nothing(wire: str, tolerance: float) -> None:
     seen = []

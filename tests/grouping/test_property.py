@@ -74,6 +74,7 @@ def _best_order(parts: Sequence[Sequence[Ready]], cost: Curve) -> float:
     return min(finish_time(order, cost) for order in permutations(map(group_of, parts)))
 
 
+@pytest.mark.hypothesis  # examples are generated within
 @pytest.mark.parametrize("kinds", [1, 2, 3])
 def test_no_set_partition_in_any_order_is_faster_on_an_affine_link(kinds: int) -> None:
     @given(gradients(most=6 if kinds == 1 else 5, kinds=kinds), affine)

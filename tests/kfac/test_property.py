@@ -49,6 +49,7 @@ def test_step_is_as_it_was_and_text_reads_back(graph: Graph, seed: int) -> None:
     assert print_graph(parse_graph(text)) == text
 
 
+@pytest.mark.hypothesis  # examples are generated within
 def test_statistics_are_of_what_the_gradient_is_the_product_of() -> None:
     seen = 0
 
@@ -94,6 +95,7 @@ def test_dense_statistics_are_positive_semidefinite(graph: Graph, seed: int) -> 
                 assert values.min() >= -1e-4 * values.abs().max().clamp(min=1e-12)
 
 
+@pytest.mark.hypothesis  # examples are generated within
 @pytest.mark.parametrize("order", ["cleanup first", "cleanup last"])
 def test_cleanup_and_kfac_commute_on_what_is_preconditioned(order: str) -> None:
     @settings(max_examples=15, deadline=None)

@@ -186,7 +186,7 @@ def _compare(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) ->
 
 
 def _intervals(state: dict[str, Tensor]) -> dict[str, list[int]]:
-    return {n: t.tolist() for n, t in state.items() if n.endswith("/interval")}
+    return {n: t.tolist() for n, t in state.items() if n.startswith("interval/")}
 
 
 def _equals_whole_batch(rank: int, world: int, cases: Sequence[tuple[str, int]], kept: str) -> None:
@@ -196,7 +196,7 @@ def _equals_whole_batch(rank: int, world: int, cases: Sequence[tuple[str, int]],
         found = run.steps(len(wanted))
         assert _compare(found, wanted) < CLOSE, spec
         assert _intervals(run.state) == intervals, spec
-        owned = {n for n in run.state if n.endswith("/now")}
+        owned = {n for n in run.state if n.startswith("now/")}
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, owned)
         # Each statistic has one owner, and no owner has all of them.
@@ -258,7 +258,7 @@ def _resume(rank: int, world: int, spec: str, folder: str) -> None:
         assert _compare(found, torch.load(f"{folder}/after{rank}")) == 0
     assert _compare(found, wanted) < CLOSE
     if world > 1:
-        assert "kfac/owners" not in run.state
+        assert "owners" not in run.state
     # Also where the model runs already, and keeps other tensors than the saved ones.
     run.load(torch.load(f"{folder}/saved0"))
     assert _compare(run.steps(4), wanted) < CLOSE
@@ -274,7 +274,7 @@ def test_state_moves_between_world_sizes(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     whole = Run(spec)
     whole.steps(1)
-    assert {n for n in whole.state if n.endswith("/now")} <= first.keys()
+    assert {f"kfac/{n}" for n in whole.state if n.startswith("now/")} <= first.keys()
     on_ranks(tmp_path, 2, _resume, 2, spec, str(tmp_path))
     on_ranks(tmp_path, 4, _resume, 4, spec, str(tmp_path))
     _resume(0, 1, spec, str(tmp_path))
@@ -288,7 +288,7 @@ def _hard_cases(rank: int, world: int) -> None:
 def _not_finite(rank: int, world: int) -> None:
     run = Run(SPEC % (0, "1"), rank, world)
     run.steps(2)
-    before = {n: t.clone() for n, t in run.state.items() if n.endswith("/now")}
+    before = {n: t.clone() for n, t in run.state.items() if n.startswith("now/")}
     images, labels = (t.chunk(world)[rank] for t in run.batch)
     if rank == 1:
         images = images * float("nan")

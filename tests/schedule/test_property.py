@@ -123,6 +123,7 @@ def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
 LAYERS = joint_graphs(kinds=["linear", "convolution", "layer_norm", "batch_norm", "embedding"])
 
 
+@pytest.mark.hypothesis  # examples are generated within
 @pytest.mark.parametrize("graphs", [joint_graphs(), LAYERS], ids=["all", "layers"])
 def test_pass_is_proved(graphs: st.SearchStrategy[Graph]) -> None:
     check_pass(Schedule(memory=10.0), graphs=graphs, max_examples=30, mesh={"dp": 4})
