@@ -48,11 +48,9 @@ def choose(
         trial: the user's own step.
         graph: what will run; its text is part of the key under which the choice is cached.
     """
-    if requested == "eager":
-        return BackendChoice("eager", requested, "requested", {}), make("eager")
-    if requested == "inductor":
+    if requested != "auto":
         try:
-            return BackendChoice("inductor", requested, "requested", {}), make("inductor")
+            return BackendChoice(requested, requested, "requested", {}), make(requested)
         except BackendError as error:
             log.warning("falling back to eager: %s", error)
             return BackendChoice("eager", requested, error.message, {}), make("eager")

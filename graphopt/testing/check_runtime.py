@@ -56,9 +56,10 @@ def check_runtime(
         ArgumentError: `model` cannot be sent to other processes.
     """
     subject = Subject(_passes(passes), model)
+    on_ranks = _on_ranks(subject) if ranks else None
     proved = _check(subject)
-    if ranks:
-        proved |= _check_on_ranks(subject)
+    if on_ranks is not None:
+        proved |= _check_on_ranks(on_ranks)
     assert proved, (
         f"no pass of {format_spec(subject.passes)!r} left a plan part, so nothing was proved; give "
         "`model=` with what it is about"
@@ -95,8 +96,8 @@ def _check(subject: Subject) -> set[str]:
 # -- two ranks -------------------------------------------------------------------------------------
 
 
-def _check_on_ranks(subject: Subject) -> set[str]:
-    """The same on two ranks over loopback, bounded in time."""
+def _on_ranks(subject: Subject) -> Subject:
+    """The same on several ranks, if it can be sent there."""
     subject = replace(subject, passes=_reducing(subject.passes), world=WORLD)
     try:
         pickle.dumps(subject)
@@ -105,6 +106,11 @@ def _check_on_ranks(subject: Subject) -> set[str]:
             f"the model or a pass cannot be sent to another process: {error}",
             hint="define them at the top level of a module, or check with ranks=False",
         ) from error
+    return subject
+
+
+def _check_on_ranks(subject: Subject) -> set[str]:
+    """Check on ranks that talk over loopback, bounded in time."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
