@@ -34,8 +34,6 @@ def profile_graph(
     return profile_in_turn([graph], inputs, rounds)[0]
 
 
-
-
 def profile_in_turn(
     graphs: Sequence[Graph], inputs: Sequence[Tensor] | None = None, rounds: int = 3
 ) -> list[dict[fx.Node, float]]:

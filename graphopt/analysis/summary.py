@@ -17,7 +17,7 @@ from graphopt.text.names import word_of
 
 
 @dataclass(frozen=True)
-class Half:
+class Totals:
     """Figures of the forward or the backward half of a module.
 
     Attributes:
@@ -50,8 +50,8 @@ class Summary:
     kind: str
     output: str
     parameters: int
-    forward: Half
-    backward: Half
+    forward: Totals
+    backward: Totals
     saved: int
     children: tuple[Summary, ...] = field(default=(), repr=False)
 
@@ -87,10 +87,10 @@ def _summarise(graph: Graph, region: Region, sizes: dict[str, int]) -> Summary:
     )
 
 
-def _half(graph: Graph, nodes: Sequence[fx.Node], phase: Phase) -> Half:
+def _half(graph: Graph, nodes: Sequence[fx.Node], phase: Phase) -> Totals:
     half = [node for node in nodes if phase_of(node) is phase]
     total = graph.get(cost).of(half)
-    return Half(sum(operator_name(n) != "getitem" for n in half), total.flops, total.bytes)
+    return Totals(sum(operator_name(n) != "getitem" for n in half), total.flops, total.bytes)
 
 
 def _output(graph: Graph, nodes: Sequence[fx.Node]) -> str:

@@ -136,26 +136,25 @@ def _ranks(mesh: str) -> int:
     return world
 
 
-def _split(spec: str) -> tuple[tuple[Pass, ...], str]:
-    """The passes before the one that groups (all if there is none), and its `link`, if any."""
+def _split(spec: str) -> tuple[tuple[Pass, ...], _Link | None]:
+    """The passes before the one that groups (all if there is none), and the link it names."""
     if spec == PLANNED:
-        return (), ""
+        return (), None
     from graphopt.pipeline.spec import parse_spec
 
     parsed = parse_spec(spec)
     for index, pass_ in enumerate(parsed):
         if "grouped" in pass_.provides:
-            return parsed[:index], str(getattr(pass_, "link", ""))
-    return parsed, ""
+            named = str(getattr(pass_, "link", "measure"))
+            return parsed[:index], None if named == "measure" else _Link(named, pass_.name)
+    return parsed, None
 
 
-def _link(option: str | None, named: str) -> _Link:
+def _link(option: str | None, named: _Link | None) -> _Link:
     """The link to plan for; measuring it needs the ranks of a job, which a plan has not."""
     if option is not None:
         return _Link(option, "--link")
-    if named not in ("", "measure"):
-        return _Link(named, "SPEC")
-    return _Link(DEFAULT_LINK, "default")
+    return named or _Link(DEFAULT_LINK, "default")
 
 
 def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:

@@ -21,7 +21,7 @@ BAD = "out of its class"
 
 
 @dataclass(frozen=True)
-class Stage:
+class Row:
     """One graph, compared with the one before it.
 
     Attributes:
@@ -62,7 +62,7 @@ def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json
     pipeline = Pipeline.parse(passes)
     subject = load_subject(model, no_grad=no_grad)
     graph, context = subject.graph, PassContext()
-    stages: list[Stage] = []
+    stages: list[Row] = []
     if subject.example and subject.capture:
         with phase("running PyTorch eager"), mode(subject.example, no_grad=no_grad):
             reference = by_eager(subject.example)
@@ -94,7 +94,7 @@ def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json
 class _Checks:
     """Observes a pipeline: runs the graph after each pass and compares it with the one before."""
 
-    def __init__(self, stages: list[Stage], captured: Observed, observe: Observe) -> None:
+    def __init__(self, stages: list[Row], captured: Observed, observe: Observe) -> None:
         self.stages = stages
         self._before = captured
         self._observe = observe
@@ -102,7 +102,7 @@ class _Checks:
     def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
         """Add one stage."""
         if step.skipped:
-            self.stages.append(Stage(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
+            self.stages.append(Row(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
             return
         from graphopt.model.trial import tolerance_of_pass
 
@@ -112,9 +112,7 @@ class _Checks:
         self._before = after
 
 
-def _stage(
-    name: str, numerics: Numerics, allowed: float, before: Observed, after: Observed
-) -> Stage:
+def _stage(name: str, numerics: Numerics, allowed: float, before: Observed, after: Observed) -> Row:
     from graphopt.model.trial import Observed, compare
 
     # A pass may declare that it adds or removes outputs; the pipeline checks that it did.
@@ -123,10 +121,10 @@ def _stage(
     worst = compare(old, new)
     within = "bit-equal" if worst.equal else "within its class"
     result = within if worst.error <= allowed else BAD
-    return Stage(name, str(numerics), allowed, worst.error, worst.name, result)
+    return Row(name, str(numerics), allowed, worst.error, worst.name, result)
 
 
-def _show(stages: list[Stage], first_bad: str | None) -> None:
+def _show(stages: list[Row], first_bad: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Running an eager function inside an operator's kernel so that it can be differentiated later.
 
-A `Call` is one call of a `Function`: its parameters and the autocast dtype that it runs under. A
-`Record` is such a call together with what autograd remembers of it.
+An `Invocation` is one call of a `Function`: its parameters and the autocast dtype that it runs
+under. A `Record` is such a call together with what autograd remembers of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Call:
+class Invocation:
     """One call of a function; the first tensor among its parameters decides the device."""
 
     function: Function
@@ -113,7 +113,7 @@ class Call:
             Tensor, lambda _: next(replacement), list(self.parameters)
         )
         with _autograd():
-            outputs = Call(self.function, parameters, self.autocast).run()
+            outputs = Invocation(self.function, parameters, self.autocast).run()
         return Record(leaves, [t._version for t in tensors], outputs)
 
     def repeat(self, wanted: Sequence[bool], random_state: Tensor) -> Record:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import DoubleBackwardError
-from graphopt.ops.record import Call, Function, Record, tensors_of
+from graphopt.ops.record import Function, Invocation, Record, tensors_of
 
 # Typed `Any` because torch leaves the methods of `Library` untyped.
 _library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *parameters, autocast, wanted = args
-        call = Call(function, parameters, autocast)
+        call = Invocation(function, parameters, autocast)
         tape = call.random_state()
         if not any(wanted) or torch.is_inference_mode_enabled():
             return (*call.run(), tape)
@@ -78,14 +78,14 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
 
     def forward_fake(*args: Any) -> tuple[Tensor, ...]:
         *parameters, autocast, _ = args
-        call = Call(function, parameters, autocast)
+        call = Invocation(function, parameters, autocast)
         return (*call.fake(), call.fake_random_state())
 
     def backward(
         grads: Sequence[Tensor | None], wanted: Sequence[bool], *args: Any
     ) -> list[Tensor]:
         *parameters, autocast, tape = args
-        call = Call(function, parameters, autocast)
+        call = Invocation(function, parameters, autocast)
         record: Record | None = tape.__dict__.pop(_RECORD, None)
         if record is None or not record.is_of(call.tensors, wanted):
             record = call.repeat(wanted, tape)
@@ -93,7 +93,7 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
 
     def backward_fake(grads: object, wanted: Sequence[bool], *args: Any) -> list[Tensor]:
         *parameters, autocast, _ = args
-        call = Call(function, parameters, autocast)
+        call = Invocation(function, parameters, autocast)
         tensors = zip(call.tensors, wanted, strict=True)
         return [
             call.arrange(tensor.new_empty(tensor.shape), i)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.analysis.liveness import liveness
-from graphopt.analysis.summary import Half, Summary, summary
+from graphopt.analysis.summary import Summary, Totals, summary
 from graphopt.graph import Graph
 from graphopt.render.rows import Row, fitting_depth, rows
 from graphopt.render.units import count, size
@@ -100,5 +100,5 @@ def _totals(graph: Graph) -> RenderableType:
     return table
 
 
-def _half(half: Half) -> str:
+def _half(half: Totals) -> str:
     return f"{half.ops} ops, {count(half.flops)} FLOP, {size(half.bytes)} moved"

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from graphopt.testing.corpus import CORPUS
     from graphopt.testing.inputs import inputs_for
     from graphopt.testing.oracles import run_graph, run_graph_fp64
-    from graphopt.testing.program import Program, Step, build
+    from graphopt.testing.program import Instruction, Program, build
     from graphopt.testing.strategies import inference_graphs, joint_graphs, programs
 
 _HOMES = {
     "CORPUS": "corpus",
     "Program": "program",
-    "Step": "program",
+    "Instruction": "program",
     "assert_same": "comparison",
     "build": "program",
     "check_pass": "check",
@@ -38,8 +38,8 @@ _HOMES = {
 
 __all__ = [
     "CORPUS",
+    "Instruction",
     "Program",
-    "Step",
     "assert_same",
     "build",
     "check_pass",

@@ -19,7 +19,7 @@ from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline.spec import format_pass, options_of, parse_spec
 from graphopt.pipeline.values import format_value, parse_value
 from graphopt.testing.inputs import inputs_for
-from graphopt.testing.obligations import OBLIGATIONS, Trial
+from graphopt.testing.obligations import OBLIGATIONS, Application
 from graphopt.testing.strategies import inference_graphs, joint_graphs
 from graphopt.text import print_graph
 from graphopt.verify import verify
@@ -90,9 +90,9 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
     name = "runs"
     try:
         outcome = pass_.apply(after, ctx)
-        trial = Trial(pass_, before, after, outcome, ctx, inputs_for(before, seed))
+        application = Application(pass_, before, after, outcome, ctx, inputs_for(before, seed))
         for name, obligation in OBLIGATIONS.items():  # noqa: B007
-            obligation(trial)
+            obligation(application)
     except Exception as error:
         raise _PassFailure(_message(pass_, name, before, after, seed, error)) from error
     return len(outcome.applied) + len(outcome.declined)

@@ -18,7 +18,7 @@ from graphopt.verify import verify
 
 
 @dataclass(frozen=True)
-class Trial:
+class Application:
     """One application of a pass.
 
     Attributes:
@@ -67,74 +67,82 @@ class Trial:
         ]
 
 
-def _verifies(trial: Trial) -> None:
-    verify(trial.after, full=True)
+def _verifies(application: Application) -> None:
+    verify(application.after, full=True)
 
 
-def _reports(trial: Trial) -> None:
-    if trial.text_before == trial.text_after:
+def _reports(application: Application) -> None:
+    if application.text_before == application.text_after:
         return
-    assert trial.outcome.applied, "the graph changed, and the outcome lists nothing as applied"
-    assert trial.after.version > 0, "the graph changed without a call of `graph.changed()`"
+    assert application.outcome.applied, (
+        "the graph changed, and the outcome lists nothing as applied"
+    )
+    assert application.after.version > 0, "the graph changed without a call of `graph.changed()`"
 
 
-def _keeps_signature(trial: Trial) -> None:
-    before, after = trial.before.signature, trial.after.signature
-    if trial.pass_.changes_signature:
+def _keeps_signature(application: Application) -> None:
+    before, after = application.before.signature, application.after.signature
+    if application.pass_.changes_signature:
         lost = [slot for slot in before.outputs if slot not in after.outputs]
         assert not lost, f"{lost[0]} is not returned any more"
         return
     assert after == before, "the signature changed, and `changes_signature` is not declared"
-    names = [[node.name for node in graph.inputs] for graph in (trial.before, trial.after)]
+    names = [
+        [node.name for node in graph.inputs] for graph in (application.before, application.after)
+    ]
     assert names[0] == names[1], f"placeholders were renamed from {names[0]} to {names[1]}"
 
 
-def _same_results(trial: Trial) -> None:
-    numerics = trial.pass_.numerics
-    expected = list(trial.outputs_before.values())
-    actual = [trial.outputs_after[slot] for slot in trial.outputs_before]
+def _same_results(application: Application) -> None:
+    numerics = application.pass_.numerics
+    expected = list(application.outputs_before.values())
+    actual = [application.outputs_after[slot] for slot in application.outputs_before]
     amplification = None
     if numerics.kind in ("reassociated", "lowered"):
-        amplification = amplification_of(trial.before, trial.inputs, expected)
-    assert_same(expected, actual, numerics, trial.before.signature, amplification)
+        amplification = amplification_of(application.before, application.inputs, expected)
+    assert_same(expected, actual, numerics, application.before.signature, amplification)
 
 
-def _no_new_aliases(trial: Trial) -> None:
+def _no_new_aliases(application: Application) -> None:
     """An output that begins to share memory could be overwritten by whoever writes to the other.
 
     Gradients may share, as they do in eager: autograd copies those before it accumulates.
     """
-    before = _sharing(trial.before, trial.inputs, trial.outputs_before)
-    after = _sharing(trial.after, trial.inputs_after, trial.outputs_after)
+    before = _sharing(application.before, application.inputs, application.outputs_before)
+    after = _sharing(application.after, application.inputs_after, application.outputs_after)
     for slot, shared in before.items():
         if new := after[slot] - shared:
             raise AssertionError(f"{slot} now shares memory with {', '.join(sorted(new))}")
 
 
-def _is_deterministic(trial: Trial) -> None:
-    again = trial.before.copy()
-    trial.pass_.apply(again, PassContext(mesh=trial.ctx.mesh))
+def _is_deterministic(application: Application) -> None:
+    again = application.before.copy()
+    application.pass_.apply(again, PassContext(mesh=application.ctx.mesh))
     text = print_graph(again)
-    assert text == trial.text_after, f"a second run on the same graph makes another one:\n{text}"
+    assert text == application.text_after, (
+        f"a second run on the same graph makes another one:\n{text}"
+    )
 
 
-def _is_idempotent(trial: Trial) -> None:
-    if not trial.pass_.idempotent:
+def _is_idempotent(application: Application) -> None:
+    if not application.pass_.idempotent:
         return
-    again = trial.after.copy()
-    outcome = trial.pass_.apply(again, trial.ctx)
+    again = application.after.copy()
+    outcome = application.pass_.apply(again, application.ctx)
     text = print_graph(again)
-    assert text == trial.text_after, f"a second application changes the graph again, to\n{text}"
+    assert text == application.text_after, (
+        f"a second application changes the graph again, to\n{text}"
+    )
     assert not outcome.applied, f"a second application says that it did {outcome.applied[0]}"
 
 
-def _survives_printing(trial: Trial) -> None:
-    parsed = parse_graph(trial.text_after, dict(trial.after.module.named_buffers()))
+def _survives_printing(application: Application) -> None:
+    parsed = parse_graph(application.text_after, dict(application.after.module.named_buffers()))
     text = print_graph(parsed)
-    assert text == trial.text_after, f"its text reads back as\n{text}"
+    assert text == application.text_after, f"its text reads back as\n{text}"
 
 
-OBLIGATIONS: Mapping[str, Callable[[Trial], None]] = {
+OBLIGATIONS: Mapping[str, Callable[[Application], None]] = {
     "verifies": _verifies,
     "reports": _reports,
     "keeps-signature": _keeps_signature,

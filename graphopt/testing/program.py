@@ -21,7 +21,7 @@ from graphopt.testing.recording import Recorder
 
 
 @dataclass(frozen=True)
-class Step:
+class Instruction:
     """One layer or expression of a program: a kind of the catalogue and the tape that it reads."""
 
     kind: str
@@ -39,7 +39,7 @@ class Program:
         input_grads: whether floating inputs want gradients; they do where nothing else does.
     """
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Instruction, ...] = ()
     inputs: tuple[tuple[int, ...], ...] = ((2, 3),)
     outputs: tuple[int, ...] = (0,)
     input_grads: bool = False

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level
 from graphopt.testing.ops_catalogue import CATALOGUE
-from graphopt.testing.program import Program, Step, build
+from graphopt.testing.program import Instruction, Program, build
 
 _TAPE = 6
 _SHAPES = ((2, 3), (3,), (), (1, 2), (2, 1, 3), (2, 2, 4, 4), (4, 4))
@@ -31,9 +31,9 @@ def programs(
     tape = st.binary(max_size=_TAPE).map(tuple)  # one choice to shrink per step, not six
     return st.builds(
         Program,
-        steps=st.lists(st.builds(Step, st.sampled_from(list(kinds)), tape), max_size=max_steps).map(
-            tuple
-        ),
+        steps=st.lists(
+            st.builds(Instruction, st.sampled_from(list(kinds)), tape), max_size=max_steps
+        ).map(tuple),
         inputs=st.lists(st.sampled_from(_SHAPES), min_size=1, max_size=3).map(tuple),
         outputs=st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple),
         input_grads=st.booleans(),

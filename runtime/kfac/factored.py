@@ -37,7 +37,7 @@ _FACTOR = 10.0
 
 
 @dataclass(frozen=True)
-class Task:
+class Inversion:
     """One side of one problem, to be inverted.
 
     Attributes:
@@ -77,7 +77,7 @@ class Factored:
 def solve_damped(
     problems: Sequence[Problem],
     damping: float,
-    inverter: Callable[[Sequence[Task]], list[Solution]],
+    inverter: Callable[[Sequence[Inversion]], list[Solution]],
 ) -> list[Solution | None]:
     """Splits the damping between both sides, and escalates it where an inverse does not exist.
 
@@ -115,7 +115,7 @@ def solve_damped(
     return solutions
 
 
-def invert(tasks: Sequence[Task]) -> list[Solution]:
+def invert(tasks: Sequence[Inversion]) -> list[Solution]:
     """``inverse`` of each side, of its matrix's shape; with NaN where not positive definite.
 
     All dense matrices of one size are inverted by one batched Cholesky.
@@ -157,11 +157,11 @@ def _ratio(problem: Problem) -> Tensor:
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
 
 
-def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Task, ...]:
+def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Inversion, ...]:
     left, right = problem.left.to(problem.dtype), problem.right.to(problem.dtype)
     dampings = (root / ratio, root * ratio)
     return tuple(
-        Task(index, name, side, damping.repeat_interleave(len(side) // problem.groups))
+        Inversion(index, name, side, damping.repeat_interleave(len(side) // problem.groups))
         for name, side, damping in zip(("left", "right"), (left, right), dampings, strict=True)
     )
 
@@ -182,6 +182,6 @@ def _cholesky_inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor]:
     return (matrices,)
 
 
-def _reciprocal(task: Task) -> Tensor:
+def _reciprocal(task: Inversion) -> Tensor:
     damped = task.matrix + task.damping[:, None]
     return torch.where(damped > 0, damped.reciprocal(), math.nan)

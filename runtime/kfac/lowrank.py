@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.runtime.kfac.eigen import decompose
-from graphopt.runtime.kfac.factored import Task, invert, multiply, solve_damped
+from graphopt.runtime.kfac.factored import Inversion, invert, multiply, solve_damped
 from graphopt.runtime.kfac.solve import Problem, Solution, in_batches, on_columns, on_rows
 
 # Directions beyond the rank, and multiplications of the subspace: both sharpen the pairs kept.
@@ -53,7 +53,7 @@ class LowRank:
         # Pairs do not depend on the damping: an escalated block keeps them.
         kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
 
-        def inverter(tasks: Sequence[Task]) -> list[Solution]:
+        def inverter(tasks: Sequence[Inversion]) -> list[Solution]:
             large = [t for t in tasks if t.matrix.dim() == 3 and t.matrix.shape[1] > 4 * self.rank]
             new = [task for task in large if (task.problem, task.side) not in kept]
             pairs = in_batches([(task.matrix,) for task in new], self._pairs)

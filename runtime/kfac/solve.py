@@ -7,7 +7,6 @@ like any other state.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,15 +78,14 @@ class Solver(Protocol):
         """
 
 
-def solver(name: str, **options: Any) -> Solver:
+def solver(name: str) -> Solver:
     """The solver of this name.
 
     Args:
         name: ``"factored"``, ``"eigen"``, ``"ekfac"`` or ``"lowrank"``.
-        options: fields of the solver's class; ``rank`` of ``"lowrank"`` is the only one.
 
     Raises:
-        ArgumentError: there is no such solver or option.
+        ArgumentError: there is no such solver.
     """
     # Here, as these modules import this one.
     from graphopt.runtime.kfac.eigen import Eigen
@@ -103,15 +101,7 @@ def solver(name: str, **options: Any) -> Solver:
     }
     if name not in kinds:
         raise ArgumentError(f"there is no solver {name!r}", hint=f"use one of {', '.join(kinds)}")
-    kind = kinds[name]
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ArgumentError(
-            f"solver {name!r} has no option {unknown[0]!r}",
-            hint=f"its options: {', '.join(known) or 'none'}",
-        )
-    return kind(**options)
+    return kinds[name]()
 
 
 def check_damping(damping: float) -> None:

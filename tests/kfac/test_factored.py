@@ -11,6 +11,7 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.runtime.kfac import solve as shared
 from graphopt.runtime.kfac.factored import Factored
+from graphopt.runtime.kfac.lowrank import LowRank
 from graphopt.runtime.kfac.solve import Problem, in_batches, solver
 from tests.kfac.curvature_problems import dense, diagonal_moment, gradient, layouts, moment
 
@@ -187,13 +188,11 @@ def test_no_problems_no_solutions() -> None:
     assert [solver(name).solve([], 1e-3) for name in NAMES] == [[]] * 4
 
 
-def test_unknown_solver_and_option() -> None:
+def test_unknown_solver() -> None:
     with pytest.raises(ArgumentError, match="there is no solver 'newton'"):
         solver("newton")
-    with pytest.raises(ArgumentError, match="has no option 'rank'"):
-        solver("eigen", rank=3)
     with pytest.raises(ArgumentError, match="rank=0"):
-        solver("lowrank", rank=0)
+        LowRank(rank=0)
 
 
 def test_batches_are_bounded_and_shares_own_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

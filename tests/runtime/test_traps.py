@@ -106,7 +106,7 @@ def test_a_trial_leaves_the_accumulation_as_it_was(within: bool) -> None:
 def _keeps_own_gradients(rank: int) -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    graphopt.optimize(model, backend="eager")
+    graphopt.optimize(model, backend="eager", verify="full")
     batches = [torch.full((4, 3), float(r)) for r in range(2)]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 10.0 + rank)

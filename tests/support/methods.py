@@ -56,7 +56,7 @@ class ChangesInForward(Right):
             class Counting:
                 returns = inner.returns
 
-                def __call__(_, step: Step, inputs: list[Any]) -> Sequence[Any]:  # noqa: N805
+                def __call__(_, step: Step, inputs: list[Any]) -> Sequence[Any]:
                     self.state["calls"] = self.state.get("calls", torch.zeros(())) + 1
                     return inner(step, inputs)
 

@@ -11,8 +11,8 @@ from graphopt.errors import ArgumentError, MismatchError
 from graphopt.passbase import ALGORITHM, EXACT, REASSOCIATED, lowered
 from graphopt.plan import Role
 from graphopt.testing import (
+    Instruction,
     Program,
-    Step,
     assert_same,
     build,
     inputs_for,
@@ -22,8 +22,8 @@ from graphopt.testing import (
 )
 from graphopt.testing.comparison import amplification_of
 
-DROPOUT = Program((Step("dropout"),), inputs=((4, 4),))
-RANDOM_MASK = Program((Step("dropout", (0, 1)),), inputs=((4, 4),))
+DROPOUT = Program((Instruction("dropout"),), inputs=((4, 4),))
+RANDOM_MASK = Program((Instruction("dropout", (0, 1)),), inputs=((4, 4),))
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def test_randomness_comes_from_the_seed_alone() -> None:
 
 
 def test_results_are_those_of_torch() -> None:
-    graph = build(Program((Step("linear", (0, 1, 1)),)))
+    graph = build(Program((Instruction("linear", (0, 1, 1)),)))
     values = dict(zip(graph.signature.inputs, inputs_for(graph, 3), strict=True))
     named = {(slot.role, slot.name): value for slot, value in values.items()}
     x, tangent = named[Role.INPUT, "0"], named[Role.TANGENT, "0"]
@@ -71,7 +71,7 @@ def test_double_precision_draws_the_same_random_numbers(program: Program) -> Non
 
 
 def test_double_precision_ignores_shorter_types() -> None:
-    graph = build(Program((Step("cast", (0, 0, 1)),)))  # to bfloat16 and back
+    graph = build(Program((Instruction("cast", (0, 0, 1)),)))  # to bfloat16 and back
     inputs = inputs_for(graph)
     x = inputs[graph.signature.input_index(Role.INPUT, "0")]
     index = graph.signature.output_index(Role.OUTPUT, "0")
@@ -84,7 +84,11 @@ def test_double_precision_ignores_shorter_types() -> None:
 
 
 def test_inputs_fit_what_reads_them() -> None:
-    steps = (Step("embedding", (2, 3)), Step("cross_entropy"), Step("batch_norm", (0, 1)))
+    steps = (
+        Instruction("embedding", (2, 3)),
+        Instruction("cross_entropy"),
+        Instruction("batch_norm", (0, 1)),
+    )
     graph = build(Program(steps, inputs=((4, 2),)))
     limits: dict[str, int] = {}
     for seed in range(20):
@@ -151,9 +155,9 @@ def test_values_that_are_not_finite_must_agree() -> None:
 
 
 def test_graphs_that_amplify_rounding_are_recognised() -> None:
-    plain = build(Program((Step("linear"),)))
+    plain = build(Program((Instruction("linear"),)))
     # The gradient of a batch norm of a batch norm is all rounding: the second changes nothing.
-    norms = build(Program((Step("batch_norm"), Step("batch_norm")), inputs=((4, 4),)))
+    norms = build(Program((Instruction("batch_norm"), Instruction("batch_norm")), inputs=((4, 4),)))
     for graph, is_ordinary in [(plain, True), (norms, False)]:
         inputs = inputs_for(graph)
         worst = max(amplification_of(graph, inputs, run_graph(graph, inputs)))

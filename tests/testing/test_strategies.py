@@ -17,8 +17,8 @@ from graphopt.graph import Graph, Level, phase_of, value_of
 from graphopt.passbase import REASSOCIATED
 from graphopt.plan import Phase, Role, Signature
 from graphopt.testing import (
+    Instruction,
     Program,
-    Step,
     assert_same,
     build,
     inference_graphs,
@@ -142,17 +142,21 @@ def test_the_backward_half_is_the_derivative(graph: Graph, seed: int) -> None:
 def test_every_kind_makes_legal_graphs_alone(kind: str, level: Level) -> None:
     sizes = []
     for first in range(8):
-        steps = (Step("unary"), Step(kind, (first, 7 * first, 3, 2 * first, 5, 1)), Step(kind))
+        steps = (
+            Instruction("unary"),
+            Instruction(kind, (first, 7 * first, 3, 2 * first, 5, 1)),
+            Instruction(kind),
+        )
         graph = build(Program(steps, inputs=((2, 3), (2, 2, 4, 4))), level)
         verify(graph, full=True)
         run_graph(graph, inputs_for(graph))
         sizes.append(len(graph))
-    assert max(sizes) > len(build(Program((Step("unary"),)), level))
+    assert max(sizes) > len(build(Program((Instruction("unary"),)), level))
 
 
 def test_all_kinds_of_nodes_that_captured_graphs_have_occur() -> None:
     shapes = ((2, 3), (2, 2, 4, 4))
-    steps = [Step(kind, tape) for kind in CATALOGUE for tape in ((), (0, 2, 1, 1, 1))]
+    steps = [Instruction(kind, tape) for kind in CATALOGUE for tape in ((), (0, 2, 1, 1, 1))]
     graph = build(Program(tuple(steps), shapes, outputs=tuple(range(40)), input_grads=True))
     targets = {str(n.target) for n in graph.operators}
     assert {
