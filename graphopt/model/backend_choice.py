@@ -119,6 +119,7 @@ def _synchronize(trial: Trial) -> None:
 
 def _fingerprint(graph: Graph) -> str:
     """Same graph, same torch, same machine: same choice."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    processor = torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     machine = f"{torch.__version__} {device} {torch.get_num_threads()} {os.cpu_count()}"
     return hashlib.sha256(f"{machine}\n{print_graph(graph)}".encode()).hexdigest()[:24]

@@ -225,8 +225,9 @@ def _error(reference: Tensor | None, actual: Tensor | None) -> tuple[float, floa
         return infinite
     wide = torch.complex128 if reference.is_complex() else torch.float64
     a, b = reference.to(wide), actual.to(wide)
-    difference = torch.where(a == b, 0.0, (a - b).abs()).max().item()
-    scale = a.abs().max().item()
+    alike = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(alike, 0.0, (a - b).abs()).max().item()
+    scale = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
     error = difference / scale if scale > 0 else difference
     # NaN in one and not the other compares unequal with everything.
     return (error, difference) if error == error else infinite

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.testing.check import check_pass
-    from graphopt.testing.check_runtime import check_runtime
     from graphopt.testing.comparison import assert_same, relative_error
     from graphopt.testing.corpus import CORPUS
     from graphopt.testing.inputs import inputs_for
     from graphopt.testing.oracles import run_graph, run_graph_fp64
     from graphopt.testing.program import Instruction, Program, build
+    from graphopt.testing.runtime_check import check_runtime
     from graphopt.testing.strategies import inference_graphs, joint_graphs, programs
 
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "assert_same": "comparison",
     "build": "program",
     "check_pass": "check",
-    "check_runtime": "check_runtime",
+    "check_runtime": "runtime_check",
     "inference_graphs": "strategies",
     "inputs_for": "inputs",
     "joint_graphs": "strategies",
@@ -57,7 +57,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"graphopt.testing.{_HOMES[name]}"), name)
-    # The module `check_runtime` has put itself in the place of its function.
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"graphopt.testing.{_HOMES[name]}"), name)

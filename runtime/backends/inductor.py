@@ -122,6 +122,7 @@ def _settings(values: Sequence[Any]) -> Iterator[None]:
     assert fake_mode is not None
     with (
         config.patch(fallback_random=True),
+        _code_of_this_processor(),
         _allowing_constants(fake_mode),
         V.set_fake_mode(fake_mode),
         tracing(TracingContext(fake_mode)),
@@ -130,6 +131,19 @@ def _settings(values: Sequence[Any]) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+def _code_of_this_processor() -> contextlib.AbstractContextManager[None]:
+    """Keep code that was generated for other vector instructions out.
+
+    Inductor keeps generated C++ on disk under a key without the instruction set (torch 2.13). Code
+    for another one, from `ATEN_CPU_CAPABILITY` or a shared cache folder, fails to compile, computes
+    wrong numbers, or writes past its buffers.
+    """
+    from torch.compiler import config
+
+    tag = f"{config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
+    return cast("Any", config).patch(cache_key_tag=tag)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 from graphopt.graph import Graph
 from graphopt.passbase import ALGORITHM, Applied, Numerics, Outcome, Pass, PassContext
 from graphopt.plan import Plan, PlanPart, Role
-from graphopt.runtime.engine.step import MakeForward, Step
-from graphopt.runtime.part import RuntimePart
+from graphopt.runtime.engine.step import MakeBackward, MakeForward, Step
+from graphopt.runtime.part import MakeEngine, RuntimePart
 from graphopt.runtime.session import Session
 
 
@@ -130,6 +130,70 @@ class OfAnotherVersion(Right):
     version: ClassVar[int] = 2
 
 
+EVENTS: list[tuple[str, str]] = []
+STEPS: list[tuple[Step, dict[str, Tensor]]] = []
+
+
+class Records(Right):
+    """Tells when it is called, and with what."""
+
+    def _around(self, hook: str, below: Any) -> Any:
+        def make(half: Any) -> Any:
+            inner = below(half)
+
+            class Around:
+                returns = inner.returns
+
+                def __call__(_, *args: Any) -> Any:
+                    EVENTS.append((self.name, f"{hook} begins"))
+                    results = inner(*args)
+                    EVENTS.append((self.name, f"{hook} ends"))
+                    return results
+
+            return Around()
+
+        return make
+
+    def forward(self, part: Cool, plan: Plan, below: MakeForward) -> MakeForward:
+        return self._around("forward", below)  # type: ignore[no-any-return]
+
+    def backward(self, part: Cool, plan: Plan, below: MakeBackward) -> MakeBackward:
+        return self._around("backward", below)  # type: ignore[no-any-return]
+
+    def engine(self, part: Cool, plan: Plan, below: MakeEngine) -> MakeEngine:
+        def make(module: Any, plan: Plan) -> Any:
+            run = below(module, plan)
+
+            def call(inputs: Any) -> Any:
+                EVENTS.append((self.name, "step begins"))
+                outputs = run(inputs)
+                EVENTS.append((self.name, "step ends"))
+                return outputs
+
+            return call
+
+        return make
+
+    def finish(self, part: Cool, step: Step, gradients: dict[str, Tensor]) -> None:
+        EVENTS.append((self.name, "finish"))
+        STEPS.append((step, dict(gradients)))
+
+
+class Drops(Right):
+    """Leaves the first gradient out."""
+
+    def finish(self, part: Cool, step: Step, gradients: dict[str, Tensor]) -> None:
+        gradients.pop(part.parameters[0], None)
+
+
+class NeverFinishes(Right):
+    def finishes(self, part: Cool) -> bool:
+        return False
+
+    def finish(self, part: Cool, step: Step, gradients: dict[str, Tensor]) -> None:
+        raise AssertionError("nobody should have asked")
+
+
 @dataclass(frozen=True)
 class Method(Pass):
     """Leaves the graph alone; all happens when a step ends."""
@@ -171,6 +235,10 @@ METHODS = {
     "is_alone": _method("is_alone", IsAlone),
     "has_other_method": _method("has_other_method", HasOtherMethod),
     "of_another_version": _method("of_another_version", OfAnotherVersion),
+    "records": _method("records", Records),
+    "records_too": _method("records_too", Records),
+    "drops": _method("drops", Drops),
+    "never_finishes": _method("never_finishes", NeverFinishes),
 }
 
 GROUPS = {

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from graphopt import registry
 from graphopt.errors import ArgumentError, GraphoptError
 from graphopt.passbase import Pass
 from graphopt.pipeline import Pipeline
@@ -30,7 +31,8 @@ from graphopt.testing.runtime_runs import Factory, Run, Subject, small_model
 WORLD = 2
 # How long ranks may take, and how long one of them waits for another.
 SECONDS, PATIENCE = 300.0, 60.0
-REDUCES = "group_gradients"
+# The fact that gradients are averaged over ranks.
+AVERAGED = "grouped"
 
 
 def check_runtime(
@@ -47,8 +49,8 @@ def check_runtime(
         passes: one pass, several, or a spec.
         model: makes the model and an example batch, whose leading dimension is that of examples.
         ranks: whether to check on two ranks, too. These are processes: `model` has to be a
-            function of a module, and a script needs ``if __name__ == "__main__"``. Gradients are
-            averaged by ``group_gradients``, which is added if it is not there.
+            function of a module, and a script needs ``if __name__ == "__main__"``. The usual pass
+            that averages gradients is added where there is none.
 
     Raises:
         AssertionError: an obligation of `OBLIGATIONS` is violated; or no pass left a plan part, so
@@ -172,9 +174,9 @@ def _write(folder: str, name: str, text: str) -> None:
 
 def _reducing(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """The passes, with one that averages gradients; else each rank has a model of its own."""
-    if any(pass_.name == REDUCES for pass_ in passes):
+    if any(AVERAGED in pass_.provides for pass_ in passes):
         return passes
-    # A link that is known, so that none is measured.
-    passes = (*passes, *parse_spec(f"{REDUCES}{{link=10gbe}}"))
+    usual = parse_spec(registry.PRESETS["auto"][1])
+    passes = (*passes, *(pass_ for pass_ in usual if AVERAGED in pass_.provides))
     Pipeline(passes)
     return passes
