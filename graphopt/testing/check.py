@@ -86,7 +86,7 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
             f"pass {pass_.name!r} requires {', '.join(missing)}, which these graphs do not have",
             hint="give `graphs=` that a pass providing it has rewritten",
         )
-    before, after, ctx = graph.copy(), graph.copy(), PassContext(mesh=mesh)
+    before, after, ctx = graph.copy(), graph.copy(), PassContext(mesh=mesh, running=pass_.name)
     name = "runs"
     try:
         outcome = pass_.apply(after, ctx)

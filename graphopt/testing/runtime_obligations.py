@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import capture
+from graphopt.model.checkpoint import state_dict
 from graphopt.passbase import REASSOCIATED, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Plan
@@ -112,10 +113,7 @@ def _accumulation_equals_one_batch(subject: Subject) -> None:
         whole.step([together(micro_batches)])
         parts.step(micro_batches)
     _close(whole.model, parts.model, f"after steps of {MICRO} micro-batches")
-    states = [
-        {f"{owner}/{name}" for owner, state in run.session.states.items() for name in state}
-        for run in (whole, parts)
-    ]
+    states = [set(state_dict(run.model)) for run in (whole, parts)]
     odd = sorted(states[0] ^ states[1])
     assert not odd, f"only {'one batch' if odd[0] in states[0] else 'micro-batches'} leave the " + (
         f"state {odd[0]!r}"

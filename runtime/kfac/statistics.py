@@ -94,7 +94,7 @@ class WithStatistics:
     ) -> list[Any]:
         """Run the form that is due."""
         due = self.curvature.due()
-        output = step.own.pop(OUTPUT, None)
+        output = step.own.get(OUTPUT)
         statistics: dict[str, Tensor] = {}
         if due and output is not None:
             statistics = self._of_labels(step, output, len(tangents))

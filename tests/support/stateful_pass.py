@@ -37,13 +37,14 @@ class GradientNorms(Pass):
                 squared = graph.fx.call_function(aten.mul.Tensor, (gradient, gradient))
                 total = graph.fx.call_function(aten.sum.default, (squared,))
                 result = graph.fx.call_function(aten.add.Tensor, (state, total))
-            squared.meta["val"] = gradient.meta["val"]
+            squared.meta["val"] = gradient.meta["val"] * gradient.meta["val"]
             for node in (squared, total, result):
                 node.meta.setdefault("val", value)
                 node.meta["partitioner_tag"] = "is_backward"
             outputs[Slot(Role.MUTATION, key, Phase.BACKWARD)] = result
             applied.append(Applied(name, "adds up the squared norm"))
         graph.set_outputs(outputs)
+        graph.changed()
         return Outcome(tuple(applied))
 
 

@@ -386,3 +386,12 @@ def test_bad_passes_are_refused() -> None:
         check_pass(Needy())
     with pytest.raises(ArgumentError, match="levels of pass 'demo' cannot be generated"):
         check_pass(ForwardOnly())
+
+
+def test_a_pass_may_own_state():
+    from tests.support.stateful_pass import GradientNorms
+
+    class Once(GradientNorms):
+        idempotent = False
+
+    check_pass(Once(), max_examples=20)
