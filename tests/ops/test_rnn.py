@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.errors import BackendError, DoubleBackwardError
-from graphopt.ops.record import Call, Function
+from graphopt.ops.record import Function, Invocation
 
 rnn = torch.ops.graphopt.rnn.default
 rnn_backward = torch.ops.graphopt.rnn_backward.default
@@ -308,14 +308,14 @@ def test_double_backward_is_refused() -> None:
         torch.autograd.grad(total, x, create_graph=True)
 
 
-def _random(*, can_repeat: bool, device: str = "cpu") -> Call:
+def _random(*, can_repeat: bool, device: str = "cpu") -> Invocation:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (nn.functional.dropout(x),)
 
     random = Function(
         function, lambda x, _: (x,), is_random=lambda x: True, can_repeat=lambda x: can_repeat
     )
-    return Call(random, [torch.ones(4, device=device)], None)
+    return Invocation(random, [torch.ones(4, device=device)], None)
 
 
 def test_randomness_that_cannot_be_repeated_is_refused() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from graphopt.analysis.provenance import provenance
-from graphopt.analysis.summary import Half, Summary, summary
+from graphopt.analysis.summary import Summary, Totals, summary
 from graphopt.capture import capture
 from graphopt.graph import Graph
 from graphopt.passbase import EXACT, Applied, Declined, Outcome
@@ -74,7 +74,7 @@ def test_sizes_and_durations_have_units() -> None:
 
 
 def module(path: str, ops: int, *children: Summary) -> Summary:
-    return Summary(path, "K", "f32[2]", 0, Half(ops), Half(), 0, children)
+    return Summary(path, "K", "f32[2]", 0, Totals(ops), Totals(), 0, children)
 
 
 def trees(path: str = "", depth: int = 3) -> st.SearchStrategy[Summary]:
