@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from graphopt import registry
 from graphopt.errors import PluginError, SpecError, StateError
 from graphopt.plan import Plan, PlanPart, Role
+from graphopt.runtime.states import States, Watch
 
 if TYPE_CHECKING:
     from graphopt.runtime.engine.step import Step
@@ -46,16 +46,14 @@ class Session:
     ) -> None:
         self.passes = tuple(passes)
         self.ranks: dict[str, Ranks] = dict(ranks or {})
-        self.states: dict[str, dict[str, Tensor]] = {}
+        self.states = States()
         self.synchronise = True
         self.pending = False
         self.scaler: Scaler | None = None
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()
-        # ``STATE`` inputs that graphs themselves renew, and what `watch` compares with.
-        self._written: set[str] = set()
-        self._watched: dict[str, Tensor] | None = None
+        self._watch: Watch | None = None
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -141,11 +139,6 @@ class Session:
         """The namespace of a pass."""
         return self.states.setdefault(name, {})
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of a ``STATE`` input ``"<pass>/<what>"``."""
-        owner, _, what = name.partition("/")
-        return self.states[owner][what]
-
     def check_inputs(self, plan: Plan, values: Iterable[Any]) -> None:
         """Whether the ``STATE`` inputs of a plan are there, in the form it was made for.
 
@@ -157,7 +150,7 @@ class Session:
             if slot.role is not Role.STATE:
                 continue
             if slot.name in mutated:
-                self._written.add(slot.name)
+                self.states.written.add(slot.name)
             owner, _, what = slot.name.partition("/")
             found = self.state(owner).get(what)
             self._unchecked.discard(owner)
@@ -230,9 +223,9 @@ class Session:
         self.settle()
         ranks = {dimension: ranks.copy() for dimension, ranks in self.ranks.items()}
         other = Session(self.passes, ranks)
-        other.states = deepcopy(self.states, memo)
+        other.states.update(deepcopy(dict(self.states), memo))
         other.pending, other.scaler = self.pending, self.scaler
-        other._unchecked, other._written = set(self._unchecked), set(self._written)
+        other._unchecked, other.states.written = set(self._unchecked), set(self.states.written)
         other._plan_parts = list(self._plan_parts)
         other._runtime = {name: part.copy(other) for name, part in self._runtime.items()}
         return other
@@ -274,73 +267,39 @@ class Session:
         gradients: dict[str, Tensor],
     ) -> None:
         """Call a part's `finish`, the only time at which its state may change."""
-        if self._watched is None:
-            runtime.finish(part, step, gradients)
-            return
-        self._unchanged()
+        if self._watch is not None:
+            self._watch.look()
         runtime.finish(part, step, gradients)
-        self._unchanged(besides=runtime.name)
-        self._watched = self._copies()
+        if self._watch is not None:
+            self._watch.look(besides=runtime.name)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Within, the state of a part must not change outside of its `finish`.
 
-        It costs a copy of all state per step.
-
         Raises:
             StateError: it did; names the part and the tensor.
         """
-        self._watched = self._copies()
+        self._watch = Watch(self.states)
         try:
             yield
-            self._unchanged()
+            self._watch.look()
         finally:
-            self._watched = None
-
-    def _copies(self) -> dict[str, Tensor]:
-        found = {f"{o}/{what}": t for o, state in self.states.items() for what, t in state.items()}
-        return {name: t.clone() for name, t in found.items() if name not in self._written}
-
-    def _unchanged(self, besides: str = "") -> None:
-        before, now = self._watched or {}, self._copies()
-        for key in sorted(before.keys() | now.keys()):
-            owner = key.partition("/")[0]
-            if owner != besides and not _same(before.get(key), now.get(key)):
-                raise StateError(
-                    f"the runtime part of {owner!r} changed its state {key!r} outside of `finish`",
-                    hint="keep it in `Step.own` until `finish` is called; trials, saved states and "
-                    "copies rely on that",
-                )
+            self._watch = None
 
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Within, steps never end, send nothing, and leave no trace in the session."""
-        tables = {name: dict(state) for name, state in self.states.items()}
-        values = [(t, t.clone()) for state in tables.values() for t in state.values()]
         flags = self.synchronise, self.pending
         self.synchronise = False
         try:
-            yield
+            with self.states.restored():
+                yield
         finally:
             self.synchronise, self.pending = flags
-            with torch.no_grad():
-                for tensor, value in values:
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
-            for name, state in self.states.items():
-                state.clear()
-                state.update(tables.get(name, {}))
 
     @contextmanager
     def watched_trial(self) -> Iterator[None]:
         """A `trial` that also watches over what changes state."""
         with self.trial(), self.watch():
             yield
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both are there with the same values; NaN equals NaN."""
-    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return bool(((one == other) | ((one != one) & (other != other))).all())

@@ -41,7 +41,6 @@ def on_example(example: Example, captured: Capture, states: States) -> Observe:
     from graphopt.runtime.session import Session
 
     session = Session()
-    session.states = states
 
     def observe(graph: Graph) -> Observed:
         plan = Plan(
@@ -50,6 +49,7 @@ def on_example(example: Example, captured: Capture, states: States) -> Observe:
             gradient_sources=graph.get(gradient_sources),
             aliases=captured.aliases,
         )
+        session.states.update(states)
         call = captured.bind(build(graph.module, plan, session))
         return Trial(example.model, example.args, example.kwargs, session.trial).observe(call)
 

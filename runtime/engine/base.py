@@ -33,7 +33,7 @@ class Engine:
         self._forward_mutations = self._mutations(returns)
 
     def _with_state(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [*inputs, *map(self.session.tensor, self._state_names)]
+        return [*inputs, *map(self.session.states.tensor, self._state_names)]
 
     def _mutations(self, returns: Sequence[Slot]) -> tuple[tuple[int, int], ...]:
         """Positions of mutation results, and of the inputs that they belong to."""
@@ -69,4 +69,4 @@ class Engine:
     def _input_at(self, index: int, inputs: Mapping[int, Tensor]) -> Tensor:
         """An input of the step when its backward runs."""
         slot = self.slots[index]
-        return self.session.tensor(slot.name) if slot.role is Role.STATE else inputs[index]
+        return self.session.states.tensor(slot.name) if slot.role is Role.STATE else inputs[index]

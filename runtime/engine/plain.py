@@ -71,7 +71,7 @@ class PlainBackward:
                 index, name = key
                 arguments.append(step.weights.get(name, step.inputs[index]))
             elif kind == "state":
-                arguments.append(self._session.tensor(key))
+                arguments.append(self._session.states.tensor(key))
             else:
                 arguments.append(step.own.pop(key))
         step.saved.clear()
