@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 41
+ROUNDS = 31
 # Steps of one block: long enough that a switch between processes does not count.
 BLOCK_SECONDS = 0.25
 
