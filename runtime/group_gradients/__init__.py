@@ -124,6 +124,8 @@ class GroupGradients(RuntimePart[Reduction]):
         if self.messages is None:
             return ()
         noise = self.messages.noise
-        found = f"{noise.value:.4g} examples, over {noise.steps} measured steps"
-        scale = (f"gradient noise scale: {found}",) if noise.value else ()
+        scale: tuple[str, ...] = ()
+        if noise.value:
+            found = f"{noise.value:.4g} examples, over {noise.steps} measured steps"
+            scale = (f"gradient noise scale: {found}",)
         return scale + tuple(f"not finite: {place}" for place in self.messages.nonfinite[:3])
