@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,14 +15,15 @@ from torch import nn
 from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import Capture, capture
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph
+from graphopt.model import features
 from graphopt.model.arguments import Mesh, check_model, mesh_of, split_example_inputs
 from graphopt.model.backend_choice import Built, choose
-from graphopt.model.controller import Variant, controller_of
-from graphopt.model.entries import Specialisation, Verification
+from graphopt.model.controller import Fallback, OnMismatch, Variant
+from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.report import Report
-from graphopt.model.surface import install
+from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial, describe_call
 from graphopt.model.verification import Check, Stage, Stages
 from graphopt.passbase import Pass, PassContext
@@ -46,18 +48,25 @@ def optimize(
     mesh: object = None,
     backend: str = "auto",
     verify: Verify = "eager",
+    fallback: Fallback | None = None,
+    on_mismatch: OnMismatch = "raise",
     dry_run: bool = False,
 ) -> M | Plan:
     """Optimize a model in place and return it.
 
-    The model stays the same object with the same parameters, keys and signature; only its class
-    is swapped for a subclass. Each kind of call (shapes, dtypes, training mode, grad mode,
-    autocast, …) is captured once, when it first happens, and guarded afterwards.
+    The model stays the same object of the same class with the same parameters, keys and signature;
+    only this instance's forward is another one. Each kind of call (shapes, dtypes, training mode,
+    grad mode, autocast, …) is captured once, when it first happens, and guarded afterwards. Numbers
+    that change from call to call become inputs of the graph where that can be.
+
+    An error in a call is that call's: the model stays optimized, with its captures and the state of
+    its passes, and a call that eager refuses too raises what eager raises.
 
     Args:
         model: any module that can be captured as one graph.
         example_inputs: capture now instead of at the first call: a tensor, a tuple of positional
-            arguments, a dict of keyword arguments, or a pair of both.
+            arguments, a dict of keyword arguments, or a pair of both. If that fails, the model is
+            given back as it was, not optimized.
         passes: ``"auto"``, a spec such as ``"cleanup,fold_inference"``, or a list of passes.
         mesh: the parallel dimensions: a `torch.distributed.device_mesh.DeviceMesh` with names, a
             process group for ``dp``, or sizes as ``"dp=8"`` or ``{"dp": 8}``. In a running job the
@@ -68,6 +77,13 @@ def optimize(
             compare what will run, after all passes and in the chosen backend, with PyTorch eager,
             once per specialisation, on the first real batch: outputs, gradients and buffers;
             ``"full"``: also each pass on its own.
+        fallback: what happens to a call that cannot be captured. ``"error"``: it raises;
+            ``"eager"``: it runs as plain PyTorch, with one warning per kind of call; by default it
+            raises, until the model has trained, so that a later validation does not end the run.
+            In a job a training call raises all the same, as its gradients would not be reduced.
+        on_mismatch: what happens where `verify` finds that the graph computes something else than
+            eager. ``"raise"``: raise; ``"warn"``: warn once and run the graph; ``"eager"``: warn
+            and run calls of this kind as plain PyTorch.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -84,12 +100,15 @@ def optimize(
     check_model(model)
     _one_of("backend", backend, ("auto", *registry.names(registry.BACKENDS)))
     _one_of("verify", verify, get_args(Verify))
+    if fallback is not None:
+        _one_of("fallback", fallback, get_args(Fallback))
+    _one_of("on_mismatch", on_mismatch, get_args(OnMismatch))
     where = mesh_of(mesh)
     if dry_run:
         where = replace(where, groups={})
     session = _session(model, passes, where)
     pipeline = _pipeline(passes, several_ranks=any(r.size > 1 for r in session.ranks.values()))
-    compiler = Compiler(pipeline, where.sizes, backend, verify)
+    compiler = Compiler(pipeline, where.sizes, backend, verify, fallback, on_mismatch)
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:
@@ -101,7 +120,11 @@ def optimize(
         session.ranks["dp"].start(model)
     controller = install(model, compiler, session)
     if example is not None:
-        controller.specialise(model, *example)
+        try:
+            controller.specialise(model, *example)
+        except BaseException:
+            restore(model)
+            raise
     return model
 
 
@@ -113,6 +136,8 @@ class Compiler:
     mesh: Mapping[str, int]
     backend: str
     verify: Verify
+    fallback: Fallback | None = None
+    on_mismatch: OnMismatch = "raise"
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""
@@ -130,7 +155,7 @@ class Compiler:
 
     def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """What would be done for one call; runs no step."""
-        captured = capture(model, args, kwargs, forward=_own_forward(model))
+        captured = capture(model, args, kwargs, forward=plain_forward(model))
         steps = self.pipeline.run(captured.graph, PassContext(mesh=self.mesh), verify="structure")
         backend = "eager" if self.backend == "auto" else self.backend
         return self._plan(captured, captured.graph, parts_of(steps), backend)
@@ -142,9 +167,10 @@ class Compiler:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         session: Session,
+        numbers: frozenset[str] = frozenset(),
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call."""
-        captured = capture(model, args, kwargs, forward=forward)
+        captured = capture(model, args, kwargs, forward=forward, numbers=numbers)
         trial = Trial(model, args, kwargs, session.trial)
         stages = Stages.of(captured.graph)
         compares = self.verify in ("eager", "full")
@@ -164,7 +190,17 @@ class Compiler:
             around = session.watched_trial if self.verify == "full" else session.trial
             trial = Trial(model, args, kwargs, around)
             check = Check(self.verify, where, trial, forward, run, captured.inputs)
-            verification = check(stages.stages, choice.backend, built.call)
+            try:
+                try:
+                    verification = check(stages.stages, choice.backend, built.call)
+                except BackendMismatchError as error:
+                    if self.backend != "auto":
+                        raise
+                    log.warning("running eager instead: %s", error)
+                    choice, built = BackendChoice("eager", "auto", error.message), make("eager")
+                    verification = check(stages.stages, choice.backend, built.call)
+            except MismatchError as error:
+                verification = self._mismatched(error)
         plan = self._plan(captured, captured.graph, parts, choice.backend)
         session.agree(plan)
         entry = Specialisation(
@@ -176,9 +212,16 @@ class Compiler:
             backend=choice,
             verification=verification,
             plan=plan,
-            notes=captured.notes,
+            notes=captured.notes + features.note(features.features_of(captured.graph)),
         )
         return Variant(built.call, built.engine, captured.holds, captured.failure, entry)
+
+    def _mismatched(self, error: MismatchError) -> Verification:
+        """What is reported where the user lets a graph run that differs from eager."""
+        if self.on_mismatch != "warn":
+            raise error
+        warnings.warn(f"the graph runs all the same (on_mismatch='warn'): {error}", stacklevel=2)
+        return Verification(self.verify, "mismatch")
 
     def _backend(self, session: Session) -> str:
         """Ranks must not wait for a trial whose rounds they count differently."""
@@ -202,7 +245,7 @@ class Compiler:
         from graphopt.runtime.backends import build
 
         engine = build(graph.module, self._plan(captured, graph, parts, backend), session)
-        return Built(engine, captured.bind(engine))
+        return Built(engine, captured.bind(features.watched(engine, features.features_of(graph))))
 
     def _plan(
         self, captured: Capture, graph: Graph, parts: tuple[PlanPart, ...], backend: str
@@ -231,11 +274,6 @@ def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Sess
         if users and (group.size() > 1 or any(p.on_one_rank for p in users)):
             ranks[dimension] = Ranks.of(model, group)
     return Session([p.name for p in pipeline], ranks)
-
-
-def _own_forward(model: nn.Module) -> Callable[..., object]:
-    controller = controller_of(model)
-    return controller.base.forward if controller else type(model).forward
 
 
 def _pipeline(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:

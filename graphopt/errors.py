@@ -76,9 +76,13 @@ class InvariantError(GraphoptError):
 
 
 class MismatchError(GraphoptError):
-    """The captured graph does not compute what PyTorch eager computes."""
+    """What would run does not compute what PyTorch eager computes."""
 
     code = "GO-V02"
+
+
+class BackendMismatchError(MismatchError):
+    """The graph is right, and the code that a backend made of it is not."""
 
 
 class TextError(GraphoptError, ValueError):
@@ -97,6 +101,12 @@ class BackendError(GraphoptError):
     """A backend cannot run on this machine."""
 
     code = "GO-R02"
+
+
+class IntermediateGradientError(GraphoptError, RuntimeError):
+    """The gradient of a value inside of a captured step was asked for."""
+
+    code = "GO-R03"
 
 
 class RankError(GraphoptError):

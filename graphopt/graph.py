@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.errors import TextError
+from graphopt.ops.numbers import number_function
 from graphopt.plan import Phase, Role, Signature, Slot
 
 T = TypeVar("T")
@@ -233,4 +234,4 @@ def operator_name(node: Node) -> str:
         return str(target)
     if target is operator.getitem:
         return "getitem"
-    return getattr(target, "__name__", str(target))
+    return number_function(target) or getattr(target, "__name__", str(target))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -77,8 +77,12 @@ class RuntimePart(Generic[P]):
     def settle(self) -> None:
         """Have in the state what a step has left to arrive later."""
 
-    def accepts(self, part: P, saved: Mapping[str, Tensor]) -> None:
-        """Whether a saved state of this namespace is one of this plan part.
+    def accepts(self, parts: Sequence[P], saved: Mapping[str, Tensor]) -> None:
+        """Whether a saved state of this namespace may be continued from.
+
+        Args:
+            parts: the plan parts of this method that the model's kinds of calls have so far.
+            saved: tensors of the namespace by name.
 
         Raises:
             StateError: it is not; by default where its names or shapes differ from the present

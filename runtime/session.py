@@ -117,7 +117,7 @@ class Session:
                     hint="install plan part and runtime part from one release",
                 )
             if part.name in self._unchecked:
-                runtime.accepts(part, self.state(part.name))
+                runtime.accepts([part], self.state(part.name))
                 self._unchecked.discard(part.name)
             if part not in self._plan_parts:
                 self._plan_parts.append(part)
@@ -194,8 +194,9 @@ class Session:
             by_owner.setdefault(owner, {})[what] = tensor
         self.settle()
         decided = {part.name for part in self._plan_parts}
-        for part in self._plan_parts:
-            self.part(part.name).accepts(part, by_owner.get(part.name, {}))
+        for name in decided:
+            parts = [part for part in self._plan_parts if part.name == name]
+            self.part(name).accepts(parts, by_owner.get(name, {}))
         for name in self.states.keys() - decided:
             check_like(name, self.states[name], by_owner.get(name, {}))
         for name in by_owner.keys() | self.states.keys():

@@ -91,9 +91,10 @@ class GradientOrder:
         return sorted(f"{r.name} {r.kind} {r.bytes} bytes" for r in self.ready)
 
 
-def gradient_order(graph: Graph) -> GradientOrder:
-    """The order for a device of the assumed class (`ASSUMED`)."""
-    return _order(graph, graph.get(roofline), "roofline")
+def gradient_order(graph: Graph, device: Device | None = None) -> GradientOrder:
+    """The order for a device, by default of the class (`ASSUMED`) that the graph is captured on."""
+    seconds = graph.get(roofline) if device is None else roofline(graph, device)
+    return _order(graph, seconds, "roofline")
 
 
 def measured_order(graph: Graph, seconds: Mapping[fx.Node, float]) -> GradientOrder:

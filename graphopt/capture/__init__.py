@@ -7,5 +7,6 @@ names the torch releases they were checked on.
 """
 
 from graphopt.capture.capture import SUPPORTED, Capture, capture
+from graphopt.capture.possible import is_uninitialised, runs_plain
 
-__all__ = ["SUPPORTED", "Capture", "capture"]
+__all__ = ["SUPPORTED", "Capture", "capture", "is_uninitialised", "runs_plain"]

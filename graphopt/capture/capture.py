@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.capture import sharing
 from graphopt.capture.dynamo import by_dynamo
-from graphopt.capture.export import by_export
-from graphopt.capture.flat import Runner
-from graphopt.capture.joint import derive
+from graphopt.capture.flat import Bind, FlatForward
+from graphopt.capture.joint import SharedInputs, derive
+from graphopt.capture.lock import tracing_alone
+from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
-from graphopt.plan import OutputAlias
+from graphopt.plan import OutputAlias, Role
 
 SUPPORTED = ("2.11", "2.14")
 
@@ -28,7 +32,7 @@ class Capture:
         graph: the joint graph, or the inference graph where nothing requires a gradient.
         aliases: outputs of the model that are inputs of it, or views of inputs; they are not
             outputs of the graph.
-        route: ``"dynamo"`` or ``"export"``.
+        route: which way into torch's capture was taken; there is one, ``"dynamo"``.
         seconds: how long the capture took.
         inputs: the live tensors of the captured call, one per primal input of the graph.
         bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
@@ -42,7 +46,7 @@ class Capture:
     route: str
     seconds: float
     inputs: tuple[Tensor, ...]
-    bind: Callable[[Runner], Callable[..., object]]
+    bind: Bind
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...] = ()
@@ -54,14 +58,17 @@ def capture(
     kwargs: Mapping[str, object] | None = None,
     *,
     forward: Callable[..., object] | None = None,
+    numbers: Iterable[str] = (),
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
     Args:
-        model: any module whose ``forward`` Dynamo or `torch.export` can capture without a break.
+        model: any module whose ``forward`` Dynamo can capture without a break.
         args: positional arguments of the call; live tensors, whose values are not changed.
         kwargs: keyword arguments of the call.
         forward: the unbound ``forward`` to capture; by default the one of the model's class.
+        numbers: those that shall be inputs of the graph, by where Dynamo finds them
+            (``L['self'].steps``); all others are constants.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -73,22 +80,57 @@ def capture(
     _check_version()
     forward = forward or type(model).forward
     start = time.perf_counter()
-    try:
-        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}))
-    except CaptureError as refusal:
-        flat = by_export(model, forward, tuple(args), dict(kwargs or {}), refusal)
-    graph, aliases = derive(flat)
+    with tracing_alone(), _drawing_nothing():
+        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers)
+        graph, aliases, inputs, bind = _derived(flat, forward)
     return Capture(
         graph=graph,
         aliases=aliases,
         route=flat.route,
         seconds=time.perf_counter() - start,
-        inputs=flat.inputs,
-        bind=flat.bind,
+        inputs=inputs,
+        bind=bind,
         holds=flat.holds,
         failure=flat.failure,
         notes=flat.notes,
     )
+
+
+def _derived(
+    flat: FlatForward, forward: Callable[..., object]
+) -> tuple[Graph, tuple[OutputAlias, ...], tuple[Tensor, ...], Bind]:
+    """Graph, aliases, inputs of the graph, and what binds a runner to calls."""
+    joined, change = flat, None
+    try:
+        graph, aliases = derive(flat)
+        positions = sharing.watched(flat, graph.signature.names(Role.MUTATION))
+    except SharedInputs:
+        joined, change = sharing.on_memories(flat)
+        positions = tuple(range(len(flat.inputs)))
+        graph, aliases = _derived_from_memories(joined, flat)
+    if not positions and not has_checks(graph.fx):
+        return graph, aliases, flat.inputs, flat.bind
+    prepare = sharing.prepared(flat, positions, change)
+    return graph, aliases, joined.inputs, or_plain(flat.bind, forward, prepare, graph.fx)
+
+
+def _derived_from_memories(
+    joined: FlatForward, flat: FlatForward
+) -> tuple[Graph, tuple[OutputAlias, ...]]:
+    try:
+        return derive(joined)
+    except SharedInputs:
+        raise sharing.refusal(flat.slots) from None
+
+
+@contextmanager
+def _drawing_nothing() -> Iterator[None]:
+    """Give Python's random numbers back: Dynamo draws those that become inputs of the graph."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _check_version() -> None:

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, TracingContext, compile_context
 
+from graphopt.capture import scalars
+from graphopt.capture.averages import cumulative_averages
+from graphopt.capture.checks import checked_branches
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.guards import Guard
 from graphopt.capture.opaque import capturable_leaves, replace_leaves
+from graphopt.capture.values import forget_lazy_properties, values_as_in_eager
 from graphopt.errors import CaptureError
 
 
@@ -31,19 +36,29 @@ class _Inputs(Exception):
 
 
 def by_dynamo(
-    model: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    forward: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    numbers: Iterable[str] = (),
 ) -> FlatForward:
-    """Capture by Dynamo.
+    """Capture by Dynamo, with the numbers of these sources as inputs.
 
     Raises:
         CaptureError: it refuses, naming the user's source line.
     """
     bound = types.MethodType(forward, model)
-    with _dynamo_settings():
+    scope = getattr(forward, "__globals__", {})
+    before = set(scope)
+    with _dynamo_settings(), scalars.as_inputs(numbers):
         try:
             output = fullgraph_capture(bound, args, kwargs)
-            guard = Guard(_build_guards(output, forward), forward)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
+            raise refused(error, forward) from error
+        try:
+            guard = Guard(_build_guards(output, forward), forward)
+        except Exception as error:
+            # Dynamo evaluates the sources of guards, and whatever that raises means: it cannot.
             raise refused(error, forward) from error
     if output.backend_input is None:
         raise CaptureError(
@@ -53,8 +68,9 @@ def by_dynamo(
         )
     backend_input = output.backend_input
     f_globals = output.graph_capture_output.f_globals
+    _forget_globals(scope, before, backend_input.backend_id, guard)
 
-    def bind(runner: Runner) -> Callable[..., object]:
+    def bind_all(runner: Runner) -> Callable[..., object]:
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:
             return runner(tensors)
 
@@ -64,12 +80,16 @@ def by_dynamo(
         raise _Inputs(tuple(tensors))
 
     try:
-        bind(take)(model, *args, **kwargs)
+        bind_all(take)(model, *args, **kwargs)
         raise CaptureError("the captured call did not reach its graph", where=location(forward))
     except _Inputs as taken:
         inputs = taken.tensors
 
-    module = backend_input.graph_module
+    module, bind = backend_input.graph_module, bind_all
+    if outside := scalars.take_out(module):
+        inputs, _ = outside.split(inputs)
+        around = outside.around
+        bind = lambda runner: bind_all(around(runner))  # noqa: E731
     leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")
     context = TracingContext(backend_input.fake_mode)
@@ -86,6 +106,14 @@ def by_dynamo(
     )
 
 
+def _forget_globals(scope: dict[str, Any], before: set[str], backend_id: str, guard: Guard) -> None:
+    """Take out what Dynamo has put into the globals of forward: they would be kept for ever."""
+    scope.pop(backend_id, None)
+    for name in scope.keys() - before:
+        if name.startswith("__builtins_dict__"):  # the guards need it, and nothing else does
+            weakref.finalize(guard, scope.pop, name, None)
+
+
 @contextlib.contextmanager
 def _dynamo_settings() -> Iterator[None]:
     """One static graph per call, guarded on hooks too, with the known refusals cured."""
@@ -95,6 +123,11 @@ def _dynamo_settings() -> Iterator[None]:
         torch._dynamo.config.patch(
             automatic_dynamic_shapes=False,
             assume_static_by_default=True,
+            # Numbers and sizes that depend on data become values of the graph.
+            capture_scalar_outputs=True,
+            capture_dynamic_output_shape_ops=True,
+            # Otherwise draws of NumPy would come from torch's random stream. Refused instead.
+            use_numpy_random_stream=True,
             # A hook added to a submodule later must lead to a new capture, not be lost.
             skip_nnmodule_hook_guards=False,
             # What forward prints or logs is not part of the step.
@@ -109,6 +142,9 @@ def _dynamo_settings() -> Iterator[None]:
         ),
         fx.traceback.preserve_node_meta(),
         capturable_leaves(),
+        checked_branches(),
+        values_as_in_eager(),
+        cumulative_averages(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -122,6 +158,7 @@ def _once_loggers() -> set[Callable[..., Any]]:
 
 
 def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
+    forget_lazy_properties(output.graph_capture_output.output_graph)
     with compile_context(CompileContext(get_compile_id({}))):
         return output.graph_capture_output.build_guards(forward.__code__).guard_manager
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from graphopt.errors import CaptureError
 from graphopt.plan import Role, Slot
 
 Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Bind = Callable[[Runner], Callable[..., object]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class FlatForward:
     inputs: tuple[Tensor, ...]
     context: TracingContext
     route: str
-    bind: Callable[[Runner], Callable[..., object]]
+    bind: Bind
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...]
@@ -56,18 +58,42 @@ def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
     """What Dynamo said, as one sentence with the user's source line."""
     stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
     where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
-    message = str(error)
-    hint = "rewrite this line, or keep what it does outside of the model"
-    if "data-dependent" in message.lower():
-        hint = "choose by torch.where or torch.cond instead of by Python on tensor values"
-    else:
-        hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
-        hint = next((h.split(". ")[0].strip().rstrip(".") for h in hints), hint)
     return CaptureError(
         f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
-        hint=hint,
+        hint=_hint(str(error)),
     )
+
+
+_HINTS = (
+    (
+        r"`?Random\.|RandomState|default_rng|_numpy\.random|method random",
+        "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
+        "model and pass what was drawn",
+    ),
+    (
+        r"(?i)data-dependent",
+        "choose by torch.where or torch.cond instead of by Python on tensor values",
+    ),
+    (
+        r"(?i)backwards? hooks require compiled autograd",
+        "remove the hook on all modules while the model is captured",
+    ),
+    (r"retain_grad", "return the tensor, and ask for its gradient outside"),
+)
+
+
+def _hint(message: str) -> str:
+    """One thing to try: ours where the reason is known, otherwise the first of Dynamo's."""
+    for pattern, hint in _HINTS:
+        if re.search(pattern, message):
+            return hint
+    hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
+    first = next((h.split(". ")[0].strip().rstrip(".") for h in hints), "")
+    # Dynamo's settings and bug tracker are nothing for a user of graphopt.
+    useless = any(words in first for words in ("torch._dynamo", "file an issue", "Dynamo tracing"))
+    own = "rewrite this line, or keep what it does outside of the model"
+    return own if useless or not first else first
 
 
 def location(forward: Callable[..., object]) -> str:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.modules import module as of_all_modules
+
 from graphopt.capture.flat import first_line
 
 
@@ -13,7 +15,8 @@ class Guard:
     """Dynamo's complete guards as a predicate on ``(model, *args, **kwargs)``.
 
     They cover shapes, dtypes, devices, ``requires_grad``, ``training``, grad mode, autocast, hooks,
-    and every Python value that forward read.
+    and every Python value that forward read. Hooks on all modules, which Dynamo does not guard,
+    must be those that there were.
     """
 
     def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
@@ -23,19 +26,25 @@ class Guard:
         parameters = self._signature.parameters.values()
         plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
         cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
-        self._closure = {name: cell.cell_contents for name, cell in cells}
-        self._names = tuple(self._signature.parameters) if plain and not self._closure else ()
+        # Cells, not what they hold: it may be another value at each call.
+        self._cells = tuple(cells)
+        self._names = tuple(self._signature.parameters) if plain and not self._cells else ()
+        self._hooks = _hooks_on_all_modules()
 
     def __call__(self, *args: object, **kwargs: object) -> bool:
         """Whether every guard holds for this call."""
         variables = self._variables(args, kwargs)
-        return variables is not None and bool(self._manager.check(variables))
+        if variables is None or _hooks_on_all_modules() != self._hooks:
+            return False
+        return bool(self._manager.check(variables))
 
     def failure(self, *args: object, **kwargs: object) -> str:
         """The first guard that does not hold for a call, as Dynamo words it."""
         variables = self._variables(args, kwargs)
         if variables is None:
             return "the arguments do not fit"
+        if _hooks_on_all_modules() != self._hooks:
+            return "a hook on all modules was added or removed"
         parts = self._manager.check_verbose(variables).verbose_code_parts
         return first_line(parts[0]) if parts else ""
 
@@ -49,4 +58,21 @@ class Guard:
         except TypeError:
             return None
         bound.apply_defaults()
-        return {**self._closure, **bound.arguments}
+        try:
+            closure = {name: cell.cell_contents for name, cell in self._cells}
+        except ValueError:  # a variable that was deleted
+            return None
+        return {**closure, **bound.arguments}
+
+
+_HOOKS: tuple[dict[int, Callable[..., Any]], ...] = (
+    of_all_modules._global_forward_pre_hooks,
+    of_all_modules._global_forward_hooks,
+    of_all_modules._global_backward_pre_hooks,
+    of_all_modules._global_backward_hooks,
+)
+
+
+def _hooks_on_all_modules() -> tuple[object, ...]:
+    """The hooks that are called around every module there is, in order."""
+    return tuple(hook for hooks in _HOOKS for hook in hooks.items()) if any(_HOOKS) else ()

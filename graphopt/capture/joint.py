@@ -20,17 +20,30 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import tracing
 
+from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.flat import FlatForward, first_line
-from graphopt.capture.opaque import eager_resampling
+from graphopt.capture.gradients import share_as_in_eager
+from graphopt.capture.opaque import checks_without_order, eager_resampling
 from graphopt.errors import CaptureError
-from graphopt.graph import KEPT_META, Graph, Level
+from graphopt.graph import KEPT_META, Graph, Level, source_of
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
 
 
+class SharedInputs(Exception):
+    """Forward changes an input in place that shares memory with another."""
+
+
 def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
-    """The joint (or inference) graph of a flat forward graph."""
+    """The joint (or inference) graph of a flat forward graph.
+
+    Raises:
+        CaptureError: there is none that graphopt can run.
+        SharedInputs: its inputs have to be put `graphopt.capture.sharing.on_memories` before.
+    """
     module = fx.GraphModule(flat.module, flat.module.graph)
     joint, metadata = _export_joint(module, flat)
+    if len(metadata.input_info) != len(flat.slots):
+        raise SharedInputs
     sharing = [
         position
         for position, info in enumerate(metadata.output_info)
@@ -46,6 +59,7 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
     graph = Graph(joint, signature, level)
     _settle(graph)
+    share_as_in_eager(graph, flat)
     return graph, aliases
 
 
@@ -54,8 +68,11 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         contextlib.ExitStack() as stack,
         tracing(flat.context),
         fx.traceback.preserve_node_meta(),
-        torch._functorch.config.patch(functionalize_rng_ops=False),
+        # As in eager, a backward runs outside of autocast; forward has its casts in the graph.
+        torch._functorch.config.patch(functionalize_rng_ops=False, backward_pass_autocast="off"),
         eager_resampling(),
+        checks_without_order(),
+        cumulative_averages(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -69,11 +86,31 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
                 ignore_shape_env=True,
             )
         except Exception as error:
-            raise CaptureError(
-                f"the backward graph cannot be derived: {first_line(error)}",
-                hint="run the model once without graphopt: if that works, please report this model",
-            ) from error
+            if "share storage but are not differentiable views" in str(error):
+                raise SharedInputs from error
+            raise _underivable(error, module) from error
     return exported.graph_module, exported._aot_state.fw_metadata
+
+
+def _underivable(error: Exception, module: fx.GraphModule) -> CaptureError:
+    message = str(error)
+    if "set_ on a graph input" in message or "storage_resize" in message:
+        line = next((source_of(n) for n in module.graph.nodes if "set_" in str(n.target)), "")
+        return CaptureError(
+            "forward assigns to the `.data` of a tensor of the model",
+            where=line,
+            hint="change it in place: with torch.no_grad(): tensor.copy_(…)",
+        )
+    if "modified by an inplace operation" in message:
+        return CaptureError(
+            "forward changes in place what its own backward needs, which PyTorch eager refuses in "
+            f"the backward: {first_line(error).split(';')[0]}",
+            hint="use the operator that is not in place",
+        )
+    return CaptureError(
+        f"the backward graph cannot be derived: {first_line(error)}",
+        hint="run the model once without graphopt: if that works, please report this model",
+    )
 
 
 def _clone_outputs(module: fx.GraphModule, positions: Sequence[int]) -> None:
@@ -148,6 +185,13 @@ def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signat
             inputs.append(flat.slots[desc.idx])
         elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, PlainAOTOutput):
             inputs.append(Slot(Role.TANGENT, str(desc.output.idx), Phase.BACKWARD))
+        elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, InputMutationAOTOutput):
+            changed = desc.output.mutated_input
+            slot = flat.slots[changed.idx] if isinstance(changed, PlainAOTInput) else changed
+            raise CaptureError(
+                f"forward changes {slot}, which requires a gradient, in place",
+                hint="change it outside of forward, or compute with a changed copy of it",
+            )
         else:
             raise CaptureError(f"an input of a kind that is not supported yet: {desc!r}")
     slots, nodes = [], []

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx
+from torch.fx.node import has_side_effect
 from torch.nn import _reduction, functional
 
 from graphopt.graph import module_of
@@ -88,7 +89,7 @@ def _kernels() -> Mapping[torch._ops.OpOverload, Callable[..., Any]]:
 
 @contextmanager
 def capturable_leaves() -> Iterator[None]:
-    """Let Dynamo (or `torch.export`) trace through leaves without taking them apart.
+    """Let Dynamo trace through leaves without taking them apart.
 
     Nothing that a guard can see is changed and everything is put back on leaving, so the guards of
     a graph that was captured inside hold outside. Untraced calls are not affected at all.
@@ -122,7 +123,7 @@ def replace_leaves(module: fx.GraphModule) -> tuple[str, ...]:
     """Rewrite the leaf calls of a torch-level graph, in place, into `graphopt::` operators.
 
     Args:
-        module: as Dynamo or `torch.export` made it inside `capturable_leaves`, with
+        module: as Dynamo made it inside `capturable_leaves`, with
             ``meta["example_value"]`` or ``meta["val"]`` on its nodes. The names and the metadata of
             the values that other nodes use stay.
 
@@ -214,3 +215,23 @@ def eager_resampling() -> Iterator[None]:
         for operator, key, kernel in kernels:
             operator.py_kernels[key] = kernel
             operator._dispatch_cache.clear()
+
+
+# A check returns nothing, and must stay where nobody uses it.
+has_side_effect(torch.ops.aten._linalg_check_errors.default)
+
+
+@contextmanager
+def checks_without_order() -> Iterator[None]:
+    """Keep the checks of linear algebra as plain operators.
+
+    Tracing otherwise threads a token through all of them, as if they were prints. A check reads
+    its argument and nothing else, so the order of the graph is order enough.
+    """
+    entry = torch._library.simple_registry.singleton.find("aten::_linalg_check_errors")
+    before = entry.effect.effect
+    entry.effect.register(None)
+    try:
+        yield
+    finally:
+        entry.effect.register(before)

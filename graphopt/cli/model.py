@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ def load_example(name: str) -> Example:
     with _blaming(f"{name}: the factory raised"):
         returned = factory()
     model, args, kwargs = _unpack(returned, name)
+    _check_call(model, args, kwargs, name)
     label = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     return Example(f"{label}:{attribute}", model, args, kwargs)
 
@@ -139,6 +141,18 @@ def _unpack(returned: object, name: str) -> tuple[nn.Module, tuple[Any, ...], di
         case tuple():
             return model, inputs, {}
     raise ArgumentError(f"{name} returned {_kind(inputs)} as example inputs", hint=_RETURNS)
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+    """Whether forward takes these arguments."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{name}: forward of {type(model).__name__} cannot be called with the example inputs: "
+            f"{error}",
+            hint=_RETURNS,
+        ) from error
 
 
 def _kind(value: object) -> str:

@@ -12,7 +12,8 @@ from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.cli.model import SEED, Example
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph
-from graphopt.model.trial import Observed, Trial
+from graphopt.model.comparison import Observed
+from graphopt.model.trial import Trial
 from graphopt.plan import Plan, Role, Slot
 
 if TYPE_CHECKING:

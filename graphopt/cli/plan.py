@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli.console import phase, show, show_json, show_text
-from graphopt.cli.data_parallel import gradients_of, ranks_of
+from graphopt.cli.data_parallel import assumed_device, check_flops, gradients_of, ranks_of, words_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.errors import ArgumentError
 from graphopt.registry import PLANNED
@@ -17,6 +18,7 @@ from graphopt.registry import PLANNED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from graphopt.analysis.gradient_order import Device
     from graphopt.cli.subject import Subject
     from graphopt.passbase import Pass
     from graphopt.plan import PlanPart
@@ -56,20 +58,29 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Assumed floating-point operations per second of each device."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Predict the groups in which the gradients of M are best reduced over many ranks.
 
-    Nothing is measured: compute is a roofline estimate and the link a model of the named machine.
+    Nothing is measured: compute is a roofline estimate for an assumed GPU, as in simulate, and the
+    link a model of the named machine.
 
-    JSON: model, link_from, assumed (inputs of the link that are assumptions), order ("graph" or
-    "ddp"), exposed, above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready,
-    finish}], backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world;
-    all in seconds and bytes; parts: what the passes before have decided, by pass; with --emit ddp
+    JSON: model, compute ({flops, half_flops, bandwidth, overhead} of each device), link_from,
+    assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
+    above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready, finish}],
+    backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world; all in seconds
+    and bytes; parts: what the passes before have decided, by pass; with --emit ddp
     also bucket_cap_mb_list.
     """
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
+    check_flops(flops)
     world = _ranks(mesh)
     before, named = _split(passes)
     if emit == "ddp" and any(p.name == "schedule" for p in before):
@@ -90,7 +101,10 @@ def plan(
     from graphopt.render.part import part_view
 
     subject = load_subject(model)
-    ready, backward, times, parts = _gradients(subject, _on_link(before, chosen.name), world)
+    device = assumed_device(flops)
+    ready, backward, times, parts = _gradients(
+        subject, _on_link(before, chosen.name), world, device
+    )
     if emit == "ddp":
         ready = _as_they_arrive(subject, ready)
     curve = machine.all_reduce(world)
@@ -100,6 +114,7 @@ def plan(
     if json:
         answer = {
             "model": subject.name,
+            "compute": asdict(device),
             "link_from": chosen.origin,
             "assumed": machine.assumed,
             "order": emit or "graph",
@@ -110,7 +125,8 @@ def plan(
         }
         show_json("plan", answer if caps is None else {**answer, "bucket_cap_mb_list": caps})
         return
-    show(grouping_view(found, link_note=_note(chosen, machine.assumed)))
+    note = _note(chosen, machine.assumed)
+    show(grouping_view(found, link_note=note, compute=words_of(device)))
     for part in parts:
         show(part_view(part))
     if caps is not None:
@@ -167,7 +183,7 @@ def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
 
 
 def _gradients(
-    subject: Subject, before: Sequence[Pass], world: int
+    subject: Subject, before: Sequence[Pass], world: int, device: Device
 ) -> tuple[tuple[Ready, ...], float, str, tuple[PlanPart, ...]]:
     """When which gradient is ready, the seconds of the backward, where the times are from.
 
@@ -183,7 +199,9 @@ def _gradients(
         with phase("running passes"):
             context = PassContext(mesh={"dp": world})
             parts = parts_of(Pipeline(tuple(before)).run(subject.graph, context))
-    order = gradients_of(subject.graph, subject.name, gradient_order)
+    # The graph was captured on a stand-in for the machine, so its own device does not count.
+    on_device = partial(gradient_order, device=device)
+    order = gradients_of(subject.graph, subject.name, on_device)
     return order.ready, order.backward, str(order.times), parts
 
 

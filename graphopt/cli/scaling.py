@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphopt.cli.data_parallel import gradients_of
+from graphopt.cli.data_parallel import gradients_of, words_of
 
 if TYPE_CHECKING:
     from graphopt.analysis.gradient_order import Device
@@ -56,19 +56,14 @@ class Assumed:
 
     def words(self, timeline: Timeline, world: int) -> list[tuple[str, str]]:
         """All assumptions for a reader, by topic."""
-        from graphopt.render.units import count, duration, size
+        from graphopt.render.units import duration, size
 
         device, machine = self.device, self.machine
         volume = size(sum(g.bytes for g in timeline.ready))
         talk = self.negotiator.words()
         slower = f"{self.contention:g} times as slow" if self.contention > 1 else "no slower"
         return [
-            (
-                "compute",
-                f"roofline of an assumed GPU: {count(device.flops)}FLOP/s ("
-                f"{count(device.half_flops)}FLOP/s in 16 bits), {size(device.bandwidth)}/s, "
-                f"{duration(device.overhead)} to start an operator; not measured",
-            ),
+            ("compute", words_of(device)),
             (
                 "step",
                 f"forward {duration(timeline.forward)}, backward {duration(timeline.backward)}, "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graphopt.cli.console import phase, show, show_json
-from graphopt.cli.data_parallel import ranks_of
+from graphopt.cli.data_parallel import assumed_device, check_flops, ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.scaling import Assumed, predict, timeline_of
 from graphopt.errors import ArgumentError
@@ -97,11 +97,8 @@ def simulate(
     machine.all_reduce(world, algorithm)  # an unknown one is said before the slow part
     negotiator = Negotiator(negotiation)
     with phase("importing torch"):
-        from graphopt.analysis.gradient_order import ASSUMED
         from graphopt.cli.subject import load_subject
-    device = ASSUMED["cuda"]
-    if flops is not None:
-        device = replace(device, flops=flops, half_flops=flops)
+    device = assumed_device(flops)
     assumed = Assumed(machine, device, straggler, contention, algorithm, negotiator)
     subject = load_subject(model)
     timeline = timeline_of(subject.graph, device, subject.name)
@@ -126,10 +123,7 @@ def simulate(
 
 
 def _check(flops: float | None, straggler: float, contention: float) -> None:
-    if flops is not None and not (math.isfinite(flops) and flops > 0):
-        raise ArgumentError(
-            f"--flops {flops:g} is no speed of a device", hint="--flops 1.5e13 is 15 TFLOP/s"
-        )
+    check_flops(flops)
     if not (math.isfinite(straggler) and straggler >= 0):
         raise ArgumentError(
             f"--straggler {straggler:g} is no standard deviation",

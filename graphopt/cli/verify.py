@@ -13,7 +13,7 @@ from graphopt.cli.options import Json, ModelName, NoGrad, Passes
 if TYPE_CHECKING:
     from graphopt.cli.observe import Observe
     from graphopt.graph import Graph
-    from graphopt.model.trial import Observed
+    from graphopt.model.comparison import Observed
     from graphopt.passbase import Numerics, Pass
     from graphopt.pipeline.step import PassStep
 
@@ -55,7 +55,7 @@ def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json
     with phase("importing torch"):
         from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
         from graphopt.cli.subject import load_subject, mode
-    from graphopt.model.trial import tolerance
+    from graphopt.model.comparison import tolerance
     from graphopt.passbase import EXACT, PassContext
     from graphopt.pipeline import Pipeline
 
@@ -104,7 +104,7 @@ class _Checks:
         if step.skipped:
             self.stages.append(Row(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
             return
-        from graphopt.model.trial import tolerance_of_pass
+        from graphopt.model.comparison import tolerance_of_pass
 
         after = self._observe(graph)
         allowed = tolerance_of_pass(after, step.numerics)
@@ -113,7 +113,7 @@ class _Checks:
 
 
 def _stage(name: str, numerics: Numerics, allowed: float, before: Observed, after: Observed) -> Row:
-    from graphopt.model.trial import Observed, compare
+    from graphopt.model.comparison import Observed, compare
 
     # A pass may declare that it adds or removes outputs; the pipeline checks that it did.
     common = before.values.keys() & after.values.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,6 @@ def check_model(model: object) -> None:
         raise ArgumentError(
             f"this model is wrapped in {type(model).__name__}",
             hint="optimize first, wrap afterwards",
-        )
-    if "forward" in model.__dict__:
-        raise ArgumentError(
-            "this model has a forward of its own on the instance, which a class cannot replace",
-            hint="remove it (del model.forward) or define forward on the class",
         )
     parameters = dict(model.named_parameters())
     if not parameters:
@@ -122,30 +118,45 @@ def mesh_of(mesh: object) -> Mesh:
         return Mesh(sizes, {})
     world = dist.group.WORLD
     assert world is not None
-    if sizes.get("dp", world.size()) != world.size():
+    if sizes and math.prod(sizes.values()) != world.size():
+        words = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ArgumentError(
-            f"mesh says dp={sizes['dp']}, and this job has {world.size()} ranks",
+            f"mesh says {words}, and this job has {world.size()} ranks",
             hint="leave mesh out: a running job knows its size",
+        )
+    if any(size > 1 for name, size in sizes.items() if name != "dp"):
+        raise ArgumentError(
+            f"which ranks are along {', '.join(n for n in sizes if n != 'dp')} is not known",
+            hint="give a DeviceMesh: init_device_mesh(device, shape, mesh_dim_names=(...))",
         )
     return Mesh(sizes, {"dp": world})
 
 
 def parse_mesh(mesh: object) -> Mapping[str, int]:
-    """``"dp=8,pp=4"`` or ``{"dp": 8}`` as a dict; empty for ``None``."""
+    """``"dp=8,pp=4"`` or ``{"dp": 8}`` as a dict; empty for ``None``.
+
+    Raises:
+        ArgumentError: it is neither, a size is no positive whole number, or a name is missing or
+            there twice.
+    """
     if mesh is None:
         return {}
-    items = mesh.items() if isinstance(mesh, Mapping) else _mesh_items(mesh)
-    sizes = {}
+    items = list(mesh.items()) if isinstance(mesh, Mapping) else _mesh_items(mesh)
+    sizes: dict[str, int] = {}
     for name, size in items:
-        try:
-            sizes[str(name)] = int(size)
-        except (TypeError, ValueError):
-            sizes[str(name)] = 0
-        if sizes[str(name)] < 1:
+        whole = size if type(size) is int else int(size) if str(size).isdecimal() else 0
+        if whole < 1 or isinstance(size, float):
             raise ArgumentError(
                 f"mesh dimension {name}={size!r} is not a positive whole number",
                 hint="mesh='dp=8,pp=4'",
             )
+        if not str(name).isidentifier() or name in sizes:
+            raise ArgumentError(
+                f"mesh has {'two dimensions' if name in sizes else 'a dimension'} of the name "
+                f"{name!r}",
+                hint="mesh='dp=8,pp=4'",
+            )
+        sizes[str(name)] = whole
     return sizes
 
 

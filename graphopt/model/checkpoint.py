@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -37,7 +38,30 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     controller = controller_of(model)
     if controller is None:
         raise StateError("the model is not optimized", hint="call graphopt.optimize(model) first")
+    _check(state)
     controller.session.load(state)
+
+
+def _check(state: object) -> None:
+    """Whether this is what `state_dict` gives; values that are not finite are said."""
+    hint = "give what graphopt.state_dict(model) has returned"
+    if not isinstance(state, Mapping):
+        raise StateError(f"the saved state is a {type(state).__name__}, not a dict", hint=hint)
+    broken = []
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            what = f"{key!r} with a {type(value).__name__}"
+            raise StateError(f"the saved state has {what}, and it maps names to tensors", hint=hint)
+        if value.is_floating_point() and not value.isfinite().all():
+            broken.append(key)
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        warnings.warn(
+            f"the saved state is not finite in {', '.join(broken[:3])}{more}: the steps from here "
+            "on may not be either",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def use_scaler(model: nn.Module, scaler: object) -> None:

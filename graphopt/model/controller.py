@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import logging
+import threading
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import nn
 
+from graphopt.capture import is_uninitialised
+from graphopt.capture.lock import is_tracing, one_at_a_time
+from graphopt.errors import GraphoptError, RankError
 from graphopt.model.entries import Specialisation
+from graphopt.model.kinds import Kind, PlainKinds, kind_of
+from graphopt.model.plain import Refusal, refuse, run_plain
+from graphopt.model.programs import BYPASSED
 from graphopt.model.report import Report
+from graphopt.model.trial import describe_call
+from graphopt.model.varying import Cause, Varying, cause_of
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
+
+Fallback = Literal["error", "eager"]
+OnMismatch = Literal["raise", "warn", "eager"]
 
 # How many specialisations one model keeps; the least recently used one goes first.
 MAX_SPECIALISATIONS = 8
@@ -47,6 +61,14 @@ class Variant:
 class Specialiser(Protocol):
     """What makes variants; `graphopt.api` has the one there is."""
 
+    @property
+    def fallback(self) -> Fallback | None:
+        """What happens to calls that cannot be captured."""
+
+    @property
+    def on_mismatch(self) -> OnMismatch:
+        """What happens to calls whose graph computes something else than eager."""
+
     def compile(
         self,
         model: nn.Module,
@@ -54,8 +76,9 @@ class Specialiser(Protocol):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         session: Session,
+        numbers: frozenset[str] = frozenset(),
     ) -> Variant:
-        """The variant for one call."""
+        """The variant for one call, with these numbers as inputs of the graph."""
 
     def report(self, model: str) -> Report:
         """A report without specialisations, for a model of this class name."""
@@ -64,52 +87,171 @@ class Specialiser(Protocol):
 class Controller:
     """Chooses the specialisation for each call of one model, and makes new ones.
 
+    An error in a call is that call's: captures and state stay.
+
     Args:
-        base: the model's own class.
+        plain: the model's own forward, unbound.
         compiler: makes variants; holds the arguments of `optimize`.
         session: what the model keeps between its steps.
+        own: the forward that the user had put on the instance, if any.
     """
 
-    def __init__(self, base: type[nn.Module], compiler: Specialiser, session: Session) -> None:
-        self.base = base
+    def __init__(
+        self,
+        plain: Callable[..., Any],
+        compiler: Specialiser,
+        session: Session,
+        own: Callable[..., Any] | None = None,
+    ) -> None:
+        self.plain = plain
+        self.own = own
         self.compiler = compiler
         self.session = session
-        self.variants: list[Variant] = []
+        self.surface: dict[str, types.MethodType] = {}
+        # Replaced as a whole, so that a thread may go through it while another one changes it.
+        self.variants: tuple[Variant, ...] = ()
         self.made = 0
+        self.trained = False
+        self.kinds = PlainKinds()
+        self.varying = Varying()
+        self.notes: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        """Captures belong to a process and to one model."""
+        return (type(None), ())
 
     def __call__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         """Run the variant whose conditions hold; make one where none does."""
-        for index, variant in enumerate(self.variants):
+        for variant in self.variants:
             if variant.holds(model, *args, **kwargs):
-                if index:
-                    self.variants.insert(0, self.variants.pop(index))
+                if variant is not self.variants[0]:
+                    self._put_first(variant)
                 return variant.call(model, *args, **kwargs)
-        return self.specialise(model, args, kwargs).call(model, *args, **kwargs)
+        return self._first_call(model, args, kwargs)
+
+    def _first_call(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> object:
+        """A call that no variant is made for."""
+        if is_uninitialised(model):  # its first call draws parameters, as eager's does
+            return self.plain(model, *args, **kwargs)
+        kind = kind_of(model, args, kwargs)
+        if kind in self.kinds or self._ended(model, args, kwargs):
+            return run_plain(self, model, args, kwargs)
+        try:
+            with one_at_a_time():
+                # Another thread may have made it meanwhile.
+                variant = self._holding(model, args, kwargs)
+                variant = variant or self.specialise(model, args, kwargs)
+        except Exception as error:
+            return refuse(Refusal(self, model, args, kwargs, kind, error))
+        result = variant.call(model, *args, **kwargs)
+        self.trained |= variant.entry.level == "joint"
+        return result
 
     def specialise(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Variant:
-        """Make the variant for this call; on any error the model is given back as it was."""
-        reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
-        try:
-            variant = self.compiler.compile(model, self.base.forward, args, kwargs, self.session)
-        except BaseException:
-            restore(model)
-            raise
-        self.made += 1
-        self.variants.insert(0, variant)
+        """Make the variant for this call; an error leaves everything as it was."""
+        with one_at_a_time():
+            reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
+            causes = self._causes(model, args, kwargs)
+            variant = self._compile(model, args, kwargs, causes)
+            self.made += 1
+            with self._lock:
+                self.variants = (variant, *self.variants[: MAX_SPECIALISATIONS - 1])
         if reason:
             log.info("captured again for %s, because of %s", variant.entry.signature, reason)
-        if len(self.variants) > MAX_SPECIALISATIONS:
-            self.variants.pop()
-            if self.made == MAX_SPECIALISATIONS + 1:
-                warnings.warn(
-                    f"this model was captured {self.made} times, for as many kinds of calls (the "
-                    f"last: {variant.entry.signature}, because of {reason}); only "
-                    f"{MAX_SPECIALISATIONS} are kept. Pad or bucket the inputs to a few shapes.",
-                    stacklevel=5,
-                )
+        for cause in self.varying.count(causes):
+            self._say_ended(cause)
+        if self.made == MAX_SPECIALISATIONS + 1:
+            warnings.warn(
+                f"this model was captured {self.made} times, for as many kinds of calls (the "
+                f"last: {variant.entry.signature}, because of {reason}); only "
+                f"{MAX_SPECIALISATIONS} are kept. Pad or bucket the inputs to a few shapes.",
+                stacklevel=7,
+            )
         return variant
+
+    def _compile(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        causes: Sequence[Cause],
+    ) -> Variant:
+        """With the numbers that change as inputs of the graph, where that can be done."""
+        make = self.compiler.compile
+        tried = self.varying.to_try(causes)
+        if tried:
+            try:
+                variant = make(model, self.plain, args, kwargs, self.session, tried)
+            except RankError:
+                raise
+            except GraphoptError as error:
+                log.info("%s cannot be inputs of the graph: %s", sorted(tried), error.message)
+                self.varying.learn(tried, works=False)
+            else:
+                self.varying.learn(tried, works=True)
+                return variant
+        return make(model, self.plain, args, kwargs, self.session)
+
+    def _causes(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[Cause]:
+        """The changing values that keep variants from holding for this call."""
+        found = (cause_of(v.failure(model, *args, **kwargs)) for v in self.variants)
+        return list(dict.fromkeys(cause for cause in found if cause is not None))
+
+    def _ended(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether what changed since all captures has made captures enough."""
+        return self.varying.any_ended and self.varying.ended(self._causes(model, args, kwargs))
+
+    def _holding(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Variant | None:
+        return next((v for v in self.variants if v.holds(model, *args, **kwargs)), None)
+
+    def _put_first(self, variant: Variant) -> None:
+        with self._lock:
+            if any(v is variant for v in self.variants):
+                self.variants = (variant, *(v for v in self.variants if v is not variant))
+
+    def _say_ended(self, cause: Cause) -> None:
+        what = "changes" if cause.number else "changes its length"
+        note = (
+            f"{cause.name} {what} from call to call and made {cause.limit} captures more, so calls "
+            f"with further values run plain (read at: {cause.line})"
+        )
+        self.notes += (note,)
+        warnings.warn(
+            f"{note}. Keep the value in a tensor (register_buffer), or outside of forward.",
+            stacklevel=8,
+        )
+
+    def bypass(self) -> bool:
+        """Note that torch.compile runs the plain forward.
+
+        Raises:
+            RankError: in a job, where gradients would stay unreduced.
+        """
+        if is_tracing():
+            return False
+        if self.reduces():
+            raise RankError(
+                f"{BYPASSED}: gradients would not be reduced across ranks",
+                hint="call the optimized model itself",
+            )
+        if BYPASSED not in self.notes:
+            self.notes += (BYPASSED,)
+            warnings.warn(BYPASSED, stacklevel=2)
+        return True
+
+    def reduces(self) -> bool:
+        """Whether a plain call made now would leave gradients unreduced."""
+        ranks = self.session.ranks.values()
+        return torch.is_grad_enabled() and any(one.size > 1 for one in ranks)
 
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
@@ -117,7 +259,26 @@ class Controller:
         return replace(
             report,
             specialisations=tuple(v.entry for v in reversed(self.variants)),
-            notes=report.notes + self.session.notes(),
+            notes=report.notes + self.session.notes() + self.notes,
+            plain=self.kinds.entries(),
+        )
+
+    def remember(
+        self,
+        kind: Kind,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        error: GraphoptError,
+    ) -> None:
+        """Run calls of this kind plain from now on, and say so once."""
+        entry = self.kinds.add(kind, describe_call(model, args, kwargs), error)
+        at = f" at {entry.where}" if entry.where else ""
+        later = "; so do all later calls in this mode that are captured not yet"
+        warnings.warn(
+            f"calls of {type(model).__name__} with {entry.signature} run as plain PyTorch, without "
+            f"the passes{later if entry.every_later else ''}: {entry.reason}{at}",
+            stacklevel=8,
         )
 
 
@@ -125,11 +286,3 @@ def controller_of(model: nn.Module) -> Controller | None:
     """The controller of an optimized model; ``None`` for any other."""
     found = model.__dict__.get(KEY)
     return found if isinstance(found, Controller) else None
-
-
-def restore(model: nn.Module) -> None:
-    """Give the model its own class back."""
-    controller = controller_of(model)
-    if controller is not None:
-        model.__class__ = controller.base
-        del model.__dict__[KEY]

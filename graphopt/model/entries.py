@@ -32,7 +32,8 @@ class Verification:
 
     Attributes:
         level: what was asked for: ``"off"``, ``"structure"``, ``"eager"`` or ``"full"``.
-        result: ``"bit-equal"``, ``"within tolerance"`` or ``"not run"``.
+        result: ``"bit-equal"``, ``"within tolerance"``, ``"not run"``, or ``"mismatch"`` where the
+            user lets such a specialisation run.
         worst_name: the output or gradient that is farthest off.
         worst_error: its error, relative to its largest magnitude.
         seconds: how long the comparison took.
@@ -73,3 +74,22 @@ class Specialisation:
     verification: Verification
     plan: Plan
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlainKind:
+    """A kind of call that runs as plain PyTorch.
+
+    Attributes:
+        signature: the inputs and the mode, in words.
+        reason: why, in one sentence.
+        where: the user's source line that it is about.
+        hint: one thing to try.
+        every_later: whether later calls in this mode run plain too, without being tried.
+    """
+
+    signature: str
+    reason: str
+    where: str = ""
+    hint: str = ""
+    every_later: bool = False

@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from graphopt.model.entries import BackendChoice, Specialisation, Verification
+from graphopt.model.entries import BackendChoice, PlainKind, Specialisation, Verification
 from graphopt.passbase import Applied, Declined
 from graphopt.pipeline.step import PassStep
 
@@ -17,29 +17,39 @@ SITES_SHOWN = 3
 
 
 def explain(
-    model: str, spec: str, specialisations: Sequence[Specialisation], notes: Sequence[str]
+    model: str,
+    spec: str,
+    specialisations: Sequence[Specialisation],
+    notes: Sequence[str],
+    plain: Sequence[PlainKind] = (),
 ) -> str:
     """The report as indented lines without line end at the end."""
     lines = [f"graphopt on {model}", f"passes: {spec or 'none'}"]
-    if not specialisations:
+    if not specialisations and not plain:
         lines.append("nothing is captured yet: the first call does it")
     total = len(specialisations)
     for number, specialisation in enumerate(specialisations, start=1):
         counter = f" {number} of {total}" if total > 1 else ""
         lines += ["", f"specialisation{counter}: {specialisation.signature}"]
         lines += [f"  {line}" for line in _specialisation(specialisation)]
+    for kind in plain:
+        lines += ["", f"plain PyTorch: {kind.signature}", *(f"  {s}" for s in _reasons(kind))]
     if notes:
         lines += ["", *(f"note: {note}" for note in notes)]
     return "\n".join(lines)
 
 
 def to_html(
-    model: str, spec: str, specialisations: Sequence[Specialisation], notes: Sequence[str]
+    model: str,
+    spec: str,
+    specialisations: Sequence[Specialisation],
+    notes: Sequence[str],
+    plain: Sequence[PlainKind] = (),
 ) -> str:
     """The same text as one self-contained HTML fragment with sections that fold."""
     parts = [f"<b>graphopt on {_escape(model)}</b>"]
     parts.append(f"<div>passes: <code>{_escape(spec or 'none')}</code></div>")
-    if not specialisations:
+    if not specialisations and not plain:
         parts.append("<div>nothing is captured yet: the first call does it</div>")
     for item in specialisations:
         body = _pre([*_head(item), *_tail(item)])
@@ -48,6 +58,9 @@ def to_html(
             for step in item.steps
         )
         parts.append(_details(f"<b>{_escape(item.signature)}</b>", body + steps, is_open=True))
+    for kind in plain:
+        title = f"<b>plain PyTorch: {_escape(kind.signature)}</b>"
+        parts.append(_details(title, _pre(_reasons(kind)), is_open=True))
     parts += [f"<div>note: {_escape(note)}</div>" for note in notes]
     return f'<div class="graphopt-report">{"".join(parts)}</div>'
 
@@ -72,6 +85,16 @@ def _tail(item: Specialisation) -> Iterator[str]:
     yield f"verified   {_verification(item.verification)}"
     yield f"plan       {item.plan.digest}"
     yield from (f"note       {note}" for note in item.notes)
+
+
+def _reasons(kind: PlainKind) -> Iterator[str]:
+    yield f"because    {kind.reason}"
+    if kind.where:
+        yield f"at         {kind.where}"
+    if kind.hint:
+        yield f"try        {kind.hint}"
+    if kind.every_later:
+        yield "also       all later calls in this mode that no specialisation is made for"
 
 
 def _title(step: PassStep) -> str:
@@ -106,6 +129,8 @@ def _backend(choice: BackendChoice) -> str:
 def _verification(check: Verification) -> str:
     if check.result == "not run":
         return f"{check.level}: not compared with eager"
+    if check.result == "mismatch":
+        return f"{check.level}: MISMATCH with eager, run all the same (on_mismatch='warn')"
     took = f"in {_time(check.seconds)}"
     if check.declined:
         names = ", ".join(check.declined)

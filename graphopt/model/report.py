@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from graphopt.model.entries import Specialisation
+from graphopt.model.entries import PlainKind, Specialisation
 from graphopt.model.explain import explain, to_html
 
 
@@ -24,16 +24,18 @@ class Report:
         spec: the pipeline in the spec language.
         specialisations: the captured variants, oldest first.
         notes: what concerns the model as a whole.
+        plain: the kinds of calls that run as plain PyTorch, oldest first.
     """
 
     model: str
     spec: str
     specialisations: tuple[Specialisation, ...] = ()
     notes: tuple[str, ...] = ()
+    plain: tuple[PlainKind, ...] = ()
 
     def explain(self) -> str:
         """The report as text for a terminal."""
-        return explain(self.model, self.spec, self.specialisations, self.notes)
+        return explain(self.model, self.spec, self.specialisations, self.notes, self.plain)
 
     def to_json(self) -> str:
         """The report as JSON with sorted keys; keys are those of the dataclasses.
@@ -43,7 +45,7 @@ class Report:
         return json.dumps(_strict(asdict(self)), sort_keys=True, indent=1, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        return to_html(self.model, self.spec, self.specialisations, self.notes)
+        return to_html(self.model, self.spec, self.specialisations, self.notes, self.plain)
 
 
 def _strict(value: object) -> object:

@@ -1,108 +1,181 @@
-"""The optimized model: the user's own object, with its class swapped for a subclass.
+"""The optimized model: the user's own object of its own class, with one attribute of its own.
 
-Only ``forward`` changes. Parameters, buffers, keys, hooks on the model itself, ``train()`` and
-``eval()``, optimizers and everything else stay as they are, because the object stays as it is.
+Only ``forward`` changes, and only on this instance. So ``type(model) is Net`` holds, new instances
+of the class are plain, and ``model.forward(x)`` (as adapters call it) is as optimized as
+``model(x)``, hooks around it included. That is why it is neither a subclass (another class, whose
+new instances had no captures to run) nor torch's ``_compiled_call_impl`` (which skips the hooks of
+the model, and which ``model.forward`` and every wrapper of it pass by).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+import types
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from graphopt.capture import runs_plain
 from graphopt.errors import ArgumentError
 from graphopt.model.controller import KEY, Controller, Specialiser, controller_of
+from graphopt.model.programs import bypassed, register, within_another_program
 from graphopt.model.report import Report
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
 
+Method = Callable[..., Any]
+
 
 def install(model: nn.Module, compiler: Specialiser, session: Session) -> Controller:
-    """Swap the model's class; optimizing again replaces what was there."""
+    """Give the instance its forward; optimizing again replaces what was there.
+
+    Raises:
+        ArgumentError: somebody has wrapped the forward of an optimized model.
+    """
     old = controller_of(model)
-    base = old.base if old else type(model)
-    controller = Controller(base, compiler, session)
+    if old is not None and not _same(model.__dict__.get("forward"), old.surface["forward"]):
+        raise ArgumentError(
+            "the forward of this optimized model was replaced on the instance, so it cannot be "
+            "optimized again",
+            hint="optimize first and wrap forward afterwards, or remove the wrapper",
+        )
     # Raises for a bad plugin, so it comes before the model is touched.
-    methods = tuple(m for m in session.methods() if not _has_own(model, m[0]))
-    model.__class__ = _subclass(base, methods)
-    object.__setattr__(model, KEY, controller)
+    offered = session.methods()
+    restore(model)
+    own = model.__dict__.get("forward")
+    controller = Controller(plain_forward(model), compiler, session, own)
+    surface: dict[str, Method] = {
+        "forward": _forward(controller),
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": _deepcopy,
+        "_replicate_for_data_parallel": _replicate,
+    }
+    methods = {"explain": explain} | {n: _offered(o, n, kind) for n, (o, kind) in offered}
+    surface |= {name: method for name, method in methods.items() if not _has_own(model, name)}
+    controller.surface = {n: types.MethodType(method, model) for n, method in surface.items()}
+    model.__dict__.update({KEY: controller, **controller.surface})
     return controller
 
 
+def plain_forward(model: nn.Module) -> Method:
+    """The forward that the user wrote, unbound: of the class, or one put on the instance."""
+    controller = controller_of(model)
+    if controller is not None:
+        return controller.plain
+    own = model.__dict__.get("forward")
+    if own is None:
+        return type(model).forward
+    if isinstance(own, types.MethodType) and own.__self__ is model:
+        return own.__func__
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    return forward
+
+
 def _has_own(model: nn.Module, name: str) -> bool:
-    """Whether the instance has an attribute, parameter, buffer or submodule of this name.
-
-    The last three are only looked for when the class has nothing of that name.
-    """
+    """Whether the model has an attribute, parameter, buffer or submodule of this name."""
     own = model.__dict__
-    return name in own or any(name in own[t] for t in ("_parameters", "_buffers", "_modules"))
+    inside = any(name in own[table] for table in ("_parameters", "_buffers", "_modules"))
+    return inside or name in own or hasattr(type(model), name)
 
 
-# Name of a method, and the runtime part that has it: name and class.
-Methods = tuple[tuple[str, tuple[str, type]], ...]
+def _forward(controller: Controller) -> Method:
+    plain, number = controller.plain, register(controller)
 
-_subclasses: dict[tuple[type[nn.Module], Methods], type[nn.Module]] = {}
-
-
-def _subclass(base: type[nn.Module], methods: Methods) -> type[nn.Module]:
-    """The subclass of `base` that runs through the controller and looks like `base`."""
-    if (base, methods) not in _subclasses:
-        _subclasses[base, methods] = _make_subclass(base, methods)
-    return _subclasses[base, methods]
-
-
-def _make_subclass(base: type[nn.Module], methods: Methods) -> type[nn.Module]:
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
-        if _within_another_program():
-            return base.forward(self, *args, **kwargs)
-        controller: Controller = self.__dict__[KEY]
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            bypassed(number)
+            return plain(self, *args, **kwargs)
+        # In a job a plain step would leave gradients unreduced; there such a call is refused.
+        plainly = runs_plain() and not controller.session.ranks
+        if plainly or within_another_program():
+            return plain(self, *args, **kwargs)
         return controller(self, args, kwargs)
 
-    def explain(self: nn.Module) -> str:
-        """What graphopt did to this model, what it declined, and why."""
-        return report(self).explain()
+    # Not functools.wraps: who unwraps (accelerate does) would find the plain forward and keep it.
+    shown = controller.own or plain
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(forward, name, getattr(shown, name, getattr(forward, name)))
+    with contextlib.suppress(TypeError, ValueError):  # a forward without Python code
+        forward.__signature__ = _signature(controller)  # type: ignore[attr-defined]
+    return forward
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        """Pickle as the plain model: a capture belongs to a process."""
-        reduced = cast("tuple[Any, ...]", base.__reduce_ex__(self, protocol))
-        _, (_, *arguments), state, *rest = reduced
-        state = {k: v for k, v in state.items() if k != KEY}
-        return (_new, (base, *arguments), state, *rest)
 
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """Copy as an optimized model with its own captures and its own pass state."""
-        constructor, arguments, state, *_ = cast("tuple[Any, ...]", self.__reduce_ex__(4))
-        plain: nn.Module = constructor(*arguments)
+def _signature(controller: Controller) -> inspect.Signature:
+    """Of the unbound forward; one on the instance gets the `self` that it lacks."""
+    own = controller.own
+    if own is None or isinstance(own, types.MethodType):
+        return inspect.signature(controller.plain)
+    signature = inspect.signature(own)
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    parameters = [inspect.Parameter("self", kind), *signature.parameters.values()]
+    return signature.replace(parameters=parameters)
+
+
+def explain(self: nn.Module) -> str:
+    """What graphopt did to this model, what it declined, and why."""
+    return report(self).explain()
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle as the plain model: a capture belongs to a process."""
+    reduced = cast("tuple[Any, ...]", type(self).__reduce_ex__(self, protocol))
+    if len(reduced) < 3:
+        return reduced
+    constructor, arguments, state, *rest = reduced
+    return (constructor, arguments, _plain_state(self, state), *rest)
+
+
+def _plain_state(model: nn.Module, state: Any) -> Any:
+    """The attributes of a model without what `install` has put there."""
+    controller = controller_of(model)
+    if controller is None or not isinstance(state, Mapping):
+        return state
+    ours = controller.surface
+    kept = {k: v for k, v in state.items() if k != KEY and not _same(v, ours.get(k))}
+    if controller.own is not None and "forward" not in kept:
+        kept["forward"] = controller.own
+    return kept
+
+
+def _same(value: object, method: types.MethodType | None) -> bool:
+    return method is not None and getattr(value, "__func__", None) is method.__func__
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy as an optimized model with its own captures and its own pass state."""
+    controller = controller_of(self)
+    assert controller is not None
+    own = getattr(type(self), "__deepcopy__", None)
+    if own is not None:
+        plain: nn.Module = own(self, memo)
+        plain.__dict__ = dict(_plain_state(self, plain.__dict__))
+    else:
+        constructor, arguments, state, *_ = _reduce(self, 4)
+        plain = constructor(*arguments)
         memo[id(self)] = plain
         plain.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
-        controller = controller_of(self)
-        assert controller is not None
-        install(plain, controller.compiler, controller.session.copy(memo))
-        return plain
-
-    namespace = {
-        "forward": forward,
-        "explain": explain,
-        "__reduce_ex__": reduce,
-        "__deepcopy__": deepcopy,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    # The model's own attributes win over what runtime parts offer.
-    offered = {name: _offered(owner, name, kind) for name, (owner, kind) in methods}
-    taken = {*dir(base), *namespace}
-    namespace |= {name: method for name, method in offered.items() if name not in taken}
-    return type(base.__name__, (base,), namespace)
+    twin = install(plain, controller.compiler, controller.session.copy(memo))
+    twin.trained = controller.trained
+    return plain
 
 
-def _offered(owner: str, name: str, kind: type) -> Callable[..., object]:
+def _replicate(self: nn.Module) -> nn.Module:
+    """A replica of `nn.DataParallel` shares the attributes of the model; it must run plain."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+    replica.__dict__ = dict(_plain_state(self, replica.__dict__))
+    return replica
+
+
+def _offered(owner: str, name: str, kind: type) -> Method:
     """A method of the runtime part `owner` as one of the model."""
 
     @functools.wraps(getattr(kind, name))
@@ -114,14 +187,17 @@ def _offered(owner: str, name: str, kind: type) -> Callable[..., object]:
     return method
 
 
-def _within_another_program() -> bool:
-    """Whether somebody else captures or transforms what calls this model (compile, grad, vmap)."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
-    """An empty instance for unpickling; pickle insists on the object's own class elsewhere."""
-    return cls.__new__(cls, *arguments)
+def restore(model: nn.Module) -> None:
+    """Give the model back as it was before it was optimized."""
+    controller = controller_of(model)
+    if controller is None:
+        return
+    del model.__dict__[KEY]
+    for name, method in controller.surface.items():
+        if _same(model.__dict__.get(name), method):
+            del model.__dict__[name]
+    if controller.own is not None and "forward" not in model.__dict__:
+        model.__dict__["forward"] = controller.own
 
 
 def report(model: nn.Module) -> Report:

@@ -1,33 +1,31 @@
 """Run steps of the user's own model on the user's own batch and leave no trace.
 
-Both the comparison with eager and the choice between backends need real steps. A trial restores the
-random streams, the buffers, the inputs and the plain attributes of the modules afterwards, and
-never touches a parameter's ``.grad``.
+Both the comparison with eager and the choice between backends need real steps. A trial runs on
+stand-ins for all tensors that forward can reach (`graphopt.model.reach`), outside of what surrounds
+the call (`graphopt.model.caller`), with random streams of its own; afterwards every container and
+attribute is put back as it was. What forward does elsewhere, to files or to objects of other
+packages, cannot be undone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.passbase import Numerics
+from graphopt.model import streams
+from graphopt.model.caller import finally_all, set_aside
+from graphopt.model.comparison import Observed
+from graphopt.model.copies import StandIns
+from graphopt.model.reach import Reach
 
 Call = Callable[..., object]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one step computed: by name, every output, gradient and buffer."""
-
-    values: Mapping[str, Tensor | None]
 
 
 class Trial:
@@ -45,75 +43,150 @@ class Trial:
         model: nn.Module,
         args: Sequence[object],
         kwargs: Mapping[str, object],
-        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.args = args
         self.kwargs = kwargs
-        named = dict(model.named_parameters())
-        inputs = {f"input {n}": t for n, t in tensors_of(named_arguments(model, args, kwargs))}
-        self.sources = {n: t for n, t in (named | inputs).items() if t.requires_grad}
-        self._changeable = [*model.buffers(), *inputs.values()]
         self._around = around
-        devices = {t.device for t in (*named.values(), *inputs.values())}
+        arguments = named_arguments(model, args, kwargs)
+        devices = {t.device for t in (*model.parameters(), *(t for _, t in tensors_of(arguments)))}
         self.devices = [d for d in devices if d.type == "cuda"]
+        self._reach: Reach | None = None
+        self._stand_ins = StandIns()
 
     def observe(self, call: Call) -> Observed:
         """Run forward and backward once, with a random cotangent, and read everything."""
-        with self.untouched():
-            outputs = dict(tensors_of(call(self.model, *self.args, **self.kwargs)))
-            gradients = self._backward(outputs)
-            buffers = {f"buffer {n}": b.clone() for n, b in self.model.named_buffers()}
+        with self.untouched(), self._state():
+            before = streams.marks()
+            outputs, gradients, _ = self._run(call)
+            after = streams.marks()
             results = {f"output {n}": t.detach() for n, t in outputs.items()}
-            return Observed({**results, **gradients, **buffers})
+            buffers = {f"buffer {n}": b.detach() for n, b in self.model.named_buffers()}
+            parameters = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
+            written = {f"parameter {n}": parameters[f"parameter {n}"] for n in self._written()}
+            return Observed(
+                {**results, **gradients, **buffers, **written},
+                parameters,
+                after,
+                frozenset(name for name in after if after[name] != before.get(name)),
+            )
 
-    def step(self, call: Call) -> None:
-        """Run forward and backward once, for its time only; call inside `untouched`."""
-        self._backward(dict(tensors_of(call(self.model, *self.args, **self.kwargs))))
+    def step(self, call: Call) -> float:
+        """Seconds that forward and backward take; inside `untouched`, where memory is kept."""
+        with self._state():
+            return self._run(call)[2]
 
-    def _backward(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        differentiable = [t for t in outputs.values() if t.requires_grad]
-        if not differentiable or not self.sources or not torch.is_grad_enabled():
-            return {}
-        generator = torch.Generator().manual_seed(0)
-        cotangents = [cotangent(t, generator) for t in differentiable]
-        gradients = torch.autograd.grad(
-            differentiable, list(self.sources.values()), cotangents, allow_unused=True
-        )
-        names = (f"gradient of {n}" for n in self.sources)
-        return dict(zip(names, gradients, strict=True))
-
-    def same_random_numbers(self) -> AbstractContextManager[None]:
-        """Within, random numbers are those of the call that is tried; outside nobody notices."""
-        return torch.random.fork_rng(devices=self.devices)
-
-    def _hooked(self) -> list[Any]:
-        """Tensors with gradient hooks of the user's, which must not see a trial's gradients."""
-        return [t for t in self.sources.values() if t._backward_hooks]
-
-    @contextlib.contextmanager
+    @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Restore random streams, buffers, inputs and plain attributes on the way out."""
-        before = [(t, t.detach().clone()) for t in self._changeable]
-        attributes = [(m, m.__dict__.copy()) for m in self.model.modules()]
-        hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in self._hooked()]
-        for registered, _ in hooks:
-            registered.clear()
-        with self._around(), self.same_random_numbers():
+        """Within, steps run; nothing of them is left outside."""
+        with self.outside(), streams.isolated(self.devices):
+            self._reach = Reach(self.model, named_arguments(self.model, self.args, self.kwargs))
+            self._stand_ins = StandIns()
             try:
                 yield
             finally:
-                with torch.no_grad():
-                    for tensor, value in before:
-                        if not same(tensor, value):
-                            tensor.copy_(value)
-                for registered, functions in hooks:
-                    registered.update(functions)
-                for module, saved in attributes:
-                    now = module.__dict__
-                    if now.keys() != saved.keys() or any(now[k] is not saved[k] for k in saved):
-                        module.__dict__.clear()
-                        module.__dict__.update(saved)
+                self._reach, self._stand_ins = None, StandIns()
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Within, what surrounds the call is set aside."""
+        return set_aside()
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Within, random numbers are those of all steps; outside nobody notices."""
+        return streams.isolated(self.devices)
+
+    @contextmanager
+    def _state(self) -> Iterator[None]:
+        """Within, the model and the arguments are in the state of the call, to be used up."""
+        assert self._reach is not None
+        reach = self._reach
+        self._stand_ins.make(reach.tensors.values())
+        try:
+            reach.exchange(self._stand_ins)
+            reach.hide_backward_hooks()
+            streams.begin(self.devices)
+            with self._around():
+                yield
+        finally:
+            torch.clear_autocast_cache()  # it may hold casts of stand-ins
+            finally_all(reach.restore)
+
+    def _run(self, call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor | None], float]:
+        """Outputs, gradients and seconds of one step."""
+        assert self._reach is not None
+        swap = self._reach.swap(self._stand_ins)
+        args = [swap(value) for value in self.args]
+        kwargs = {name: swap(value) for name, value in self.kwargs.items()}
+        sources = self._sources()
+        self._synchronize()
+        start = time.perf_counter()
+        outputs = dict(tensors_of(call(self.model, *args, **kwargs)))
+        gradients = _backward(outputs, sources)
+        self._synchronize()
+        return outputs, gradients, time.perf_counter() - start
+
+    def _sources(self) -> dict[str, Tensor]:
+        """What receives a gradient, by name."""
+        assert self._reach is not None
+        stand_ins = {n: self._stand_ins.of(t) for n, t in self._reach.tensors.items()}
+        leaves = {n: s.leaf for n, s in stand_ins.items() if s is not None}
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        return {names.get(id(t), n): t for n, t in leaves.items() if t.requires_grad}
+
+    def _written(self) -> list[str]:
+        """Parameters that no longer are what they were at the beginning of the step."""
+        assert self._reach is not None
+        stand_ins = (self._stand_ins.of(t) for t in self._reach.tensors.values())
+        same = {id(s.value) for s in stand_ins if s is not None and not s.written}
+        return [n for n, p in self.model.named_parameters() if id(p) not in same]
+
+    def _synchronize(self) -> None:
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+
+
+def _backward(
+    outputs: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """Gradients of the sources; like a user's backward it runs outside of autocast."""
+    differentiable = [t for t in outputs.values() if t.requires_grad]
+    if not differentiable or not sources or not torch.is_grad_enabled():
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [cotangent(t, generator) for t in differentiable]
+    names = [f"gradient of {n}" for n in sources]
+    leaves = list(sources.values())
+    with torch._C._DisableAutocast():
+        if _only_reaches(differentiable, leaves):
+            # Unlike `autograd.grad` it allows a forward to run a backward of its own in backward.
+            torch.autograd.backward(differentiable, cotangents)
+            gradients = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+        else:
+            found = torch.autograd.grad(differentiable, leaves, cotangents, allow_unused=True)
+            gradients = list(found)
+    return dict(zip(names, gradients, strict=True))
+
+
+def _only_reaches(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether no other leaf would get a gradient."""
+    own = {id(leaf) for leaf in leaves}
+    queue: list[Any] = [t.grad_fn for t in outputs]
+    if any(t.grad_fn is None and id(t) not in own for t in outputs):
+        return False
+    seen = set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            return False
+        queue.extend(parent for parent, _ in node.next_functions)
+    return True
 
 
 def cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,101 +220,6 @@ def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
         return
     for key, item in items:
         yield from tensors_of(item, f"{path}.{key}" if path else str(key))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one value of two observations is off.
-
-    Attributes:
-        name: of the value.
-        error: largest difference relative to the largest magnitude of the reference.
-        absolute: largest difference.
-    """
-
-    name: str
-    error: float
-    absolute: float = 0.0
-
-    @property
-    def equal(self) -> bool:
-        """Whether everything was bit-equal."""
-        return self.error == 0.0
-
-
-def compare(reference: Observed, actual: Observed) -> Difference:
-    """The value that differs most, relative to the largest magnitude of its reference.
-
-    A value that one side lacks, or a NaN that only one side has, differs infinitely.
-    """
-    return max(differences(reference, actual), key=lambda d: d.error, default=Difference("", 0.0))
-
-
-def differences(reference: Observed, actual: Observed) -> list[Difference]:
-    """All values that are not bit-equal."""
-    found = []
-    for name in sorted(reference.values.keys() | actual.values.keys()):
-        error, absolute = _error(reference.values.get(name), actual.values.get(name))
-        if error > 0:
-            found.append(Difference(name, error, absolute))
-    return found
-
-
-def tolerance(observed: Observed, numerics: Numerics) -> float:
-    """Largest allowed relative error between two runs that should agree at `numerics`.
-
-    Eager itself is not always reproducible to the last bit (atomics on GPUs), so even an exact
-    rewrite is refused only beyond what rounding in the coarsest dtype of the step explains.
-    """
-    floats = [v.dtype for v in observed.values.values() if v is not None and v.is_floating_point()]
-    eps = max((torch.finfo(d).eps for d in floats), default=0.0)
-    return max(numerics.bound, 1e3 * eps if eps < 1e-3 else 8 * eps)
-
-
-def tolerance_of_pass(observed: Observed, numerics: Numerics) -> float:
-    """Largest allowed relative error between a graph and what a pass made of it.
-
-    On a CPU the same operators give the same bits, so a pass gets exactly the bound of its class.
-    On a GPU eager itself differs from run to run (atomics).
-    """
-    on_gpu = any(value is not None and value.is_cuda for value in observed.values.values())
-    return tolerance(observed, numerics) if on_gpu else numerics.bound
-
-
-def _error(reference: Tensor | None, actual: Tensor | None) -> tuple[float, float]:
-    """Relative and absolute difference."""
-    infinite = float("inf"), float("inf")
-    if reference is None or actual is None:
-        return (0.0, 0.0) if reference is actual else infinite
-    if reference.shape != actual.shape or reference.dtype != actual.dtype:
-        return infinite
-    if reference.layout is not actual.layout:
-        return infinite
-    if same(reference, actual):
-        return 0.0, 0.0
-    if reference.layout is not torch.strided:
-        reference, actual = reference.to_dense(), actual.to_dense()
-    if not (reference.is_floating_point() or reference.is_complex()):
-        return infinite
-    wide = torch.complex128 if reference.is_complex() else torch.float64
-    a, b = reference.to(wide), actual.to(wide)
-    alike = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(alike, 0.0, (a - b).abs()).max().item()
-    scale = torch.where(a.isfinite(), a.abs(), 0.0).max().item()
-    error = difference / scale if scale > 0 else difference
-    # NaN in one and not the other compares unequal with everything.
-    return (error, difference) if error == error else infinite
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Bit-equal, with NaN equal to NaN."""
-    if a.layout is not torch.strided or b.layout is not torch.strided:
-        return a.layout is b.layout and same(a.to_dense(), b.to_dense())
-    return bool(torch.equal(a, b) or (a.is_floating_point() and _nan_equal(a, b)))
-
-
-def _nan_equal(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

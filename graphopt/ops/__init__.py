@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graphopt.ops import convolution, ctc, frozen, moments, rnn, wire
+from graphopt.ops import convolution, ctc, expect, frozen, moments, rnn, statistics, wire
 
-__all__ = ["convolution", "ctc", "frozen", "moments", "rnn", "wire"]
+__all__ = ["convolution", "ctc", "expect", "frozen", "moments", "rnn", "statistics", "wire"]

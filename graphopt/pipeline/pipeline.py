@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -77,8 +78,9 @@ class Pipeline:
 
         Raises:
             InvariantError: the graph was illegal before the first pass.
-            PipelineError: a pass failed, left an illegal graph or broke a promise; the cause is
-                chained.
+            PipelineError: a pass failed or broke a promise; the cause is chained.
+            GraphoptError: a pass raised one, or left an illegal graph; it keeps its type and names
+                the pass.
         """
         if verify not in ("off", "structure", "full"):
             raise ArgumentError(
@@ -135,18 +137,17 @@ class Pipeline:
             format_pass(pass_), pass_.numerics, outcome, seconds, checking, size, len(graph)
         )
 
-    def _failed(self, index: int, error: Exception) -> PipelineError:
+    def _failed(self, index: int, error: Exception) -> GraphoptError:
+        """The error with the pass that raised it; one of graphopt's own keeps its type."""
         earlier = ", ".join(pass_.name for pass_ in self.passes[:index])
         after = f" (after {earlier})" if earlier else ""
         name = self.passes[index].name
         if not isinstance(error, GraphoptError):
             return PipelineError(f"pass {name!r}{after} failed: {type(error).__name__}: {error}")
-        code = "" if isinstance(error, PipelineError) else f"[{error.code}] "
-        return PipelineError(
-            f"pass {name!r}{after} failed: {code}{error.message}",
-            where=error.where,
-            hint=error.hint,
-        )
+        named = copy.copy(error)
+        named.message = f"pass {name!r}{after} failed: {error.message}"
+        named.args = (named.message,)
+        return named
 
 
 def _check_signature(pass_: Pass, before: Signature, after: Signature) -> None:

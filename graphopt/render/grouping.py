@@ -15,17 +15,18 @@ from graphopt.render.units import size
 GROUPS_SHOWN = 40
 
 
-def grouping_view(grouping: Grouping, *, link_note: str = "") -> RenderableType:
+def grouping_view(grouping: Grouping, *, link_note: str = "", compute: str = "") -> RenderableType:
     """The groups, the candidates, the certificate, and where the times come from.
 
     Args:
         grouping: a plan with at least one group; its times are predictions.
         link_note: who chose the link, and what about it is assumed.
+        compute: what is known about the times of compute beside where they come from.
     """
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for key, words in _facts(grouping, link_note):
+    for key, words in _facts(grouping, link_note, compute):
         facts.add_row(key, escape(words))
     return Group(_groups(grouping), Text(), _candidates(grouping), Text(), facts)
 
@@ -77,14 +78,14 @@ def _candidates(grouping: Grouping) -> RenderableType:
     return table
 
 
-def _facts(grouping: Grouping, link_note: str) -> Iterator[tuple[str, str]]:
+def _facts(grouping: Grouping, link_note: str, compute: str) -> Iterator[tuple[str, str]]:
     yield "backward", f"{_ms(grouping.backward)} ms without communication"
     yield (
         "bound",
         f"{_ms(grouping.bound)} ms: no contiguous groups can finish earlier where a message "
         f"costs no more than its parts do; this plan is {100 * above_bound(grouping):.2f} % above",
     )
-    yield "times", f"predicted; compute: {grouping.times or 'unknown'}"
+    yield "times", f"predicted; compute: {compute or grouping.times or 'unknown'}"
     note = f" ({link_note})" if link_note else ""
     yield "link", f"{grouping.link or 'unknown'}, {grouping.world} ranks{note}"
 

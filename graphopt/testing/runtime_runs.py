@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from graphopt.api import Verify, optimize
 from graphopt.model.checkpoint import load_state_dict, state_dict
+from graphopt.model.comparison import same
 from graphopt.model.controller import Controller, controller_of
-from graphopt.model.trial import Trial, same, tensors_of
+from graphopt.model.trial import Trial, tensors_of
 from graphopt.passbase import Pass
 
 if TYPE_CHECKING:

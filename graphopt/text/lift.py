@@ -199,6 +199,8 @@ def type_of(value: object, where: str) -> Type:
             return NONE
         case bool() | int() | float():
             return type(value).__name__
+        case torch.SymBool() | torch.SymInt() | torch.SymFloat():
+            return type(value).__name__.removeprefix("Sym").lower()
     raise TextError(f"a value of type {type(value).__name__} has no text form", where=where)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from graphopt.ops.numbers import NUMBER_FUNCTIONS, number_function
+
 SHORT = {
     "float64": "f64",
     "float32": "f32",
@@ -86,10 +88,12 @@ def operator_of(name: str) -> Callable[..., Any] | None:
     """What a qualified name calls; ``None`` when no such operator is registered.
 
     ``aten.mm.default`` is an overload, ``getitem`` picks from several results, any other single
-    word is one of torch's higher-order operators.
+    word is one of torch's higher-order operators. ``operator.mul`` is one of `NUMBER_FUNCTIONS`.
     """
     if name == GETITEM:
         return operator.getitem
+    if name in NUMBER_FUNCTIONS:
+        return NUMBER_FUNCTIONS[name]
     namespace, *rest = name.split(".")
     module = _REGISTERED_BY.get(namespace) if rest else "torch._higher_order_ops"
     if module:
@@ -123,4 +127,4 @@ def name_of(target: object) -> str | None:
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
         return str(target.__name__)
-    return GETITEM if target is operator.getitem else None
+    return GETITEM if target is operator.getitem else number_function(target) or None

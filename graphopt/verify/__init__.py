@@ -64,7 +64,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         "allowed-targets",
-        "Calls are of operator overloads, higher-order operators and getitem, nothing else.",
+        "Calls are of operators, higher-order operators, getitem, and functions on numbers.",
         form.targets_allowed,
     ),
     Invariant(

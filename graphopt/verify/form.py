@@ -16,6 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.graph import Graph, operator_name, phase_of
+from graphopt.ops.numbers import is_number, number_function
 from graphopt.plan import Phase, Role
 
 Violation = tuple[fx.Node | None, str]
@@ -129,10 +130,12 @@ def targets_allowed(scan: Scan) -> Iterator[Violation]:
             yield node, f"nodes of kind {node.op!r} are not allowed"
     for node in scan.calls:
         target = node.target
-        if not isinstance(target, OpOverload | HigherOrderOperator) and (
-            target is not operator.getitem
-        ):
+        if isinstance(target, OpOverload | HigherOrderOperator) or target is operator.getitem:
+            continue
+        if not number_function(target):
             yield node, f"it calls {operator_name(node)!r}, which is not an operator"
+        elif not is_number(node.meta.get("val")):
+            yield node, f"it calls {operator_name(node)!r}, which is for numbers only"
 
 
 def attributes_exist(scan: Scan) -> Iterator[Violation]:

@@ -10,7 +10,12 @@ from torch import fx
 
 from graphopt.plan import Phase, Plan, Role
 from graphopt.runtime.engine.inference import InferenceEngine
-from graphopt.runtime.engine.partition import Halves
+from graphopt.runtime.engine.partition import (
+    Halves,
+    numbers_saved,
+    sharing_outputs,
+    sized_by_data,
+)
 from graphopt.runtime.engine.plain import PlainBackward, PlainForward
 from graphopt.runtime.engine.step import Compile, Half
 from graphopt.runtime.engine.training import TrainingEngine
@@ -42,7 +47,16 @@ def training(
     make_backward = stack(
         plan, session, "backward", partial(PlainBackward, backward, session, inputs)
     )
-    return TrainingEngine(plan, session, forward_half, make_backward(second), halves.sources)
+    return TrainingEngine(
+        plan,
+        session,
+        forward_half,
+        make_backward(second),
+        halves.sources,
+        numbers=numbers_saved(halves),
+        sized_by_data=sized_by_data(halves.backward),
+        sharing={second.slots[i].name for i in sharing_outputs(halves.backward, len(second.slots))},
+    )
 
 
 def inference(

@@ -33,12 +33,20 @@ def keeping(half: Half, wanted: Callable[[Slot], bool]) -> Half:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Remove what no output needs, except what draws random numbers.
+    """Remove what no output needs, except what draws random numbers or checks.
 
     A collective whose result nobody wants must not run, or the other ranks would wait for ever; a
-    random number must be drawn, or those after it would be others.
+    random number must be drawn, or those after it would be others; what returns nothing is called
+    because it may raise.
     """
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _random(n))
+    graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or _random(n) or _checks(n)
+    )
+
+
+def _checks(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.returns
 
 
 def _random(node: fx.Node) -> bool:

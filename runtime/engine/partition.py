@@ -17,6 +17,7 @@ import torch._functorch.config
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
+from graphopt.ops.numbers import is_number
 from graphopt.plan import Phase, Role, Signature, Slot
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -150,6 +151,53 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
+_KINDS = (False, True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, fx.Node) and is_number(value.meta.get("val"))
+
+
+def numbers_saved(halves: Halves) -> tuple[int, ...]:
+    """Which of the saved values are numbers, by position among them."""
+    arguments = halves.backward.graph.find_nodes(op="placeholder")
+    return tuple(
+        index
+        for (kind, index), node in zip(halves.sources, arguments, strict=True)
+        if kind == "saved" and _is_number(node)
+    )
+
+
+def sized_by_data(half: fx.GraphModule) -> bool:
+    """Whether an argument of a half has a size that depends on data."""
+    values = (node.meta.get("val") for node in half.graph.find_nodes(op="placeholder"))
+    return any(
+        type(size) is not int
+        for value in values
+        if isinstance(value, torch.Tensor)
+        for size in value.shape
+    )
+
+
+def sharing_outputs(backward: fx.GraphModule, count: int) -> tuple[int, ...]:
+    """Which of the first `count` outputs lie in memory that another of them is already."""
+    returned = cast("Sequence[Any]", backward.graph.output_node().args[0])[:count]
+    owners = [_owner(value) for value in returned]
+    return tuple(
+        index
+        for index, (value, owner) in enumerate(zip(returned, owners, strict=True))
+        if isinstance(value, fx.Node)
+        and owners.count(owner) > 1
+        and (is_view(value) or value in returned[:index])
+    )
+
+
+def _owner(value: Any) -> Any:
+    while isinstance(value, fx.Node) and is_view(value) and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return value
+
+
 def _trimmed(
     forward: fx.GraphModule,
     backward: fx.GraphModule,
@@ -165,12 +213,13 @@ def _trimmed(
     arguments = backward.graph.find_nodes(op="placeholder")
     sources: list[tuple[str, int]] = []
     kept: list[fx.Node] = []
-    values = iter(saved)
+    # The forward returns saved numbers last, the backward takes them first.
+    values = {number: iter([n for n in saved if _is_number(n) is number]) for number in _KINDS}
     for argument in arguments:
         if str(argument.target) in tangents:
             sources.append(("tangent", tangents[str(argument.target)]))
             continue
-        value = next(values)
+        value = next(values[_is_number(argument)])
         if isinstance(value, fx.Node) and value.op == "placeholder":
             sources.append(("input", primals[str(value.target)]))
         else:

@@ -66,7 +66,10 @@ class PlainBackward:
             if kind == "saved":
                 arguments.append(step.saved[key])
             elif kind == "tangent":
-                arguments.append(self._tangents[key].coerce(tangents[key]))
+                expected = self._tangents[key]
+                if step.geometry:
+                    expected = expected.at(step.geometry[key])
+                arguments.append(expected.coerce(tangents[key]))
             elif kind == "input":
                 index, name = key
                 arguments.append(step.weights.get(name, step.inputs[index]))

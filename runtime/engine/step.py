@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Slot
@@ -48,6 +49,8 @@ class Step:
         own: what runtime parts keep between forward and backward, under keys of theirs.
         saved: what the forward saved; emptied when a backward takes it.
         inputs: inputs of the step that the backward reads, by position.
+        geometry: size and strides of the outputs that have a tangent, in the order of the tangents;
+            empty where they are known beforehand.
     """
 
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Step:
     own: dict[str, Any] = field(default_factory=dict)
     saved: list[Tensor] = field(default_factory=list)
     inputs: Mapping[int, Tensor] = field(default_factory=dict)
+    geometry: Sequence[tuple[torch.Size, tuple[int, ...]]] = ()
 
 
 class Forward(Protocol):

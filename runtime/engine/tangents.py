@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Expected:
-    """Geometry that a tangent must have, because the backward graph was traced for it."""
+    """Geometry that a tangent must have, because the backward graph was traced for it.
+
+    Where a size depends on data, it is the one of the output that the forward has given.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -21,6 +25,15 @@ class Expected:
     def of(cls, value: Tensor) -> Expected:
         """The geometry of a (fake) tensor."""
         return cls(tuple(value.shape), value.stride(), value.dtype, value.device)
+
+    @cached_property
+    def known(self) -> bool:
+        """Whether no size depends on data."""
+        return all(type(number) is int for number in (*self.size, *self.stride))
+
+    def at(self, output: tuple[torch.Size, tuple[int, ...]]) -> Expected:
+        """The geometry for an output of this size and these strides."""
+        return self if self.known else replace(self, size=tuple(output[0]), stride=output[1])
 
     def coerce(self, tangent: Tensor | None) -> Tensor:
         """The tangent in this geometry; zeros where there is none."""

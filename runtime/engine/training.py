@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ class TrainingEngine(Engine):
         forward: the forward half with what surrounds it.
         backward: the backward half with what surrounds it.
         sources: where the arguments of the backward come from.
+        numbers: which of the saved values are numbers, ascending.
+        sharing: names of gradients that lie in memory which another gradient is.
+        sized_by_data: whether outputs may have sizes that depend on data.
     """
 
     def __init__(
@@ -33,10 +36,18 @@ class TrainingEngine(Engine):
         forward: Forward,
         backward: Backward,
         sources: Sequence[Source],
+        numbers: Sequence[int] = (),
+        sharing: Collection[str] = (),
+        sized_by_data: bool = False,
     ) -> None:
         super().__init__(plan, session, forward.returns)
         self.forward, self.backward = forward, backward
         self._saved_from = len(forward.returns)
+        self._numbers = tuple(numbers)
+        self._sized_by_data = sized_by_data
+        self._sharing = tuple(
+            i for i, s in enumerate(backward.returns) if s.role is Role.GRAD and s.name in sharing
+        )
         self._backward_mutations = self._mutations(backward.returns)
         tangents = [s for s in plan.signature.inputs if s.role is Role.TANGENT]
         # Tangents belong to outputs of the model; the autograd function returns the computed ones.
@@ -88,7 +99,20 @@ class TrainingEngine(Engine):
         with torch._C._DisableAutocast():
             results = self.forward(step, list(values))
         self._write_back(self._forward_mutations, values.__getitem__, results)
-        return [results[i] for i, _ in self._outputs], list(results[self._saved_from :])
+        outputs = [results[i] for i, _ in self._outputs]
+        if self._sized_by_data:
+            with_tangent = [outputs[i] for i in self.tangent_of_output]
+            step.geometry = [(t.shape, t.stride()) for t in with_tangent]
+        return outputs, list(results[self._saved_from :])
+
+    def part_numbers(self, saved: list[Any]) -> list[Any]:
+        """Take the numbers out of the saved values; autograd keeps tensors only."""
+        return [saved.pop(i) for i in reversed(self._numbers)]
+
+    def join_numbers(self, saved: list[Any], numbers: Sequence[Any]) -> None:
+        """Put them back in their places."""
+        for place, number in zip(self._numbers, reversed(numbers), strict=True):
+            saved.insert(place, number)
 
     def run_backward(self, step: Step, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One gradient per differentiable input; ``None`` where no tangent reaches it.
@@ -108,6 +132,10 @@ class TrainingEngine(Engine):
                 self._write_back(self._backward_mutations, at, results)
             if self.plan.parts:
                 self._finish(step, results)
+        for i in self._sharing:
+            # Autograd copies a gradient that somebody else holds, and a view holds its base.
+            if results[i] is not None:
+                results[i] = results[i].detach()
         return [results[i] for i, _, _ in self.gradients]
 
     def _finish(self, step: Step, results: list[Any]) -> None:
@@ -132,12 +160,12 @@ def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Ten
     output may be changed, but the change no longer shows in the version counter of its base, so a
     view whose memory the backward needs keeps the mark.
     """
-    if not any(t._is_view() for t in outputs):
+    if not any(isinstance(t, Tensor) and t._is_view() for t in outputs):
         return tuple(outputs)
     needed = {t.untyped_storage().data_ptr() for t in saved}
     return tuple(
         torch.ops.aten._unsafe_view.default(t, t.shape)
-        if t._is_view() and t.untyped_storage().data_ptr() not in needed
+        if isinstance(t, Tensor) and t._is_view() and t.untyped_storage().data_ptr() not in needed
         else t
         for t in outputs
     )
@@ -153,11 +181,14 @@ class _Node(torch.autograd.Function):
         ctx.engine = engine
         ctx.step = engine.begin(values)
         outputs, saved = engine.run_forward(ctx.step, values)
+        ctx.numbers = engine.part_numbers(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         returned = _changeable(outputs, saved)
         with_tangent = set(engine.tangent_of_output)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(returned) if i not in with_tangent))
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(returned) if i not in with_tangent and isinstance(t, Tensor))
+        )
         return returned
 
     @staticmethod
@@ -176,6 +207,7 @@ class _Node(torch.autograd.Function):
         step: Step = ctx.step
         step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
         step.saved = tensors[:count]
+        engine.join_numbers(step.saved, ctx.numbers)
         del tensors
         gradients = engine.run_backward(step, tangents)
         step.inputs = {}

@@ -123,7 +123,9 @@ class GroupGradients(RuntimePart[Reduction]):
         """Gradient noise, and what was not finite."""
         if self.messages is None:
             return ()
-        noise, value = self.messages.noise, self.messages.noise.value
-        found = f"{value or 0:.4g} examples, over {noise.steps} measured steps"
-        scale = (f"gradient noise scale: {found}",) if value else ()
+        noise = self.messages.noise
+        scale: tuple[str, ...] = ()
+        if noise.value:
+            found = f"{noise.value:.4g} examples, over {noise.steps} measured steps"
+            scale = (f"gradient noise scale: {found}",)
         return scale + tuple(f"not finite: {place}" for place in self.messages.nonfinite[:3])

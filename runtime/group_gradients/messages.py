@@ -40,6 +40,7 @@ class Messages:
         self.step = 0
         self.noise = NoiseScale()
         self.nonfinite: list[str] = []
+        self._warned = False
         self.history = History(ranks.group.rank(), state)
         self._part: Reduction | None = None
         self._parameters: Mapping[str, Tensor] = {}
@@ -93,12 +94,24 @@ class Messages:
 
     def warn_nonfinite(self, names: Sequence[str]) -> None:
         """Say once which gradients are not finite; an AMP scaler may mean to skip the step."""
-        if names and len(self.nonfinite) == 1:
+        if names and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"reduced gradients are not finite in {self.nonfinite[0]}: {', '.join(names[:4])}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def results(self, names: Sequence[str]) -> None:
+        """Note gradients that are not finite, where messages do not show it."""
+        if names:
+            self.nonfinite.append(f"step {self.step}, {names[0]} … {names[-1]}")
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        """Whether `arrived` sees floating-point messages of this step."""
+        part = self._part
+        return part is not None and part.stale == "none" and part.wire != "int32"
 
     def _measures(self) -> bool:
         part = self._part

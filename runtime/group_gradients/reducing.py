@@ -88,6 +88,8 @@ class Reducing:
         if scale != 1.0:
             for i in self._of_inputs:
                 results[i] = None if results[i] is None else results[i] * (1.0 / scale)
+        if not messages.shows_nonfinite and self._on_cpu(results):
+            messages.results(self._not_finite(results))
         if len(messages.nonfinite) > found:
             messages.warn_nonfinite(self._not_finite(results))
         for name in self._presence.absent(absent, question):
@@ -113,6 +115,11 @@ class Reducing:
                 half = reduce_in_place(accumulating(half, self.part.scale, _key))
             self._forms[name] = self._below(half)
         return self._forms[name]
+
+    def _on_cpu(self, results: Sequence[Any]) -> bool:
+        """Where looking at a gradient stops nothing."""
+        found = (results[i] for i in self._positions.values())
+        return all(r is None or r.device.type == "cpu" for r in found)
 
     def _not_finite(self, results: Sequence[Any]) -> list[str]:
         found = ((name, results[i]) for name, i in self._positions.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -33,6 +33,10 @@ from graphopt.runtime.part import RuntimePart
 from graphopt.runtime.ranks.presence import Presence
 from graphopt.runtime.ranks.ranks import Ranks
 from graphopt.runtime.session import Session
+
+# What a state of this method consists of: see `graphopt.runtime.kfac.state`.
+_TABLES = frozenset({"now", "before", "interval", "sum", "solution"})
+_NUMBERS = frozenset({"step", "micro-batches", "owners"})
 
 
 class Kfac(RuntimePart[Curvature]):
@@ -101,26 +105,35 @@ class Kfac(RuntimePart[Curvature]):
 
     # -- saving and reporting ----------------------------------------------------------------------
 
-    def accepts(self, part: Curvature, saved: Mapping[str, Tensor]) -> None:
-        """Whether saved statistics are those of these blocks.
+    def accepts(self, parts: Sequence[Curvature], saved: Mapping[str, Tensor]) -> None:
+        """Whether saved statistics are those of the blocks of one of these.
+
+        Another kind of call may have other layers; its statistics may be there, too, or not yet.
 
         Raises:
             StateError: they are not, naming the first difference.
         """
-        sides = {side.statistic: side for block in part.blocks for side in block.sides}
-        known = {n.removeprefix("now/"): t for n, t in saved.items() if n.startswith("now/")}
         hint = "load the state of this model, saved with the same options of kfac"
-        for name, side in sides.items() if known else ():
-            if name not in known:
-                raise StateError(f"the saved state lacks the statistic {name!r}", hint=hint)
-            if (count := known[name].numel()) != side.entries:
+        for key in saved:
+            table, _, name = key.partition("/")
+            if not (table in _TABLES if name else key in _NUMBERS):
                 raise StateError(
-                    f"the statistic {name!r} has {count} numbers in the saved state and "
-                    f"{side.entries} here",
-                    hint=hint,
+                    f"the saved state has 'kfac/{key}', which is not kfac's", hint=hint
                 )
-        if unknown := next((name for name in known if name not in sides), None):
-            raise StateError(f"the saved state has a statistic {unknown!r} too many", hint=hint)
+        now = {n.removeprefix("now/"): t for n, t in saved.items() if n.startswith("now/")}
+        lacking = []
+        for part in parts if now else ():
+            sides = {side.statistic: side for block in part.blocks for side in block.sides}
+            for name, side in sides.items():
+                if name in now and (count := now[name].numel()) != side.entries:
+                    raise StateError(
+                        f"the statistic {name!r} has {count} numbers in the saved state and "
+                        f"{side.entries} here",
+                        hint=hint,
+                    )
+            lacking.append(next((name for name in sides if name not in now), ""))
+        if lacking and all(lacking):
+            raise StateError(f"the saved state lacks the statistic {lacking[0]!r}", hint=hint)
 
     def gather(self) -> dict[str, Tensor]:
         """The state of all ranks; to be called on all of them.

@@ -197,22 +197,6 @@ def test_capture_does_not_unroll() -> None:
     assert short == long
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_exported_graphs(kind: type[nn.RNNBase]) -> None:
-    model, inputs = Speech(kind), speech()
-    with capturable_leaves():
-        exported = torch.export.export(model, inputs)
-    module = exported.graph_module
-    assert replace_leaves(module) == (f"{model.rnn.mode.lower()} in rnn", "ctc_loss")
-    module.graph.lint()
-    for node in module.graph.find_nodes(op="call_function", target=ops.rnn.default):
-        assert [tuple(value.shape) for value in node.meta["val"][:2]] == [(7, 2, 12), (4, 2, 6)]
-    torch.manual_seed(1)
-    expected = model(*inputs)
-    torch.manual_seed(1)
-    assert torch.equal(module(*model.state_dict().values(), *inputs)[0], expected)
-
-
 # -- nothing is left behind ------------------------------------------------------------------------
 
 

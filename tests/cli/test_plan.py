@@ -14,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from graphopt.cli.main import app
+from graphopt.errors import ArgumentError
 from graphopt.graph import Graph
 from graphopt.passbase import Outcome, PassContext
 from graphopt.passes.schedule import Schedule
@@ -314,3 +315,30 @@ def test_help_imports_nothing_heavy_and_documents_the_json() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "JSON: " in done.stdout
+
+
+def test_plan_and_simulate_assume_the_same_device() -> None:
+    """Not the CPU that the factory's model happens to lie on."""
+    runner = CliRunner()
+    planned = runner.invoke(app, ["plan", NET, "--mesh", "dp=64", "--link", "10gbe", "--json"])
+    arguments = ["simulate", NET, "--mesh", "dp=64", "--cluster", "10gbe", "--json"]
+    simulated = json.loads(runner.invoke(app, arguments).stdout)
+    found = json.loads(planned.stdout)
+    assert found["backward"] == pytest.approx(simulated["backward"])
+    assert found["compute"] == simulated["assumptions"]["compute"]
+
+
+def test_plan_takes_the_speed_of_a_device() -> None:
+    arguments = ["plan", NET, "--mesh", "dp=64", "--json"]
+    slow = json.loads(CliRunner().invoke(app, [*arguments, "--flops", "1e8"]).stdout)
+    fast = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert slow["backward"] > fast["backward"]
+
+
+def test_inputs_that_forward_does_not_take(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text("from torch import nn\ndef make():\n    return nn.Linear(3, 2), ()\n")
+    result = CliRunner().invoke(app, ["show", f"{file}:make"])
+    assert result.exit_code != 0
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit | ArgumentError)

@@ -204,9 +204,8 @@ def test_saving_the_whole_model_saves_the_plain_model(net: Net) -> None:
 
 def test_optimizing_twice_starts_again(net: Net) -> None:
     graphopt.optimize(net, (X,), backend="eager")
-    base = type(net).__mro__[1]
     graphopt.optimize(net, passes="", backend="eager")
-    assert type(net).__mro__[1] is base
+    assert type(net) is Net
     assert "specialisation" not in net.explain()
     assert net(X).shape == (5, 3)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,13 @@ from torch import Tensor, fx, nn
 
 import graphopt
 from graphopt import registry
+from graphopt.capture import capture
 from graphopt.errors import GraphoptError, MismatchError
 from graphopt.graph import Graph
+from graphopt.model.comparison import Observed, compare
 from graphopt.model.surface import report
+from graphopt.model.trial import Trial
+from graphopt.model.verification import Check
 from graphopt.passbase import (
     ALGORITHM,
     EXACT,
@@ -192,6 +198,84 @@ def test_a_gradient_that_is_nothing_but_rounding_is_no_mismatch() -> None:
     entry = report(model).specialisations[0]
     assert entry.backend.backend == "inductor"
     assert entry.verification.result in ("bit-equal", "within tolerance")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(4, 8, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1)
+        out: Tensor = self.o(self.drop((weights @ v).transpose(1, 2).reshape(4, 8, 16)))
+        return out
+
+
+def _normed() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 4))
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("make", "shape"), [(_normed, (64, 16)), (Attention, (4, 8, 16))], ids=["norm", "attention"]
+)
+def test_rounding_of_bfloat16_is_no_mismatch(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], seed: int
+) -> None:
+    """A bias of a key, or in front of a batch norm, has gradients that are nothing but rounding."""
+    torch.manual_seed(seed)
+    model = graphopt.optimize(make(), backend="eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(shape))
+    found = report(model).specialisations[0].verification
+    assert found.result == "within tolerance"
+    assert found.worst_error > 0.1
+
+
+@pytest.mark.parametrize("fault", ["swapped_gradients", "zero_gradient", "no_relu_in_backward"])
+@pytest.mark.parametrize("promise", ["exact", "lowered"])
+def test_a_real_fault_is_caught_in_bfloat16(fault: str, promise: str) -> None:
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(MismatchError, match=f"pass 'broken' promises {promise}"),
+    ):
+        _run([Broken(fault, promise)])
+
+
+class DrawsInPython(nn.Linear):
+    """Draws where it cannot be seen by reading the code of forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * DRAW[0]()
+
+
+DRAW: list[Callable[[], Any]] = [random.random]
+
+
+def _observed(draw: Callable[[], Any]) -> Observed:
+    DRAW[0] = draw
+    return Trial(DrawsInPython(4, 4), (torch.ones(2, 4),), {}).observe(DrawsInPython.forward)
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (random.random, "draws from Python's random"),
+        (np.random.rand, "draws from numpy.random"),
+        (lambda: torch.manual_seed(7) and 1.0, "sets a random seed"),
+        (lambda: torch.rand(()), "differs from eager: output 0"),
+    ],
+)
+def test_a_mismatch_names_its_cause(draw: Callable[[], Any], words: str) -> None:
+    check = Check("eager", "here", None, None, None, ())  # type: ignore[arg-type]
+    reference, other = _observed(draw), _observed(lambda: 2.0)
+    worst = compare(reference, other)
+    graph = capture(nn.Linear(4, 4), (torch.ones(2, 4),)).graph
+    assert words in str(check._of_capture(reference, other, worst, graph))
 
 
 def test_verification_leaves_no_trace() -> None:

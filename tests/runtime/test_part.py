@@ -157,7 +157,7 @@ def test_two_parameters_that_share_a_gradient() -> None:
 def test_saving_and_reporting_by_default() -> None:
     right = METHODS["right"]["runtime"](Session(["right"]))
     state = {"steps": torch.full((), 3.0)}
-    right.accepts(METHODS["right"]["plan"](), state)
+    right.accepts([METHODS["right"]["plan"]()], state)
     right.load(state)
     assert right.state["steps"] is not state["steps"]
     assert right.gather() == right.state

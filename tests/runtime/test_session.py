@@ -100,7 +100,7 @@ def test_a_model_gets_the_methods_of_its_parts() -> None:
     for _ in range(3):
         _step(model)
     assert model.steps_so_far(times=2) == 6
-    assert "How many steps have ended." in type(model).steps_so_far.__doc__
+    assert "How many steps have ended." in model.steps_so_far.__doc__
     twin = copy.deepcopy(model)
     _step(twin)
     assert (model.steps_so_far(), twin.steps_so_far()) == (3, 4)

@@ -155,7 +155,8 @@ def calls_packet() -> Broken:
 
 @breaks("allowed-targets")
 def calls_python_operator() -> Broken:
-    return _with_target(operator.neg, "neg")
+    graph, node, _ = _with_target(operator.neg, "neg")
+    return graph, node, "it calls 'operator.neg', which is for numbers only"
 
 
 @breaks("allowed-targets")

@@ -94,10 +94,12 @@ class ScaleByPeak(RuntimePart[Peaks]):
             raise ranks.group.failure(what, "scale_by_peak", error) from error
         return maxima
 
-    def accepts(self, part: Peaks, saved: Mapping[str, Tensor]) -> None:
+    def accepts(self, parts: Sequence[Peaks], saved: Mapping[str, Tensor]) -> None:
         """Whether saved maxima are those of these activations; an empty state is a new start."""
         running = {k.removeprefix(RUNNING) for k in saved if k.startswith(RUNNING)}
-        if running and (odd := sorted(running ^ {peak.name for peak in part.peaks})):
+        if running and (
+            odd := sorted(running ^ {peak.name for part in parts for peak in part.peaks})
+        ):
             raise StateError(
                 f"the saved state of {self.name!r} and this model differ in activation {odd[0]!r}",
                 hint="load the state of this model",

@@ -1,0 +1,147 @@
+"""Calls that cannot be captured: the user's own error, plain PyTorch, or the refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from graphopt.capture.flat import first_line, location
+from graphopt.capture.lock import one_at_a_time
+from graphopt.errors import (
+    ArgumentError,
+    CaptureError,
+    GraphoptError,
+    MismatchError,
+    PluginError,
+    RankError,
+    StateError,
+)
+from graphopt.model.kinds import Kind
+from graphopt.model.trial import Trial, tensors_of
+
+if TYPE_CHECKING:
+    from graphopt.model.controller import Controller
+
+# What is about more than one call, so that running this one plain is no way on.
+_RAISED = (MismatchError, RankError, StateError, PluginError, ArgumentError)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call for which no variant could be made.
+
+    Attributes:
+        controller: of the model.
+        model: the model.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        kind: of the call.
+        error: what was raised.
+    """
+
+    controller: Controller
+    model: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    kind: Kind
+    error: Exception
+
+
+def refuse(refusal: Refusal) -> object:
+    """Raise what eager raises, run the call plain, or raise why it could not be captured."""
+    controller, model = refusal.controller, refusal.model
+    args, kwargs = refusal.args, refusal.kwargs
+    known = refusal.error if isinstance(refusal.error, GraphoptError) else _as_refusal(refusal)
+    unreduced = controller.reduces() and model.training
+    if _falls_back(controller, known) and not unreduced:
+        result = run_plain(controller, model, args, kwargs)
+        controller.remember(refusal.kind, model, args, kwargs, known)
+        return result
+    if not isinstance(known, _RAISED) and _eager_raises(refusal):
+        controller.plain(model, *args, **kwargs)
+    if unreduced:
+        hint = "in a job it is not run plain, because its gradients would stay unreduced"
+    elif isinstance(known, _RAISED):
+        raise known
+    else:
+        hint = "optimize(..., fallback='eager') runs such calls plain"
+    known.hint = f"{known.hint}; {hint}" if known.hint else hint
+    raise known
+
+
+def _falls_back(controller: Controller, error: GraphoptError) -> bool:
+    """Whether a call that failed so may run plain."""
+    if isinstance(error, MismatchError):
+        return controller.compiler.on_mismatch == "eager"
+    if isinstance(error, _RAISED):
+        return False
+    fallback = controller.compiler.fallback
+    return controller.trained if fallback is None else fallback == "eager"
+
+
+def run_plain(
+    controller: Controller, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> object:
+    """The model's own forward.
+
+    Raises:
+        RankError: in a job, from a training call; an evaluation raises in a backward, if any.
+    """
+    if not controller.reduces():
+        return controller.plain(model, *args, **kwargs)
+    if model.training:
+        raise _unreduced()
+    outputs = controller.plain(model, *args, **kwargs)
+    for _, tensor in tensors_of(outputs):
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            tensor.register_hook(_refuse_backward)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _refuse_backward(_: Tensor) -> None:
+    raise _unreduced()
+
+
+def _unreduced() -> RankError:
+    return RankError(
+        "this call runs as plain PyTorch, and its gradients would not be reduced across ranks",
+        hint="print(model.explain()) says why it is not captured; use torch.no_grad() for "
+        "evaluation",
+    )
+
+
+def _as_refusal(refusal: Refusal) -> CaptureError:
+    """What went wrong in graphopt or in PyTorch while a variant was made."""
+    error = refusal.error
+    refused = CaptureError(
+        f"this call cannot be captured: {type(error).__name__}: {first_line(error)}",
+        where=location(refusal.controller.plain),
+        hint="please report this model",
+    )
+    refused.__cause__ = error
+    return refused
+
+
+class _WentThrough(Exception):
+    """The forward of a rehearsal has not raised."""
+
+
+def _eager_raises(refusal: Refusal) -> bool:
+    """Whether the model's own forward raises too, tried without a trace."""
+
+    def rehearse(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        refusal.controller.plain(model, *args, **kwargs)
+        raise _WentThrough
+
+    trial = Trial(refusal.model, refusal.args, refusal.kwargs, refusal.controller.session.trial)
+    try:
+        with one_at_a_time(), trial.untouched():
+            trial.step(rehearse)
+    except _WentThrough:
+        return False
+    except Exception:
+        return True
+    return False

@@ -1,0 +1,55 @@
+"""Programs of others that run an optimized model: there its own forward runs, and that is said."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+import torch._dynamo
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from graphopt.model.controller import Controller
+
+_TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+_numbers = itertools.count()
+_controllers: weakref.WeakValueDictionary[int, Controller] = weakref.WeakValueDictionary()
+
+
+def within_another_program() -> bool:
+    """Whether somebody else captures or transforms what calls this model.
+
+    These are torch.export, torch.jit.trace, torch.func's grad and vmap, and forward-mode autograd.
+    All of it is asked of this thread: `torch.compiler.is_compiling` speaks of the process.
+    """
+    return (
+        any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def register(controller: Controller) -> int:
+    """A number by which `bypassed` finds the controller."""
+    number = next(_numbers)
+    _controllers[number] = controller
+    return number
+
+
+def bypassed(number: int) -> bool:
+    """Note that torch.compile runs the plain forward of a model."""
+    controller = _controllers.get(number)
+    return controller is not None and controller.bypass()
+
+
+# So it runs as Python, once, while torch.compile reads a call.
+torch._dynamo.assume_constant_result(bypassed)  # type: ignore[no-untyped-call]
+
+BYPASSED = (
+    "torch.compile reads this model's own forward, so graphopt does nothing there; leave "
+    "torch.compile out (backend='inductor' generates code with the same compiler)"
+)

@@ -1,0 +1,144 @@
+"""State outside of the model that decides what forward does: guarded, refused, or run plain."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.autograd.forward_ad as fw
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+
+from graphopt.capture import capture, is_uninitialised, runs_plain
+from graphopt.errors import CaptureError
+from tests.support.as_graph import AsGraph, assert_same_steps
+
+
+def test_variables_of_a_closure() -> None:
+    factor = 1.0
+    shift = torch.ones(1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x) * factor + shift
+
+    model = Model()
+    graph = AsGraph(model)
+    for factor in (1.0, 5.0, 1.0):  # noqa: B007
+        assert torch.equal(graph(torch.ones(3, 4)), model(torch.ones(3, 4)))
+    assert len(graph.captures) == 2
+    shift = torch.full((1,), 7.0)
+    assert torch.equal(graph(torch.ones(3, 4)), model(torch.ones(3, 4)))
+
+
+def test_forward_hooks_on_all_modules() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    graph = AsGraph(model)
+    x = torch.randn(3, 4)
+
+    def double(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return output * 2 if isinstance(module, nn.Linear) else None
+
+    graph(x)
+    handle = of_all_modules.register_module_forward_hook(double)
+    try:
+        assert torch.equal(graph(x), model(x))
+        assert len(graph.captures) == 2
+    finally:
+        handle.remove()
+    assert torch.equal(graph(x), model(x))
+    assert len(graph.captures) == 2
+
+
+def test_what_runs_plain() -> None:
+    assert not runs_plain()
+    with fw.dual_level():
+        assert runs_plain()
+    handle = of_all_modules.register_module_full_backward_hook(lambda *_: None)
+    assert runs_plain()
+    handle.remove()
+    assert not runs_plain()
+
+
+def test_lazy_modules_are_seen() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    assert is_uninitialised(model)
+    model(torch.randn(2, 4))
+    assert not is_uninitialised(model)
+
+
+class Draws(nn.Module):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) * self.draw()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        random.random,
+        lambda: random.choice([0.0, 1.0]),
+        np.random.rand,
+        lambda: np.random.uniform(0, 1),
+        lambda: float(np.random.beta(1.0, 1.0)),
+        lambda: int(np.random.permutation(4)[0]),
+    ],
+)
+def test_draws_of_python_and_numpy_are_refused_with_what_to_do(draw: Callable[[], float]) -> None:
+    with pytest.raises(CaptureError, match=r"try: draw by torch"):
+        capture(Draws(draw), (torch.randn(2, 4),))
+
+
+def test_draws_that_become_inputs_are_drawn_at_each_call() -> None:
+    model = Draws(lambda: random.randint(0, 100))
+    graph = AsGraph(model)
+    x = torch.randn(2, 4)
+    for seed in range(3):
+        random.seed(seed)
+        expected = model(x)
+        random.seed(seed)
+        assert torch.equal(graph(x), expected)
+        after = random.getstate()
+        random.seed(seed)
+        model(x)
+        assert random.getstate() == after
+    assert len(graph.captures) == 1
+
+
+def test_draws_of_torch() -> None:
+    assert_same_steps(Draws(lambda: torch.rand(()).item()), [(torch.randn(2, 4),)] * 3)
+
+
+class AssignsData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lin.weight.data = self.lin.weight.data * 0.5
+        return self.lin(x)
+
+
+class Clamps(AssignsData):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.lin.weight.clamp_(-0.1, 0.1)
+        return self.lin(x)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(AssignsData, r"\.data"), (Clamps, "lin.weight")])
+def test_writes_to_parameters_are_refused_by_name(kind: type[nn.Module], reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason):
+        capture(kind(), (torch.randn(2, 4),))
