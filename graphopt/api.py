@@ -18,7 +18,7 @@ from graphopt.capture import Capture, capture
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph
 from graphopt.model import features
-from graphopt.model.arguments import Mesh, check_model, mesh_of, split_example_inputs
+from graphopt.model.arguments import Mesh, check_model, mesh_of, parse_mesh, split_example_inputs
 from graphopt.model.backend_choice import Built, choose
 from graphopt.model.controller import Fallback, OnMismatch, Variant
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
@@ -103,11 +103,10 @@ def optimize(
     if fallback is not None:
         _one_of("fallback", fallback, get_args(Fallback))
     _one_of("on_mismatch", on_mismatch, get_args(OnMismatch))
-    where = mesh_of(mesh)
-    if dry_run:
-        where = replace(where, groups={})
+    where = Mesh(parse_mesh(mesh), {}) if dry_run else mesh_of(mesh)
     session = _session(model, passes, where)
-    pipeline = _pipeline(passes, several_ranks=any(r.size > 1 for r in session.ranks.values()))
+    sizes = where.sizes.values() if dry_run else [r.size for r in session.ranks.values()]
+    pipeline = _pipeline(passes, several_ranks=any(size > 1 for size in sizes))
     compiler = Compiler(pipeline, where.sizes, backend, verify, fallback, on_mismatch)
     example = split_example_inputs(example_inputs)
     if dry_run:

@@ -75,3 +75,16 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_mesh_is_a_text_a_dict_or_something_of_a_running_job() -> None:
     with pytest.raises(ArgumentError, match="mesh=4 is no text, dict, DeviceMesh or process group"):
         graphopt.optimize(_model(), mesh=4)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"dp": 2.7}, {"dp": True}, "dp=2,dp=4", "=8", {"dp": float("inf")}]
+)
+def test_sizes_that_are_none_and_names_that_are_missing_or_doubled(mesh: Any) -> None:
+    with pytest.raises(ArgumentError, match="mesh"):
+        graphopt.optimize(_model(), mesh=mesh)
+
+
+def test_a_dry_run_plans_for_ranks_that_are_not_there() -> None:
+    plan = graphopt.optimize(_model(), (torch.randn(6, 4),), mesh="dp=8", dry_run=True)
+    assert [part.name for part in plan.parts] == ["group_gradients"]  # type: ignore[union-attr]

@@ -292,3 +292,72 @@ def test_verification_leaves_no_trace() -> None:
     for name, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("fault", ["wrong_for_large_values", "wrong_shape"])
+def test_an_exact_pass_is_held_beside_one_that_changes_the_method(fault: str) -> None:
+    with pytest.raises(MismatchError, match="pass 'broken'"):
+        _run([Broken(fault), *_kfac()])
+
+
+def _kfac() -> list[Pass]:
+    return list(graphopt.Pipeline.parse("kfac{interval=1}").passes)
+
+
+class WithTarget(nn.Module):
+    """Values that operators refuse when they are large: a target, an index, a probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.table = nn.Linear(4, 4), nn.Embedding(16, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = self.table((y * 15).long())
+        kept = torch.bernoulli(y).unsqueeze(-1)
+        return F.binary_cross_entropy(torch.sigmoid(self.fc(x) * kept + rows).mean(-1), y)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_values_that_operators_refuse_are_no_mismatch(backend: str) -> None:
+    torch.manual_seed(0)
+    model = graphopt.optimize(WithTarget(), backend=backend)
+    model(torch.randn(8, 4), torch.rand(8)).backward()
+    assert report(model).specialisations[0].verification.result != "not run"
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c1, self.c2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.b1, self.b2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.b2(self.c2(F.relu(self.b1(self.c1(x))))))
+
+
+def _several_outputs(h: Tensor) -> tuple[Tensor, ...]:
+    normed = F.layer_norm(h, h.shape[1:])
+    return normed.mean(), h.softmax(-1).sum(-1) - 1, h > 0, (h * 127).round().to(torch.int8), normed
+
+
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return _several_outputs(self.fc(x))
+
+
+@pytest.mark.slow
+def test_generated_code_rounds_in_its_own_way() -> None:
+    """Biases in front of norms, outputs that cancel, and what is rounded to integers."""
+    torch.manual_seed(0)
+    residual = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), *(Block(16) for _ in range(3)), nn.Flatten()
+    )
+    for model, x in ((residual, torch.randn(8, 3, 12, 12)), (Outputs(), torch.randn(8, 8))):
+        graphopt.optimize(model, backend="inductor")(x)
+        entry = report(model).specialisations[0]
+        assert entry.backend.backend == "inductor"
+        assert entry.verification.result in ("bit-equal", "within tolerance")

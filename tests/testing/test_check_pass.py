@@ -124,7 +124,7 @@ class CountSteps(Pass):
     changes_signature: ClassVar[bool] = True
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
-        slot = Slot(Role.STATE, "count")
+        slot = Slot(Role.STATE, "count_steps/count")
         if slot in graph.signature.inputs:
             return Outcome()
         ctx.state.setdefault("count", torch.zeros(3))
@@ -135,7 +135,7 @@ class CountSteps(Pass):
         graph.signature = Signature((*graph.signature.inputs, slot), graph.signature.outputs)
         new = insert_after(graph, count, aten.add.Tensor, (count, 1.0))
         outputs = dict(zip(graph.signature.outputs, graph.outputs, strict=True))
-        graph.set_outputs({Slot(Role.MUTATION, "count"): new, **outputs})
+        graph.set_outputs({Slot(Role.MUTATION, "count_steps/count"): new, **outputs})
         graph.changed()
         return Outcome((Applied("count", "added"),))
 
