@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CellType
-from typing import Any
+from typing import Any, ClassVar
 
 # Takes a value, gives what is to be there instead.
 Value = Callable[[Any], Any]
@@ -57,10 +57,12 @@ class Dict(Place):
                 self._base.__setitem__(target, key, value)
 
 
-class List(Place):
-    """A list."""
+class Row(Place):
+    """What has its values in a row; `kind` writes them, whatever a subclass makes of writing."""
 
-    def __init__(self, target: list[Any]) -> None:
+    kind: ClassVar[Any]
+
+    def __init__(self, target: Any) -> None:
         self._target = target
         self._saved = list(target)
 
@@ -73,7 +75,13 @@ class List(Place):
         for index, value in enumerate(self._saved):
             new = swap(value)
             if new is not value:
-                list.__setitem__(self._target, index, new)
+                self.kind.__setitem__(self._target, index, new)
+
+
+class List(Row):
+    """A list."""
+
+    kind = list
 
     def restore(self) -> None:
         """See `Place`."""
@@ -81,23 +89,10 @@ class List(Place):
             list.__setitem__(self._target, slice(None), self._saved)
 
 
-class Deque(Place):
+class Deque(Row):
     """A deque."""
 
-    def __init__(self, target: deque[Any]) -> None:
-        self._target = target
-        self._saved = list(target)
-
-    def items(self) -> Iterable[tuple[object, Any]]:
-        """See `Place`."""
-        return enumerate(self._saved)
-
-    def exchange(self, swap: Value) -> None:
-        """See `Place`."""
-        for index, value in enumerate(self._saved):
-            new = swap(value)
-            if new is not value:
-                self._target[index] = new
+    kind = deque
 
     def restore(self) -> None:
         """See `Place`."""
