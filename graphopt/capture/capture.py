@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture import sharing
+from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo
-from graphopt.capture.flat import Bind, FlatForward
+from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
+from graphopt.capture.possible import is_uninitialised
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
@@ -80,8 +81,18 @@ def capture(
     _check_version()
     forward = forward or type(model).forward
     start = time.perf_counter()
-    with tracing_alone(), _drawing_nothing():
+    checkpointed = checkpoints.within_checkpoint()
+    if checkpointed and is_uninitialised(model):
+        raise CaptureError(
+            "a lazy module gets its parameters within torch.utils.checkpoint, by a call that is "
+            "not captured, and the one in the backward would be",
+            where=location(forward),
+            hint="call the model once outside of the checkpoint before",
+        )
+    with tracing_alone(), _drawing_nothing(), checkpoints.without_hooks():
         flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers)
+        if checkpointed and flat.changes_objects:
+            raise checkpoints.refusal(location(forward))
         graph, aliases, inputs, bind = _derived(flat, forward)
     return Capture(
         graph=graph,

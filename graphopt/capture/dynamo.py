@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, TracingContext, compile_context
 
-from graphopt.capture import scalars
+from graphopt.capture import checkpoints, scalars
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
@@ -50,7 +50,7 @@ def by_dynamo(
     bound = types.MethodType(forward, model)
     scope = getattr(forward, "__globals__", {})
     before = set(scope)
-    with _dynamo_settings(), scalars.as_inputs(numbers):
+    with _dynamo_settings(), scalars.as_inputs(numbers), checkpoints.noting_changes() as changes:
         try:
             output = fullgraph_capture(bound, args, kwargs)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
@@ -90,6 +90,7 @@ def by_dynamo(
         inputs, _ = outside.split(inputs)
         around = outside.around
         bind = lambda runner: bind_all(around(runner))  # noqa: E731
+    checkpoints.without_gradient(module, inputs, backend_input.fake_mode)
     leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")
     context = TracingContext(backend_input.fake_mode)
@@ -100,8 +101,9 @@ def by_dynamo(
         context=context,
         route="dynamo",
         bind=bind,
-        holds=guard,
+        holds=checkpoints.outside_checkpoints(guard) if changes else guard,
         failure=guard.failure,
+        changes_objects=bool(changes),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 

@@ -21,7 +21,8 @@ class FlatForward:
     """A torch-level graph whose placeholders are all the tensors that the call uses.
 
     `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
-    came from in the call.
+    came from in the call. `changes_objects` says whether a call changes Python objects that it has
+    not made itself.
     """
 
     module: fx.GraphModule
@@ -33,6 +34,7 @@ class FlatForward:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...]
+    changes_objects: bool = False
 
 
 def name_inputs(

@@ -21,9 +21,11 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import tracing
 
 from graphopt.capture.averages import cumulative_averages
+from graphopt.capture.checkpoints import refuse_repeated_writes
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
+from graphopt.capture.rounding import round_as_in_eager
 from graphopt.errors import CaptureError
 from graphopt.graph import KEPT_META, Graph, Level, source_of
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
@@ -59,7 +61,9 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
     graph = Graph(joint, signature, level)
     _settle(graph)
+    refuse_repeated_writes(graph)
     share_as_in_eager(graph, flat)
+    round_as_in_eager(graph)
     return graph, aliases
 
 

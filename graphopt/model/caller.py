@@ -25,6 +25,8 @@ from torch import overrides
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphopt.capture.checkpoints import without_hooks
+
 # Random streams and modules' dictionaries are shared by all threads: one trial at a time.
 _ONE_AT_A_TIME = RLock()
 _aside: ContextVar[bool] = ContextVar("aside", default=False)
@@ -41,7 +43,7 @@ def set_aside() -> Iterator[None]:
         with _ONE_AT_A_TIME, ExitStack() as stack:
             for part in (_silent, _no_function_modes, _disable_current_modes):
                 stack.enter_context(part())
-            stack.enter_context(_no_saved_tensor_hooks())
+            stack.enter_context(without_hooks())
             stack.enter_context(_no_anomaly_detection())
             yield
     finally:
@@ -98,20 +100,6 @@ def _no_function_modes() -> Iterator[None]:
             _pop()
         for mode in modes:
             _push(mode)
-
-
-@contextmanager
-def _no_saved_tensor_hooks() -> Iterator[None]:
-    autograd: Any = torch._C._autograd
-    hooks: list[tuple[Any, Any]] = []
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
-        hooks.insert(0, top)
-        autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in hooks:
-            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextmanager

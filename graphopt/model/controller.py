@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graphopt.capture import is_uninitialised
+from graphopt.capture.checkpoints import within_checkpoint
 from graphopt.capture.lock import is_tracing, one_at_a_time
 from graphopt.errors import GraphoptError, RankError
 from graphopt.model.entries import Specialisation
@@ -134,7 +135,8 @@ class Controller:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> object:
         """A call that no variant is made for."""
-        if is_uninitialised(model):  # its first call draws parameters, as eager's does
+        # A first call draws parameters, as eager's does; what is checkpointed is called again.
+        if is_uninitialised(model) and not within_checkpoint():
             return self.plain(model, *args, **kwargs)
         kind = kind_of(model, args, kwargs)
         if kind in self.kinds or self._ended(model, args, kwargs):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.checkpoints import within_checkpoint
 from graphopt.errors import GraphoptError
 from graphopt.model.entries import PlainKind
 
@@ -26,7 +27,7 @@ class Kind:
     """One kind of call.
 
     Attributes:
-        mode: training, grad mode and autocast.
+        mode: training, grad mode, autocast, and whether it is checkpointed.
         call: dtypes, devices, shapes, `requires_grad` of the tensors, and what else is given.
     """
 
@@ -41,6 +42,7 @@ def kind_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         model.training,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        within_checkpoint(),
         *(
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             for device in ("cpu", "cuda")

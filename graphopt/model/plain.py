@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from graphopt.capture import is_uninitialised
 from graphopt.capture.flat import first_line, location
 from graphopt.capture.lock import one_at_a_time
 from graphopt.errors import (
@@ -131,6 +132,8 @@ class _WentThrough(Exception):
 
 def _eager_raises(refusal: Refusal) -> bool:
     """Whether the model's own forward raises too, tried without a trace."""
+    if is_uninitialised(refusal.model):  # it would get its parameters, for good
+        return False
 
     def rehearse(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         refusal.controller.plain(model, *args, **kwargs)

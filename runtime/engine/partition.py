@@ -16,7 +16,9 @@ import torch
 import torch._functorch.config
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.utils.checkpoint import CheckpointPolicy
 
+from graphopt.ops import expect  # noqa: F401
 from graphopt.ops.numbers import is_number
 from graphopt.plan import Phase, Role, Signature, Slot
 
@@ -86,6 +88,9 @@ def _prepared(
     for node in module.graph.nodes:
         if node.op != "placeholder":
             env[node] = graph.node_copy(node, lambda n: env[n])
+            if node.target is torch.ops.graphopt.expect.default:
+                # Of operators with side effects, a partitioner that recomputes takes only these.
+                env[node].meta["recompute"] = CheckpointPolicy.MUST_SAVE
     parameters = {env[n] for n, s in zip(placeholders, signature.inputs, strict=True) if _late(s)}
     _repeat_views(graph, parameters)
     output = graph.output_node()

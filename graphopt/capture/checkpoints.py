@@ -1,0 +1,172 @@
+"""Calls of `torch.utils.checkpoint`, within forward and around it, as eager runs them.
+
+*Within*: checkpoints of the older kind, ``checkpoint(f, x, use_reentrant=True)``, are functions of
+their arguments for autograd. Where no argument requires a gradient, none reaches what `f` computes
+with, its parameters included. Dynamo captures such a checkpoint like one of the newer kind, through
+which those gradients flow.
+
+*Around*: a checkpoint of the newer kind runs the call again in the backward and breaks off as soon
+as the last saved tensor is known. What of the Python state eager's forward has changed by then, it
+changes twice; a graph has changed nothing by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+from graphopt.errors import CaptureError
+from graphopt.graph import Graph, Level, source_of
+from graphopt.plan import Role
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+# -- around ----------------------------------------------------------------------------------------
+
+
+_autograd: Any = torch._C._autograd
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Within, the caller's hooks on saved tensors, those of a checkpoint too, see nothing."""
+    hooks: list[tuple[Any, Any]] = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.insert(0, top)
+        _autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in hooks:
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def within_checkpoint() -> bool:
+    """Whether the call runs in a checkpoint of the newer kind, for the first time or again."""
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    name = getattr(hooks[0], "__qualname__", "") if hooks else ""
+    return name.startswith(("_checkpoint_hook.", "_recomputation_hook."))
+
+
+@contextmanager
+def noting_changes() -> Iterator[list[object]]:
+    """While Dynamo captures: which objects, of those that were there, calls will change."""
+    changed: list[object] = []
+    generate = SideEffects.codegen_update_mutated
+
+    def noting(effects: SideEffects, *args: Any, **kwargs: Any) -> None:
+        found = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
+        changed.extend(v for v in found if not isinstance(v.mutation_type, _NEW))
+        generate(effects, *args, **kwargs)
+
+    with mock.patch.object(SideEffects, "codegen_update_mutated", noting):
+        yield changed
+
+
+_NEW = (AttributeMutationNew, ValueMutationNew)
+
+
+def outside_checkpoints(holds: Callable[..., bool]) -> Callable[..., bool]:
+    """Conditions of a capture that changes Python state."""
+
+    def outside(*args: Any, **kwargs: Any) -> bool:
+        return not within_checkpoint() and holds(*args, **kwargs)
+
+    return outside
+
+
+def refusal(where: str) -> CaptureError:
+    """Of a call that changes Python state within a checkpoint."""
+    return CaptureError(
+        "forward changes Python state, and torch.utils.checkpoint runs this call again in the "
+        "backward, up to a place that a graph does not have",
+        where=where,
+        hint="checkpoint with use_reentrant=True, or keep the state outside of what is "
+        "checkpointed",
+    )
+
+
+# -- within ----------------------------------------------------------------------------------------
+
+
+def refuse_repeated_writes(graph: Graph) -> None:
+    """Refuse what eager writes a second time, as it runs a checkpoint again in the backward.
+
+    Raises:
+        CaptureError: a buffer is changed within a checkpoint: the statistics of a batch norm.
+    """
+    if graph.level is not Level.JOINT:
+        return
+    for slot, node in zip(graph.signature.outputs, graph.outputs, strict=True):
+        if slot.role is Role.MUTATION and "recompute" in node.meta:
+            raise CaptureError(
+                f"forward changes buffer {slot.name!r} within torch.utils.checkpoint, which eager "
+                "does once more in the backward",
+                where=source_of(node),
+                hint="checkpoint only modules without running statistics, or in eval mode",
+            )
+
+
+def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode: Any) -> None:
+    """Put checkpoints that get no argument with a gradient under ``no_grad``; changes the module.
+
+    Args:
+        module: a flat forward graph.
+        inputs: live tensors of the captured call. Leaves among them that require a gradient are
+            taken for what `f` closes over, as parameters are.
+        fake_mode: of the capture.
+    """
+    if not torch.is_grad_enabled() or not any(_reentrant(n) for n in module.graph.nodes):
+        return
+    leaves = [fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in inputs]
+    closed_over = {
+        node
+        for node, live in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        if live.requires_grad and live.is_leaf
+    }
+    with fake_mode, torch.enable_grad():
+        run = _Run(module, closed_over)
+        run.run(*leaves)
+    for node in run.cut:
+        _no_grad_around(module.graph, node)
+    if run.cut:
+        module.recompile()
+
+
+def _reentrant(node: fx.Node) -> bool:
+    return node.target is CHECKPOINT and bool(node.kwargs.get("use_reentrant"))
+
+
+class _Run(fx.Interpreter):
+    """On fake tensors, to see what requires a gradient where."""
+
+    def __init__(self, module: fx.GraphModule, closed_over: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.closed_over = closed_over
+        self.cut: list[fx.Node] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not _reentrant(n) or any(map(self._requires_grad, n.all_input_nodes)):
+            return super().run_node(n)
+        self.cut.append(n)
+        with torch.no_grad():
+            return super().run_node(n)
+
+    def _requires_grad(self, node: fx.Node) -> bool:
+        value = self.env[node]
+        return node not in self.closed_over and isinstance(value, Tensor) and value.requires_grad
+
+
+def _no_grad_around(graph: fx.Graph, node: fx.Node) -> None:
+    switch: Callable[[bool], None] = torch._C._set_grad_enabled
+    with graph.inserting_before(node):
+        graph.call_function(switch, (False,))
+    with graph.inserting_after(node):
+        graph.call_function(switch, (True,))

@@ -1,0 +1,1 @@
+"""A differential fuzzer over daily training code: PyTorch eager against `graphopt.optimize`."""
