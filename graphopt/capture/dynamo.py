@@ -54,7 +54,7 @@ def by_dynamo(
         try:
             output = fullgraph_capture(bound, args, kwargs)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
-            raise refused(error, forward) from error
+            raise refused(error, forward, model) from error
         try:
             guard = Guard(_build_guards(output, forward), forward)
         except Exception as error:

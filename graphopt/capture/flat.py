@@ -56,20 +56,44 @@ def name_inputs(
     return tuple(slots)
 
 
-def refused(error: Exception, forward: Callable[..., object]) -> CaptureError:
+def refused(
+    error: Exception, forward: Callable[..., object], model: nn.Module | None = None
+) -> CaptureError:
     """What Dynamo said, as one sentence with the user's source line."""
+    reason = str(error).split("from user code:")[0]  # the user's words are no reason
+    if model is not None and "backwards hooks" in reason:
+        return _hooked(model)
     stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
     where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
     return CaptureError(
         f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
-        hint=_hint(str(error)),
+        hint=_hint(reason),
     )
+
+
+_ZEROS = (
+    "add zeros that require a gradient to the value: their gradient is the one of the value, and "
+    "they can be hooked"
+)
+
+
+def _hooked(model: nn.Module) -> CaptureError:
+    """A graph has no node of autograd for a module inside of the model."""
+    for name, module in model.named_modules():
+        hooks = (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+        if name and hooks:
+            return CaptureError(
+                f"a module inside of the model has a full backward hook: {name}",
+                where=location(hooks[0]),
+                hint=f"remove the hook; {_ZEROS}",
+            )
+    return CaptureError("a module inside of the model has a full backward hook", hint=_ZEROS)
 
 
 _HINTS = (
     (
-        r"`?Random\.|RandomState|default_rng|_numpy\.random|method random",
+        r"`?Random\.|RandomState|default_rng|_numpy\.random|method random|`Generator\.",
         "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
         "model and pass what was drawn",
     ),
@@ -78,11 +102,22 @@ _HINTS = (
         "choose by torch.where or torch.cond instead of by Python on tensor values",
     ),
     (
-        r"(?i)backwards? hooks require compiled autograd",
-        "remove the hook on all modules while the model is captured",
+        r"manual_seed|rng_state|fork_rng|\(Generator\)|torch\.random",
+        "draw outside of the model and pass what was drawn",
     ),
-    (r"retain_grad", "return the tensor, and ask for its gradient outside"),
+    (r"retain_grad", _ZEROS),
+    (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
+    (r"autograd\.grad|backward\(\)|requires_grad_\(\)", "differentiate by torch.func.grad"),
+    (r"tp_iter", "pass a list or a tuple"),
+    (r"(?i)pack_(padded_)?sequence|PackedSequence", "pad the sequences, and mask what is padded"),
+    (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
+    (r"context manager|`lock\.", "enter it around the call of the model"),
+    (r"numpy function", "compute it by torch"),
+    (r"inplace view", "give the view another name: y = x.t()"),
 )
+
+
+_OF_DYNAMO = ("torch._dynamo", "file an issue", "Dynamo tracing", "graph break", "docs.google")
 
 
 def _hint(message: str) -> str:
@@ -93,7 +128,7 @@ def _hint(message: str) -> str:
     hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
     first = next((h.split(". ")[0].strip().rstrip(".") for h in hints), "")
     # Dynamo's settings and bug tracker are nothing for a user of graphopt.
-    useless = any(words in first for words in ("torch._dynamo", "file an issue", "Dynamo tracing"))
+    useless = any(words in first for words in _OF_DYNAMO)
     own = "rewrite this line, or keep what it does outside of the model"
     return own if useless or not first else first
 

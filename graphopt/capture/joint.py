@@ -20,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import tracing
 
+from graphopt.capture import writes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checkpoints import refuse_repeated_writes
 from graphopt.capture.flat import FlatForward, first_line
@@ -27,7 +28,7 @@ from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
 from graphopt.capture.rounding import round_as_in_eager
 from graphopt.errors import CaptureError
-from graphopt.graph import KEPT_META, Graph, Level, source_of
+from graphopt.graph import KEPT_META, Graph, Level
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
 
 
@@ -92,23 +93,19 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         except Exception as error:
             if "share storage but are not differentiable views" in str(error):
                 raise SharedInputs from error
-            raise _underivable(error, module) from error
+            raise _underivable(error, module, flat) from error
     return exported.graph_module, exported._aot_state.fw_metadata
 
 
-def _underivable(error: Exception, module: fx.GraphModule) -> CaptureError:
+def _underivable(error: Exception, module: fx.GraphModule, flat: FlatForward) -> CaptureError:
     message = str(error)
     if "set_ on a graph input" in message or "storage_resize" in message:
-        line = next((source_of(n) for n in module.graph.nodes if "set_" in str(n.target)), "")
-        return CaptureError(
-            "forward assigns to the `.data` of a tensor of the model",
-            where=line,
-            hint="change it in place: with torch.no_grad(): tensor.copy_(…)",
-        )
+        return writes.to_data(module, flat.slots)
     if "modified by an inplace operation" in message:
         return CaptureError(
             "forward changes in place what its own backward needs, which PyTorch eager refuses in "
             f"the backward: {first_line(error).split(';')[0]}",
+            where=writes.only_line(module),
             hint="use the operator that is not in place",
         )
     return CaptureError(
@@ -128,7 +125,7 @@ def _clone_outputs(module: fx.GraphModule, positions: Sequence[int]) -> None:
 
 
 def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
-    for info, slot in zip(metadata.input_info, flat.slots, strict=True):
+    for index, (info, slot) in enumerate(zip(metadata.input_info, flat.slots, strict=True)):
         if info.mutates_metadata:
             raise CaptureError(
                 f"forward changes the shape or strides of {slot} in place",
@@ -142,10 +139,7 @@ def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
                 or info.mutations_hidden_from_autograd
             )
         ):
-            raise CaptureError(
-                f"forward changes {slot}, which requires a gradient, in place",
-                hint="work on a clone: x = x.clone()",
-            )
+            raise writes.to_input(flat.module, flat.slots, index)
     if metadata.tokens:
         raise CaptureError(
             f"forward calls operators with ordered side effects: {list(metadata.tokens)}",
@@ -190,12 +184,8 @@ def _sign(joint: fx.GraphModule, flat: FlatForward, aliased: set[int]) -> Signat
         elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, PlainAOTOutput):
             inputs.append(Slot(Role.TANGENT, str(desc.output.idx), Phase.BACKWARD))
         elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, InputMutationAOTOutput):
-            changed = desc.output.mutated_input
-            slot = flat.slots[changed.idx] if isinstance(changed, PlainAOTInput) else changed
-            raise CaptureError(
-                f"forward changes {slot}, which requires a gradient, in place",
-                hint="change it outside of forward, or compute with a changed copy of it",
-            )
+            changed = cast("PlainAOTInput", desc.output.mutated_input)
+            raise writes.to_input(flat.module, flat.slots, changed.idx)
         else:
             raise CaptureError(f"an input of a kind that is not supported yet: {desc!r}")
     slots, nodes = [], []

@@ -69,21 +69,27 @@ def watched(
         found = [outputs[i] for i in features]
         if found[0].grad_fn is not None:
             references = [weakref.ref(tensor) for tensor in found]
-            found[0].grad_fn.register_prehook(lambda _: _check(references))
+            # Before any hook of the user's, which would be given no gradient.
+            found[0].register_hook(lambda _: _check(references))
         return outputs
 
     return run
 
 
 def _check(references: Sequence[weakref.ref[Tensor]]) -> None:
+    first = references[0]()
     for reference in references:
         tensor = reference()
-        if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
+        if tensor is None:
+            continue
+        own = tensor is first  # some outputs are one tensor
+        if tensor.retains_grad or len(tensor._backward_hooks or ()) > own:
             asked = "retain_grad" if tensor.retains_grad else "register_hook"
             raise IntermediateGradientError(
                 f"{asked} was called on an output of shape {list(tensor.shape)} from which another "
                 "output is computed, and its gradient is inside of the captured step",
-                hint="call that part of the model by itself, or run this model without graphopt",
+                hint="add zeros that require a gradient to the value in forward: their gradient is "
+                "the one of the value",
             )
 
 

@@ -197,7 +197,8 @@ class _Node(torch.autograd.Function):
             raise DoubleBackwardError(
                 "the backward of a captured step was called with create_graph=True, and it cannot "
                 "be differentiated again",
-                hint="use the model without graphopt where you need second derivatives",
+                hint="compute the first gradient inside of forward, by torch.func.grad; or use the "
+                "model without graphopt where you need second derivatives",
             )
         engine: TrainingEngine = ctx.engine
         tensors = list(ctx.saved_tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -62,37 +61,6 @@ def test_levels_follow_the_grad_mode() -> None:
     assert capture(model, (x,)).graph.level is Level.JOINT
     with torch.no_grad():
         assert capture(model, (x,)).graph.level is Level.INFERENCE
-
-
-def test_what_dynamo_refuses_is_refused_with_the_line() -> None:
-    lock = threading.Lock()
-
-    class Locked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with lock:
-                return self.lin(x)
-
-    with pytest.raises(CaptureError, match="with lock:") as refusal:
-        capture(Locked(), (torch.randn(2, 4),))
-    assert refusal.value.hint
-
-
-def test_metadata_mutation_of_an_input_is_refused() -> None:
-    class Resizes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x.t_()
-            return self.lin(x)
-
-    with pytest.raises(CaptureError, match="try:"):
-        capture(Resizes(), (torch.randn(4, 4),))
 
 
 def test_mutated_inputs_are_written_back() -> None:

@@ -10,8 +10,6 @@ import torch
 import torch.distributions as D
 from torch import Tensor, nn
 
-from graphopt.capture import capture
-from graphopt.errors import CaptureError
 from tests.support.as_graph import AsGraph, assert_same_steps
 from tests.support.checking import asserts, asserts_number, asserts_tensor, raises, repairs
 
@@ -73,16 +71,6 @@ def test_repair_runs_as_in_eager_with_its_random_numbers() -> None:
         assert torch.equal(results[1], results[3])
 
 
-def test_other_branches_on_values_stay_refused() -> None:
-    def chooses(h: Tensor) -> Tensor:
-        if h.sum() > 0:
-            return h * 2
-        return h
-
-    with pytest.raises(CaptureError, match=r"torch\.where"):
-        capture(Model(chooses), (torch.randn(3, 4),))
-
-
 @pytest.mark.parametrize(
     "body",
     [
@@ -115,15 +103,3 @@ def test_distribution_with_a_bad_argument() -> None:
 )
 def test_linear_algebra(body: Body) -> None:
     assert_same_steps(Model(body), [(torch.randn(4, 4),) for _ in range(2)])
-
-
-@pytest.mark.parametrize(
-    ("body", "hint"),
-    [
-        (lambda h: (t for t in [h]), "list"),
-        (lambda h: (h, h.detach().numpy().sum()), "float"),
-    ],
-)
-def test_outputs_of_another_type_are_refused(body: Body, hint: str) -> None:
-    with pytest.raises(CaptureError, match=hint):
-        capture(Model(body), (torch.randn(3, 4),))

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.capture import Capture, capture
 from graphopt.capture.opaque import capturable_leaves, replace_leaves
-from graphopt.errors import CaptureError
 from graphopt.plan import Role
 
 aten, ops = torch.ops.aten, torch.ops.graphopt
@@ -322,17 +321,3 @@ def test_descriptions_name_the_module() -> None:
         "gru in rnn runs as one opaque operator",
         "ctc_loss runs as one opaque operator",
     )
-
-
-class Packed(Tagger):
-    """Packs its input."""
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
-        return self.rnn(packed)[0].data
-
-
-def test_packed_sequences_are_refused() -> None:
-    with pytest.raises(CaptureError, match="pack_padded_sequence") as error:
-        capture(Packed(nn.LSTM), (torch.randn(7, 2, 4), torch.tensor([7, 5])))
-    assert "test_opaque.py" in error.value.where

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import graphopt
-from graphopt.errors import DoubleBackwardError
 
 Loss = Callable[[object], Tensor]
 
@@ -224,14 +223,6 @@ def test_autocast_gets_its_own_graph() -> None:
         assert optimized(x).dtype == torch.bfloat16
         _assert_same_step(model, optimized, x)
     assert optimized(x).dtype == torch.float32
-
-
-def test_double_backward_is_refused() -> None:
-    optimized = graphopt.optimize(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager")
-    x = torch.randn(3, 4, requires_grad=True)
-    loss = optimized(x).sum()
-    with pytest.raises(DoubleBackwardError, match="create_graph=True"):
-        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_retain_graph_gives_the_same_gradients_twice() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 import graphopt.api
@@ -187,6 +189,13 @@ def _in_a_job(rank: int) -> None:
         y = model.eval()(X)
     with pytest.raises(RankError, match="reduced"):
         y.sum().backward()
+    model = graphopt.optimize(Never(), passes="cleanup", backend="eager", fallback="eager")
+    wrapped = DistributedDataParallel(model)
+    with pytest.warns(UserWarning, match="plain PyTorch"):
+        wrapped(X * (rank + 1)).sum().backward()  # which reduces them
+    both = [torch.zeros(4, 4) for _ in range(2)]
+    dist.all_gather(both, model.lin.weight.grad)
+    assert torch.equal(*both)
 
 
 @pytest.mark.distributed
