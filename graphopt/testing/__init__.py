@@ -1,5 +1,7 @@
 """The kit that lets any pass author prove a pass: generated graphs, oracles, a check, a corpus.
 
+`check_scenario` proves more than passes: that daily training code around models runs as in eager.
+
 `strategies` and `check` need the ``testing`` extra (hypothesis), some corpus models the ``corpus``
 extra; so the names below are loaded when they are first used.
 """
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from graphopt.testing.check import check_pass
     from graphopt.testing.comparison import assert_same, relative_error
     from graphopt.testing.corpus import CORPUS
+    from graphopt.testing.fuzz.check import Verdict, check_scenario
+    from graphopt.testing.fuzz.scenario import Layer, Scenario, Step
+    from graphopt.testing.fuzz.strategies import scenarios
     from graphopt.testing.inputs import inputs_for
     from graphopt.testing.oracles import run_graph, run_graph_fp64
     from graphopt.testing.program import Instruction, Program, build
@@ -26,7 +31,13 @@ _HOMES = {
     "assert_same": "comparison",
     "build": "program",
     "check_pass": "check",
+    "Layer": "fuzz.scenario",
+    "Scenario": "fuzz.scenario",
+    "Step": "fuzz.scenario",
+    "Verdict": "fuzz.check",
     "check_runtime": "runtime_check",
+    "check_scenario": "fuzz.check",
+    "scenarios": "fuzz.strategies",
     "inference_graphs": "strategies",
     "inputs_for": "inputs",
     "joint_graphs": "strategies",
@@ -39,11 +50,16 @@ _HOMES = {
 __all__ = [
     "CORPUS",
     "Instruction",
+    "Layer",
     "Program",
+    "Scenario",
+    "Step",
+    "Verdict",
     "assert_same",
     "build",
     "check_pass",
     "check_runtime",
+    "check_scenario",
     "inference_graphs",
     "inputs_for",
     "joint_graphs",
@@ -51,6 +67,7 @@ __all__ = [
     "relative_error",
     "run_graph",
     "run_graph_fp64",
+    "scenarios",
 ]
 
 

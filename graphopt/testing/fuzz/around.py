@@ -61,7 +61,7 @@ class Autocast(_Around):
     """In bfloat16 where autocast says so."""
 
     def forward(self, h: Tensor) -> Tensor:  # noqa: D102
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             y: Tensor = self.inner(h)
         return y.float()
 
@@ -123,11 +123,11 @@ class Seen(_Around):
 
 def with_a_backward_hook(inner: nn.Module) -> nn.Module:
     """A full backward hook that changes the gradient."""
-    inner.register_full_backward_hook(
-        lambda _module, gradients, _outputs: tuple(
-            None if g is None else g * 0.5 for g in gradients
-        )
-    )
+
+    def halve(_module: nn.Module, gradients: Any, _outputs: Any) -> Any:
+        return tuple(None if g is None else g * 0.5 for g in gradients)
+
+    inner.register_full_backward_hook(halve)
     return inner
 
 

@@ -10,11 +10,14 @@ from graphopt.api import optimize
 from graphopt.errors import GraphoptError, MismatchError
 from graphopt.model.controller import controller_of
 from graphopt.testing.fuzz.observe import difference, state_of
-from graphopt.testing.fuzz.scenario import Scenario
+from graphopt.testing.fuzz.scenario import Scenario, Step
 from graphopt.testing.fuzz.side import Side
 
 # Of the largest gradient of a parameter: sums of a few terms in another order.
 _ROUNDING = 1e-5
+
+# Autocast keeps its cast of a weight, so that the gradients of all uses are summed in bfloat16.
+_ROUNDING_OF_AUTOCAST = 2**-6
 
 
 @dataclass
@@ -68,7 +71,7 @@ def check_scenario(scenario: Scenario, **options: Any) -> Verdict:
                 verdict.kind, verdict.reason = "refused", str(have).splitlines()[0]
                 problem = found.trace
             else:
-                problem = _errors(want, have) or _left(expected, found, verdict)
+                problem = _errors(want, have) or _left(expected, found, step, verdict)
             if verdict.kind == "equal" and not problem:
                 want, have = expected.after(step), found.after(step)
                 problem = _errors(want, have)
@@ -85,10 +88,11 @@ def check_scenario(scenario: Scenario, **options: Any) -> Verdict:
     return verdict
 
 
-def _left(expected: Side, found: Side, verdict: Verdict) -> str:
+def _left(expected: Side, found: Side, step: Step, verdict: Verdict) -> str:
     """What differs after a call; gradients that are off by rounding are made equal."""
     problem = difference(expected.left, found.left)
-    if problem and not (problem := difference(expected.left, found.left, _ROUNDING)):
+    rounding = _ROUNDING_OF_AUTOCAST if step.use == "autocast" else _ROUNDING
+    if problem and not (problem := difference(expected.left, found.left, rounding)):
         verdict.rounded += 1
         for one, other in zip(expected.model.parameters(), found.model.parameters(), strict=True):
             if one.grad is not None and other.grad is not None:

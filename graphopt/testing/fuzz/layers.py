@@ -214,7 +214,7 @@ class Mixed(nn.Module):
         self.low, self.high = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, h: Tensor) -> Tensor:  # noqa: D102
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             y = self.low(h)
             with torch.autocast("cpu", enabled=False):
                 z: Tensor = self.high(y.float())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from graphopt.model.comparison import same
+from graphopt.testing.fuzz.state import Meter
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
@@ -57,7 +58,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, object]]:
         yield f"length of {name}", len(value)
         for index, item in enumerate(value):
             yield from _leaves(f"{name}[{index}]", item)
-    elif isinstance(value, types.SimpleNamespace):
+    elif isinstance(value, Meter):
         yield from _leaves(name, vars(value))
     elif isinstance(value, torch.Generator):
         yield name, value.get_state()

@@ -21,14 +21,13 @@ KINDS: dict[str, type[nn.Module]] = {
         *(layers.Counts, layers.Checks, layers.WithoutGradient, layers.Mixed),
         *(state.Counter, state.CountsOnly, state.Annealed, state.Average, state.Reassigned),
         *(state.Momentum, state.Remembers, state.Carries, state.History, state.Named),
-        *(state.Alternates, state.Logs, state.Lazy),
+        *(state.Alternates, state.Logs, state.Lazy, state.DrawsPython),
     )
 }
 """Layers that are captured, by name."""
 
 REFUSED_KINDS: dict[str, type[nn.Module]] = {
-    made.__name__: made
-    for made in (state.DrawsPython, state.DrawsNumpy, state.DropsItself, state.OwnGenerator)
+    made.__name__: made for made in (state.DrawsNumpy, state.DropsItself, state.OwnGenerator)
 }
 """Layers that one graph cannot hold."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,11 +25,11 @@ class Counter(nn.Module):
 
 
 class CountsOnly(nn.Module):
-    """Numbers that do not: a counter in train mode, and one in a namespace."""
+    """Numbers that do not: a counter in train mode, and one in an object of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.own = 0, SimpleNamespace(seen=0, trained=False)
+        self.calls, self.own = 0, Meter()
 
     def forward(self, h: Tensor) -> Tensor:  # noqa: D102
         self.own.seen += len(h)
@@ -38,6 +37,13 @@ class CountsOnly(nn.Module):
             self.calls += 1
             self.own.trained = True
         return h + 0.5
+
+
+class Meter:
+    """What a module measures while it runs."""
+
+    def __init__(self) -> None:
+        self.seen, self.trained = 0, False
 
 
 class Annealed(nn.Module):

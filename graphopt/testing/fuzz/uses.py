@@ -129,7 +129,7 @@ def without_backward(model: nn.Module, batch: Batches) -> Any:
 
 def autocast(model: nn.Module, batch: Batches) -> Any:
     """The whole call in lower precision."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(batch())
     backward(loss_of(output))
     return output
