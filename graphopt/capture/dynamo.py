@@ -21,6 +21,7 @@ from torch._guards import CompileContext, TracingContext, compile_context
 from graphopt.capture import scalars
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
+from graphopt.capture.deques import limited_deques
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.guards import Guard
 from graphopt.capture.opaque import capturable_leaves, replace_leaves
@@ -145,6 +146,7 @@ def _dynamo_settings() -> Iterator[None]:
         checked_branches(),
         values_as_in_eager(),
         cumulative_averages(),
+        limited_deques(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -394,7 +394,10 @@ def test_a_saved_tensor_of_another_shape_is_refused(key: str, captured: bool) ->
 
     with pytest.raises(StateError) as caught:
         load()
-    assert caught.value.message == f"'kfac/{key}' has shape {wrong} in the saved state and {right} here"
+    assert (
+        caught.value.message
+        == f"'kfac/{key}' has shape {wrong} in the saved state and {right} here"
+    )
     if captured:
         after = graphopt.state_dict(model)
         assert after.keys() == good.keys()
