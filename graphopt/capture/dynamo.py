@@ -24,7 +24,7 @@ from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.guards import Guard
-from graphopt.capture.opaque import capturable_leaves, replace_leaves
+from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
 from graphopt.capture.values import forget_lazy_properties, values_as_in_eager
 from graphopt.errors import CaptureError
 
@@ -68,6 +68,7 @@ def by_dynamo(
             hint="optimize a module whose forward computes something from its inputs",
         )
     backend_input = output.backend_input
+    refuse_fast_paths(backend_input.graph_module, location(forward))
     f_globals = output.graph_capture_output.f_globals
     _forget_globals(scope, before, backend_input.backend_id, guard)
 
