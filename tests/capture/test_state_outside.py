@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
@@ -60,8 +59,6 @@ def test_forward_hooks_on_all_modules() -> None:
 
 def test_what_runs_plain() -> None:
     assert not runs_plain()
-    with fw.dual_level():
-        assert runs_plain()
     handle = of_all_modules.register_module_full_backward_hook(lambda *_: None)
     assert runs_plain()
     handle.remove()
