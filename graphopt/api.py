@@ -20,9 +20,9 @@ from graphopt.graph import Graph
 from graphopt.model import features
 from graphopt.model.arguments import Mesh, check_model, mesh_of, parse_mesh, split_example_inputs
 from graphopt.model.backend_choice import Built, choose
-from graphopt.model.controller import Fallback, OnMismatch, Variant
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.report import Report
+from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial, describe_call
 from graphopt.model.verification import Check, Stage, Stages
@@ -107,7 +107,9 @@ def optimize(
     session = _session(model, passes, where)
     sizes = where.sizes.values() if dry_run else [r.size for r in session.ranks.values()]
     pipeline = _pipeline(passes, several_ranks=any(size > 1 for size in sizes))
-    compiler = Compiler(pipeline, where.sizes, backend, verify, fallback, on_mismatch)
+    compiler = Compiler(
+        pipeline, where.sizes, backend, verify, fallback=fallback, on_mismatch=on_mismatch
+    )
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:
@@ -128,15 +130,13 @@ def optimize(
 
 
 @dataclass(frozen=True)
-class Compiler:
+class Compiler(Specialiser):
     """The arguments of one `optimize`, and what it takes to make a specialisation."""
 
     pipeline: Pipeline
     mesh: Mapping[str, int]
     backend: str
     verify: Verify
-    fallback: Fallback | None = None
-    on_mismatch: OnMismatch = "raise"
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
@@ -85,7 +85,7 @@ def outside_checkpoints(holds: Callable[..., bool]) -> Callable[..., bool]:
 def refusal(where: str) -> CaptureError:
     """Of a call that changes Python state within a checkpoint."""
     return CaptureError(
-        "forward changes Python state, and torch.utils.checkpoint runs this call again in the "
+        "forward changes Python objects, and torch.utils.checkpoint runs this call again in the "
         "backward, up to a place that a graph does not have",
         where=where,
         hint="checkpoint with use_reentrant=True, or keep the state outside of what is "
@@ -119,8 +119,8 @@ def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode
 
     Args:
         module: a flat forward graph.
-        inputs: live tensors of the captured call. Leaves among them that require a gradient are
-            taken for what `f` closes over, as parameters are.
+        inputs: live tensors of the captured call. Parameters among them are taken for what `f`
+            computes with, not for its arguments.
         fake_mode: of the capture.
     """
     if not torch.is_grad_enabled() or not any(_reentrant(n) for n in module.graph.nodes):
@@ -129,7 +129,7 @@ def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode
     closed_over = {
         node
         for node, live in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
-        if live.requires_grad and live.is_leaf
+        if isinstance(live, nn.Parameter)
     }
     with fake_mode, torch.enable_grad():
         run = _Run(module, closed_over)

@@ -21,9 +21,10 @@ from torch._guards import CompileContext, TracingContext, compile_context
 from graphopt.capture import checkpoints, scalars
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
+from graphopt.capture.deques import limited_deques
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.guards import Guard
-from graphopt.capture.opaque import capturable_leaves, replace_leaves
+from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
 from graphopt.capture.values import forget_lazy_properties, values_as_in_eager
 from graphopt.errors import CaptureError
 
@@ -67,6 +68,7 @@ def by_dynamo(
             hint="optimize a module whose forward computes something from its inputs",
         )
     backend_input = output.backend_input
+    refuse_fast_paths(backend_input.graph_module, location(forward))
     f_globals = output.graph_capture_output.f_globals
     _forget_globals(scope, before, backend_input.backend_id, guard)
 
@@ -147,6 +149,7 @@ def _dynamo_settings() -> Iterator[None]:
         checked_branches(),
         values_as_in_eager(),
         cumulative_averages(),
+        limited_deques(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

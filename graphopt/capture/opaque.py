@@ -22,6 +22,7 @@ from torch import fx
 from torch.fx.node import has_side_effect
 from torch.nn import _reduction, functional
 
+from graphopt.errors import CaptureError
 from graphopt.graph import module_of
 from graphopt.ops.rnn import MODES
 
@@ -179,6 +180,31 @@ def _example(node: fx.Node, target: torch._ops.OpOverload, call: tuple[Any, ...]
     """The metadata that holds a node's value, as it is when the node makes this call instead."""
     key = "example_value" if "example_value" in node.meta else "val"
     return {key: target(*fx.node.map_arg(call, lambda argument: argument.meta[key]))}
+
+
+# -- what no operator can stand for ---------------------------------------------------------------
+
+_FAST_PATHS = (torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention)
+
+
+def refuse_fast_paths(module: fx.GraphModule, where: str) -> None:
+    """Refuse inference kernels of whole layers that cast inside of themselves.
+
+    A graph records the casts of autocast as operators, and runs without it.
+
+    Raises:
+        CaptureError: a torch-level graph has one under autocast of CPUs.
+    """
+    under = torch.is_autocast_enabled("cpu")
+    for node in module.graph.nodes:
+        under |= node.target is torch.amp.autocast_mode._enter_autocast and node.args[0] == "cpu"
+        if under and node.target in _FAST_PATHS:
+            raise CaptureError(
+                "the fast path of nn.TransformerEncoder and nn.MultiheadAttention follows autocast "
+                "within one operator, which a graph cannot repeat",
+                where=where,
+                hint="torch.backends.mha.set_fastpath_enabled(False)",
+            )
 
 
 # -- what stays whole while the backward is derived -----------------------------------------------

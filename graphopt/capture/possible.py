@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as of_all_modules
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -11,14 +10,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 def runs_plain() -> bool:
     """Whether now no call can run as a graph; cheap enough to ask at each call.
 
-    Graphs know no forward-mode tangents, and backward hooks on all modules would need each module
-    as a node of autograd.
+    Backward hooks on all modules would need each module as a node of autograd.
     """
-    return bool(
-        forward_ad._current_level >= 0
-        or of_all_modules._global_backward_hooks
-        or of_all_modules._global_backward_pre_hooks
-    )
+    return bool(of_all_modules._global_backward_hooks or of_all_modules._global_backward_pre_hooks)
 
 
 def is_uninitialised(model: nn.Module) -> bool:

@@ -8,7 +8,6 @@ be of another type than in eager.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,16 +16,13 @@ from unittest import mock
 from torch._dynamo import utils
 from torch._dynamo.codegen import PyCodegen
 from torch._dynamo.exc import unimplemented
-from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.source import AttrSource, is_from_source
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
-from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
 from torch._dynamo.variables.iter import IteratorVariable
-from torch._dynamo.variables.lists import DequeVariable
 from torch._dynamo.variables.tensor import NumpyNdarrayVariable, TensorVariable
 from torch.distributions.constraints import is_dependent
 from torch.distributions.utils import _lazy_property_and_property
@@ -42,8 +38,6 @@ def values_as_in_eager() -> Iterator[None]:
         for owner, name, wrap in (
             (PyCodegen, "add_graph_output", _no_numpy_scalars),
             (InstructionTranslator, "_return", _no_generators),
-            (VariableBuilder, "wrap_listlike", _with_maxlen),
-            (SideEffects, "codegen_update_mutated", _filling_deques),
         ):
             stack.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
         try:
@@ -85,35 +79,6 @@ def _tolist(self: Any, tx: Any) -> Any:
 
     proxy = self.as_proxy()
     return VariableTracker.build(tx, nested(tuple(proxy.node.meta["example_value"].shape), proxy))
-
-
-def _with_maxlen(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrap_listlike(self: Any, value: Any) -> Any:
-        result = original(self, value)
-        if isinstance(value, deque):
-            source = AttrSource(self.get_source(), "maxlen")
-            result.maxlen = VariableBuilder(self.tx, source)(value.maxlen)
-        return result
-
-    return wrap_listlike
-
-
-def _filling_deques(original: Callable[..., None]) -> Callable[..., None]:
-    """Dynamo refuses to write to a deque with ``maxlen``, whose items by now are no more than that.
-
-    It clears the deque and extends it by all items.
-    """
-
-    def codegen_update_mutated(self: Any, *args: Any, **kwargs: Any) -> None:
-        deques = [v for v in self._get_modified_vars() if isinstance(v, DequeVariable)]
-        before = [v.maxlen for v in deques]
-        for variable in deques:
-            variable.maxlen = ConstantVariable.create(None)
-        original(self, *args, **kwargs)
-        for variable, maxlen in zip(deques, before, strict=True):
-            variable.maxlen = maxlen
-
-    return codegen_update_mutated
 
 
 def _no_numpy_scalars(original: Callable[..., None]) -> Callable[..., None]:

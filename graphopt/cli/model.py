@@ -70,8 +70,9 @@ def load_example(name: str) -> Example:
 
 def near(name: str, names: Sequence[str]) -> str:
     """The names most like `name` as a phrase; all names where none is like it."""
-    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    return ", ".join(close or sorted(names)[:10])
+    own = sorted(set(names))
+    close = difflib.get_close_matches(name, own, n=5, cutoff=0.5)
+    return ", ".join(close or own[:10])
 
 
 def _load_file(path: Path) -> ModuleType:

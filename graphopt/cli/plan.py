@@ -37,7 +37,8 @@ def plan(
             "--passes",
             "-p",
             metavar="SPEC",
-            help="What runs before the grouping of gradients is run first, and its link is taken.",
+            help="Passes with one that groups gradients; what is before it is run first, and its "
+            "link is taken.",
         ),
     ] = PLANNED,
     link: Annotated[
@@ -82,7 +83,12 @@ def plan(
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
     check_flops(flops)
     world = _ranks(mesh)
-    before, named = _split(passes)
+    before, named, groups = _split(passes)
+    if not groups and emit is None:
+        raise ArgumentError(
+            f"no pass of {passes!r} groups gradients, so there are no groups to plan",
+            hint=f"-p {f'{passes},' if before else ''}{PLANNED}",
+        )
     if emit == "ddp" and any(p.name == "schedule" for p in before):
         raise ArgumentError(
             "--emit ddp plans for PyTorch eager, whose backward no pass reorders",
@@ -152,18 +158,19 @@ def _ranks(mesh: str) -> int:
     return world
 
 
-def _split(spec: str) -> tuple[tuple[Pass, ...], _Link | None]:
-    """The passes before the one that groups (all if there is none), and the link it names."""
+def _split(spec: str) -> tuple[tuple[Pass, ...], _Link | None, bool]:
+    """The passes before the one that groups, the link it names, and whether there is one."""
     if spec == PLANNED:
-        return (), None
+        return (), None, True
     from graphopt.pipeline.spec import parse_spec
 
     parsed = parse_spec(spec)
     for index, pass_ in enumerate(parsed):
         if "grouped" in pass_.provides:
             named = str(getattr(pass_, "link", "measure"))
-            return parsed[:index], None if named == "measure" else _Link(named, pass_.name)
-    return parsed, None
+            link = None if named == "measure" else _Link(named, pass_.name)
+            return parsed[:index], link, True
+    return parsed, None, False
 
 
 def _link(option: str | None, named: _Link | None) -> _Link:

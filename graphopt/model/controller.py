@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from graphopt.capture import is_uninitialised
 from graphopt.capture.checkpoints import within_checkpoint
 from graphopt.capture.lock import is_tracing, one_at_a_time
 from graphopt.errors import GraphoptError, RankError
-from graphopt.model.entries import Specialisation
 from graphopt.model.kinds import Kind, PlainKinds, kind_of
-from graphopt.model.plain import Refusal, refuse, run_plain
+from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
 from graphopt.model.report import Report
+from graphopt.model.specialiser import Specialiser, Variant
 from graphopt.model.trial import describe_call
 from graphopt.model.varying import Cause, Varying, cause_of
 
@@ -30,59 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("graphopt")
 
-Fallback = Literal["error", "eager"]
-OnMismatch = Literal["raise", "warn", "eager"]
-
 # How many specialisations one model keeps; the least recently used one goes first.
 MAX_SPECIALISATIONS = 8
 
 # Where the controller lies in the model's own dictionary.
 KEY = "_graphopt"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation, ready to run.
-
-    Attributes:
-        call: takes the model and the call's arguments.
-        engine: what runs the graph.
-        holds: whether a call is one that this variant was made for.
-        failure: which condition of `holds` a call does not meet.
-        entry: what is reported about it.
-    """
-
-    call: Callable[..., object]
-    engine: Callable[..., Any]
-    holds: Callable[..., bool]
-    failure: Callable[..., str]
-    entry: Specialisation
-
-
-class Specialiser(Protocol):
-    """What makes variants; `graphopt.api` has the one there is."""
-
-    @property
-    def fallback(self) -> Fallback | None:
-        """What happens to calls that cannot be captured."""
-
-    @property
-    def on_mismatch(self) -> OnMismatch:
-        """What happens to calls whose graph computes something else than eager."""
-
-    def compile(
-        self,
-        model: nn.Module,
-        forward: Callable[..., object],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        session: Session,
-        numbers: frozenset[str] = frozenset(),
-    ) -> Variant:
-        """The variant for one call, with these numbers as inputs of the graph."""
-
-    def report(self, model: str) -> Report:
-        """A report without specialisations, for a model of this class name."""
 
 
 class Controller:
@@ -140,14 +92,16 @@ class Controller:
             return self.plain(model, *args, **kwargs)
         kind = kind_of(model, args, kwargs)
         if kind in self.kinds or self._ended(model, args, kwargs):
-            return run_plain(self, model, args, kwargs)
+            return run_plain(self.session, self.plain, model, args, kwargs)
         try:
             with one_at_a_time():
                 # Another thread may have made it meanwhile.
                 variant = self._holding(model, args, kwargs)
                 variant = variant or self.specialise(model, args, kwargs)
         except Exception as error:
-            return refuse(Refusal(self, model, args, kwargs, kind, error))
+            call = (self.session, self.plain, model, args, kwargs)
+            remember = functools.partial(self._remember, kind, model, args, kwargs)
+            return refuse(Refusal(*call, error), self.compiler, self.trained, remember)
         result = variant.call(model, *args, **kwargs)
         self.trained |= variant.entry.level == "joint"
         return result
@@ -240,7 +194,7 @@ class Controller:
         """
         if is_tracing():
             return False
-        if self.reduces():
+        if reduces(self.session):
             raise RankError(
                 f"{BYPASSED}: gradients would not be reduced across ranks",
                 hint="call the optimized model itself",
@@ -249,11 +203,6 @@ class Controller:
             self.notes += (BYPASSED,)
             warnings.warn(BYPASSED, stacklevel=2)
         return True
-
-    def reduces(self) -> bool:
-        """Whether a plain call made now would leave gradients unreduced."""
-        ranks = self.session.ranks.values()
-        return torch.is_grad_enabled() and any(one.size > 1 for one in ranks)
 
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
@@ -265,7 +214,7 @@ class Controller:
             plain=self.kinds.entries(),
         )
 
-    def remember(
+    def _remember(
         self,
         kind: Kind,
         model: nn.Module,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from graphopt.capture import is_uninitialised
@@ -20,11 +21,11 @@ from graphopt.errors import (
     RankError,
     StateError,
 )
-from graphopt.model.kinds import Kind
+from graphopt.model.specialiser import Specialiser
 from graphopt.model.trial import Trial, tensors_of
 
 if TYPE_CHECKING:
-    from graphopt.model.controller import Controller
+    from graphopt.runtime.session import Session
 
 # What is about more than one call, so that running this one plain is no way on.
 _RAISED = (MismatchError, RankError, StateError, PluginError, ArgumentError)
@@ -35,34 +36,46 @@ class Refusal:
     """A call for which no variant could be made.
 
     Attributes:
-        controller: of the model.
+        session: of the model.
+        plain: the model's own forward, unbound.
         model: the model.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        kind: of the call.
         error: what was raised.
     """
 
-    controller: Controller
+    session: Session
+    plain: Callable[..., object]
     model: nn.Module
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
-    kind: Kind
     error: Exception
 
 
-def refuse(refusal: Refusal) -> object:
-    """Raise what eager raises, run the call plain, or raise why it could not be captured."""
-    controller, model = refusal.controller, refusal.model
+def refuse(
+    refusal: Refusal,
+    settings: Specialiser,
+    trained: bool,
+    remember: Callable[[GraphoptError], None],
+) -> object:
+    """Raise what eager raises, run the call plain, or raise why it could not be captured.
+
+    Args:
+        refusal: the call.
+        settings: what happens to such calls.
+        trained: whether the model has trained.
+        remember: called with the reason, after the call has run plain.
+    """
+    session, plain, model = refusal.session, refusal.plain, refusal.model
     args, kwargs = refusal.args, refusal.kwargs
     known = refusal.error if isinstance(refusal.error, GraphoptError) else _as_refusal(refusal)
-    unreduced = controller.reduces() and model.training
-    if _falls_back(controller, known) and not unreduced:
-        result = run_plain(controller, model, args, kwargs)
-        controller.remember(refusal.kind, model, args, kwargs, known)
+    unreduced = reduces(session) and model.training
+    if _falls_back(settings, trained, known) and not unreduced:
+        result = run_plain(session, plain, model, args, kwargs)
+        remember(known)
         return result
     if not isinstance(known, _RAISED) and _eager_raises(refusal):
-        controller.plain(model, *args, **kwargs)
+        plain(model, *args, **kwargs)
     if unreduced:
         hint = "in a job it is not run plain, because its gradients would stay unreduced"
     elif isinstance(known, _RAISED):
@@ -73,29 +86,37 @@ def refuse(refusal: Refusal) -> object:
     raise known
 
 
-def _falls_back(controller: Controller, error: GraphoptError) -> bool:
+def _falls_back(settings: Specialiser, trained: bool, error: GraphoptError) -> bool:
     """Whether a call that failed so may run plain."""
     if isinstance(error, MismatchError):
-        return controller.compiler.on_mismatch == "eager"
+        return settings.on_mismatch == "eager"
     if isinstance(error, _RAISED):
         return False
-    fallback = controller.compiler.fallback
-    return controller.trained if fallback is None else fallback == "eager"
+    return trained if settings.fallback is None else settings.fallback == "eager"
+
+
+def reduces(session: Session) -> bool:
+    """Whether a plain call made now would leave gradients unreduced."""
+    return torch.is_grad_enabled() and any(one.size > 1 for one in session.ranks.values())
 
 
 def run_plain(
-    controller: Controller, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    session: Session,
+    plain: Callable[..., object],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> object:
     """The model's own forward.
 
     Raises:
         RankError: in a job, from a training call; an evaluation raises in a backward, if any.
     """
-    if not controller.reduces():
-        return controller.plain(model, *args, **kwargs)
+    if not reduces(session):
+        return plain(model, *args, **kwargs)
     if model.training:
         raise _unreduced()
-    outputs = controller.plain(model, *args, **kwargs)
+    outputs = plain(model, *args, **kwargs)
     for _, tensor in tensors_of(outputs):
         if tensor.requires_grad and tensor.grad_fn is not None:
             tensor.register_hook(_refuse_backward)  # type: ignore[no-untyped-call]
@@ -119,7 +140,7 @@ def _as_refusal(refusal: Refusal) -> CaptureError:
     error = refusal.error
     refused = CaptureError(
         f"this call cannot be captured: {type(error).__name__}: {first_line(error)}",
-        where=location(refusal.controller.plain),
+        where=location(refusal.plain),
         hint="please report this model",
     )
     refused.__cause__ = error
@@ -136,10 +157,10 @@ def _eager_raises(refusal: Refusal) -> bool:
         return False
 
     def rehearse(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        refusal.controller.plain(model, *args, **kwargs)
+        refusal.plain(model, *args, **kwargs)
         raise _WentThrough
 
-    trial = Trial(refusal.model, refusal.args, refusal.kwargs, refusal.controller.session.trial)
+    trial = Trial(refusal.model, refusal.args, refusal.kwargs, refusal.session.trial)
     try:
         with one_at_a_time(), trial.untouched():
             trial.step(rehearse)

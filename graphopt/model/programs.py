@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch._dynamo
 from torch.autograd import forward_ad
 
-if TYPE_CHECKING:
-    from graphopt.model.controller import Controller
+
+class Bypassable(Protocol):
+    """The controller of a model, as far as it matters here."""
+
+    def bypass(self) -> bool:
+        """Note that torch.compile runs the plain forward."""
+
 
 _TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 _numbers = itertools.count()
-_controllers: weakref.WeakValueDictionary[int, Controller] = weakref.WeakValueDictionary()
+_controllers: weakref.WeakValueDictionary[int, Bypassable] = weakref.WeakValueDictionary()
 
 
 def within_another_program() -> bool:
@@ -33,7 +38,7 @@ def within_another_program() -> bool:
     )
 
 
-def register(controller: Controller) -> int:
+def register(controller: Bypassable) -> int:
     """A number by which `bypassed` finds the controller."""
     number = next(_numbers)
     _controllers[number] = controller

@@ -22,9 +22,10 @@ from torch import nn
 
 from graphopt.capture import runs_plain
 from graphopt.errors import ArgumentError
-from graphopt.model.controller import KEY, Controller, Specialiser, controller_of
+from graphopt.model.controller import KEY, Controller, controller_of
 from graphopt.model.programs import bypassed, register, within_another_program
 from graphopt.model.report import Report
+from graphopt.model.specialiser import Specialiser
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session

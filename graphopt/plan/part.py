@@ -51,10 +51,13 @@ def to_data(value: object, where: str = "") -> Any:
         where: path of the value, for the error.
 
     Raises:
-        PlanError: something in it is no plain data.
+        PlanError: something in it is no plain data, or NaN.
     """
+    if isinstance(value, PlanPart):
+        where = where or value.name
     if isinstance(value, Enum):
         return value.value
+    _check_number(value, where)
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (tuple, list)):
@@ -78,10 +81,25 @@ def from_data(kind: type[T], data: object) -> T:
     Raises:
         PlanError: the data does not fit the type.
     """
-    return cast("T", _read(kind, data, ""))
+    where = kind.name if isinstance(kind, type) and issubclass(kind, PlanPart) else ""
+    return cast("T", _read(kind, data, where))
+
+
+def _check_number(value: object, where: str) -> None:
+    """Plans are compared between ranks, and NaN equals nothing.
+
+    Raises:
+        PlanError: it is NaN.
+    """
+    if isinstance(value, float) and value != value:
+        raise PlanError(
+            f"{where or 'it'} is NaN, which no plan may hold",
+            hint="decide on a number, or on None for none",
+        )
 
 
 def _read(kind: Any, data: Any, where: str) -> Any:
+    _check_number(data, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
         return _dataclass(kind, data, where)

@@ -76,7 +76,7 @@ class Plan:
         try:
             data: dict[str, Any] = json.loads(text)
             given = [(one.pop("part"), one.pop("version"), one) for one in data.pop("parts")]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(
                 f"the text is no plan: {type(error).__name__}: {error}",
                 hint="give what Plan.to_json has written",
@@ -109,7 +109,12 @@ def _part_to_data(part: PlanPart) -> dict[str, Any]:
     return {"part": part.name, "version": part.version, **to_data(part)}
 
 
-def _part_from_data(name: str, version: int, data: dict[str, Any]) -> PlanPart:
+def _part_from_data(name: object, version: object, data: dict[str, Any]) -> PlanPart:
+    if not isinstance(name, str):
+        raise PlanError(
+            f"the plan has a part whose name is {name!r:.80}, a {type(name).__name__}",
+            hint="give what Plan.to_json has written",
+        )
     try:
         kind = cast("type[PlanPart]", registry.get(name, registry.PLAN_PARTS))
     except SpecError as error:
@@ -119,7 +124,7 @@ def _part_from_data(name: str, version: int, data: dict[str, Any]) -> PlanPart:
         ) from error
     if kind.version != version:
         raise PlanError(
-            f"the plan has version {version} of part {name!r}, and version {kind.version} is "
+            f"the plan has version {version!r:.80} of part {name!r}, and version {kind.version} is "
             "installed",
             hint="make the plan anew",
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import fx
 
 from graphopt.plan import Phase, Plan, Role
+from graphopt.runtime.engine.counted import counted
 from graphopt.runtime.engine.inference import InferenceEngine
 from graphopt.runtime.engine.partition import (
     Halves,
@@ -69,8 +70,15 @@ def inference(
 
 
 def stack(plan: Plan, session: Session, hook: str, innermost: Make) -> Make:
-    """`innermost`, surrounded by this hook of all parts, the first pass outermost."""
-    make = innermost
+    """`innermost`, surrounded by this hook of all parts, the first pass outermost.
+
+    Raises:
+        PluginError: a part gives something else than the step needs.
+    """
+    make: Any = innermost
     for runtime, part in reversed(session.parts(plan)):
-        make = getattr(runtime, hook)(part, plan, make)
-    return make
+        below = make
+        make = getattr(runtime, hook)(part, plan, below)
+        if make is not below:
+            make = counted(runtime.name, hook, make)
+    return cast("Make", make)

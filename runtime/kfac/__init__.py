@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -21,6 +21,7 @@ from graphopt.runtime.engine.step import (
     Step,
 )
 from graphopt.runtime.kfac.division import Division
+from graphopt.runtime.kfac.shapes import shapes
 from graphopt.runtime.kfac.state import CurvatureState
 from graphopt.runtime.kfac.statistics import (
     FOUND,
@@ -120,20 +121,23 @@ class Kfac(RuntimePart[Curvature]):
                 raise StateError(
                     f"the saved state has 'kfac/{key}', which is not kfac's", hint=hint
                 )
-        now = {n.removeprefix("now/"): t for n, t in saved.items() if n.startswith("now/")}
+        if not saved:
+            return
         lacking = []
-        for part in parts if now else ():
-            sides = {side.statistic: side for block in part.blocks for side in block.sides}
-            for name, side in sides.items():
-                if name in now and (count := now[name].numel()) != side.entries:
+        for part in parts:
+            expected = shapes(part)
+            for key in sorted(expected.keys() & saved.keys()):
+                if saved[key].shape != expected[key]:
                     raise StateError(
-                        f"the statistic {name!r} has {count} numbers in the saved state and "
-                        f"{side.entries} here",
+                        f"'kfac/{key}' has shape {tuple(saved[key].shape)} in the saved state and "
+                        f"{expected[key]} here",
                         hint=hint,
                     )
-            lacking.append(next((name for name in sides if name not in now), ""))
-        if lacking and all(lacking):
-            raise StateError(f"the saved state lacks the statistic {lacking[0]!r}", hint=hint)
+            _check_whole(expected, saved, hint)
+            needed = (f"now/{side.statistic}" for block in part.blocks for side in block.sides)
+            lacking.append(next((key for key in needed if key not in saved), ""))
+        if any(key.startswith("now/") for key in saved) and lacking and all(lacking):
+            raise StateError(f"the saved state lacks 'kfac/{lacking[0]}'", hint=hint)
 
     def gather(self) -> dict[str, Tensor]:
         """The state of all ranks; to be called on all of them.
@@ -164,6 +168,24 @@ class Kfac(RuntimePart[Curvature]):
         if self.division is not None:
             other.division = self.division.copy(session.ranks["dp"])
         return other
+
+
+def _check_whole(expected: Collection[str], saved: Collection[str], hint: str) -> None:
+    """Whether each solution that is there is there with all its tensors, and with no others.
+
+    Raises:
+        StateError: one is not.
+    """
+    solutions = {key[: key.rfind("/") + 1] for key in expected if key.startswith("solution/")}
+    mine = {key for key in saved if key[: key.rfind("/") + 1] in solutions}
+    begun = {key[: key.rfind("/") + 1] for key in mine}
+    needed = {key for key in expected if key[: key.rfind("/") + 1] in begun}
+    # Without samples there are no second moments.
+    lacking = sorted(key for key in needed - mine if not key.endswith("/moments"))
+    if lacking:
+        raise StateError(f"the saved state lacks 'kfac/{lacking[0]}'", hint=hint)
+    if many := sorted(mine - needed):
+        raise StateError(f"the saved state has 'kfac/{many[0]}' too many", hint=hint)
 
 
 def _complete(plan: Plan, step: Step, ranks: Ranks, gradients: dict[str, Tensor]) -> None:

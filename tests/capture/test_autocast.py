@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import graphopt
+from graphopt.errors import CaptureError
 from tests.support.as_graph import assert_equal, step, twins
 
 
@@ -51,3 +55,46 @@ def test_everything_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             results.append(step(call, model, x, loss=lambda y: y.float().square().sum()))
     assert_equal(*results)
+
+
+class Inside(nn.TransformerEncoder):
+    """Turns autocast on by itself."""
+
+    def forward(self, src: Tensor) -> Tensor:  # type: ignore[override]
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(src)
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoder, Inside])
+@pytest.mark.parametrize("verify", ["off", "eager"])
+def test_the_fast_path_of_an_encoder_is_refused_under_autocast(
+    kind: type[nn.TransformerEncoder], verify: str
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plain = kind(layer, 1).eval()
+    model = graphopt.optimize(copy.deepcopy(plain), backend="eager", verify=verify)
+    x = torch.randn(2, 5, 8)
+    outside = torch.autocast("cpu", torch.bfloat16, enabled=kind is not Inside)
+    with torch.no_grad(), outside:
+        with pytest.raises(CaptureError, match="follows autocast within one operator") as caught:
+            model(x)
+        assert caught.value.hint.startswith("torch.backends.mha.set_fastpath_enabled(False)")
+    # Without autocast, and where gradients are taken, there is nothing to refuse.
+    with outside:
+        assert torch.equal(model(x), plain(x))
+    if kind is not Inside:
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+
+
+def test_after_training_an_evaluation_by_the_fast_path_runs_plain() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 1)
+    model = graphopt.optimize(copy.deepcopy(plain), backend="eager")
+    x = torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).float().sum().backward()
+        for m in (plain, model):
+            m.eval()
+        with torch.no_grad(), pytest.warns(UserWarning, match="follows autocast"):
+            assert torch.equal(model(x), plain(x))

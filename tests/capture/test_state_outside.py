@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
@@ -58,8 +57,6 @@ def test_forward_hooks_on_all_modules() -> None:
 
 def test_what_runs_plain() -> None:
     assert not runs_plain()
-    with fw.dual_level():
-        assert runs_plain()
     handle = of_all_modules.register_module_full_backward_hook(lambda *_: None)
     assert runs_plain()
     handle.remove()

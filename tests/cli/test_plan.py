@@ -160,7 +160,6 @@ def test_the_text_names_groups_candidates_bound_and_sources() -> None:
         (("-p", "cleanup,group_gradients{link=summit}"), "summit", "group_gradients"),
         (("-p", "group_gradients{link=measure}"), "10gbe", "default"),
         (("-p", "group_gradients{link=summit}", "--link", "25gbe"), "25gbe", "--link"),
-        (("-p", "cleanup"), "10gbe", "default"),
     ],
     ids=str,
 )
@@ -238,6 +237,8 @@ def test_emit_ddp_plans_for_tied_weights(models: str) -> None:
         ("dp=4", ("-p", "group_gradients{link=sumit}"), "'sumit'", "summit"),
         ("dp=4", ("--emit", "fsdp"), "--emit fsdp is unknown", "use --emit ddp"),
         ("dp=4", ("-p", "clenup"), "unknown pass 'clenup'", "cleanup"),
+        ("dp=4", ("-p", "kfac"), "no pass of 'kfac' groups", "-p kfac,group_gradients"),
+        ("dp=4", ("-p", ""), "no pass of '' groups gradients", "-p group_gradients"),
     ],
     ids=str,
 )

@@ -177,7 +177,7 @@ def test_state_of_another_model_is_refused(captured: bool) -> None:
         graphopt.load_state_dict(model, foreign)
         model(x)
 
-    with pytest.raises(StateError, match=r"statistic '0\.weight:G'"):
+    with pytest.raises(StateError, match=r"'kfac/(before|interval|now|solution)/0\.weight"):
         load()
     if captured:
         after = graphopt.state_dict(model)
@@ -366,3 +366,62 @@ def test_warnings_come_once() -> None:
         for _ in range(3):
             F.cross_entropy(model(x * 1e200), y).backward()
     assert len([w for w in caught if "'0.weight:A'" in str(w.message)]) == 1
+
+
+_WRONG = {
+    "now/0.weight:A": "(1, 3)",
+    "before/0.weight:A": "(1, 3)",
+    "interval/0.weight:A": "(2,)",
+    "solution/0.weight/0/left_inverse": "(2, 2)",
+    "solution/0.weight/0/damping": "(1,)",
+}
+
+
+@pytest.mark.parametrize("key", _WRONG)
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_saved_tensor_of_another_shape_is_refused(key: str, captured: bool) -> None:
+    model = _optimized(STALE)
+    _steps(model, 0, 3)
+    good = graphopt.state_dict(model)
+    right = tuple(good[f"kfac/{key}"].shape)
+    wrong = tuple(map(int, _WRONG[key].strip("(),").split(",")))
+    state = {**good, f"kfac/{key}": torch.ones(wrong)}
+    model = model if captured else _optimized(STALE)
+
+    def load() -> None:
+        graphopt.load_state_dict(model, state)
+        _steps(model, 0, 1)
+
+    with pytest.raises(StateError) as caught:
+        load()
+    assert (
+        caught.value.message
+        == f"'kfac/{key}' has shape {wrong} in the saved state and {right} here"
+    )
+    if captured:
+        after = graphopt.state_dict(model)
+        assert after.keys() == good.keys()
+        assert all(torch.equal(after[k], v) for k, v in good.items())
+
+
+@pytest.mark.parametrize("solver", ["factored", "eigen", "ekfac", "lowrank"])
+def test_a_solution_is_loaded_as_a_whole(solver: str) -> None:
+    model = _optimized(f"kfac{{interval=1,solver={solver}}}")
+    _steps(model, 0, 2)
+    good = graphopt.state_dict(model)
+    graphopt.load_state_dict(model, good)
+    prefix = "kfac/solution/0.weight/0/"
+    for key in [k for k in good if k.startswith(prefix) and not k.endswith("/moments")]:
+        with pytest.raises(StateError, match=f"the saved state lacks '{key}'"):
+            graphopt.load_state_dict(model, {k: v for k, v in good.items() if k != key})
+    with pytest.raises(StateError, match=f"has '{prefix}other' too many"):
+        graphopt.load_state_dict(model, {**good, f"{prefix}other": torch.ones(1)})
+
+
+def test_what_is_told_of_a_low_rank_solution_is_what_it_holds() -> None:
+    model = nn.Sequential(nn.Linear(300, 3))
+    graphopt.optimize(model, passes="kfac{interval=1,solver=lowrank}", backend="eager")
+    model(torch.randn(4, 300)).sum().backward()
+    good = graphopt.state_dict(model)
+    assert good["kfac/solution/0.weight/0/right_basis"].shape == (1, 301, 64)
+    graphopt.load_state_dict(model, good)

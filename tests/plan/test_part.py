@@ -102,7 +102,9 @@ def _part(kind: Any, value: Any) -> PlanPart:
         (dict[str, object], {"a": Inner}, r"value\['a'\] is a type"),
         (list[int], [1], r"value should be list\[int\]|value should be list"),
         (int, 1.5, "value should be int and is 1.5"),
-        (float, float("nan"), "another one after a way through JSON"),
+        (float, float("nan"), "demo.value is NaN, which no plan may hold"),
+        (object, float("nan"), "demo.value is NaN"),
+        (dict[str, float | None], {"a": float("nan")}, r"demo.value\['a'\] is NaN"),
         (int, True, "value should be int and is True"),
     ],
 )
@@ -122,6 +124,8 @@ def test_a_part_that_cannot_be_converted(kind: Any, value: Any, sentence: str) -
         (Kind, "c", "it should be Kind and is 'c'"),
         (Literal["x"], "z", "it should be"),
         (int | None, "z", "it should be"),
+        (float | None, float("nan"), "it is NaN, which no plan may hold"),
+        (tuple[float, ...], [1.0, float("nan")], r"\[1\] is NaN"),
         (Mapping[str, int], {"a": "b"}, r"\['a'\] should be int"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,20 @@ def _edited(edit: Callable[[dict[str, Any]], object]) -> str:
             PluginError,
             "the plan has a part 'elsewhere', and no package that is installed knows it",
         ),
+        *(
+            (
+                _edited(lambda d, name=name: d["parts"][0].update(part=name)),
+                PlanError,
+                f"the plan has a part whose name is {re.escape(repr(name))}, a {kind}",
+            )
+            for name, kind in ((3, "int"), (None, "NoneType"), ([], "list"), ({"a": 1}, "dict"))
+        ),
+        (
+            _edited(lambda d: d["parts"][0].update(version=[1])),
+            PlanError,
+            r"the plan has version \[1\] of part 'right'",
+        ),
+        ("[" * 100_000, PlanError, "the text is no plan: RecursionError"),
         (
             _edited(lambda d: d["parts"].append(dict(d["parts"][0]))),
             PlanError,
@@ -124,6 +139,15 @@ def _edited(edit: Callable[[dict[str, Any]], object]) -> str:
 def test_texts_that_are_no_plan(text: str, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         Plan.from_json(text)
+
+
+def test_a_number_of_a_part_that_is_nan() -> None:
+    model = nn.Linear(3, 3)
+    plan = graphopt.optimize(model, (X,), passes="kfac{damping=0.01}", dry_run=True)
+    text = plan.to_json()
+    assert '"damping": 0.01' in text
+    with pytest.raises(PlanError, match=r"kfac\.damping is NaN, which no plan may hold"):
+        Plan.from_json(text.replace('"damping": 0.01', '"damping": NaN'))
 
 
 # -- what passes leave -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import StateError
+from graphopt.errors import PluginError, StateError
 from graphopt.model.controller import controller_of
 from graphopt.runtime.engine.step import Step
 from graphopt.runtime.part import check_like
@@ -183,6 +183,31 @@ def test_a_saved_state_of_another_form(saved: dict[str, Tensor], sentence: str) 
         check_like("demo", own, saved)
     check_like("demo", {}, saved)
     check_like("demo", own, {"a": torch.ones(2)})
+
+
+_TOO_FEW = [
+    ("forward", "results", r"returned \d results from its forward, and the step needs \d"),
+    ("backward", "results", r"returned 3 results from its backward, and the step needs 4"),
+    ("engine", "results", r"returned 0 results from its engine, and the step needs 1"),
+    ("backward", "all", "returned a NoneType from its backward, and the step needs 4"),
+    ("forward", "returns", "`returns` of the forward of the runtime part of .* lacks output '0'"),
+    ("backward", "returns", "`returns` of the backward .* lacks grad"),
+    ("forward", "maker", r"forward\(\) of the runtime part of .* returned a NoneType"),
+]
+
+
+@pytest.mark.parametrize(("hook", "what", "sentence"), _TOO_FEW)
+@pytest.mark.parametrize("verify", ["off", "eager"])
+def test_a_part_that_returns_too_little_is_named(
+    hook: str, what: str, sentence: str, verify: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = METHODS["returns_too_few"]["runtime"]
+    monkeypatch.setattr(kind, "hook", hook)
+    monkeypatch.setattr(kind, "what", what)
+    model = _optimized("records,returns_too_few,cleanup", verify=verify)
+    with pytest.raises(PluginError, match=sentence) as caught:
+        model(X).sum().backward()
+    assert "'returns_too_few'" in caught.value.message
 
 
 def test_an_inference_call_leaves_parts_alone() -> None:

@@ -194,6 +194,43 @@ class NeverFinishes(Right):
         raise AssertionError("nobody should have asked")
 
 
+class ReturnsTooFew(Right):
+    """Leaves something out of what one of its hooks returns."""
+
+    hook = "forward"
+    what = "results"
+
+    def _short(self, hook: str, below: Any) -> Any:
+        if hook != self.hook:
+            return below
+        if self.what == "maker":
+            return None
+
+        def make(half: Any, *plan: Any) -> Any:
+            inner = below(half, *plan)
+            if plan:
+                return lambda *args: inner(*args)[:-1]
+
+            class Short:
+                returns = inner.returns[1:] if self.what == "returns" else inner.returns
+
+                def __call__(_, *args: Any) -> Any:
+                    return None if self.what == "all" else inner(*args)[:-1]
+
+            return Short()
+
+        return make
+
+    def forward(self, part: Cool, plan: Plan, below: MakeForward) -> MakeForward:
+        return self._short("forward", below)  # type: ignore[no-any-return]
+
+    def backward(self, part: Cool, plan: Plan, below: MakeBackward) -> MakeBackward:
+        return self._short("backward", below)  # type: ignore[no-any-return]
+
+    def engine(self, part: Cool, plan: Plan, below: MakeEngine) -> MakeEngine:
+        return self._short("engine", below)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Method(Pass):
     """Leaves the graph alone; all happens when a step ends."""
@@ -238,6 +275,7 @@ METHODS = {
     "records": _method("records", Records),
     "records_too": _method("records_too", Records),
     "drops": _method("drops", Drops),
+    "returns_too_few": _method("returns_too_few", ReturnsTooFew),
     "never_finishes": _method("never_finishes", NeverFinishes),
 }
 

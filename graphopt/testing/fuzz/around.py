@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from graphopt.capture import is_uninitialised
+
 
 class _Around(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
@@ -81,7 +83,9 @@ class AlwaysEval(_Around):
 
 def frozen(inner: nn.Module) -> nn.Module:
     """Parameters without gradients."""
-    return inner.requires_grad_(False)
+    if not is_uninitialised(inner):
+        inner.requires_grad_(False)
+    return inner
 
 
 def changed_by_a_hook(inner: nn.Module) -> nn.Module:

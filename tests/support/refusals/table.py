@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support.refusals import around, asked, code, gradients, objects, values, writes
+from tests.support.refusals import (
+    around,
+    asked,
+    checkpoints,
+    code,
+    gradients,
+    objects,
+    values,
+    writes,
+)
 from tests.support.refusals.example import Refusal
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "limits.md"
@@ -18,8 +27,9 @@ IN_FORWARD: tuple[Refusal, ...] = (
     *writes.ALL,
     *gradients.ALL,
     *objects.ALL,
+    *checkpoints.IN_FORWARD,
 )
-BY_CALLER: tuple[Refusal, ...] = (*asked.ALL, *around.ALL)
+BY_CALLER: tuple[Refusal, ...] = (*asked.ALL, *checkpoints.ALL, *around.ALL)
 ALL = (*IN_FORWARD, *BY_CALLER)
 
 

@@ -1,0 +1,117 @@
+"""Forward is run a second time, in the backward, and eager changes things a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.refusals.example import Example, Refusal, Small, Step, Way, results, small
+
+
+def _checkpointed(reentrant: bool) -> Step:
+    def step(model: nn.Module) -> object:
+        x = torch.randn(3, 4, requires_grad=True)
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        assert isinstance(y, Tensor)
+        y.square().sum().backward()
+        return [y.detach().clone(), x.grad, *results(model)]
+
+    return step
+
+
+def keeps(s: Small, h: Tensor) -> Tensor:
+    s.kept.append(h.detach())
+    return h.tanh() * len(s.kept)
+
+
+KEEPS = Refusal(
+    "changes objects in a checkpoint",
+    "`checkpoint(m, x, use_reentrant=False)` where forward keeps or counts (or has lazy layers)",
+    "eager breaks off the second run at the last saved tensor, and so changes some of it twice",
+    "`use_reentrant=True`; keep the state outside",
+    (
+        Example(
+            "kept",
+            small(keeps),
+            "changes Python objects",
+            "def forward",
+            "use_reentrant=True",
+            _checkpointed(reentrant=False),
+            way=Way(small(keeps), _checkpointed(reentrant=True), same=False),
+        ),
+    ),
+)
+
+
+class Normalised(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.lin, self.norm, self.inside = nn.Linear(4, 4), nn.BatchNorm1d(4), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x)
+        run: Callable[[Tensor], Tensor] = self.norm if self.inside else torch.tanh
+        y: Tensor = checkpoint(run, h, use_reentrant=False)
+        return y if self.inside else self.norm(y)
+
+
+NORMS = Refusal(
+    "writes a buffer in a checkpoint",
+    "checkpoints a part of itself that writes a buffer, as a batch norm in train mode does",
+    "eager writes it once more in the backward",
+    "leave such layers out of the checkpoint, or in eval mode",
+    (
+        Example(
+            "batch norm",
+            lambda: Normalised(inside=True),
+            "changes buffer 'norm",
+            "checkpoint(run",
+            "without running statistics",
+            way=Way(lambda: Normalised(inside=False), same=False),
+        ),
+    ),
+)
+
+
+def _first_only(model: nn.Module) -> object:
+    x = torch.randn(3, 4)
+    y, z = model(x)
+    with torch.no_grad():
+        z.mul_(2)
+    y.sum().backward()
+    return results(model)
+
+
+CHANGED = Refusal(
+    "changes an output",
+    "changes an output in place before its backward, where another output needs it",
+    "the whole step is one node of autograd, which raises PyTorch's own error",
+    "work on a clone",
+    (
+        Example(
+            "mul_",
+            small(lambda s, h: (h.sin(), h.exp())),
+            "modified by an inplace operation",
+            step=_first_only,
+            error=RuntimeError,
+            plain=False,
+            way=Way(small(lambda s, h: (h.sin(), h.exp().clone())), _first_only, same=False),
+        ),
+    ),
+)
+
+FAST_PATH = Refusal(
+    "fast path",
+    "takes the fast path of `nn.TransformerEncoder` or `nn.MultiheadAttention` (evaluation without "
+    "gradients) under autocast of CPUs",
+    "that operator casts inside of itself",
+    "`torch.backends.mha.set_fastpath_enabled(False)`",
+    tested_by="tests/capture/test_autocast.py::"
+    "test_the_fast_path_of_an_encoder_is_refused_under_autocast",
+)
+
+IN_FORWARD = (NORMS, FAST_PATH)
+ALL = (KEEPS, CHANGED)
