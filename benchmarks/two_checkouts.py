@@ -1,9 +1,11 @@
-"""Step times of two checkouts of graphopt, side by side.
+"""Steps, or first calls, of two checkouts of graphopt, side by side.
 
-Run ``python -m benchmarks.two_checkouts OLD [NEW]`` on an otherwise idle machine, where OLD and NEW
-are checkouts (NEW is this one by default). Each checkout gets a process of its own, which imports
-its graphopt and its benchmarks; blocks of steps alternate between the two, so that both see the
-same machine. Results go to ``benchmarks/results/two_checkouts_<device>.json``.
+Run ``python -m benchmarks.two_checkouts steps|first OLD [NEW]`` on an otherwise idle machine, where
+OLD and NEW are checkouts (NEW is this one by default). Each checkout gets a process of its own,
+which imports its graphopt and its benchmarks; blocks of steps alternate between the two, so that
+both see the same machine. ``first`` times the first call of each model of the corpus: capture,
+passes, verification and the call itself, on a new model each time. Results go to
+``benchmarks/results/two_checkouts_<what>_<device>.json``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 31
+ROUNDS = {"steps": 31, "first": 9}
 # Steps of one block: long enough that a switch between processes does not count.
 BLOCK_SECONDS = 0.25
 
@@ -55,11 +57,37 @@ def _steps() -> dict[str, Callable[[], object]]:
     return found
 
 
-def _serve() -> None:
+def _first_calls() -> dict[str, Callable[[], object]]:
+    """A new model of the corpus, called for the first time; returns the seconds of that call."""
+    import torch
+
+    from graphopt import optimize
+    from graphopt.testing.corpus import CORPUS, CorpusModel
+
+    torch.set_num_threads(1)
+
+    def first_call(entry: CorpusModel) -> Callable[[], float]:
+        def run() -> float:
+            torch._dynamo.reset()
+            model, args, kwargs = entry.make()
+            start = time.perf_counter()
+            optimize(model, backend="eager")(*args, **kwargs)
+            return time.perf_counter() - start
+
+        return run
+
+    return {name: first_call(entry) for name, entry in CORPUS.items()}
+
+
+def _serve(what: str) -> None:
     """Time a block of steps for each line that names one."""
-    steps = _steps()
+    steps = _steps() if what == "steps" else _first_calls()
     counts = {}
     for name, step in steps.items():
+        if what == "first":  # the very first one imports and fills caches
+            step()
+            counts[name] = 1
+            continue
         for _ in range(12):
             step()
         start = time.perf_counter()
@@ -70,15 +98,15 @@ def _serve() -> None:
     for line in sys.stdin:
         name, count = json.loads(line)
         start = time.perf_counter()
-        for _ in range(count):
-            steps[name]()
-        print((time.perf_counter() - start) / count, flush=True)
+        told = [steps[name]() for _ in range(count)]
+        seconds = (time.perf_counter() - start) / count
+        print(told[0] if what == "first" else seconds, flush=True)
 
 
 class _Checkout:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "serve"],
+            [sys.executable, __file__, "serve", what],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(folder)},
             stdin=subprocess.PIPE,
@@ -102,16 +130,16 @@ class _Checkout:
         self.process.wait()
 
 
-def main(old: Path, new: Path) -> None:
+def main(what: str, old: Path, new: Path) -> None:
     from benchmarks.harness import keep, milliseconds, ratio
 
-    before, after = _Checkout(old), _Checkout(new)
+    before, after = _Checkout(old, what), _Checkout(new, what)
     counts = before.read()
     assert after.read().keys() == counts.keys()
     results = {}
     for name, count in counts.items():
         times: dict[str, list[float]] = {"before": [], "after": []}
-        for index in range(ROUNDS):
+        for index in range(ROUNDS[what]):
             pair = [("before", before), ("after", after)]
             for which, checkout in pair[:: 1 if index % 2 else -1]:
                 times[which].append(checkout.time(name, count))
@@ -122,12 +150,12 @@ def main(old: Path, new: Path) -> None:
         print(name, results[name], flush=True)
     before.end()
     after.end()
-    print("kept in", keep("two_checkouts_cpu", results).name)
+    print("kept in", keep(f"two_checkouts_{what}_cpu", results).name)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        _serve()
+    if sys.argv[1] == "serve":
+        _serve(sys.argv[2])
     else:
-        here = Path(__file__).parents[1]
-        main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else here)
+        what, old, *new = sys.argv[1:]
+        main(what, Path(old), Path(new[0]) if new else Path(__file__).parents[1])

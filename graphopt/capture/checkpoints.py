@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph, Level, source_of
@@ -115,7 +116,7 @@ def refuse_repeated_writes(graph: Graph) -> None:
 
 
 def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode: Any) -> None:
-    """Put checkpoints that get no argument with a gradient under ``no_grad``; changes the module.
+    """Detach what checkpoints return that get no argument with a gradient; changes the module.
 
     Args:
         module: a flat forward graph.
@@ -135,7 +136,12 @@ def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode
         run = _Run(module, closed_over)
         run.run(*leaves)
     for node in run.cut:
-        _no_grad_around(module.graph, node)
+        for output in list(node.users):
+            users = list(output.users)
+            with module.graph.inserting_after(output):
+                cut = module.graph.call_method("detach", (output,))
+            for user in users:
+                user.replace_input_with(output, cut)
     if run.cut:
         module.recompile()
 
@@ -156,17 +162,8 @@ class _Run(fx.Interpreter):
         if not _reentrant(n) or any(map(self._requires_grad, n.all_input_nodes)):
             return super().run_node(n)
         self.cut.append(n)
-        with torch.no_grad():
-            return super().run_node(n)
+        return pytree.tree_map_only(Tensor, Tensor.detach, super().run_node(n))
 
     def _requires_grad(self, node: fx.Node) -> bool:
         value = self.env[node]
         return node not in self.closed_over and isinstance(value, Tensor) and value.requires_grad
-
-
-def _no_grad_around(graph: fx.Graph, node: fx.Node) -> None:
-    switch: Callable[[bool], None] = torch._C._set_grad_enabled
-    with graph.inserting_before(node):
-        graph.call_function(switch, (False,))
-    with graph.inserting_after(node):
-        graph.call_function(switch, (True,))

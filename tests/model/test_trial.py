@@ -25,13 +25,9 @@ from graphopt.model.caller import finally_all
 from graphopt.model.comparison import same
 from graphopt.model.copies import StandIns
 from graphopt.model.trial import Trial
-from graphopt.testing.corpus import CORPUS
-
-SAMPLE = (
-    *("resnet", "lstm_ctc", "used_twice", "checkpointed", "in_place", "dataclass_output"),
-    *("running_statistics", "partly_frozen", "autocast", "bert"),
-)
-
+from graphopt.testing import CORPUS, Layer, Scenario, Step, check_scenario
+from graphopt.testing.fuzz.around import AROUND
+from graphopt.testing.fuzz.observe import difference, state_of, surroundings
 
 # -- models that keep and change things ------------------------------------------------------------
 
@@ -131,7 +127,8 @@ def _contents(value: Any) -> Any:
 # -- the property ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.corpus
+@pytest.mark.parametrize("name", CORPUS)
 def test_a_first_call_changes_what_a_call_of_eager_changes(name: str) -> None:
     found = []
     for optimize in (lambda m: m, lambda m: graphopt.optimize(m, backend="eager")):
@@ -142,8 +139,21 @@ def test_a_first_call_changes_what_a_call_of_eager_changes(name: str) -> None:
         before = _identities(model)
         model(*args, **kwargs)
         assert _identities(model) == before
-        found.append(_state(model, *tensors))
-    assert found[0] == found[1]
+        found.append((_state(model, *tensors), state_of(model), surroundings()))
+    assert found[0][0] == found[1][0]
+    assert not difference(found[0][1], found[1][1])
+    assert not difference(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("around", [name for name in AROUND if name != "backward_hook"])
+@pytest.mark.parametrize("use", ["once", "checkpointed", "inference_mode", "itself", "autocast"])
+def test_a_first_call_of_what_keeps_things_changes_what_eager_changes(
+    around: str, use: str
+) -> None:
+    """Two or three layers that keep something, and what is around each of them."""
+    for kinds in (("Average", "Remembers"), ("History", "Momentum"), ("Carries", "Named", "Logs")):
+        layers = tuple(Layer(kind, around) for kind in kinds)
+        check_scenario(Scenario(layers, (Step(use, "nothing"),), output="tuple"))
 
 
 def test_a_trial_puts_everything_back() -> None:

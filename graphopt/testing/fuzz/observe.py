@@ -34,14 +34,25 @@ def state_of(model: nn.Module) -> dict[str, object]:
     return found
 
 
-def streams() -> dict[str, object]:
-    """Where the random streams are."""
+def surroundings() -> dict[str, object]:
+    """Random streams and modes: what belongs to the process."""
     states = {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "python": repr(random.getstate()).encode(),
         "numpy": repr(np.random.get_state()).encode(),
     }
-    return {f"random stream of {n}": hashlib.sha1(s).hexdigest() for n, s in states.items()}
+    found: dict[str, object] = {
+        f"random stream of {n}": hashlib.sha1(s).hexdigest() for n, s in states.items()
+    }
+    return found | {
+        "function modes": torch._C._len_torch_function_stack(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "grad mode": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "calls of modules": nn.Module.__call__,
+    }
 
 
 def leaves(name: str, value: object) -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graphopt.errors import GraphoptError
 from graphopt.testing.fuzz.between import AFTER
 from graphopt.testing.fuzz.layers import WIDTH
-from graphopt.testing.fuzz.observe import difference, leaves, state_of, streams
+from graphopt.testing.fuzz.observe import difference, leaves, state_of, surroundings
 from graphopt.testing.fuzz.scenario import Scenario, Step
 from graphopt.testing.fuzz.uses import USES
 
@@ -57,7 +57,7 @@ class Side:
             except Exception as raised:
                 error = raised
             self.left = state_of(self.model) | leaves("output", output) | leaves("input", inputs)
-            self.left |= streams()
+            self.left |= surroundings()
         return error
 
     def after(self, step: Step) -> Exception | None:
