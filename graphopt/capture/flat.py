@@ -106,6 +106,10 @@ _HINTS = (
         "draw outside of the model and pass what was drawn",
     ),
     (r"retain_grad", _ZEROS),
+    (
+        r"Non-nullified side effect|Higher Order Operator: torch\.utils\.checkpoint",
+        "keep what is counted or recorded outside of what is checkpointed",
+    ),
     (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
     (r"autograd\.grad|backward\(\)|requires_grad_\(\)", "differentiate by torch.func.grad"),
     (r"tp_iter", "pass a list or a tuple"),

@@ -58,9 +58,29 @@ class Normalised(nn.Module):
         return y if self.inside else self.norm(y)
 
 
+class Counted(nn.Module):
+    """Counts what is checkpointed: inside of that, or outside."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.lin, self.calls, self.inside = nn.Linear(4, 4), 0, inside
+
+    def _counts(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.lin(x)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inside:
+            self.calls += 1
+        run = self._counts if self.inside else self.lin
+        y: Tensor = checkpoint(run, x, use_reentrant=False)
+        return y
+
+
 NORMS = Refusal(
-    "writes a buffer in a checkpoint",
-    "checkpoints a part of itself that writes a buffer, as a batch norm in train mode does",
+    "writes in a checkpoint",
+    "checkpoints a part of itself that writes a buffer (a batch norm in train mode) or counts",
     "eager writes it once more in the backward",
     "leave such layers out of the checkpoint, or in eval mode",
     (
@@ -71,6 +91,14 @@ NORMS = Refusal(
             "checkpoint(run",
             "without running statistics",
             way=Way(lambda: Normalised(inside=False), same=False),
+        ),
+        Example(
+            "counter",
+            lambda: Counted(inside=True),
+            "side effect",
+            "checkpoint(run",
+            "outside of what is checkpointed",
+            way=Way(lambda: Counted(inside=False)),
         ),
     ),
 )
