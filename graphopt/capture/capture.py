@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,11 @@ def capture(
             where=location(forward),
             hint="call the model once outside of the checkpoint before",
         )
-    with tracing_alone(), _drawing_nothing(), checkpoints.without_hooks():
+    with tracing_alone(), _drawing_nothing() as drawn, checkpoints.without_hooks():
         flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers)
-        if checkpointed and flat.changes_objects:
+        if drawn() or flat.changes_objects:
+            flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
+        if checkpointed and (drawn() or flat.changes_objects):
             raise checkpoints.refusal(location(forward))
         graph, aliases, inputs, bind = _derived(flat, forward)
     return Capture(
@@ -135,11 +137,14 @@ def _derived_from_memories(
 
 
 @contextmanager
-def _drawing_nothing() -> Iterator[None]:
-    """Give Python's random numbers back: Dynamo draws those that become inputs of the graph."""
+def _drawing_nothing() -> Iterator[Callable[[], bool]]:
+    """Give Python's random numbers back: Dynamo draws those that become inputs of the graph.
+
+    Yields whether any were drawn so far.
+    """
     before = random.getstate()
     try:
-        yield
+        yield lambda: random.getstate() != before
     finally:
         random.setstate(before)
 

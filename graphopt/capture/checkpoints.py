@@ -75,7 +75,7 @@ _NEW = (AttributeMutationNew, ValueMutationNew)
 
 
 def outside_checkpoints(holds: Callable[..., bool]) -> Callable[..., bool]:
-    """Conditions of a capture that changes Python state."""
+    """Conditions of a capture that changes Python objects, or draws from Python's random."""
 
     def outside(*args: Any, **kwargs: Any) -> bool:
         return not within_checkpoint() and holds(*args, **kwargs)
@@ -84,7 +84,7 @@ def outside_checkpoints(holds: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def refusal(where: str) -> CaptureError:
-    """Of a call that changes Python state within a checkpoint."""
+    """Of a call that changes Python objects within a checkpoint."""
     return CaptureError(
         "forward changes Python objects, and torch.utils.checkpoint runs this call again in the "
         "backward, up to a place that a graph does not have",

@@ -103,7 +103,7 @@ def by_dynamo(
         context=context,
         route="dynamo",
         bind=bind,
-        holds=checkpoints.outside_checkpoints(guard) if changes else guard,
+        holds=guard,
         failure=guard.failure,
         changes_objects=bool(changes),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),

@@ -23,10 +23,10 @@ from torch._guards import tracing
 from graphopt.capture import writes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checkpoints import refuse_repeated_writes
+from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
-from graphopt.capture.rounding import round_as_in_eager
 from graphopt.errors import CaptureError
 from graphopt.graph import KEPT_META, Graph, Level
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
@@ -76,6 +76,7 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         # As in eager, a backward runs outside of autocast; forward has its casts in the graph.
         torch._functorch.config.patch(functionalize_rng_ops=False, backward_pass_autocast="off"),
         eager_resampling(),
+        eager_dropout(),
         checks_without_order(),
         cumulative_averages(),
         warnings.catch_warnings(),

@@ -98,12 +98,12 @@ def capturable_leaves() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))
         for op, kernel in _kernels().items():
-            stack.enter_context(_python_kernel(op, kernel))
+            stack.enter_context(python_kernel(op, kernel))
         yield
 
 
 @contextmanager
-def _python_kernel(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Iterator[None]:
+def python_kernel(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Iterator[None]:
     """Replace what the Python dispatcher, which only tracing turns on, runs for `op`."""
     keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
     before = dict(op.py_kernels)

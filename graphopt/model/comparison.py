@@ -16,8 +16,8 @@ class Observed:
     """What one step computed.
 
     Attributes:
-        values: by name, every output, gradient and buffer, and the parameters that were written.
-        parameters: by the same names, all of them.
+        values: by name, every output, gradient and buffer, and whatever other tensors were written.
+        parameters: by the same names, all of them, and other tensors that could be written.
         streams: where the step left the random streams, by name.
         moved: names of those that it moved.
     """

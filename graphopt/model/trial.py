@@ -65,9 +65,10 @@ class Trial:
             buffers = {f"buffer {n}": b.detach() for n, b in self.model.named_buffers()}
             parameters = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
             written = {f"parameter {n}": parameters[f"parameter {n}"] for n in self._written()}
+            others, changed = self._others()
             return Observed(
-                {**results, **gradients, **buffers, **written},
-                parameters,
+                {**results, **gradients, **buffers, **written, **changed},
+                {**parameters, **others},
                 after,
                 frozenset(name for name in after if after[name] != before.get(name)),
             )
@@ -140,6 +141,17 @@ class Trial:
         stand_ins = (self._stand_ins.of(t) for t in self._reach.tensors.values())
         same = {id(s.value) for s in stand_ins if s is not None and not s.written}
         return [n for n, p in self.model.named_parameters() if id(p) not in same]
+
+    def _others(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors that are no state of the model, as its inputs; and those that were written."""
+        assert self._reach is not None
+        own = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        found = {n: self._stand_ins.of(t) for n, t in self._reach.tensors.items()}
+        others = {n: s for n, s in found.items() if s is not None and id(s.value) not in own}
+        return (
+            {f"what {n} becomes": s.value.detach() for n, s in others.items()},
+            {f"what {n} becomes": s.value.detach() for n, s in others.items() if s.written},
+        )
 
     def _synchronize(self) -> None:
         for device in self.devices:

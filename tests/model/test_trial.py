@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import graphopt
 from graphopt.model import streams
 from graphopt.model.caller import finally_all
-from graphopt.model.comparison import same
+from graphopt.model.comparison import compare, same
 from graphopt.model.copies import StandIns
 from graphopt.model.trial import Trial
 from graphopt.testing import CORPUS, Layer, Scenario, Step, check_scenario
@@ -200,6 +200,18 @@ def test_arguments_of_a_call_are_not_touched() -> None:
     assert gradient.shape == x.shape
     leaf_graph = torch.autograd.grad(x.sum(), leaf)  # its graph is still there
     assert leaf_graph[0].tolist() == torch.full((3, 4), 2.0).tolist()
+
+
+def test_writes_to_inputs_are_observed() -> None:
+    def writes(model: nn.Module, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x + 0
+
+    model, x = nn.Linear(1, 1), torch.ones(2)
+    seen = [Trial(model, (x,), {}).observe(call) for call in (writes, lambda _, x: x * 2)]
+    assert compare(*seen).name == "what input input becomes"
+    assert "what input input becomes" not in seen[1].values
+    assert x.tolist() == [1, 1]
 
 
 def test_shared_and_tied_tensors_stay_so() -> None:
