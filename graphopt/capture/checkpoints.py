@@ -97,6 +97,34 @@ def refusal(where: str) -> CaptureError:
 # -- within ----------------------------------------------------------------------------------------
 
 
+_DRAWS = ("dropout", "rand", "bernoulli", "multinomial", "normal", "poisson")
+
+
+def refuse_other_draws(module: fx.GraphModule) -> None:
+    """Refuse checkpoints that shall draw other random numbers when they run again.
+
+    Raises:
+        CaptureError: one with ``preserve_rng_state=False`` draws.
+    """
+    for node in module.graph.nodes if torch.is_grad_enabled() else ():
+        if node.target is CHECKPOINT and node.kwargs.get("preserve_rng_state") is False:
+            body = getattr(module, str(node.args[0].target))
+            if any(_draws(inner) for inner in body.graph.nodes):
+                raise CaptureError(
+                    "a checkpoint with preserve_rng_state=False draws other random numbers in the "
+                    "backward than in the forward",
+                    where=source_of(node),
+                    hint="leave preserve_rng_state out",
+                )
+
+
+def _draws(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training")
+    off = "dropout" in name and training is False
+    return any(word in name for word in _DRAWS) and not off
+
+
 def refuse_repeated_writes(graph: Graph) -> None:
     """Refuse what eager writes a second time, as it runs a checkpoint again in the backward.
 

@@ -24,6 +24,7 @@ from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.guards import Guard
+from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
 from graphopt.capture.values import forget_lazy_properties, values_as_in_eager
 from graphopt.errors import CaptureError
@@ -92,6 +93,8 @@ def by_dynamo(
         inputs, _ = outside.split(inputs)
         around = outside.around
         bind = lambda runner: bind_all(around(runner))  # noqa: E731
+    refuse_modes_of_outputs(module)
+    checkpoints.refuse_other_draws(module)
     checkpoints.without_gradient(module, inputs, backend_input.fake_mode)
     leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")

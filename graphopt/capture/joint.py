@@ -158,7 +158,8 @@ def _aliases(joint: fx.GraphModule, metadata: Any) -> tuple[OutputAlias, ...]:
         elif kind == "alias_of_input":
             value = nodes[position].meta["val"]
             view = (tuple(value.shape), tuple(value.stride()), int(value.storage_offset()))
-            aliases.append(OutputAlias(position, info.base_idx, *view))
+            detached = metadata.input_info[info.base_idx].requires_grad and not info.requires_grad
+            aliases.append(OutputAlias(position, info.base_idx, *view, detached))
     return tuple(aliases)
 
 

@@ -109,6 +109,7 @@ class OutputAlias:
         input: position among the graph's inputs.
         size, stride, offset: geometry of the view; empty `size` and ``offset == -1`` for the input
             itself.
+        detached: whether no gradient flows from it into the input.
     """
 
     output: int
@@ -116,3 +117,4 @@ class OutputAlias:
     size: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     offset: int = -1
+    detached: bool = False

@@ -59,11 +59,9 @@ class Engine:
         outputs = {position: t for (_, position), t in zip(self._outputs, computed, strict=True)}
         for alias in self.plan.aliases:
             base = inputs[alias.input]
-            outputs[alias.output] = (
-                base
-                if alias.offset < 0
-                else base.as_strided(alias.size, alias.stride, alias.offset)
-            )
+            if alias.offset >= 0:
+                base = base.as_strided(alias.size, alias.stride, alias.offset)
+            outputs[alias.output] = base.detach() if alias.detached else base
         return [outputs[i] for i in sorted(outputs)]
 
     def _input_at(self, index: int, inputs: Mapping[int, Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ class TrainingEngine(Engine):
         """
         step.scale = 1.0
         given = [tangents[i] for i in self.tangent_of_output]
-        live = {i for i, t in enumerate(given) if t is not None}
+        live = self.live(tangents)
         absent = {name for _, name, reaching in self.gradients if not live & reaching}
         with torch._C._DisableAutocast():
             results = self.backward(step, given, absent)
@@ -137,6 +137,18 @@ class TrainingEngine(Engine):
             if results[i] is not None:
                 results[i] = results[i].detach()
         return [results[i] for i, _, _ in self.gradients]
+
+    def live(self, tangents: Sequence[Tensor | None]) -> frozenset[int]:
+        """Which tangents there are, of one per computed output."""
+        places = enumerate(self.tangent_of_output)
+        return frozenset(i for i, place in places if tangents[place] is not None)
+
+    def independent_of(self, live: frozenset[int]) -> frozenset[int]:
+        """The other tangents that have no gradient in common with one of these."""
+        if self.plan.parts:  # methods see a step once
+            return frozenset()
+        shared = [reaching for *_, reaching in self.gradients if live & reaching]
+        return frozenset(range(len(self.tangent_of_output))).difference(live, *shared)
 
     def _finish(self, step: Step, results: list[Any]) -> None:
         """Let the parts do what a step ends with, on its gradients over all micro-batches."""
@@ -171,6 +183,25 @@ def _changeable(outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Ten
     )
 
 
+def _saved(ctx: Any, live: frozenset[int]) -> list[Tensor]:
+    """What the forward saved, for a backward of these tangents.
+
+    Eager's graph frees what a backward has passed. One node is all or nothing, so it keeps what it
+    has where outputs remain that have nothing in common with those: actor and critic, two losses.
+
+    Raises:
+        RuntimeError: autograd's own, as in eager, where a backward passes for a second time.
+    """
+    again = bool(live) and live <= ctx.later
+    tensors: list[Tensor] = ctx.kept if again else list(ctx.saved_tensors)
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.maybe_clear_saved_tensors()
+        others = ctx.engine.independent_of(live)
+        ctx.later = ctx.later & others if again else others
+        ctx.kept = list(tensors) if ctx.later else []
+    return list(tensors)
+
+
 class _Node(torch.autograd.Function):
     """One training step's model part as a node of autograd."""
 
@@ -183,6 +214,7 @@ class _Node(torch.autograd.Function):
         outputs, saved = engine.run_forward(ctx.step, values)
         ctx.numbers = engine.part_numbers(saved)
         ctx.set_materialize_grads(False)
+        ctx.kept, ctx.later = [], frozenset()
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
         returned = _changeable(outputs, saved)
         with_tangent = set(engine.tangent_of_output)
@@ -201,9 +233,7 @@ class _Node(torch.autograd.Function):
                 "model without graphopt where you need second derivatives",
             )
         engine: TrainingEngine = ctx.engine
-        tensors = list(ctx.saved_tensors)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.maybe_clear_saved_tensors()
+        tensors = _saved(ctx, engine.live(tangents))
         count = len(tensors) - len(engine.saved_inputs)
         step: Step = ctx.step
         step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,85 @@ NORMS = Refusal(
 )
 
 
+class Dropped(nn.Module):
+    def __init__(self, preserve: bool) -> None:
+        super().__init__()
+        self.lin, self.drop, self.preserve = nn.Linear(4, 4), nn.Dropout(0.5), preserve
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x)
+        y: Tensor = checkpoint(self.drop, h, use_reentrant=False, preserve_rng_state=self.preserve)
+        return y
+
+
+DRAWS = Refusal(
+    "draws anew in a checkpoint",
+    "checkpoints a part that draws (dropout) with `preserve_rng_state=False`",
+    "eager's gradient is that of other random numbers than the output",
+    "leave `preserve_rng_state` out",
+    (
+        Example(
+            "dropout",
+            lambda: Dropped(preserve=False),
+            "preserve_rng_state=False",
+            hint="leave preserve_rng_state out",
+            way=Way(lambda: Dropped(preserve=True), same=False),
+        ),
+    ),
+)
+
+
+class InMode(nn.Module):
+    """Computes a part in a mode of its own."""
+
+    def __init__(self, mode: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
+        self.lin, self.mode = nn.Linear(4, 4), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            y: Tensor = self.lin(x)
+        return y
+
+
+def _validates(model: nn.Module) -> object:
+    with torch.no_grad():
+        y = model(torch.randn(3, 4))
+    return [y.detach(), y.requires_grad]
+
+
+def _infers(model: nn.Module) -> object:
+    return model(torch.randn(3, 4)).clone()
+
+
+MODES = Refusal(
+    "modes of outputs",
+    "returns what it computes under `inference_mode()`, or under `enable_grad()` in a call without",
+    "a graph keeps the values, and not how autograd may use them",
+    "`torch.no_grad()` in forward; call it with gradients",
+    (
+        Example(
+            "inference_mode",
+            lambda: InMode(torch.inference_mode),
+            "inference_mode",
+            "self.lin(x)",
+            "no_grad",
+            _infers,
+            way=Way(lambda: InMode(torch.no_grad), _infers),
+        ),
+        Example(
+            "enable_grad",
+            lambda: InMode(torch.enable_grad),
+            "turns gradients on",
+            "self.lin(x)",
+            "without torch.no_grad",
+            _validates,
+            way=Way(lambda: InMode(torch.enable_grad), same=False),
+        ),
+    ),
+)
+
+
 def _first_only(model: nn.Module) -> object:
     x = torch.randn(3, 4)
     y, z = model(x)
@@ -141,5 +221,5 @@ FAST_PATH = Refusal(
     "test_the_fast_path_of_an_encoder_is_refused_under_autocast",
 )
 
-IN_FORWARD = (NORMS, FAST_PATH)
+IN_FORWARD = (NORMS, DRAWS, MODES, FAST_PATH)
 ALL = (KEEPS, CHANGED)
