@@ -76,7 +76,8 @@ def by_dynamo(
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:
             return runner(tensors)
 
-        return output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+        made = output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+        return _with_iterators_of(scope, made)
 
     def take(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         raise _Inputs(tuple(tensors))
@@ -108,6 +109,22 @@ def by_dynamo(
         changes_objects=bool(changes),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
+
+
+def _with_iterators_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:
+    """A function that takes iterators from the globals of forward, not from its own copy of them.
+
+    A trial has other ones there, so that those of the user do not go on.
+    """
+    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), Iterator)]
+    if not names:
+        return made  # type: ignore[no-any-return]
+
+    def call(*args: Any, **kwargs: Any) -> object:
+        made.__globals__.update((name, scope[name]) for name in names if name in scope)
+        return made(*args, **kwargs)
+
+    return call
 
 
 def _forget_globals(scope: dict[str, Any], before: set[str], backend_id: str, guard: Guard) -> None:
