@@ -165,12 +165,27 @@ def _iterator_of_a_module() -> Kind:
     return lambda: next(NUMBERS), lambda: NUMBERS.__reduce__()[2:]  # type: ignore[index]
 
 
+COUNT = 0
+
+
+def _global_variable() -> Kind:
+    global COUNT
+    COUNT = 0
+
+    def number() -> float:
+        global COUNT
+        COUNT += 1
+        return COUNT
+
+    return number, lambda: COUNT
+
+
 KINDS = {
     make.__name__.strip("_"): make
     for make in (
         *(_attribute_of_a_class, _class_method, _dictionary_of_a_class, _singleton),
         *(_local_of_a_thread, _weak_dictionary, _iterator_in_a_closure, _class_of_a_module),
-        *(_object_of_a_module, _iterator_of_a_module),
+        *(_object_of_a_module, _iterator_of_a_module, _global_variable),
     )
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
