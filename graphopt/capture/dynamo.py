@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
 import types
 import warnings
@@ -77,7 +78,8 @@ def by_dynamo(
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:
             return runner(tensors)
 
-        return output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+        made = output.forward_callable(compiled_fn=compiled, extra_globals=f_globals)
+        return _in_globals_of(scope, made)
 
     def take(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         raise _Inputs(tuple(tensors))
@@ -111,6 +113,28 @@ def by_dynamo(
         changes_objects=bool(changes),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
+
+
+def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:
+    """A function whose global variables are those of forward, where that can be seen.
+
+    Dynamo gives it a copy of them. What it assigns must not stay there; and a trial has other
+    iterators among them, so that those of the user do not go on.
+    """
+    code = dis.get_instructions(made.__code__)
+    written = {i.argval for i in code if i.opname == "STORE_GLOBAL"} & scope.keys()
+    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), Iterator)]
+    if not names and not written:
+        return made  # type: ignore[no-any-return]
+
+    def call(*args: Any, **kwargs: Any) -> object:
+        own = made.__globals__
+        own.update((name, scope[name]) for name in (*names, *written) if name in scope)
+        result = made(*args, **kwargs)
+        scope.update((name, own[name]) for name in written)
+        return result
+
+    return call
 
 
 def _forget_globals(scope: dict[str, Any], before: set[str], backend_id: str, guard: Guard) -> None:

@@ -4,57 +4,38 @@ The user's own objects stay in their places: modules, containers and plain objec
 they are, their tensors are exchanged for stand-ins, and afterwards each is put back as it was.
 Whatever path a forward takes to them (a closure, a bound method, a hook) leads to the stand-ins.
 
-Not reached are the insides of other packages' objects (datasets, tokenizers, loggers), files, and
-Python objects that only a function called by forward knows, by a global name of its own module.
+What only a class or a global name leads to is put back too, but its tensors are not exchanged:
+compiled code may know them already.
+
+Not reached are the insides of other packages' objects (datasets, tokenizers, loggers), classes and
+global variables of installed packages, files, and generators.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from enum import Enum
-from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from graphopt.model.copies import StandIns
+from graphopt.model.iterators import copy_of_iterator, is_iterator
+from graphopt.model.owners import is_library, is_open, is_users, is_users_class
 from graphopt.model.places import Attributes, Cell, Deque, Dict, List, Place, Set, Value
-from graphopt.model.values import Array, Globals, Live, Stream
+from graphopt.model.values import Array, Class, Globals, Live, Stream
 
 # A model that holds more objects than this is followed no further.
 LIMIT = 200_000
 
 _ATOMS = frozenset(
-    {int, float, str, bool, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
+    {int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 )
-# Packages whose objects keep no state of a step, or keep the world (a trainer, a data loader).
-_CLOSED = frozenset(
-    {
-        *("torch", "numpy", "builtins", "types", "typing", "abc", "enum", "functools", "inspect"),
-        *("importlib", "logging", "threading", "_thread", "multiprocessing", "concurrent"),
-        *("asyncio", "queue", "weakref", "io", "os", "pathlib", "re", "datetime", "decimal"),
-        *("fractions", "sympy", "triton", "tokenizers", "lightning", "pytorch_lightning"),
-        *("wandb", "tensorboard", "pandas"),
-    }
-)
-# Functions of these keep no state of a step in globals.
-_LIBRARIES = frozenset({"torch", "torchvision", "timm", "transformers", "functools", "contextlib"})
-_OPEN = ("torch.distributions.",)
-_OWN = ("graphopt.model.", "graphopt.runtime.", "graphopt.api")
 _CONTAINERS: dict[type, Callable[[Any], Place]] = {dict: Dict, list: List, deque: Deque, set: Set}
-_ITERATORS: tuple[type, ...] = (
-    itertools.count,
-    itertools.cycle,
-    itertools.islice,
-    type(iter([])),
-    type(iter(())),
-)
 
 
 class Reach:
@@ -73,7 +54,10 @@ class Reach:
         self._places: list[Place] = []
         self._seen: dict[int, object] = {}
         self._queue: deque[tuple[object, str]] = deque()
-        self._functions: set[FunctionType] = set()
+        # What classes and global names lead to, opened last: another path may lead there as well.
+        self._later: deque[tuple[object, str]] = deque()
+        self._live = False
+        self._named: set[tuple[int, tuple[str, ...]]] = set()
         self._add(model, "")
         self._follow()
         for name, value in arguments.items():
@@ -82,6 +66,10 @@ class Reach:
         for _, hooks in _global_hooks():
             self._add(hooks, "hooks")
         self._follow()
+        self._live = True
+        while self._later and len(self._seen) < LIMIT:
+            self._add(*self._later.popleft())
+            self._follow()
 
     # -- following ---------------------------------------------------------------------------------
 
@@ -95,7 +83,10 @@ class Reach:
         if type(value) in _ATOMS or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and self._live:
+            if not is_lazy(value):
+                self._places.append(Live(value))
+        elif isinstance(value, Tensor):
             while name in self.tensors:
                 name += "_"
             self.tensors[name] = value
@@ -107,7 +98,7 @@ class Reach:
         if isinstance(value, dict | list | deque | set):
             kind = next(kind for kind in _CONTAINERS if isinstance(value, kind))
             self._keep(_CONTAINERS[kind](value), name)
-            if type(value) not in _CONTAINERS and _is_open(value):
+            if type(value) not in _CONTAINERS and is_open(value):
                 self._keep(Attributes(value), name)
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
@@ -122,11 +113,14 @@ class Reach:
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self._add(part, name)
+        elif isinstance(value, type):
+            if is_users_class(value):
+                self._class(value, name)
         elif Stream.holds(value):
             self._places.append(Stream(value))
         elif Array.holds(value):
             self._places.append(Array(value))
-        elif _is_open(value):
+        elif is_open(value):
             self._object(value, name)
 
     def _keep(self, place: Place, name: str) -> None:
@@ -141,6 +135,20 @@ class Reach:
                 self._add(value.__dict__.get(table), name)
             self._add(type(value).forward, name)
         self._keep(Attributes(value), name)
+        self._later.append((type(value), type(value).__name__))
+
+    def _class(self, kind: type, name: str) -> None:
+        """Remember the attributes of a class, and follow them, its methods and its bases."""
+        place = Class(kind)
+        self._places.append(place)
+        for base in kind.__bases__:
+            self._later.append((base, base.__name__))
+        for key, item in place.items():
+            if isinstance(item, classmethod | staticmethod):
+                item = item.__func__
+            elif isinstance(item, property):
+                item = item.fget
+            self._later.append((item, _join(name, key)))
 
     def _function(self, function: FunctionType, name: str) -> None:
         """Follow the variables of a function: its defaults, its closure, the globals it names."""
@@ -149,16 +157,25 @@ class Reach:
         for cell in function.__closure__ or ():
             self._add(cell, name)
         self._add(getattr(function, "__wrapped__", None), name)
-        if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+        if not is_library(function.__module__):
+            self._keep(Dict(vars(function)), name)
+            self._globals(function.__globals__, tuple(_names(function.__code__)))
+
+    def _globals(self, variables: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Follow those global variables of a module that a function may name."""
+        if (id(variables), names) in self._named:
             return
-        place = Globals(function.__globals__, tuple(_names(function.__code__)))
+        self._named.add((id(variables), names))
+        place = Globals(variables, names)
         self._places.append(place)
         for key, item in place.items():
             if isinstance(item, dict | list | set | deque) or Stream.holds(item):
                 self._add(item, str(key))
-            elif isinstance(item, Tensor) and id(item) not in self._seen:
-                self._seen[id(item)] = item
-                self._places.append(Live(item))
+            elif isinstance(item, ModuleType):
+                if is_users(item.__name__):  # `module.name` has `name` among the names, too
+                    self._globals(vars(item), names)
+            elif _is_users(item):
+                self._later.append((item, str(key)))
 
     # -- exchanging --------------------------------------------------------------------------------
 
@@ -189,7 +206,9 @@ def _swapped(stand_ins: StandIns, memo: dict[int, Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         found = stand_ins.of(value)
         return value if found is None else found.value
-    if not (isinstance(value, tuple) and value) and not isinstance(value, _ITERATORS):
+    if is_iterator(value):
+        return copy_of_iterator(value, memo)
+    if not (isinstance(value, tuple) and value):
         return value
     if id(value) not in memo:
         memo[id(value)] = _remade(stand_ins, memo, value)
@@ -197,23 +216,20 @@ def _swapped(stand_ins: StandIns, memo: dict[int, Any], value: Any) -> Any:
 
 
 def _remade(stand_ins: StandIns, memo: dict[int, Any], value: Any) -> Any:
-    if isinstance(value, tuple):
-        items = [_swapped(stand_ins, memo, item) for item in value]
-        same = all(a is b for a, b in zip(items, value, strict=True))
-        return value if same else tuple.__new__(type(value), items)
-    with warnings.catch_warnings():  # iterators will no longer be copyable in a later Python
-        warnings.simplefilter("ignore")
-        return copy.copy(value)
+    items = [_swapped(stand_ins, memo, item) for item in value]
+    same = all(a is b for a, b in zip(items, value, strict=True))
+    return value if same else tuple.__new__(type(value), items)
 
 
-def _is_open(value: object) -> bool:
-    if isinstance(value, (nn.Module, SimpleNamespace)):
+def _is_users(value: object) -> bool:
+    """Whether a global variable is followed: not the names of other packages."""
+    if isinstance(value, type):
+        return is_users_class(value)
+    if isinstance(value, FunctionType):
+        return is_users(value.__module__)
+    if isinstance(value, Tensor | nn.Module | functools.partial | MethodType):
         return True
-    kind = type(value)
-    package = kind.__module__
-    if isinstance(value, (type, Enum)) or package.startswith(_OWN):
-        return False
-    return package.partition(".")[0] not in _CLOSED or package.startswith(_OPEN)
+    return Array.holds(value) or (is_open(value) and is_users(type(value).__module__))
 
 
 def _join(name: str, key: object) -> str:

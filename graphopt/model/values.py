@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from graphopt.model.copies import copy_of
-from graphopt.model.places import Place
+from graphopt.model.iterators import is_iterator
+from graphopt.model.places import Place, Value
 
 # A NumPy array larger than this is data, not state.
 ARRAY_BYTES = 1 << 24
@@ -20,7 +22,8 @@ ARRAY_BYTES = 1 << 24
 class Globals(Place):
     """Those global variables that a function names.
 
-    Compiled code may have read them already, so none is exchanged; see `Live`.
+    Compiled code may have read them already, so none is exchanged, see `Live`, but iterators, which
+    only go forward.
     """
 
     def __init__(self, target: dict[str, Any], names: Iterable[str]) -> None:
@@ -32,13 +35,49 @@ class Globals(Place):
         """See `Place`."""
         return self._saved.items()
 
+    def exchange(self, swap: Value) -> None:
+        """See `Place`."""
+        for name, value in self._saved.items():
+            if is_iterator(value):
+                self._target[name] = swap(value)
+
     def restore(self) -> None:
         """See `Place`."""
         for name, value in self._saved.items():
             if self._target.get(name, self) is not value:
                 self._target[name] = value
         for name in self._absent:
-            self._target.pop(name, None)
+            # What is imported stays so.
+            if name in self._target and not isinstance(self._target[name], ModuleType):
+                del self._target[name]
+
+
+class Class(Place):
+    """Attributes of a class; as of `Globals`, only iterators are exchanged."""
+
+    def __init__(self, target: type) -> None:
+        self._target = target
+        self._saved = dict(vars(target))
+
+    def items(self) -> Iterable[tuple[object, Any]]:
+        """See `Place`."""
+        return self._saved.items()
+
+    def exchange(self, swap: Value) -> None:
+        """See `Place`."""
+        for name, value in self._saved.items():
+            if is_iterator(value):
+                type.__setattr__(self._target, name, swap(value))
+
+    def restore(self) -> None:
+        """See `Place`."""
+        now = dict(vars(self._target))
+        for name, value in self._saved.items():
+            if now.pop(name, self) is not value:
+                type.__setattr__(self._target, name, value)
+        for name in now:
+            if not name.startswith("__"):  # Python's own, which it makes when they are asked for
+                type.__delattr__(self._target, name)
 
 
 class Live(Place):
