@@ -93,10 +93,40 @@ def _hooked(model: nn.Module) -> CaptureError:
 
 _HINTS = (
     (
-        r"`?Random\.|RandomState|default_rng|_numpy\.random|method random|`Generator\.",
+        r"`?Random\.|generator of one's own|RandomState|default_rng|_numpy\.random|method random|`Generator\.",
         "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
         "model and pass what was drawn",
     ),
+    (
+        r"nested tensors of a padded batch",
+        "make the encoder with enable_nested_tensor=False, with which eager does the same",
+    ),
+    (r"one_hot", "pass num_classes"),
+    (
+        r"_version",
+        "count the changes yourself, in an attribute of the model, or keep what depends on them "
+        "outside of the model",
+    ),
+    (
+        r"Prints what is not known|Observed exception.*str % ",
+        "give an f-string of it: print(f'{x}')",
+    ),
+    (r"Logger method", "log by its methods debug, info, warning and error"),
+    (r"`?checkpoint_sequential", "checkpoint each segment of it by torch.utils.checkpoint"),
+    (
+        r"requires_grad=True|nn\.Parameter\(\)",
+        "make it in __init__, or pass it to the model",
+    ),
+    (
+        r"requires_grad_\(\)",
+        "call requires_grad_ outside of forward; detach() what shall get no gradient",
+    ),
+    (
+        r"tp_iternext",
+        "take the next value outside of the model and pass it, or keep a list and an index",
+    ),
+    (r"SimpleNamespace|non-function __getattr__", "use a small class of your own for it"),
+    (r"setattr\(\) on unsupported", "keep it in an attribute of the model"),
     (
         r"(?i)data-dependent",
         "choose by torch.where or torch.cond instead of by Python on tensor values",
@@ -111,7 +141,7 @@ _HINTS = (
         "keep what is counted or recorded outside of what is checkpointed",
     ),
     (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
-    (r"autograd\.grad|backward\(\)|requires_grad_\(\)", "differentiate by torch.func.grad"),
+    (r"autograd\.grad|backward\(\)", "differentiate by torch.func.grad"),
     (r"tp_iter", "pass a list or a tuple"),
     (r"(?i)pack_(padded_)?sequence|PackedSequence", "pad the sequences, and mask what is padded"),
     (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
