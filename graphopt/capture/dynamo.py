@@ -60,7 +60,7 @@ def by_dynamo(
             with _default_device():
                 output = fullgraph_capture(bound, args, kwargs)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
-            raise refused(error, forward, model) from error
+            raise refused(error, forward, model, (args, kwargs)) from error
         try:
             guard = Guard(_build_guards(output, forward), forward)
         except Exception as error:
@@ -162,8 +162,7 @@ def _default_device() -> Iterator[None]:
 
     The guards that are built afterwards look for it where it is in a call.
     """
-    # Untyped in torch.
-    modes: list[Any] = overrides._get_current_function_mode_stack()
+    modes = overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if modes and all(isinstance(mode, DeviceContext) for mode in modes):
         with torch_function_mode_stack_state_mgr:
             yield

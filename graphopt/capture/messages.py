@@ -6,6 +6,7 @@ of tensors and constants, and without keywords. Messages of loggers it can only 
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,17 +18,15 @@ import torch._dynamo
 from torch._dynamo.exc import unimplemented
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable
-from torch._dynamo.variables.lists import TupleVariable
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.misc import (
     DebuggingVariable,
     LoggingLoggerVariable,
     StringFormatVariable,
 )
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
-from torch._dynamo.variables.user_defined import UserDefinedClassVariable
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 # Methods that transformers adds are cached, hence opaque to Dynamo.
@@ -71,43 +70,72 @@ class _WithKeywords(VariableTracker):
 
 def _later(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> VariableTracker:
     """A call of a function that prints."""
-    if not all(_keeps(tx, value) for value in (*args, *kwargs.values())):
+    if not _print_later(self, tx, args, kwargs):
         unimplemented(
             gb_type="Prints what is not known any more when a message comes out",
             context=f"{self.value}, {args}, {kwargs}",
             explanation="Messages come out at the end of a call.",
             hints=[],
         )
-    function = _WithKeywords(self, kwargs) if kwargs else self
-    # Dynamo looks at those of the outermost frame only.
-    tx.output.root_tx.debug_locals.append((function, list(args)))
     return ConstantVariable.create(None)
 
 
-def _keeps(tx: Any, value: Any) -> bool:
-    """Whether a value is at the end of the call what it is now, and can be had there."""
+def _print_later(function: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call can be made at the end instead; if so, it will be."""
+    if "file" in kwargs:  # trials of a model would print into it
+        return False
+    try:
+        keep = functools.partial(_kept, tx)
+        kept, keywords = list(map(keep, args)), {name: keep(v) for name, v in kwargs.items()}
+    except _Changes:
+        return False
+    if keywords:
+        function = _WithKeywords(function, keywords)
+    # Dynamo looks at those of the outermost frame only.
+    tx.output.root_tx.debug_locals.append((function, kept))
+    return True
+
+
+class _Changes(Exception):
+    """A value may be another one at the end of the call, or cannot be had there."""
+
+
+def _kept(tx: Any, value: Any) -> VariableTracker:
+    """What is at the end of a call what this is now. Tensors are taken to stay as they are."""
     value = value.realize()
-    if isinstance(value, TupleVariable):
-        return all(_keeps(tx, item) for item in value.items)
+    keep = functools.partial(_kept, tx)
+    found: VariableTracker | None
+    # Values within a checkpoint or a loop are not to be had outside of it.
+    outermost = tx.output.current_tracer is tx.output.root_tracer
     if isinstance(value, StringFormatVariable):
-        return all(_keeps(tx, v) for v in (*value.sym_args, *value.sym_kwargs.values()))
+        keywords = {name: keep(v) for name, v in value.sym_kwargs.items()}
+        return StringFormatVariable(value.format_string, list(map(keep, value.sym_args)), keywords)
     if isinstance(value, TensorVariable | SymNodeVariable):
-        # Values within a checkpoint or a loop are not to be had outside of it.
-        return tx.output.current_tracer is tx.output.root_tracer
-    if isinstance(value, BuiltinVariable | UserDefinedClassVariable):
-        return value.source is not None
-    return isinstance(value, ConstantVariable)
+        found = value if outermost else None
+    elif isinstance(value, TupleVariable | ListVariable) and value.source is None:
+        items = list(map(keep, value.items))
+        found = ListVariable(items) if isinstance(value, ListVariable) else value
+    elif isinstance(value, ConstantVariable):
+        found = value
+    else:
+        # Changes are made after messages have come out.
+        same = value.source is not None and not tx.output.side_effects.is_modified(value)
+        found = value if same else None
+    if found is None:
+        raise _Changes
+    return found
 
 
 def _log(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name not in _METHODS:
             return original(self, tx, name, args, kwargs)
-        if self.source is not None and all(_keeps(tx, v) for v in (*args, *kwargs.values())):
+        if self.source is not None:
             method = DebuggingVariable(
                 getattr(self.value, name), source=AttrSource(self.source, name)
             )
-            return method.call_function(tx, args, kwargs)
+            if _print_later(method, tx, args, kwargs):
+                return ConstantVariable.create(None)
         if name in _IGNORED:
             return ConstantVariable.create(None)
         return original(self, tx, name, args, kwargs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,9 +35,21 @@ def _sentences(model: nn.Module) -> object:
     return train(model, torch.tensor([3, 2]), x=torch.randn(2, 3, 4))
 
 
+def _packed_sentences(model: nn.Module) -> object:
+    x, lengths = torch.randn(2, 3, 4), torch.tensor([3, 2])
+    y = model(pack_padded_sequence(x, lengths, batch_first=True))[0]
+    y.data.sum().backward()
+    return results(model)
+
+
+def _padded_sentences(model: nn.Module) -> object:
+    model(torch.randn(2, 3, 4))[0].sum().backward()
+    return results(model)
+
+
 PACKED = Refusal(
     "packed",
-    "packs sequences",
+    "packs sequences, or takes packed ones",
     "how a recurrent network runs on them depends on data",
     "pad, and mask what is padded",
     (
@@ -46,6 +61,14 @@ PACKED = Refusal(
             "^pad the sequences",
             _sentences,
             way=Way(Masked, _sentences),
+        ),
+        Example(
+            "input",
+            lambda: nn.GRU(4, 3, batch_first=True),
+            "data-dependent",
+            hint="^pad the sequences",
+            step=_packed_sentences,
+            way=Way(lambda: nn.GRU(4, 3, batch_first=True), _padded_sentences, same=False),
         ),
     ),
 )
@@ -135,6 +158,101 @@ GENERATORS = Refusal(
 )
 
 
+def takes_next(s: Small, h: Tensor) -> Tensor:
+    return h * next(s.values)  # type: ignore[call-overload,no-any-return]
+
+
+def _iterating(kind: Callable[[list[float]], object]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = small(takes_next)()
+        model.values = kind([2.0, 3.0])  # type: ignore[assignment]
+        return model
+
+    return make
+
+
+_TAKEN = Way(small(lambda s, h, value: h * value), lambda model: train(model, 2.0))
+_NEXT = "^take the next value outside of the model"
+
+ITERATORS = Refusal(
+    "iterators",
+    "calls `next()` on an iterator that is not its own",
+    "Dynamo does not know what comes next",
+    "take the value outside and pass it",
+    tuple(
+        Example(name, _iterating(kind), "tp_iternext", "next(s.values)", _NEXT, way=_TAKEN)
+        for name, kind in (("list", iter), ("cycle", itertools.cycle))
+    ),
+)
+
+
+class Words(dict[str, Any]):
+    """A dictionary whose items are attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+SPACE, WORDS = SimpleNamespace(calls=0), Words(factor=2)
+
+
+def writes_space(s: Small, h: Tensor) -> Tensor:
+    SPACE.calls += 1
+    return h * 2
+
+
+def calls(h: Tensor) -> Tensor:
+    calls.count += 1  # type: ignore[attr-defined]
+    return h * 2
+
+
+calls.count = 0  # type: ignore[attr-defined]
+
+
+class Own:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+OWN = Own()
+
+
+def writes_own(s: Small, h: Tensor) -> Tensor:
+    OWN.calls += 1
+    return h * 2
+
+
+_OWN = Way(small(writes_own))
+
+STATES = Refusal(
+    "states",
+    "changes a `SimpleNamespace` or an attribute of a function, or reads a dictionary by "
+    "`__getattr__ = dict.__getitem__`",
+    "Dynamo does not follow these",
+    "a small class; an attribute of the model",
+    (
+        Example(
+            "space", small(writes_space), "method call", "SPACE.calls", "^use a small", way=_OWN
+        ),
+        Example(
+            "function",
+            small(lambda s, h: calls(h)),
+            r"setattr\(\)",
+            "calls.count",
+            "attribute of the model",
+            way=_OWN,
+        ),
+        Example(
+            "dictionary",
+            small(lambda s, h: h * WORDS.factor),
+            "__getattr__",
+            "WORDS.factor",
+            "^use a small",
+            way=_OWN,
+        ),
+    ),
+)
+
+
 def _dense(body: Any) -> Way:
     return Way(small(body))
 
@@ -165,4 +283,4 @@ LAYOUTS = Refusal(
     ),
 )
 
-ALL = (PACKED, NUMPY, GENERATORS, LAYOUTS)
+ALL = (PACKED, NUMPY, GENERATORS, ITERATORS, STATES, LAYOUTS)
