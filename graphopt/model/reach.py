@@ -148,7 +148,8 @@ class Reach:
             self._add(part, name)
         for cell in function.__closure__ or ():
             self._add(cell, name)
-        self._add(getattr(function, "__wrapped__", None), name)
+        if function.__dict__:  # counters of a function; __wrapped__
+            self._add(function.__dict__, name)
         if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
             return
         place = Globals(function.__globals__, tuple(_names(function.__code__)))

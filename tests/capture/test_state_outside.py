@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
+import graphopt
 from graphopt.capture import is_uninitialised, runs_plain
 from graphopt.errors import CaptureError
 from tests.support.as_graph import AsGraph, assert_same_steps
@@ -144,6 +145,27 @@ def test_the_default_device() -> None:
     finally:
         torch.set_default_device(None)
     assert len(graph.captures) == 1
+
+
+def test_what_is_made_on_the_meta_device_is_compared_with_eager() -> None:
+    model, x = Fills(), torch.ones(3, 4)
+    graphopt.optimize(model, backend="eager", fallback="error")
+    for name in ("cpu", "meta", "cpu"):
+        with torch.device(name):
+            y, made = model(x)
+        assert (y.device.type, made.device.type) == ("cpu", name)
+
+
+def test_a_refused_call_leaves_the_attributes_of_a_function() -> None:
+    def draw() -> float:
+        draw.calls += 1  # type: ignore[attr-defined]
+        return 2.0
+
+    draw.calls = 0  # type: ignore[attr-defined]
+    model = graphopt.optimize(Draws(draw), backend="eager")
+    with pytest.raises(CaptureError, match=r"setattr\(\)"):
+        model(torch.ones(3, 4))
+    assert draw.calls == 0  # type: ignore[attr-defined]
 
 
 def test_draws_of_torch() -> None:
