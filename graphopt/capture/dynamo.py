@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dis
-import logging
 import types
 import warnings
 import weakref
@@ -13,18 +12,23 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, nn, overrides
 from torch._dynamo.convert_frame import CaptureOutput, fullgraph_capture, get_compile_id
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import CompileContext, TracingContext, compile_context
+from torch.utils._device import DeviceContext
 
 from graphopt.capture import checkpoints, scalars
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
+from graphopt.capture.encoders import refusing_nested_encoders
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
+from graphopt.capture.frozen import refusing_frozen_values
 from graphopt.capture.guards import Guard
+from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
 from graphopt.capture.values import forget_lazy_properties, values_as_in_eager
@@ -55,9 +59,10 @@ def by_dynamo(
     before = set(scope)
     with _dynamo_settings(), scalars.as_inputs(numbers), checkpoints.noting_changes() as changes:
         try:
-            output = fullgraph_capture(bound, args, kwargs)
+            with _default_device():
+                output = fullgraph_capture(bound, args, kwargs)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
-            raise refused(error, forward, model) from error
+            raise refused(error, forward, model, (args, kwargs)) from error
         try:
             guard = Guard(_build_guards(output, forward), forward)
         except Exception as error:
@@ -161,20 +166,15 @@ def _dynamo_settings() -> Iterator[None]:
             use_numpy_random_stream=True,
             # A hook added to a submodule later must lead to a new capture, not be lost.
             skip_nnmodule_hook_guards=False,
-            # What forward prints or logs is not part of the step.
-            reorderable_logging_functions={print, warnings.warn},
-            ignore_logging_functions={
-                logging.Logger.debug,
-                logging.Logger.info,
-                logging.Logger.warning,
-                *_once_loggers(),
-            },
             side_effect_replay_policy="silent",
         ),
         fx.traceback.preserve_node_meta(),
         capturable_leaves(),
         checked_branches(),
         values_as_in_eager(),
+        refusing_frozen_values(),
+        refusing_nested_encoders(),
+        messages_at_the_end(),
         cumulative_averages(),
         limited_deques(),
         warnings.catch_warnings(),
@@ -183,10 +183,18 @@ def _dynamo_settings() -> Iterator[None]:
         yield
 
 
-def _once_loggers() -> set[Callable[..., Any]]:
-    """Logger methods that transformers adds: cached, hence opaque to Dynamo."""
-    names = ("warning_once", "info_once", "warning_advice")
-    return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
+@contextlib.contextmanager
+def _default_device() -> Iterator[None]:
+    """Show Dynamo a default device, which is a mode, where it looks for the modes of a call.
+
+    The guards that are built afterwards look for it where it is in a call.
+    """
+    modes = overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if modes and all(isinstance(mode, DeviceContext) for mode in modes):
+        with torch_function_mode_stack_state_mgr:
+            yield
+    else:
+        yield
 
 
 def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 
+from graphopt.capture.hints import ZEROS, hint
 from graphopt.errors import CaptureError
 from graphopt.plan import Role, Slot
 
@@ -57,9 +57,19 @@ def name_inputs(
 
 
 def refused(
-    error: Exception, forward: Callable[..., object], model: nn.Module | None = None
+    error: Exception,
+    forward: Callable[..., object],
+    model: nn.Module | None = None,
+    given: object = None,
 ) -> CaptureError:
-    """What Dynamo said, as one sentence with the user's source line."""
+    """What Dynamo said, as one sentence with the user's source line.
+
+    Args:
+        error: what was raised.
+        forward: what was captured.
+        model: the model, where hooks of its modules may be the reason.
+        given: the arguments of the call.
+    """
     reason = str(error).split("from user code:")[0]  # the user's words are no reason
     if model is not None and "backwards hooks" in reason:
         return _hooked(model)
@@ -68,14 +78,8 @@ def refused(
     return CaptureError(
         f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
-        hint=_hint(reason),
+        hint=hint(reason, given),
     )
-
-
-_ZEROS = (
-    "add zeros that require a gradient to the value: their gradient is the one of the value, and "
-    "they can be hooked"
-)
 
 
 def _hooked(model: nn.Module) -> CaptureError:
@@ -86,55 +90,9 @@ def _hooked(model: nn.Module) -> CaptureError:
             return CaptureError(
                 f"a module inside of the model has a full backward hook: {name}",
                 where=location(hooks[0]),
-                hint=f"remove the hook; {_ZEROS}",
+                hint=f"remove the hook; {ZEROS}",
             )
-    return CaptureError("a module inside of the model has a full backward hook", hint=_ZEROS)
-
-
-_HINTS = (
-    (
-        r"`?Random\.|RandomState|default_rng|_numpy\.random|method random|`Generator\.",
-        "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
-        "model and pass what was drawn",
-    ),
-    (
-        r"(?i)data-dependent",
-        "choose by torch.where or torch.cond instead of by Python on tensor values",
-    ),
-    (
-        r"manual_seed|rng_state|fork_rng|\(Generator\)|torch\.random",
-        "draw outside of the model and pass what was drawn",
-    ),
-    (r"retain_grad", _ZEROS),
-    (
-        r"Non-nullified side effect|Higher Order Operator: torch\.utils\.checkpoint",
-        "keep what is counted or recorded outside of what is checkpointed",
-    ),
-    (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
-    (r"autograd\.grad|backward\(\)|requires_grad_\(\)", "differentiate by torch.func.grad"),
-    (r"tp_iter", "pass a list or a tuple"),
-    (r"(?i)pack_(padded_)?sequence|PackedSequence", "pad the sequences, and mask what is padded"),
-    (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
-    (r"context manager|`lock\.", "enter it around the call of the model"),
-    (r"numpy function", "compute it by torch"),
-    (r"inplace view", "give the view another name: y = x.t()"),
-)
-
-
-_OF_DYNAMO = ("torch._dynamo", "file an issue", "Dynamo tracing", "graph break", "docs.google")
-
-
-def _hint(message: str) -> str:
-    """One thing to try: ours where the reason is known, otherwise the first of Dynamo's."""
-    for pattern, hint in _HINTS:
-        if re.search(pattern, message):
-            return hint
-    hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
-    first = next((h.split(". ")[0].strip().rstrip(".") for h in hints), "")
-    # Dynamo's settings and bug tracker are nothing for a user of graphopt.
-    useless = any(words in first for words in _OF_DYNAMO)
-    own = "rewrite this line, or keep what it does outside of the model"
-    return own if useless or not first else first
+    return CaptureError("a module inside of the model has a full backward hook", hint=ZEROS)
 
 
 def location(forward: Callable[..., object]) -> str:

@@ -203,7 +203,9 @@ def _only_reaches(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
 
 def cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
     """A random cotangent of an output; its mean is not 0, as sums are common losses."""
-    return torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output) + 1
+    # Wherever the default device is, the generator is on the CPU.
+    made = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return made.to(output) + 1
 
 
 def named_arguments(

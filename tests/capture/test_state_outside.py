@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
+import graphopt
 from graphopt.capture import is_uninitialised, runs_plain
+from graphopt.errors import CaptureError
 from tests.support.as_graph import AsGraph, assert_same_steps
 
 
@@ -94,6 +98,74 @@ def test_draws_that_become_inputs_are_drawn_at_each_call() -> None:
         model(x)
         assert random.getstate() == after
     assert len(graph.captures) == 1
+
+
+def test_draws_of_a_generator_of_ones_own() -> None:
+    """Dynamo would draw once, and leave the generator where it was then."""
+    own = random.Random(3)
+    x = torch.randn(2, 4)
+    for draw in (own.random, lambda: own.uniform(0, 1), lambda: random.Random().uniform(0, 1)):
+        before = own.getstate()
+        with pytest.raises(CaptureError) as caught:
+            AsGraph(Draws(draw))(x)
+        assert caught.value.hint.startswith("draw by torch")
+        assert own.getstate() == before
+    # One that forward makes and seeds draws the same at every call.
+    assert_same_steps(Draws(lambda: random.Random(3).uniform(0, 1)), [(x,)] * 3, captures=1)
+
+
+class Fills(nn.Module):
+    """Makes a tensor where the default device is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.lin(x) + 1, torch.ones(2)
+
+
+def test_the_default_device() -> None:
+    x = torch.ones(3, 4)
+    for first in (torch.device("cpu"), nullcontext()):
+        model = Fills()
+        graph = AsGraph(model)
+        for device in (first, torch.device("meta"), torch.device("cpu"), first):
+            with device:
+                (y, made), (expected, like) = graph(x), model(x)
+            assert torch.equal(y, expected)
+            assert made.device == like.device
+        y.sum().backward()
+        assert len(graph.captures) == (2 if first == torch.device("cpu") else 3)
+    try:
+        torch.set_default_device("cpu")
+        graph = AsGraph(model)
+        graph(x)[0].sum().backward()
+        graph(x)
+    finally:
+        torch.set_default_device(None)
+    assert len(graph.captures) == 1
+
+
+def test_what_is_made_on_the_meta_device_is_compared_with_eager() -> None:
+    model, x = Fills(), torch.ones(3, 4)
+    graphopt.optimize(model, backend="eager", fallback="error")
+    for name in ("cpu", "meta", "cpu"):
+        with torch.device(name):
+            y, made = model(x)
+        assert (y.device.type, made.device.type) == ("cpu", name)
+
+
+def test_a_refused_call_leaves_the_attributes_of_a_function() -> None:
+    def draw() -> float:
+        draw.calls += 1  # type: ignore[attr-defined]
+        return 2.0
+
+    draw.calls = 0  # type: ignore[attr-defined]
+    model = graphopt.optimize(Draws(draw), backend="eager")
+    with pytest.raises(CaptureError, match=r"setattr\(\)"):
+        model(torch.ones(3, 4))
+    assert draw.calls == 0  # type: ignore[attr-defined]
 
 
 def test_draws_of_torch() -> None:

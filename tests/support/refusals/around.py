@@ -114,4 +114,20 @@ SPARSE = Refusal(
     tested_by="tests/group_gradients/test_sparse.py::test_several_ranks",
 )
 
-ALL = (WRAPPED, CHECKS, PLAIN, SPARSE)
+EMPTY = Refusal(
+    "empty",
+    "`optimize(m)` where `m` has no parameters (a loss, an activation)",
+    "there is no training step to optimize",
+    "optimize the model that holds the parameters",
+    tested_by="tests/model/test_bad_input.py::test_model_without_parameters",
+)
+
+META = Refusal(
+    "meta",
+    "`optimize(m)` where parameters are on the meta device",
+    "they have no values",
+    "`m.to_empty(device=…)` and load weights before",
+    tested_by="tests/model/test_bad_input.py::test_model_on_meta",
+)
+
+ALL = (WRAPPED, EMPTY, META, CHECKS, PLAIN, SPARSE)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from tests.support.refusals.example import Example, Refusal, Small, Step, Way, results, small
 
@@ -211,15 +212,78 @@ CHANGED = Refusal(
     ),
 )
 
+
+class Segments(nn.Module):
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.at_once = at_once
+
+    def forward(self, x: Tensor) -> Any:
+        if self.at_once:
+            return checkpoint_sequential(self.parts, 2, x, use_reentrant=False)
+        h = checkpoint(self.parts[:2], x, use_reentrant=False)
+        return self.parts[2](h)
+
+
+SEGMENTS = Refusal(
+    "segments",
+    "calls `checkpoint_sequential`",
+    "Dynamo does not follow it",
+    "`checkpoint` for each segment",
+    (
+        Example(
+            "two",
+            lambda: Segments(at_once=True),
+            "skipped",
+            "checkpoint_sequential",
+            "^checkpoint each segment",
+            way=Way(lambda: Segments(at_once=False)),
+        ),
+    ),
+)
+
+
+class Encoder(nn.Module):
+    """Pads the second of two sequences."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.eval()
+
+    def forward(self, x: Tensor, pads: Tensor) -> Any:
+        return self.layers(x, src_key_padding_mask=pads)
+
+
+def _encodes(model: nn.Module) -> object:
+    pads = torch.zeros(2, 3, dtype=torch.bool)
+    pads[1, 2] = True
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 4), pads)
+
+
 FAST_PATH = Refusal(
     "fast path",
     "takes the fast path of `nn.TransformerEncoder` or `nn.MultiheadAttention` (evaluation without "
-    "gradients) under autocast of CPUs",
-    "that operator casts inside of itself",
-    "`torch.backends.mha.set_fastpath_enabled(False)`",
+    "gradients) under autocast of CPUs, or that of the encoder with `src_key_padding_mask`",
+    "that operator casts inside of itself; eager writes 0 where a batch is padded",
+    "`torch.backends.mha.set_fastpath_enabled(False)`; `enable_nested_tensor=False`, also in eager",
+    (
+        Example(
+            "padded",
+            lambda: Encoder(nested=True),
+            "nested tensors of a padded batch",
+            "self.layers(x",
+            "enable_nested_tensor=False",
+            _encodes,
+            way=Way(lambda: Encoder(nested=False), _encodes, same=False),
+        ),
+    ),
     tested_by="tests/capture/test_autocast.py::"
     "test_the_fast_path_of_an_encoder_is_refused_under_autocast",
 )
 
-IN_FORWARD = (NORMS, DRAWS, MODES, FAST_PATH)
+IN_FORWARD = (NORMS, DRAWS, MODES, SEGMENTS, FAST_PATH)
 ALL = (KEEPS, CHANGED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 import time
 
@@ -105,4 +106,57 @@ OTHER_CODE = Refusal(
     ),
 )
 
-ALL = (LOCKS, OTHER_CODE)
+LOG = logging.getLogger(__name__)
+LOG.propagate = False
+LOG.addHandler(logging.NullHandler())
+
+_LOGGED = Way(small(lambda s, h: (LOG.warning("%.4f", h.mean().item()), h * 2)[1]))
+
+
+def counts_and_prints(s: Small, h: Tensor) -> Tensor:
+    s.kept.append(1)
+    print(s.kept)
+    return h * 2
+
+
+MESSAGES = Refusal(
+    "messages",
+    "prints objects that it has changed, or into a file; formats what it reads off tensors by `%`; "
+    "asks a logger for its level",
+    "messages come out at the end of a call",
+    "an f-string; arguments of the logger",
+    (
+        Example(
+            "changed",
+            small(counts_and_prints),
+            "Prints what is not known",
+            "print(s.kept)",
+            "^print",
+        ),
+        Example(
+            "file",
+            small(lambda s, h: (print("x", file=io.StringIO()), h * 2)[1]),
+            "cannot be captured",
+            "print(",
+            way=_LOGGED,
+        ),
+        Example(
+            "format",
+            small(lambda s, h: (LOG.warning("%.4f" % h.mean().item()), h * 2)[1]),  # noqa: UP031
+            "Observed exception",
+            "h.mean().item()",
+            "^write an f-string",
+            way=_LOGGED,
+        ),
+        Example(
+            "level",
+            small(lambda s, h: h * 2 if LOG.isEnabledFor(30) else h),
+            "logging.Logger method",
+            "isEnabledFor",
+            "^log by its methods",
+            way=_LOGGED,
+        ),
+    ),
+)
+
+ALL = (LOCKS, OTHER_CODE, MESSAGES)

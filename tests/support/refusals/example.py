@@ -25,6 +25,7 @@ class Small(nn.Module):
         self.register_buffer("table", torch.ones(4))
         self.generator = torch.Generator().manual_seed(3)
         self.of_numpy = np.random.default_rng(3)
+        self.of_python = random.Random(3)
         self.kept: list[object] = []
         self.body = body
 

@@ -157,4 +157,57 @@ DIFFERENTIATES = Refusal(
     ),
 )
 
-ALL = (RETAINED, HOOKS, DIFFERENTIATES)
+
+def freezes(s: Small, h: Tensor) -> Tensor:
+    s.lin.weight.requires_grad_(False)
+    return h * s.lin.weight.sum()
+
+
+def _passed(model: nn.Module) -> object:
+    return train(model, torch.ones(4, requires_grad=True))
+
+
+_PASSED = Way(small(lambda s, h, one: h * one), _passed)
+_MADE = "^make it in __init__, or pass it"
+_MARKED = "^call requires_grad_ outside of forward"
+
+MAKES = Refusal(
+    "makes",
+    "makes parameters, layers or tensors with `requires_grad=True`, or calls `requires_grad_()`",
+    "a graph has no leaves of autograd of its own",
+    "make them in `__init__` or pass them; `detach()`",
+    (
+        Example(
+            "tensor",
+            small(lambda s, h: h * torch.ones(4, requires_grad=True)),
+            "requires_grad=True",
+            "torch.ones(4,",
+            _MADE,
+            way=_PASSED,
+        ),
+        Example(
+            "parameter",
+            small(lambda s, h: h * nn.Parameter(torch.ones(4))),
+            r"nn\.Parameter",
+            "nn.Parameter(torch.ones(4))",
+            _MADE,
+            way=_PASSED,
+        ),
+        Example(
+            "layer", small(lambda s, h: nn.Linear(4, 4)(h)), r"nn\.Parameter", "nn.Linear", _MADE
+        ),
+        Example(
+            "output", small(lambda s, h: h.detach().requires_grad_()), "requires_grad_", "", _MARKED
+        ),
+        Example(
+            "frozen",
+            small(freezes),
+            r"requires_grad_\(\)",
+            "weight.requires_grad_(False)",
+            _MARKED,
+            way=Way(small(lambda s, h: h * s.lin.weight.detach().sum()), same=False),
+        ),
+    ),
+)
+
+ALL = (RETAINED, HOOKS, DIFFERENTIATES, MAKES)

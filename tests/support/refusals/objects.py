@@ -32,9 +32,21 @@ def _sentences(model: nn.Module) -> object:
     return train(model, torch.tensor([3, 2]), x=torch.randn(2, 3, 4))
 
 
+def _packed_sentences(model: nn.Module) -> object:
+    x, lengths = torch.randn(2, 3, 4), torch.tensor([3, 2])
+    y = model(pack_padded_sequence(x, lengths, batch_first=True))[0]
+    y.data.sum().backward()
+    return results(model)
+
+
+def _padded_sentences(model: nn.Module) -> object:
+    model(torch.randn(2, 3, 4))[0].sum().backward()
+    return results(model)
+
+
 PACKED = Refusal(
     "packed",
-    "packs sequences",
+    "packs sequences, or takes packed ones",
     "how a recurrent network runs on them depends on data",
     "pad, and mask what is padded",
     (
@@ -46,6 +58,14 @@ PACKED = Refusal(
             "^pad the sequences",
             _sentences,
             way=Way(Masked, _sentences),
+        ),
+        Example(
+            "input",
+            lambda: nn.GRU(4, 3, batch_first=True),
+            "data-dependent",
+            hint="^pad the sequences",
+            step=_packed_sentences,
+            way=Way(lambda: nn.GRU(4, 3, batch_first=True), _padded_sentences, same=False),
         ),
     ),
 )

@@ -12,6 +12,7 @@ from tests.support.refusals import (
     code,
     gradients,
     objects,
+    states,
     values,
     writes,
 )
@@ -27,6 +28,7 @@ IN_FORWARD: tuple[Refusal, ...] = (
     *writes.ALL,
     *gradients.ALL,
     *objects.ALL,
+    *states.ALL,
     *checkpoints.IN_FORWARD,
 )
 BY_CALLER: tuple[Refusal, ...] = (*asked.ALL, *checkpoints.ALL, *around.ALL)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.refusals.example import Example, Refusal, Small, Way, small, train
@@ -70,6 +71,12 @@ def skips(s: Small, h: Tensor) -> Tensor:
     return h * 2
 
 
+def skips_by_own(s: Small, h: Tensor) -> Tensor:
+    if s.of_python.random() < 0.5:
+        return h
+    return h * 2
+
+
 def of_numpy(s: Small, h: Tensor) -> Tensor:
     return h if np.random.rand() < 0.5 else h * 2
 
@@ -79,11 +86,12 @@ def _draw(name: str, body: Any, words: str, line: str) -> Example:
     return Example(name, small(body), words, line, "^draw by torch.*or draw outside", way=by_torch)
 
 
-_SKIPPED, _RANDOM = "function marked as skipped", "numpy"
+_SKIPPED, _RANDOM, _OWN = "function marked as skipped", "numpy", "generator of one's own"
 
 DRAWS = Refusal(
     "draws",
-    "draws from `random` or NumPy (not `random.randint` and `random.uniform`, which are captured)",
+    "draws from `random` or NumPy (not `random.randint` and `random.uniform`, which are captured), "
+    "or from a `random.Random` of its own",
     "the draw would be frozen into the graph",
     "draw with torch, or outside and pass it",
     (
@@ -100,6 +108,9 @@ DRAWS = Refusal(
             "np.random.permutation",
         ),
         _draw("own", lambda s, h: h * s.of_numpy.random(), "method call", "s.of_numpy.random()"),
+        _draw("branch by own", skips_by_own, _OWN, "if s.of_python.random() < 0.5"),
+        _draw("uniform by own", lambda s, h: h * s.of_python.uniform(0, 1), _OWN, "uniform(0, 1)"),
+        _draw("shuffle by own", lambda s, h: h * s.of_python.choice([1, 2]), _OWN, "choice"),
     ),
 )
 
@@ -149,4 +160,38 @@ SEEDS = Refusal(
     ),
 )
 
-ALL = (BRANCHES, DRAWS, SEEDS)
+VERSIONS = Refusal(
+    "versions",
+    "reads how often a tensor was changed (`_version`)",
+    "the number would be frozen into the graph",
+    "count the changes yourself",
+    (
+        Example(
+            "weight",
+            small(lambda s, h: h * s.lin.weight._version),
+            "_version",
+            "weight._version",
+            "^count the changes yourself",
+            way=Way(small(lambda s, h: h * len(s.kept)), same=False),
+        ),
+    ),
+)
+
+CLASSES = Refusal(
+    "classes",
+    "calls `F.one_hot` without `num_classes`",
+    "the size would depend on data",
+    "pass `num_classes`",
+    (
+        Example(
+            "one_hot",
+            small(lambda s, h: h * F.one_hot(torch.tensor([0, 3]))[1]),
+            "data-dependent",
+            "F.one_hot(",
+            "^pass num_classes",
+            way=Way(small(lambda s, h: h * F.one_hot(torch.tensor([0, 3]), 4)[1])),
+        ),
+    ),
+)
+
+ALL = (BRANCHES, DRAWS, SEEDS, VERSIONS, CLASSES)

@@ -1,0 +1,108 @@
+"""What to try where a call cannot be captured."""
+
+from __future__ import annotations
+
+import re
+
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+ZEROS = (
+    "add zeros that require a gradient to the value: their gradient is the one of the value, and "
+    "they can be hooked"
+)
+_PAD = "pad the sequences, and mask what is padded"
+
+_HINTS = (
+    (
+        r"`?Random\.|generator of one's own|RandomState|default_rng|_numpy\.random|method random"
+        r"|`Generator\.",
+        "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
+        "model and pass what was drawn",
+    ),
+    (
+        r"nested tensors of a padded batch",
+        "make the encoder with enable_nested_tensor=False, or call "
+        "torch.backends.mha.set_fastpath_enabled(False): eager then does the same",
+    ),
+    (r"one_hot` with data-dependent", "pass num_classes"),
+    (
+        r"how often a tensor was changed",
+        "count the changes yourself, in an attribute of the model, or keep what depends on them "
+        "outside of the model",
+    ),
+    (
+        r"Prints what is not known",
+        "print numbers, strings and tensors, before they are changed and without file=",
+    ),
+    (r"operand type\(s\) for %: 'str'", "write an f-string: f'{x:.4f}'"),
+    (r"Logger method", "log by its methods debug, info, warning and error"),
+    (r"`?checkpoint_sequential", "checkpoint each segment of it by torch.utils.checkpoint"),
+    (
+        r"creation function with requires_grad=True|nn\.Parameter\(\)",
+        "make it in __init__, or pass it to the model",
+    ),
+    (
+        r"requires_grad_\(\)",
+        "call requires_grad_ outside of forward; detach() what shall get no gradient",
+    ),
+    (
+        r"tp_iternext",
+        "take the next value outside of the model and pass it, or keep a list and an index",
+    ),
+    (r"SimpleNamespace|non-function __getattr__", "use a small class of your own for it"),
+    (r"setattr\(\) on unsupported", "keep it in an attribute of the model"),
+    (
+        r"(?i)data-dependent",
+        "choose by torch.where or torch.cond instead of by Python on tensor values",
+    ),
+    (
+        r"manual_seed|rng_state|fork_rng|\(Generator\)|torch\.random",
+        "draw outside of the model and pass what was drawn",
+    ),
+    (r"retain_grad", ZEROS),
+    (
+        r"Non-nullified side effect|Higher Order Operator: torch\.utils\.checkpoint",
+        "keep what is counted or recorded outside of what is checkpointed",
+    ),
+    (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
+    (r"autograd\.grad|backward\(\)", "differentiate by torch.func.grad"),
+    (r"tp_iter", "pass a list or a tuple"),
+    (r"(?i)pack_(padded_)?sequence|PackedSequence", _PAD),
+    (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
+    (r"context manager|`lock\.", "enter it around the call of the model"),
+    (r"numpy function", "compute it by torch"),
+    (r"inplace view", "give the view another name: y = x.t()"),
+)
+
+
+_OF_DYNAMO = (
+    *("torch._dynamo", "file an issue", "Dynamo tracing", "graph break", "docs.google"),
+    *("compiled region", "Dynamo bug", "running in eager"),
+)
+
+
+def hint(message: str, given: object = None) -> str:
+    """One thing to try: ours where the reason is known, otherwise the first of Dynamo's.
+
+    Args:
+        message: of Dynamo.
+        given: the arguments of the call.
+    """
+    if re.search("data-dependent", message) and _has_packed(given):
+        return _PAD
+    for pattern, found in _HINTS:
+        if re.search(pattern, message):
+            return found
+    hints = (ln.split("Hint:", 1)[1] for ln in message.splitlines() if "Hint:" in ln)
+    first = next((h.split(". ")[0].strip().rstrip(".") for h in hints), "")
+    # Dynamo's settings and bug tracker are nothing for a user of graphopt.
+    useless = any(words in first for words in _OF_DYNAMO)
+    own = "rewrite this line, or keep what it does outside of the model"
+    return own if useless or not first else first
+
+
+def _has_packed(given: object) -> bool:
+    """Whether there is a packed sequence among the arguments, also in containers of them."""
+    leaves = pytree.tree_leaves(given, is_leaf=lambda value: isinstance(value, PackedSequence))
+    return any(isinstance(leaf, PackedSequence) for leaf in leaves)
