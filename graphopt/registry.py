@@ -47,6 +47,7 @@ PASSES = _table(
     fold_inference="graphopt.passes.fold_inference:FoldInference",
     group_gradients="graphopt.passes.group_gradients:GroupGradients",
     kfac="graphopt.passes.kfac:Kfac",
+    precision="graphopt.passes.precision:Precision",
     schedule="graphopt.passes.schedule:Schedule",
 )
 PLAN_PARTS = _table(

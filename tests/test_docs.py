@@ -36,6 +36,7 @@ WITH_PYTHON = [
     PYTHON,
     DATA_PARALLEL,
     DOCS / "kfac.md",
+    DOCS / "precision.md",
     DOCS / "training_recipe.md",
     DOCS / "writing_a_pass.md",
 ]

@@ -1,0 +1,120 @@
+"""The best choice of formats: an exact minimum cut over time and shared casts.
+
+An operator on the source's side of the cut is lowered. The edges that are cut are the times of all
+operators in the format chosen, and one cast for each value that something reads in another format
+than it has: a value has one auxiliary node per direction, so that all its readers share the cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from torch import fx
+
+from graphopt.passes.precision.problem import Problem
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of everything that can be chosen.
+
+    Attributes:
+        high: of each unit in float32.
+        low: of each unit in the lower format.
+        cast: of each value, to the other format.
+    """
+
+    high: Mapping[fx.Node, float]
+    low: Mapping[fx.Node, float]
+    cast: Mapping[fx.Node, float]
+
+    def total(self, problem: Problem, low: frozenset[fx.Node]) -> float:
+        """Seconds of a choice."""
+        units = sum(self.low[n] if n in low else self.high[n] for n in problem.units)
+        return units + sum(self.cast[value] for value, _ in problem.casts(low))
+
+
+# Capacities are 32-bit integers, and so is the flow: all finite ones together stay below this.
+_LARGEST = 2**30
+
+
+def minimum_cut(problem: Problem, times: Times, follow: bool = True) -> frozenset[fx.Node]:
+    """The units to lower, so that no other choice takes less time.
+
+    Times are rounded to 2**-30 of their sum.
+
+    Args:
+        problem: what there is to decide.
+        times: of everything.
+        follow: lower an operator only where what it follows is lowered anyhow, so that nothing is
+            rounded for it: sums of a wide and a narrow value stay wide.
+    """
+    if not problem.units:
+        return frozenset()
+    network = _Network()
+    owner = problem.owner()
+    for node in problem.units:
+        network.edge(_SOURCE, node, times.high[node])
+        network.edge(node, _SINK, times.low[node])
+    for value in problem.values():
+        cast, mine = times.cast[value], owner.get(value, _SINK)
+        readers = problem.readers.get(value, ())
+        to_low, to_high = ("to low", value), ("to high", value)
+        for reader in readers:
+            follows = follow and value in problem.units[reader].followed
+            network.edge(reader, mine if follows else to_low, None)
+            if mine is not _SINK:
+                network.edge(to_high, reader, None)
+        if readers:
+            network.edge(to_low, mine, cast)
+        if mine is not _SINK:
+            if value in problem.read_high:
+                network.edge(to_high, _SINK, None)
+            network.edge(mine, to_high, cast)
+    lowered = network.source_side()
+    return frozenset(node for node in problem.units if node in lowered)
+
+
+_SOURCE, _SINK = "source", "sink"
+
+
+class _Network:
+    """Edges with a capacity in seconds, or without a limit."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[object, int] = {_SOURCE: 0, _SINK: 1}
+        self.edges: dict[tuple[int, int], float] = {}
+        self.free: set[tuple[int, int]] = set()
+
+    def edge(self, start: object, end: object, seconds: float | None) -> None:
+        key = (self._number(start), self._number(end))
+        if seconds is None:
+            self.free.add(key)
+        self.edges[key] = self.edges.get(key, 0.0) + (seconds or 0.0)
+
+    def source_side(self) -> set[object]:
+        """What the source still reaches once the largest flow is subtracted."""
+        count, keys = len(self.numbers), list(self.edges)
+        total = sum(self.edges.values())
+        scale = _LARGEST / total if total > 0 else 1.0
+        capacities = [
+            _LARGEST if key in self.free else round(seconds * scale)
+            for key, seconds in self.edges.items()
+        ]
+        rows, columns = np.array(keys, dtype=np.int32).T
+        shape = (count, count)
+        graph = csr_array((np.array(capacities, dtype=np.int32), (rows, columns)), shape=shape)
+        flow = maximum_flow(graph, 0, 1).flow
+        residual = (graph - flow).tocsr()
+        residual.data[residual.data < 0] = 0
+        residual.eliminate_zeros()
+        reached = breadth_first_order(residual, 0, return_predecessors=False)
+        names = list(self.numbers)
+        return {names[i] for i in reached}
+
+    def _number(self, name: object) -> int:
+        return self.numbers.setdefault(name, len(self.numbers))

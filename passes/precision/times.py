@@ -1,0 +1,78 @@
+"""How long each operator takes in either format, and each cast: measured, or from a roofline."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import fx
+
+from graphopt.analysis.cost import tensor_bytes
+from graphopt.analysis.gradient_order import ASSUMED, Device, roofline
+from graphopt.analysis.profile import profile_in_turn
+from graphopt.graph import Graph, value_of
+from graphopt.passes.precision.formats import Format
+from graphopt.passes.precision.mincut import Times
+from graphopt.passes.precision.problem import Problem
+from graphopt.passes.precision.rewrite import lower
+
+
+def assumed_times(graph: Graph, problem: Problem, format: Format) -> Times:
+    """By the roofline of an assumed device of the class that the graph was captured on."""
+    low, _ = _all_low(graph, problem, format)
+    high_times, low_times = graph.get(roofline), roofline(low)
+    return Times(
+        high={n: high_times[n] for n in problem.units},
+        low={n: low_times[m] for n, m in _pairs(problem, low).items()},
+        cast={
+            v: _cast_bytes(v, format) / _device(v).bandwidth + _device(v).overhead
+            for v in problem.values()
+        },
+    )
+
+
+def measured_times(graph: Graph, problem: Problem, format: Format, rounds: int = 5) -> Times:
+    """Medians on this machine, each operator on its own; casts by the median speed of them all."""
+    low, casts = _all_low(graph, problem, format)
+    high_times, low_times = profile_in_turn([graph, low], rounds=rounds)
+    speeds = [_cast_bytes(c.all_input_nodes[0], format) / low_times[c] for c in casts]
+    shortest = min((low_times[c] for c in casts), default=0.0)
+    speed = statistics.median(speeds) if speeds else 1.0
+    return Times(
+        high={n: high_times[n] for n in problem.units},
+        low={n: low_times[m] for n, m in _pairs(problem, low).items()},
+        cast={v: max(_cast_bytes(v, format) / speed, shortest) for v in problem.values()},
+    )
+
+
+def _all_low(graph: Graph, problem: Problem, format: Format) -> tuple[Graph, list[fx.Node]]:
+    """A copy of the graph with all units lowered, and its casts."""
+    copy = graph.copy()
+    twins = dict(zip(graph.nodes, copy.nodes, strict=True))
+    same = problem.on(twins)
+    return copy, lower(copy, same, frozenset(same.units), format.dtype)
+
+
+def _pairs(problem: Problem, low: Graph) -> dict[fx.Node, fx.Node]:
+    """Of each unit its twin in the copy, which has its name."""
+    by_name = {node.name: node for node in low.nodes}
+    return {node: by_name[node.name] for node in problem.units}
+
+
+def _cast_bytes(value: fx.Node, format: Format) -> float:
+    """Bytes that a cast between the formats reads and writes."""
+    fake = value_of(value)
+    return tensor_bytes(fake) * (4 + format.dtype.itemsize) / float(fake.element_size())
+
+
+def _device(value: fx.Node) -> Device:
+    return ASSUMED.get(value_of(value).device.type, ASSUMED["cuda"])
+
+
+def is_lowered_already(graph: Graph) -> bool:
+    """Whether floating-point values of less than 32 bits are in the graph."""
+    values = (value_of(node) for node in graph.nodes)
+    flat = (v for value in values for v in (value if isinstance(value, tuple | list) else (value,)))
+    return any(
+        isinstance(v, torch.Tensor) and v.is_floating_point() and v.element_size() < 4 for v in flat
+    )
