@@ -1,9 +1,9 @@
 """Casts that each way to lower precision inserts, and the share of the FLOPs that it lowers.
 
-Run ``python -m benchmarks.precision_casts``. Nothing is timed: the graphs of four kinds of models are
-lowered for an assumed GPU by the minimum cut, by the rules of TensorFlow's pass, and by a rule that
-lowers each operator it can with a cast per argument, as Torch-TensorRT's does; and captured under
-``torch.autocast``. Results go to ``benchmarks/results/precision_casts.json``.
+Run ``python -m benchmarks.precision_casts``. Nothing is timed: the graphs of four kinds of models
+are lowered for an assumed GPU by the minimum cut, by the rules of TensorFlow's pass, and by a rule
+that lowers each operator it can with a cast per argument, as Torch-TensorRT's does; and captured
+under ``torch.autocast``. Results go to ``benchmarks/results/precision_casts.json``.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def main() -> None:
         rows["torch.autocast"] = (*casts_of(captured), lowered_flops(captured))
         rows["one cast per argument"] = by_rule(graph)
         for label, (count, size, share) in rows.items():
-            print(f"{name:12} {label:24} {count:5} casts {size / 1e6:8.2f} MB  {share:.1%} of FLOPs")
+            megabytes = f"{size / 1e6:8.2f} MB"
+            print(f"{name:12} {label:24} {count:5} casts {megabytes}  {share:.1%} of FLOPs")
     print("kept in", keep("precision_casts", results).name)
 
 
