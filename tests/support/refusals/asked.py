@@ -91,7 +91,8 @@ INTERMEDIATE = Refusal(
     "intermediate",
     "`retain_grad`, `register_hook` or `autograd.grad` on an output from which another output is "
     "computed",
-    "that gradient is inside of the graph (`autograd.grad` raises PyTorch's own error)",
+    "that gradient is inside of the graph (`autograd.grad` raises PyTorch's own error, or gives "
+    "`None` with `allow_unused=True`)",
     "add zeros that require a gradient to the value in forward: their gradient is its",
     (
         Example(
