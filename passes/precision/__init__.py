@@ -16,11 +16,11 @@ from graphopt.graph import Graph, module_stack, operator_name
 from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
 from graphopt.passes.precision.formats import FORMATS, Format
 from graphopt.passes.precision.mincut import Times, minimum_cut
-from graphopt.passes.precision.problem import Problem, find_problem
+from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind, kinds
 from graphopt.passes.precision.tf import propagate
-from graphopt.passes.precision.times import assumed_times, is_lowered_already, measured_times
+from graphopt.passes.precision.times import assumed_times, measured_times
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Precision(Pass):
         """The units to lower, the same on all ranks, and the times that decided."""
         ranks = ctx.ranks.get("dp")
         measures = self.cost == "measure" and (ranks is None or ranks.size == 1)
-        assumed = assumed_times(graph, problem, format)
-        times = measured_times(graph, problem, format) if measures else assumed
+        times = (measured_times if measures else assumed_times)(graph, problem, format)
 
         def best(by: Times) -> frozenset[fx.Node]:
             if self.policy == "tf":

@@ -107,6 +107,15 @@ def is_float32(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.float32
 
 
+def is_lowered_already(graph: Graph) -> bool:
+    """Whether floating-point values of less than 32 bits are in the graph."""
+    values = (value_of(node) for node in graph.nodes)
+    flat = (v for value in values for v in (value if isinstance(value, tuple | list) else (value,)))
+    return any(
+        isinstance(v, Tensor) and v.is_floating_point() and v.element_size() < 4 for v in flat
+    )
+
+
 def find_problem(graph: Graph, format: Format, kept: frozenset[fx.Node]) -> Problem:
     """All operators with float32 operands and results, and what ties them together.
 

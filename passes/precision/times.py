@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 
-import torch
 from torch import fx
 
 from graphopt.analysis.cost import tensor_bytes
@@ -67,12 +66,3 @@ def _cast_bytes(value: fx.Node, format: Format) -> float:
 
 def _device(value: fx.Node) -> Device:
     return ASSUMED.get(value_of(value).device.type, ASSUMED["cuda"])
-
-
-def is_lowered_already(graph: Graph) -> bool:
-    """Whether floating-point values of less than 32 bits are in the graph."""
-    values = (value_of(node) for node in graph.nodes)
-    flat = (v for value in values for v in (value if isinstance(value, tuple | list) else (value,)))
-    return any(
-        isinstance(v, torch.Tensor) and v.is_floating_point() and v.element_size() < 4 for v in flat
-    )

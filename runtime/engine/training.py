@@ -190,16 +190,22 @@ def _saved(ctx: Any, live: frozenset[int]) -> list[Tensor]:
     has where outputs remain that have nothing in common with those: actor and critic, two losses.
 
     Raises:
-        RuntimeError: autograd's own, as in eager, where a backward passes for a second time.
+        RuntimeError: as in eager, where a backward passes for a second time, or what it needs was
+            changed in place.
     """
     again = bool(live) and live <= ctx.later
-    tensors: list[Tensor] = ctx.kept if again else list(ctx.saved_tensors)
+    if again and any(tensor._version != version for tensor, version in ctx.kept):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation, since another output was differentiated"
+        )
+    tensors: list[Tensor] = [t for t, _ in ctx.kept] if again else list(ctx.saved_tensors)
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.maybe_clear_saved_tensors()
         others = ctx.engine.independent_of(live)
         ctx.later = ctx.later & others if again else others
-        ctx.kept = list(tensors) if ctx.later else []
-    return list(tensors)
+        ctx.kept = [(tensor, tensor._version) for tensor in tensors] if ctx.later else []
+    return tensors
 
 
 class _Node(torch.autograd.Function):

@@ -95,7 +95,6 @@ def test_parameters_gradients_and_outputs_keep_their_types() -> None:
 @pytest.mark.usefixtures("pays")
 def test_a_sum_of_a_wide_and_a_narrow_value_stays_wide() -> None:
     for sums, dtype in (("wide", torch.float32), ("low", torch.bfloat16)):
-        graph = _graph(nn.Sequential(nn.Linear(16, 16)))
 
         class Residual(nn.Module):
             def __init__(self) -> None:
