@@ -19,6 +19,7 @@ from graphopt.passes.precision.mincut import Times, minimum_cut
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind, kinds
+from graphopt.passes.precision.scaling import scale_gradients
 from graphopt.passes.precision.tf import propagate
 from graphopt.passes.precision.times import assumed_times, measured_times
 
@@ -31,7 +32,7 @@ class Precision(Pass):
     costs one cast, which all its readers share. The choice of least time is a minimum cut, so no
     other one is better under these times. Parameters, gradients, outputs and buffers keep their
     types: optimizers work on float32 weights as before. Losses, norms and the statistics of K-FAC
-    stay in float32. In float16 small gradients vanish: scale the loss (``torch.amp.GradScaler``).
+    stay in float32.
 
     Attributes:
         format: ``bf16`` or ``fp16``.
@@ -40,11 +41,15 @@ class Precision(Pass):
         keep: patterns of module names that stay in float32, as ``head*|*.norm``.
         sums: ``wide`` leaves a sum of a float32 and a lower value in float32, as autocast does;
             ``low`` lowers it where that saves time.
+        loss_scale: ``dynamic`` scales gradients in float16 by a power of two, which adapts; steps
+            in which they overflow get no gradients, so that optimizers skip them. A
+            ``torch.amp.GradScaler`` given to ``graphopt.use_scaler`` takes its place.
     """
 
     name: ClassVar[str] = "precision"
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled"})
+    changes_signature: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"
@@ -55,6 +60,17 @@ class Precision(Pass):
     cost: Literal["measure", "roofline"] = "measure"
     keep: tuple[str, ...] = ()
     sums: Literal["wide", "low"] = "wide"
+    loss_scale: Literal["dynamic", "none"] = "dynamic"
+
+    @property
+    def communicates(self) -> frozenset[str]:  # type: ignore[override]
+        """Ranks agree on the steps that are left out."""
+        return frozenset({"dp"} if self._scales else ())
+
+    @property
+    def _scales(self) -> bool:
+        """Whether gradients need a scale: in formats of a smaller range than float32."""
+        return self.loss_scale == "dynamic" and not FORMATS[self.format].wide
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
@@ -85,7 +101,11 @@ class Precision(Pass):
         if before:
             saved = {"before": before, "after": after}
             applied.append(Applied("activations", "bytes saved for backward", saved))
-        return Outcome(tuple(applied), tuple(declined))
+        part = scale_gradients(graph, ctx.state) if self._scales else None
+        if part is not None:
+            numbers = {"first": part.initial, "grows_after": part.interval}
+            applied.append(Applied("loss", "scaled dynamically", numbers))
+        return Outcome(tuple(applied), tuple(declined), part)
 
     def _choice(
         self, graph: Graph, problem: Problem, format: Format, ctx: PassContext
