@@ -53,9 +53,7 @@ class RangeCounter:
         shares = {name: count / counted if counted else 0.0 for name, count in self.inexact.items()}
         log2 = float(torch.tensor(self.amax, dtype=torch.float64).log2()) if self.amax else None
         named = {str(e): self.binades[e] for e in sorted(self.binades)}
-        return Range(
-            self.elements, self.zeros, self.nan, self.infinite, log2, named, shares
-        )
+        return Range(self.elements, self.zeros, self.nan, self.infinite, log2, named, shares)
 
 
 def is_counted(value: object) -> bool:

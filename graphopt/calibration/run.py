@@ -206,9 +206,7 @@ class _Found:
         found = torch.autograd.grad(
             loss, leaves, retain_graph=True, create_graph=True, allow_unused=True
         )
-        return [
-            torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)
-        ]
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
 
     def _sensitivity(
         self,
