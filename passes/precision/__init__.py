@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from graphopt.analysis.liveness import liveness
 from graphopt.errors import ArgumentError
-from graphopt.graph import Graph, module_stack, operator_name
+from graphopt.graph import Graph, module_of, module_stack, operator_name
 from graphopt.passbase import Declined, Numerics, Outcome, Pass, PassContext, lowered
 from graphopt.passes.precision.calibrated import Calibrated, check_budget
 from graphopt.passes.precision.decision import Question, decide
@@ -105,6 +106,26 @@ class Precision(Pass):
             return found.outcome(left_out)
         casts = lower(graph, problem, decision.low, format.dtype)
         return found.outcome(left_out, casts, graph.get(liveness).saved_bytes)
+
+    def layers(self, graph: Graph) -> dict[str, tuple[str, ...]]:
+        """The operators that may be lowered, by module; of modules with a product in them."""
+        if is_lowered_already(graph):
+            return {}
+        units = find_problem(graph, FORMATS[self.format], self._kept(graph)).units
+        products = {module_of(n) for n, unit in units.items() if unit.kind is Kind.ALLOW}
+        found: dict[str, tuple[str, ...]] = {}
+        for node in units:
+            if (module := module_of(node)) in products:
+                found[module] = (*found.get(module, ()), node.name)
+        return found
+
+    def alone(self, graph: Graph, operators: Iterable[str]) -> Graph:
+        """A copy of the graph in which only these operators are lowered."""
+        copy, names = graph.copy(), frozenset(operators)
+        problem = find_problem(copy, FORMATS[self.format], frozenset())
+        low = frozenset(n for n in problem.units if n.name in names)
+        lower(copy, problem, low, FORMATS[self.format].dtype)
+        return copy
 
     def _kept(self, graph: Graph) -> frozenset[fx.Node]:
         """Operators of the modules that the user keeps in float32.

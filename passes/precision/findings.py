@@ -179,6 +179,7 @@ class Findings:
         moved = (tensor_bytes(value_of(n)) for c in casts for n in (c, c.all_input_nodes[0]))
         noise = self.noise.total(self.problem, low) if self.noise is not None else None
         return {
+            "format": self.format.name,
             "operators": len(self.problem.units),
             "lowered": len(low),
             "flops": flops,
