@@ -7,8 +7,8 @@ integers and a maximum, so their number changes no bit.
 from __future__ import annotations
 
 SOURCE = r"""
-// PyTorch's flags leave loops as they are, for code that is vectorised by hand.
-#pragma GCC optimize("tree-loop-vectorize")
+// PyTorch's flags are for code that is vectorised by hand, and keep traps.
+#pragma GCC optimize("tree-loop-vectorize", "no-trapping-math")
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -67,13 +67,16 @@ void uniform(float* out, int64_t first, int64_t count, const int64_t* seed, uint
     }
 }
 
-inline int16_t result(int32_t m, float, int16_t) { return (int16_t)m; }
-inline float result(int32_t m, float unit, float) { return (float)m * unit; }
+inline int16_t result(float m, float, float, int16_t) { return (int16_t)(int32_t)m; }
+// The sum turns -0 into +0.
+inline float result(float m, float unit, float zero, float) { return m * unit + zero; }
 
 template <typename Out, bool kRandom>
 void run(const float* x, Out* out, int64_t n, int32_t e, int32_t limit, const int64_t* seed,
          uint32_t use, int threads, int32_t* statistics) {
     const float factor = power_of_two(-e), unit = power_of_two(e), most = (float)limit;
+    // Unknown to the compiler, which may leave out the addition of a literal zero under its flags.
+    const float zero = unit - unit;
     int32_t amax = 0;
     int64_t saturated = 0, nans = 0;
     #pragma omp parallel for num_threads(threads) reduction(max : amax) reduction(+ : saturated, nans)
@@ -102,7 +105,7 @@ void run(const float* x, Out* out, int64_t n, int32_t e, int32_t limit, const in
             r = r < -most ? -most : r;
             r = r > most ? most : r;
             r = m > kInfinity ? 0.0f : r;
-            place[i] = result((int32_t)r, unit, Out());
+            place[i] = result(r, unit, zero, Out());
         }
         amax = most_here > amax ? most_here : amax;
         saturated += saturated_here;
