@@ -1,9 +1,9 @@
 """Exact int16 products on tensor cores that multiply int8: each number in two halves.
 
-With ``a = 256 h + l + 128`` for ``h = a >> 8`` and ``l = (a & 255) - 128``, both int8, over the full
+With ``a = 256 h + l + 128`` for ``h = a >> 8`` and ``l = (a & 255) - 128``, both int8 over the full
 range, ``Σ a b`` is ``2^16 Σ hh' + 2^8 Σ (hl' + lh') + Σ ll'`` of the halves, plus
-``128 (Σ a + Σ b) - 2^14 K``. Sums of halves are exact in int32 for up to 65,535 terms (two products
-of at most 2^14 each), and are then added in int64.
+``128 (Σ a + Σ b) - 2^14 K`` for K terms. Sums of halves are exact in int32 for up to 65,535 terms
+(two products of at most 2^14 each), and are then added in int64.
 """
 
 from __future__ import annotations

@@ -130,6 +130,42 @@ print(json.dumps([before, after, len(calls), values.tolist()]))
     assert run("-c", code) == [[False] * 3, [True] * 3, 2, [1.0] * 3]
 
 
+@has_compiler
+@pytest.mark.slow
+def test_graphs_of_inductor_call_the_kernels() -> None:
+    code = """
+import json, torch, graphopt.ops
+from graphopt.ops import flex
+from graphopt.runtime import kernels
+from graphopt.runtime.kernels import flex_cpu
+kernels.register_flex()
+calls, library = [], flex_cpu.library()
+flex_cpu.library = lambda: calls.append(1) or library
+
+def step(x, w, e, seed, quantise, round_, dequantise):
+    hidden = torch.relu(x * w).t()
+    mantissas, statistics = quantise(hidden, e, 16)
+    values = dequantise(mantissas, statistics.select(0, 3))
+    rounded, others = round_(values - w.t(), e, 9, 3, seed)
+    return mantissas, statistics, values + 1, rounded * 2, others
+
+ops = torch.ops.graphopt
+registered = ops.flex_quantise, ops.flex_round, ops.flex_dequantise
+reference = flex.flex_quantise, flex.flex_round, flex.flex_dequantise
+x, w, seed = torch.randn(33, 70), torch.randn(33, 70), torch.tensor([1, 2])
+x[0, 0], x[1, 1] = float("nan"), float("inf")
+compiled = torch.compile(step, fullgraph=True)
+same = []
+for e in (flex.UNKNOWN, -12):
+    e = torch.tensor(e, dtype=torch.int32)
+    found, wanted = compiled(x, w, e, seed, *registered), step(x, w, e, seed, *reference)
+    same += [torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, wanted)]
+    same += [a.stride() == b.stride() for a, b in zip(found, wanted)]
+print(json.dumps([all(same), len(calls)]))
+"""
+    assert run("-c", code) == [True, 6]
+
+
 @needs_triton
 def test_triton_kernels_become_the_cuda_implementation() -> None:
     code = """
