@@ -1,4 +1,4 @@
-"""The kernels of flex tensors on a GPU: bits of the reference on the CPU, and no synchronisation."""
+"""The kernels of flex tensors on a GPU: the bits of the reference, and no synchronisation."""
 
 from __future__ import annotations
 
