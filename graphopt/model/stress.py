@@ -20,6 +20,7 @@ from graphopt.analysis.effects import writes
 from graphopt.graph import Graph
 from graphopt.model.comparison import same
 from graphopt.model.trial import Trial, cotangent
+from graphopt.ops.unrounded import unrounded
 from graphopt.plan import Role, Slot
 
 # Inputs and vectors (scales and shifts of norms, biases) times this; matrices stay as they are, or
@@ -202,7 +203,7 @@ class _Watched(fx.Interpreter):
 
 
 class _Widened(_Watched):
-    """Runs a graph in float32 where it computes in a shorter type."""
+    """Runs a graph in float32 where it computes in a shorter type, without what it rounds."""
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
@@ -210,6 +211,8 @@ class _Widened(_Watched):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """In float32, but with the random numbers, and only the kernels, that there are."""
+        if without := unrounded(target):
+            return without(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
             try:
                 wide = tree_map_only(torch.dtype, _wide, (args, kwargs))

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
-from graphopt.ops import convolution, ctc, expect, flex, frozen, moments, rnn, statistics, wire
+from graphopt.ops import (
+    convolution,
+    ctc,
+    expect,
+    flex,
+    flex16,
+    float8,
+    frozen,
+    moments,
+    mx,
+    rnn,
+    scaled_mm,
+    statistics,
+    wire,
+)
 
-__all__ = ["convolution", "ctc", "expect", "flex", "frozen", "moments", "rnn", "statistics", "wire"]
+__all__ = [
+    "convolution",
+    "ctc",
+    "expect",
+    "flex",
+    "flex16",
+    "float8",
+    "frozen",
+    "moments",
+    "mx",
+    "rnn",
+    "scaled_mm",
+    "statistics",
+    "wire",
+]

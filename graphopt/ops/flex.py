@@ -102,9 +102,7 @@ def used_exponent(amax_bits: Tensor, exponent: Tensor, mantissa: int) -> tuple[T
     return used, torch.where(is_unknown & has_none, UNKNOWN, used)
 
 
-def check(
-    x: Tensor, exponent: Tensor, mantissa: int, use: int | None, seed: Tensor | None
-) -> None:
+def check(x: Tensor, exponent: Tensor, mantissa: int, use: int | None, seed: Tensor | None) -> None:
     """Raise `ArgumentError` unless the arguments are as the operators take them."""
     if x.dtype is not torch.float32 or x.layout is not torch.strided:
         raise ArgumentError(

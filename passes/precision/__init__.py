@@ -14,9 +14,11 @@ from graphopt.analysis.liveness import liveness
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, module_stack, operator_name
 from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
+from graphopt.passes.precision.emulated import apply_emulated
 from graphopt.passes.precision.formats import FORMATS, Format
 from graphopt.passes.precision.mincut import Times, minimum_cut
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
+from graphopt.passes.precision.recipes import recipe_of
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind, kinds
 from graphopt.passes.precision.tf import propagate
@@ -34,12 +36,20 @@ class Precision(Pass):
     stay in float32. In float16 small gradients vanish: scale the loss (``torch.amp.GradScaler``).
 
     Attributes:
-        format: ``bf16`` or ``fp16``.
+        format: ``bf16`` or ``fp16``; or ``flex16``, ``mxfp8`` or ``float8``, which are emulated:
+            the operands of products are rounded to them and multiplied in float32, by the device's
+            own product with scales where it has one. Nothing gets faster by emulation, so
+            whoever names such a format wants it: every product is lowered but those of `keep`,
+            and `policy`, `cost` and `sums` have no say.
         policy: ``mincut``, or ``tf`` for the propagation rules of TensorFlow's graph pass.
         cost: ``measure`` times each operator on this device, ``roofline`` assumes one.
         keep: patterns of module names that stay in float32, as ``head*|*.norm``.
         sums: ``wide`` leaves a sum of a float32 and a lower value in float32, as autocast does;
             ``low`` lowers it where that saves time.
+        granularity: of the scales of ``float8``: one per ``tensor``, gradients in e5m2, or one per
+            ``row`` along the contracted axis, all in e4m3, powers of two.
+        scaling: of the scales of ``mxfp8``: ``floor`` as OCP has it, where the largest elements of
+            a block may saturate, or ``rceil``, the least power of two where none does.
     """
 
     name: ClassVar[str] = "precision"
@@ -50,11 +60,13 @@ class Precision(Pass):
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"
     )
 
-    format: Literal["bf16", "fp16"] = "bf16"
+    format: Literal["bf16", "fp16", "flex16", "mxfp8", "float8"] = "bf16"
     policy: Literal["mincut", "tf"] = "mincut"
     cost: Literal["measure", "roofline"] = "measure"
     keep: tuple[str, ...] = ()
     sums: Literal["wide", "low"] = "wide"
+    granularity: Literal["tensor", "row"] = "tensor"
+    scaling: Literal["floor", "rceil"] = "floor"
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
@@ -68,6 +80,9 @@ class Precision(Pass):
             detail = "the model or autocast has chosen lower precision itself"
             return Outcome(declined=(Declined("graph", "lowered-already", detail),))
         format = FORMATS[self.format]
+        options = {"granularity": self.granularity, "scaling": self.scaling}
+        if recipe := recipe_of(self.format, options):
+            return apply_emulated(graph, format, recipe, kept)
         problem = find_problem(graph, format, kept)
         declined = _left_out(problem, kept)
         if not any(unit.kind is Kind.ALLOW for unit in problem.units.values()):
