@@ -5,7 +5,7 @@
 
 `graphopt::flex_quantise` with the exponent that it chooses itself ("current scaling"), and that
 exponent as a float32 factor, so that a tensor can be read back without its statistics. Nothing
-saturates then, and an element is off by at most 2^-16 of the largest one.
+saturates then, and an element is off by at most 2^-15 of the largest one.
 
 Nothing is silent: mantissas have no NaN, so where an element is NaN or infinite the scale is NaN,
 and with it the whole tensor.

@@ -26,7 +26,7 @@ class Format:
     def unit(self) -> float:
         """Largest relative error of a rounding; of integers, relative to the largest one."""
         if not self.dtype.is_floating_point:
-            return 2.0 ** (-8 * self.dtype.itemsize)
+            return 2.0 ** (1 - 8 * self.dtype.itemsize)
         return torch.finfo(self.dtype).eps / 2
 
     @property
@@ -49,7 +49,7 @@ FORMATS = {
             Format(name, dtype, _ROUNDINGS * torch.finfo(dtype).eps / 2)
             for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
         ),
-        Format("flex16", torch.int16, _ROUNDINGS * 2.0**-16),
+        Format("flex16", torch.int16, _ROUNDINGS * 2.0**-15),
         Format("mxfp8", torch.float8_e4m3fn, 0.25),
         Format("float8", torch.float8_e4m3fn, 0.25),
     )
