@@ -74,9 +74,9 @@ def first_difference(before: Graph, after: Graph, inputs: Sequence[Tensor], tria
 def rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
-    In a short type (bfloat16, float16) it is what the graph's own rounding makes of it: how far it
-    is from the same graph in float32. There a bound from changed inputs would hide real faults. In
-    other types it is what a change of all inputs by their last digits makes of it.
+    In a short type (bfloat16, float16) or format it is what the graph's own rounding makes of it:
+    how far it is from the same graph in float32. There a bound from changed inputs would hide real
+    faults. In other types it is what a change of all inputs by their last digits makes of it.
 
     Args:
         graph: as it was captured; not changed.
@@ -100,7 +100,7 @@ def _rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dic
     epsilon = coarsest(graph)
     values = _values(graph, inputs, lambda slot, value: value)
     exact, _ = _run(graph, values, trial)
-    if epsilon > SHORT:
+    if epsilon > SHORT or any(unrounded(node.target) for node in graph.operators):
         other, _ = _run(graph, values, trial, _Widened)
         factor = ROUNDINGS
     else:

@@ -69,8 +69,8 @@ def apply_emulated(
     numbers = {"quantisers": len(tensors), "products": len(products)}
     applied.append(Applied("operands", "quantised, once per tensor and axis", numbers))
     if before:
-        wide = [t for t in tensors if t.is_late and not t.moved]
-        saved = {"before": before, "after": after, "tensors saved in float32": len(wide)}
+        wide = sum(tensor.wide for tensor in tensors)
+        saved = {"before": before, "after": after, "tensors saved in float32": wide}
         applied.append(Applied("activations", "bytes saved for backward", saved))
     return Outcome(tuple(applied), tuple(declined))
 
@@ -113,16 +113,17 @@ def _quantise(
     """Right behind its tensor, or in front of its first reader where it is not of that half."""
     base = tensor.base
     first = min((r.product for r in tensor.readers), key=order.__getitem__)
-    near = base.op == "call_function" and (tensor.moved or not tensor.is_late)
+    same_half = phase_of(base) is phase_of(first)
+    near = base.op == "call_function" and (tensor.early or same_half)
     like = base if near else first
     place = graph.fx.inserting_after if near else graph.fx.inserting_before
     anchor = _last_part(base) if near else first
     with place(anchor):
         node = emit(graph, recipe.quantise, base, *tensor.arguments, like=like)
     with graph.fx.inserting_after(node):
-        scales = _item(graph, node, 1)
-    with graph.fx.inserting_after(node):
         values = _item(graph, node, 0)
+    with graph.fx.inserting_after(values):
+        scales = _item(graph, node, 1)
     tensor.values = values, scales
 
 

@@ -1,7 +1,9 @@
 """Operands of products: what each of them is a transpose of, and where it is quantised.
 
 There is one quantiser per producer, format and axis, whoever reads it: operands are followed
-through transposes to what they are transposes of.
+through transposes to what they are transposes of. The forward saves the quantised values for the
+backward. Only what the backward has in float32 anyway (parameters, inputs, what another operator
+saves) is quantised once in each half, so that nothing is saved twice.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Quantised:
         axis: that its scales run along, where they do.
         readers: in graph order.
         values: what stands for it in the graph: elements and scales.
-        moved: whether it is made in the forward for the backward alone.
+        early: whether the forward makes it for the backward alone.
+        wide: whether it is made in the backward of what the forward saves in float32.
     """
 
     base: fx.Node
@@ -64,16 +67,8 @@ class Quantised:
     axis: int | None
     readers: list[Operand] = field(default_factory=list)
     values: tuple[fx.Node, fx.Node] | None = None
-    moved: bool = False
-
-    @property
-    def is_late(self) -> bool:
-        """Whether the forward computes the tensor, and only the backward reads it quantised."""
-        return (
-            self.base.op == "call_function"
-            and phase_of(self.base) is Phase.FORWARD
-            and all(phase_of(reader.product) is Phase.BACKWARD for reader in self.readers)
-        )
+    early: bool = False
+    wide: bool = False
 
 
 def reason_against(node: fx.Node, recipe: Recipe) -> tuple[str, str]:
@@ -99,11 +94,9 @@ def find_operands(graph: Graph, recipe: Recipe, products: Iterable[fx.Node]) -> 
             base, axis, steps = _source(node, axis)
             arguments = recipe.kind(base in gradients, axis)
             tensor = Quantised(base, arguments, axis if recipe.reads_axis else None)
-            tensor = found.setdefault((base, *arguments), tensor)
+            tensor = found.setdefault((phase_of(product), base, *arguments), tensor)
             tensor.readers.append(Operand(product, position, steps))
-    tensors = list(found.values())
-    _settle(graph, tensors)
-    return tensors
+    return _shared(graph, found)
 
 
 def _source(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None, tuple[fx.Node, ...]]:
@@ -141,23 +134,38 @@ def _gradients(graph: Graph) -> set[fx.Node]:
     return found
 
 
-def _settle(graph: Graph, found: list[Quantised]) -> None:
-    """Decide what the forward quantises for the backward: then only that is saved.
+def _shared(graph: Graph, found: dict[tuple[object, ...], Quantised]) -> list[Quantised]:
+    """Let the backward read what the forward quantises, where it does not have it in float32."""
+    owner = graph.get(storage).owner
+    needed = _read_wide(graph, found.values())
+    tensors = []
+    for (half, *kind), tensor in found.items():
+        memory = owner[tensor.base]
+        tensors.append(tensor)
+        if half is Phase.FORWARD or phase_of(tensor.base) is Phase.BACKWARD:
+            continue
+        if memory.op != "call_function":
+            continue
+        if memory in needed or tensor.base.meta.get("recompute"):
+            tensor.wide = True
+        elif forward := found.get((Phase.FORWARD, *kind)):
+            forward.readers += tensor.readers
+            tensors.pop()
+        else:
+            tensor.early = True
+    return tensors
 
-    Where the backward reads the float32 tensor as well, it is saved anyway.
-    """
+
+def _read_wide(graph: Graph, found: Iterable[Quantised]) -> set[fx.Node]:
+    """Memory that the backward reads in float32, other than to quantise it."""
     owner, views = graph.get(storage).owner, graph.get(storage).views
     quantised = {(r.product, r.position) for tensor in found for r in tensor.readers}
-    needed: set[fx.Node] = set()
+    needed = {owner[n] for n in graph.output.all_input_nodes if phase_of(n) is Phase.BACKWARD}
     for node in graph.operators:
-        if phase_of(node) is Phase.BACKWARD and node not in views:
-            mine = {a for i, a in enumerate(node.args) if (node, i) in quantised}
-            other = {a for i, a in enumerate(node.args) if (node, i) not in quantised}
-            needed |= {owner[n] for n in node.all_input_nodes if n in other or n not in mine}
-    for output in graph.output.all_input_nodes:
-        if phase_of(output) is Phase.BACKWARD:
-            needed.add(owner[output])
-    for tensor in found:
-        if tensor.is_late and not tensor.base.meta.get("recompute"):
-            memory = owner[tensor.base]
-            tensor.moved = memory.op == "call_function" and memory not in needed
+        if phase_of(node) is Phase.FORWARD or node in views:
+            continue
+        parts = [(i, arg) for i, arg in enumerate(node.args) if isinstance(arg, fx.Node)]
+        mine = {arg for i, arg in parts if (node, i) in quantised}
+        other = {arg for i, arg in parts if (node, i) not in quantised}
+        needed |= {owner[n] for n in node.all_input_nodes if n in other or n not in mine}
+    return needed

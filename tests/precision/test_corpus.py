@@ -29,7 +29,7 @@ def _pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gradient_order.ASSUMED, "cpu", QUICK)
 
 
-def _made(entry: CorpusModel) -> tuple[nn.Module, Any, Any]:
+def made(entry: CorpusModel) -> tuple[nn.Module, Any, Any]:
     """Without dropout, which draws other numbers in other types."""
     model, args, kwargs = entry.make()
     for module in model.modules():
@@ -54,7 +54,7 @@ def _double(value: object) -> object:
 def _errors(name: str) -> tuple[float, float]:
     """Relative errors of all gradients together: under autocast, and with the pass."""
     entry = CORPUS[name]
-    model, args, kwargs = _made(entry)
+    model, args, kwargs = made(entry)
     wide = copy.deepcopy(model).double()
     doubled = {k: _double(v) for k, v in kwargs.items()}
     exact = _gradients(entry, wide, tuple(map(_double, args)), doubled)
@@ -81,7 +81,7 @@ def test_training_goes_as_in_float32(name: str) -> None:
     entry = CORPUS[name]
     losses: list[list[float]] = []
     for spec in ("cleanup", SPEC):
-        model, args, kwargs = _made(entry)
+        model, args, kwargs = made(entry)
         graphopt.optimize(model, passes=spec, backend="eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         losses.append([])
