@@ -39,9 +39,9 @@ class Format:
 # root: 32 unit roundoffs, so 0.125 for bfloat16 and 0.016 for float16.
 _ROUNDINGS = 32
 
-# Operands of 8 bits are rounded once per product. The gradients of the corpus's models were 0.05 off
-# together (median), and more where they cancel or a ReLU changes sides: verification adds what the
-# rounding alone does to a model.
+# Operands of 8 bits are rounded once per product, by at most an eighth of what shares their scale,
+# and a sum of many averages that. Where gradients cancel or a ReLU changes sides there is no bound:
+# verification adds what the rounding alone does to a model.
 FORMATS = {
     format.name: format
     for format in (
