@@ -20,6 +20,7 @@ from graphopt.analysis.effects import writes
 from graphopt.graph import Graph
 from graphopt.model.comparison import same
 from graphopt.model.trial import Trial, cotangent
+from graphopt.ops.unrounded import unrounded
 from graphopt.plan import Role, Slot
 
 # Inputs and vectors (scales and shifts of norms, biases) times this; matrices stay as they are, or
@@ -73,9 +74,9 @@ def first_difference(before: Graph, after: Graph, inputs: Sequence[Tensor], tria
 def rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
-    In a short type (bfloat16, float16) it is what the graph's own rounding makes of it: how far it
-    is from the same graph in float32. There a bound from changed inputs would hide real faults. In
-    other types it is what a change of all inputs by their last digits makes of it.
+    In a short type (bfloat16, float16) or format it is what the graph's own rounding makes of it:
+    how far it is from the same graph in float32. There a bound from changed inputs would hide real
+    faults. In other types it is what a change of all inputs by their last digits makes of it.
 
     Args:
         graph: as it was captured; not changed.
@@ -99,7 +100,7 @@ def _rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dic
     epsilon = coarsest(graph)
     values = _values(graph, inputs, lambda slot, value: value)
     exact, _ = _run(graph, values, trial)
-    if epsilon > SHORT:
+    if epsilon > SHORT or any(unrounded(node.target) for node in graph.operators):
         other, _ = _run(graph, values, trial, _Widened)
         factor = ROUNDINGS
     else:
@@ -202,7 +203,7 @@ class _Watched(fx.Interpreter):
 
 
 class _Widened(_Watched):
-    """Runs a graph in float32 where it computes in a shorter type."""
+    """Runs a graph in float32 where it computes in a shorter type, without what it rounds."""
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
@@ -210,6 +211,8 @@ class _Widened(_Watched):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """In float32, but with the random numbers, and only the kernels, that there are."""
+        if without := unrounded(target):
+            return without(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
             try:
                 wide = tree_map_only(torch.dtype, _wide, (args, kwargs))

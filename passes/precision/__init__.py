@@ -16,9 +16,11 @@ from graphopt.graph import Graph, module_of, module_stack, operator_name
 from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
 from graphopt.passes.precision.calibrated import Calibrated, check_budget
 from graphopt.passes.precision.decision import Question, decide
+from graphopt.passes.precision.emulated import apply_emulated
 from graphopt.passes.precision.findings import Findings
 from graphopt.passes.precision.formats import FORMATS
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
+from graphopt.passes.precision.recipes import recipe_of
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind
 from graphopt.passes.precision.scaling import scale_gradients
@@ -35,7 +37,11 @@ class Precision(Pass):
     stay in float32.
 
     Attributes:
-        format: ``bf16`` or ``fp16``.
+        format: ``bf16`` or ``fp16``; or ``flex16``, ``mxfp8`` or ``float8``, which are emulated:
+            the operands of products are rounded to them and multiplied in float32, by the device's
+            own product with scales where it has one. Nothing gets faster by emulation, so
+            whoever names such a format wants it: every product is lowered but those of `keep`,
+            and `policy`, `cost` and `sums` have no say.
         policy: ``mincut``, or ``tf`` for the propagation rules of TensorFlow's graph pass.
         cost: ``measure`` times each operator on this device, ``roofline`` assumes one.
         keep: patterns of module names that stay in float32, as ``head*|*.norm``.
@@ -48,6 +54,10 @@ class Precision(Pass):
             do not fit the format are kept in float32.
         budget: the largest expected change of the loss, by the calibration; 0 for any. The fastest
             choice within it is taken.
+        granularity: of the scales of ``float8``: one per ``tensor``, gradients in e5m2, or one per
+            ``row`` along the contracted axis, all in e4m3, powers of two.
+        scaling: of the scales of ``mxfp8``: ``floor`` as OCP has it, where the largest elements of
+            a block may saturate, or ``rceil``, the least power of two where none does.
     """
 
     name: ClassVar[str] = "precision"
@@ -59,12 +69,14 @@ class Precision(Pass):
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"
     )
 
-    format: Literal["bf16", "fp16"] = "bf16"
+    format: Literal["bf16", "fp16", "flex16", "mxfp8", "float8"] = "bf16"
     policy: Literal["mincut", "tf"] = "mincut"
     cost: Literal["measure", "roofline"] = "measure"
     keep: tuple[str, ...] = ()
     sums: Literal["wide", "low"] = "wide"
     loss_scale: Literal["dynamic", "none"] = "dynamic"
+    granularity: Literal["tensor", "row"] = "tensor"
+    scaling: Literal["floor", "rceil"] = "floor"
     calibration: str = ""
     budget: float = 0.0
 
@@ -78,8 +90,7 @@ class Precision(Pass):
 
     @property
     def _scales(self) -> bool:
-        """Whether gradients need a scale: in formats of a smaller range than float32."""
-        return self.loss_scale == "dynamic" and not FORMATS[self.format].wide
+        return self.loss_scale == "dynamic" and FORMATS[self.format].loses_gradients
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
@@ -93,6 +104,9 @@ class Precision(Pass):
             detail = "the model or autocast has chosen lower precision itself"
             return Outcome(declined=(Declined("graph", "lowered-already", detail),))
         format = FORMATS[self.format]
+        options = {"granularity": self.granularity, "scaling": self.scaling}
+        if recipe := recipe_of(self.format, options):
+            return apply_emulated(graph, format, recipe, kept)
         known = Calibrated.load(self.calibration, graph, format) if self.calibration else None
         whole = problem = find_problem(graph, format, kept)
         ruled_out: dict[fx.Node, Declined] = {}
