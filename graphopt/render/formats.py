@@ -159,6 +159,9 @@ def _lines(totals: Row) -> Iterator[tuple[str, str]]:
         "kept": "measured on this device in an earlier run",
         "roofline": "roofline of an assumed device; not measured",
     }
+    if totals["float32_us"] is None:
+        yield "time", "not asked for: the format is emulated, so nothing gets faster"
+        return
     yield (
         "time",
         f"{_ms(of['float32_us'])} ms in float32, {_ms(of['chosen_us'])} ms as chosen, casts "

@@ -200,8 +200,8 @@ def _wrong(
         "leave the policy out",
     )
     yield (
-        bool(budget) and format not in FORMATS,
-        f"precision: calibrations say nothing of rounding to {format}, so no budget can be kept",
+        bool(calibration) and format not in FORMATS,
+        f"precision: calibrations say nothing of rounding to {format}, which is emulated",
         f"format={' or format='.join(FORMATS)}",
     )
 

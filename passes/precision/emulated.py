@@ -14,10 +14,12 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from graphopt.analysis.cost import cost
 from graphopt.analysis.liveness import liveness
 from graphopt.graph import KEPT_META, Graph, operator_name, phase_of, value_of
 from graphopt.ops.scaled_mm import has_scaled_mm
 from graphopt.passbase import Applied, Declined, Outcome
+from graphopt.passes.precision.emulated_table import product_rows, totals_row
 from graphopt.passes.precision.formats import Format
 from graphopt.passes.precision.operands import (
     PRODUCTS,
@@ -45,24 +47,26 @@ def apply_emulated(
     """
     aside = leading_aside(graph)
     products: list[fx.Node] = []
-    declined: list[Declined] = []
+    against: dict[fx.Node, Declined] = {}
     for node, kind in kinds(graph, format).items():
         if kind is not Kind.ALLOW or node in aside or not computes_float32(node):
             continue
         code, words = reason_against(node, recipe)
         if node in kept:
-            declined.append(Declined(node.name, "kept", "its module is kept in float32"))
+            against[node] = Declined(node.name, "kept", "its module is kept in float32")
         elif code:
-            declined.append(Declined(node.name, code, f"{operator_name(node)}: {words}"))
+            against[node] = Declined(node.name, code, f"{operator_name(node)}: {words}")
         else:
             products.append(node)
+    declined = tuple(against.values())
     if reason := _lacking(products, format):
         return Outcome(declined=(*declined, Declined("graph", "not-on-this-device", reason)))
     if not products:
         detail = "there is no product whose operands can be rounded"
         return Outcome(declined=(*declined, Declined("graph", "nothing-to-lower", detail)))
     names = [(node.name, operator_name(node)) for node in products]
-    before = graph.get(liveness).saved_bytes
+    before, costs = graph.get(liveness).saved_bytes, graph.get(cost)
+    rows = product_rows(format, products, against, costs)
     tensors = emulate(graph, recipe, products)
     after = graph.get(liveness).saved_bytes
     applied = [Applied(name, f"{target} runs in {format.name}") for name, target in names]
@@ -72,7 +76,10 @@ def apply_emulated(
         wide = sum(tensor.wide for tensor in tensors)
         saved = {"before": before, "after": after, "tensors saved in float32": wide}
         applied.append(Applied("activations", "bytes saved for backward", saved))
-    return Outcome(tuple(applied), tuple(declined))
+    both = {"before": before, "after": after}
+    totals = totals_row(format, rows, [t.base for t in tensors], costs, both)
+    tables = {"operators": rows, "totals": (totals,)}
+    return Outcome(tuple(applied), declined, tables=tables)
 
 
 def _lacking(products: Iterable[fx.Node], format: Format) -> str:

@@ -436,3 +436,19 @@ def test_a_weight_that_is_not_a_matrix_of_a_layer() -> None:
         n for n in quantisers(graph) if n.args[0].name == "w" and phase_of(n) is Phase.FORWARD
     ]
     assert [n.args[1] for n in weights] == [2]
+
+
+def test_the_table_of_products() -> None:
+    _, outcome = applied("mxfp8", Picture(), torch.randn(2, 3, 8, 8))
+    rows, (totals,) = outcome.tables["operators"], outcome.tables["totals"]
+    formats = {row["operator"]: (row["format"], row["reason"]) for row in rows}
+    assert formats["aten.convolution.default"] == ("float32", "no-axis")
+    assert ("mxfp8", "") in formats.values()
+    assert totals["operators"] == len(rows)
+    assert totals["lowered"] == sum(row["format"] == "mxfp8" for row in rows)
+    assert totals["float32_us"] is None
+
+
+def test_a_calibration_says_nothing_of_it() -> None:
+    with pytest.raises(ArgumentError, match="say nothing of rounding to mxfp8"):
+        Precision(format="mxfp8", calibration="ranges.json")
