@@ -35,6 +35,7 @@ NOISE = 64.0
 SHORT = 1e-4
 ROUNDINGS = 8.0
 
+
 def no_state(name: str) -> Tensor:
     """For graphs without state."""
     raise KeyError(name)

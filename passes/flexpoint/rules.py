@@ -85,9 +85,7 @@ def packet_of(node: fx.Node) -> str:
 def is_float32(value: object) -> bool:
     """Whether a fake value is one dense float32 tensor."""
     return (
-        isinstance(value, Tensor)
-        and value.dtype is torch.float32
-        and value.layout is torch.strided
+        isinstance(value, Tensor) and value.dtype is torch.float32 and value.layout is torch.strided
     )
 
 
@@ -194,9 +192,7 @@ def _puts_in_large(node: fx.Node) -> bool:
 
 def _scales_up(node: fx.Node, packet: str) -> bool:
     """Whether it is ``(1 - mask) * -10000``."""
-    return packet == "mul" and any(
-        isinstance(a, int | float) and a <= -_MASKING for a in node.args
-    )
+    return packet == "mul" and any(isinstance(a, int | float) and a <= -_MASKING for a in node.args)
 
 
 def _overlaps(node: fx.Node) -> bool:

@@ -104,7 +104,10 @@ class _Finder:
             for reason, detail in self._of_operator(node, name):
                 return reason, detail
         if all(user is not self.output and rules.reads_float(user, node) for user in node.users):
-            return "float-operand", f"what reads {name} needs all bits of a probability or statistic"
+            return (
+                "float-operand",
+                f"what reads {name} needs all bits of a probability or statistic",
+            )
         return "", ""
 
     def _of_operator(self, node: fx.Node, name: str) -> list[tuple[str, str]]:
