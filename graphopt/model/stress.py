@@ -85,8 +85,8 @@ def rounding_noise(
 ) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
-    In a short type (bfloat16, float16), and where operators round, it is what the graph's own rounding makes of it: how far it
-    is from the same graph in float32. There a bound from changed inputs would hide real faults. In
+    In a short type (bfloat16, float16), and where operators round, it is what the graph's own
+    rounding makes of it: how far it is from the same graph in float32. There a bound from changed inputs would hide real faults. In
     other types it is what a change of all inputs by their last digits makes of it.
 
     Args:

@@ -22,7 +22,7 @@ from graphopt.graph import KEPT_META, Graph, phase_of, value_of
 from graphopt.ops.flex import UNKNOWN
 from graphopt.passes.flexpoint import rules
 from graphopt.passes.flexpoint.values import Values
-from graphopt.plan import Phase, Role, Slot
+from graphopt.plan import Phase, Role
 from graphopt.rewrite import emit
 
 aten = torch.ops.aten
@@ -190,7 +190,7 @@ class _Rewriter:
 
     def _unknown(self, like: fx.Node) -> fx.Node:
         value: torch.Tensor = value_of(self.values.roots[0])
-        kwargs = {"dtype": torch.int32, "device": value.device}
+        kwargs: dict[str, Any] = {"dtype": torch.int32, "device": value.device}
         node = self.graph.fx.call_function(aten.full.default, ([], UNKNOWN), kwargs)
         node.meta = {**like.meta, "val": value.new_empty((), dtype=torch.int32)}
         return node

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,7 +20,7 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._versions = WeakIdKeyDictionary()
+        self._versions: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
     @torch.no_grad()
     def round(self, part: FlexTensors, step: Step, exponents: Tensor, seed: Tensor | None) -> None:
