@@ -129,7 +129,17 @@ def is_result(node: fx.Node) -> bool:
 def reads_float(reader: fx.Node, value: fx.Node) -> bool:
     """Whether an operator has to read a value in float32."""
     positions = _FLOAT_OPERANDS.get(packet_of(reader), frozenset())
+    if packet_of(reader) == "sigmoid_backward" and is_inside_loss(reader.args[0]):
+        positions = frozenset({0, 1})
     return any(reader.args[i] is value for i in positions if i < len(reader.args))
+
+
+def is_inside_loss(node: object) -> bool:
+    """Whether a value is the gradient of probabilities, which has no range of its own.
+
+    It is as large as its probability is small, and the backward of a sigmoid undoes that.
+    """
+    return isinstance(node, fx.Node) and packet_of(node) == "binary_cross_entropy_backward"
 
 
 def is_constant(node: fx.Node) -> bool:

@@ -120,6 +120,8 @@ class _Finder:
             found.append(("drawn", f"{name} draws random numbers"))
         elif not rules.is_result(node):
             found.append(("statistic", "it is what its operator gives beside its result"))
+        elif rules.is_inside_loss(node):
+            found.append(("inside-loss", "gradients of probabilities have no range of their own"))
         elif node.op == "call_function" and writes(node):
             found.append(("in-place", f"{name} writes in place"))
         elif rules.is_inside_softmax(node, self.views):
