@@ -90,7 +90,9 @@ def chosen_exponent(amax_bits: Tensor, mantissa: int) -> Tensor:
     # Beyond M + 1/2, which ties to M + 1, amax needs one more power of two.
     limit = 2**_FRACTION_BITS - (1 << (_FRACTION_BITS + 1 - mantissa))
     fraction = amax_bits & (2**_FRACTION_BITS - 1)
-    chosen: Tensor = (amax_bits >> _FRACTION_BITS) - _BIAS - mantissa + 2 + (fraction >= limit).int()
+    chosen: Tensor = (
+        (amax_bits >> _FRACTION_BITS) - _BIAS - mantissa + 2 + (fraction >= limit).int()
+    )
     return chosen.clamp(LEAST_EXPONENT, MOST_EXPONENT)
 
 

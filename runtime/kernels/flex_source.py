@@ -79,7 +79,8 @@ void run(const float* x, Out* out, int64_t n, int32_t e, int32_t limit, const in
     const float zero = unit - unit;
     int32_t amax = 0;
     int64_t saturated = 0, nans = 0;
-    #pragma omp parallel for num_threads(threads) reduction(max : amax) reduction(+ : saturated, nans)
+    #pragma omp parallel for num_threads(threads) reduction(max : amax) \
+        reduction(+ : saturated, nans)
     for (int64_t block = 0; block < (n + kBlock - 1) / kBlock; ++block) {
         const int64_t start = block * kBlock, size = n - start < kBlock ? n - start : kBlock;
         const float* in = x + start;
