@@ -40,6 +40,7 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.ops.philox import words
+from graphopt.ops.unrounded import declare, read
 
 UNKNOWN = -(2**31)
 # 2^-E and 2^E are normal float32 numbers between these.
@@ -244,6 +245,11 @@ def _fake_round(
     return torch.empty_like(x), x.new_empty(4, dtype=torch.int32)
 
 
+def _kept(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """A quantiser that keeps the values; its statistics say nothing."""
+    return x, torch.zeros(4, dtype=torch.int32, device=x.device)
+
+
 for _name, _kernel, _fake in (
     ("flex_quantise", flex_quantise, _fake_quantise),
     ("flex_dequantise", flex_dequantise, _fake_dequantise),
@@ -252,3 +258,4 @@ for _name, _kernel, _fake in (
     # One kernel for every device; `graphopt.runtime.kernels` brings faster ones for some.
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graphopt::{_name}", _fake, lib=_library)
+declare({"flex_quantise": _kept, "flex_round": _kept, "flex_dequantise": read})
