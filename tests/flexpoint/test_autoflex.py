@@ -153,7 +153,7 @@ def test_consecutive_overflows_are_few(jump: float) -> None:
     amax, count = torch.tensor([jump]), 0
     most = math.ceil(math.log(max(1.0, jump / (32767 * 2.0 ** int(memory.exponents))), 8))
     for _ in range(40):
-        gamma, unit = mantissas(bits_of(amax), memory.exponents, WIDE)
+        _gamma, unit = mantissas(bits_of(amax), memory.exponents, WIDE)
         count += bool((amax.double() / unit).round() > 32767)
         renew(RULES["paper"], memory, bits_of(amax), WIDE)
     assert count <= most

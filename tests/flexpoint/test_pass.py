@@ -98,7 +98,7 @@ def test_gradients_and_outputs_are_flex_values() -> None:
 
 def test_statistics_of_norms_stay_as_they_are() -> None:
     graph = _graph(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(4, 8))
-    outcome, _ = _applied(graph)
+    _outcome, _ = _applied(graph)
     (norm,) = [n for n in graph.operators if "native_layer_norm.default" in operator_name(n)]
     readers = {n.args[1]: list(n.users) for n in norm.users}
     assert "flex_quantise" in operator_name(readers[0][0]) or "flex_round" in operator_name(
@@ -148,7 +148,7 @@ def test_other_types_are_left_alone() -> None:
     graph = _graph(Mixed(), torch.randn(4, 2, requires_grad=True), torch.arange(3))
     outcome, _ = _applied(graph)
     assert {"x", "tangent_0"} >= {a.site for a in outcome.applied} - {"activations"} - {
-        name for name in (n.name for n in graph.operators)
+        n.name for n in graph.operators
     }
     kinds = {value_of(n).dtype for n in graph.operators if isinstance(value_of(n), Tensor)}
     assert kinds >= {torch.float64, torch.int64, torch.complex64}
