@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -63,7 +63,6 @@ def test_torchs_casts_are_right(dtype: torch.dtype) -> None:
 
 
 def test_casts_are_those_of_ml_dtypes() -> None:
-    ml_dtypes: Any = pytest.importorskip("ml_dtypes")
     x = rows_at_every_exponent(32, seed=3)
     for dtype, name in ((E4M3, "float8_e4m3fn"), (E5M2, "float8_e5m2")):
         values, scale = ops.float8_quantise(x, dtype, 1, True)

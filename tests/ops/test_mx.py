@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
 
+import ml_dtypes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +91,6 @@ def test_reading_back_is_exact() -> None:
 
 
 def test_elements_are_those_of_ml_dtypes() -> None:
-    ml_dtypes: Any = pytest.importorskip("ml_dtypes")
     x = rows_at_every_exponent(32, seed=1)
     x = x[x.abs().amax(1) > 0]
     values, scales = mx.mx_quantise(x, 1, "rceil")
