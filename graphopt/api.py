@@ -144,7 +144,7 @@ class Compiler(Specialiser):
 
     def _notes(self) -> tuple[str, ...]:
         groups = mesh_of(None).groups
-        reduced = any("dp" in pass_.communicates for pass_ in self.pipeline.passes)
+        reduced = any(pass_.reduces for pass_ in self.pipeline.passes)
         if reduced or all(group.size() == 1 for group in groups.values()):
             return ()
         return (

@@ -56,6 +56,7 @@ PLAN_PARTS = _table(
     "plan.part:PlanPart",
     group_gradients="graphopt.plan.group_gradients:Reduction",
     kfac="graphopt.plan.kfac:Curvature",
+    precision="graphopt.plan.precision:LossScaling",
 )
 RUNTIME_PARTS = _table(
     "runtime_parts",
@@ -63,6 +64,7 @@ RUNTIME_PARTS = _table(
     "runtime.part:RuntimePart",
     group_gradients="graphopt.runtime.group_gradients:GroupGradients",
     kfac="graphopt.runtime.kfac:Kfac",
+    precision="graphopt.runtime.precision:Precision",
 )
 BACKENDS = _table(
     "backends",
