@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graphopt.ops import convolution, ctc, expect, frozen, moments, rnn, statistics, wire
+from graphopt.ops import convolution, ctc, expect, flex, frozen, moments, rnn, statistics, wire
 
-__all__ = ["convolution", "ctc", "expect", "frozen", "moments", "rnn", "statistics", "wire"]
+__all__ = ["convolution", "ctc", "expect", "flex", "frozen", "moments", "rnn", "statistics", "wire"]
