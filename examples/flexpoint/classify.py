@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR
 
 from examples.flexpoint.data import Batch, digits_on_photographs, shifted_digits
-from examples.flexpoint.formats import ALL, hold_exponents, prepare, scaler_of
+from examples.flexpoint.formats import ALL, hold_exponents, prepare, statistics
 from examples.flexpoint.models import AlexNet, ResNet
 
 TEST_BATCH, TEST_BATCHES = 180, 2  # the 360 digits that are not trained on
@@ -28,12 +28,14 @@ class Run:
     Attributes:
         losses: the training loss of every step; for a GAN, the critic's estimate of the distance.
         test: what was measured afterwards, by name.
+        flex: what flexpoint has counted, see `statistics`.
         seconds: of the training.
         models: what was trained.
     """
 
     losses: list[float] = field(default_factory=list)
     test: dict[str, float] = field(default_factory=dict)
+    flex: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     models: tuple[nn.Module, ...] = ()
 
@@ -83,23 +85,23 @@ class Classifier:
             model.parameters(), self.rate, momentum=self.momentum, weight_decay=self.decay
         )
         schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
-        scaler = scaler_of(chosen)
         batches = self.batches(seed, self.batch)
-        prepare(model, chosen)
+        images, labels = next(batches)
+        prepare(model, chosen, images)
         torch.manual_seed(seed)
         run = Run(models=(model,))
         start = time.perf_counter()
         for _ in range(min(steps or self.steps, self.steps)):
-            images, labels = next(batches)
             hold_exponents(model, chosen)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            optimizer.step()
             schedule.step()
             run.losses.append(loss.item())
+            images, labels = next(batches)
         run.seconds = time.perf_counter() - start
+        run.flex = statistics(model)
         run.test = self._test(model)
         return run
 

@@ -11,7 +11,7 @@ from torch.optim import RMSprop
 
 from examples.flexpoint.classify import Run
 from examples.flexpoint.data import digits
-from examples.flexpoint.formats import ALL, hold_exponents, prepare, scaler_of
+from examples.flexpoint.formats import ALL, hold_exponents, prepare, statistics
 from examples.flexpoint.models import CODE, Critic, Generator
 
 DIRECTIONS = 512  # of the sliced Wasserstein distance
@@ -48,12 +48,11 @@ class Gan:
         chosen = ALL[format]
         torch.manual_seed(seed)
         generator, critic = Generator().train(), Critic().train()
-        prepare(generator, chosen)
-        prepare(critic, chosen)
-        makes, judges = (RMSprop(m.parameters(), self.rate) for m in (generator, critic))
-        scalers = [scaler_of(chosen) for _ in range(2)]
-        draw = torch.Generator().manual_seed(seed)
         images = 2 * digits()[0] - 1
+        prepare(generator, chosen, torch.zeros(self.batch, CODE))
+        prepare(critic, chosen, images[: self.batch])
+        makes, judges = (RMSprop(m.parameters(), self.rate) for m in (generator, critic))
+        draw = torch.Generator().manual_seed(seed)
         run = Run(models=(critic, generator))
         start = time.perf_counter()
         for _ in range(steps or self.steps):
@@ -65,9 +64,8 @@ class Gan:
                 hold_exponents(critic, chosen)
                 judges.zero_grad()
                 loss = critic(made).mean() - critic(real).mean()
-                scalers[0].scale(loss).backward()
-                scalers[0].step(judges)
-                scalers[0].update()
+                loss.backward()
+                judges.step()
                 with torch.no_grad():
                     for p in critic.parameters():
                         p.clamp_(-self.clip, self.clip)
@@ -77,10 +75,10 @@ class Gan:
             hold_exponents(generator, chosen)
             makes.zero_grad()
             loss = -critic(generator(torch.randn(self.batch, CODE, generator=draw))).mean()
-            scalers[1].scale(loss).backward()
-            scalers[1].step(makes)
-            scalers[1].update()
+            loss.backward()
+            makes.step()
         run.seconds = time.perf_counter() - start
+        run.flex = statistics(critic, generator)
         run.test = {"sliced Wasserstein": _distance(generator, images)}
         return run
 
