@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-from graphopt.ops import convolution, ctc, expect, flex, frozen, moments, rnn, statistics, wire
+from graphopt.ops import (
+    convolution,
+    ctc,
+    expect,
+    flex,
+    frozen,
+    int16_mm,
+    moments,
+    pairs,
+    rnn,
+    statistics,
+    wire,
+)
 
-__all__ = ["convolution", "ctc", "expect", "flex", "frozen", "moments", "rnn", "statistics", "wire"]
+__all__ = [
+    "convolution",
+    "ctc",
+    "expect",
+    "flex",
+    "frozen",
+    "int16_mm",
+    "moments",
+    "pairs",
+    "rnn",
+    "statistics",
+    "wire",
+]

@@ -68,7 +68,7 @@ _library.define(
 
 def largest_mantissa(mantissa: int) -> int:
     """M, the largest magnitude of a mantissa of that many bits, sign included."""
-    return 2 ** (mantissa - 1) - 1
+    return (1 << (mantissa - 1)) - 1
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -81,15 +81,18 @@ def power_of_two(exponent: Tensor) -> Tensor:
         float32 of the same shape.
     """
     clamped = exponent.clamp(LEAST_EXPONENT, MOST_EXPONENT)
-    return ((clamped + _BIAS) << _FRACTION_BITS).view(torch.float32)
+    bits = (clamped + _BIAS) << _FRACTION_BITS
+    return bits.view(torch.float32)
 
 
 def chosen_exponent(amax_bits: Tensor, mantissa: int) -> Tensor:
     """The least E, -126 to 126, with ``round(amax / 2^E) <= M``; int32 like `amax_bits`."""
     # Beyond M + 1/2, which ties to M + 1, amax needs one more power of two.
-    limit = 2**_FRACTION_BITS - 2 ** (_FRACTION_BITS + 1 - mantissa)
+    limit = 2**_FRACTION_BITS - (1 << (_FRACTION_BITS + 1 - mantissa))
     fraction = amax_bits & (2**_FRACTION_BITS - 1)
-    chosen = (amax_bits >> _FRACTION_BITS) - _BIAS - mantissa + 2 + (fraction >= limit).int()
+    chosen: Tensor = (
+        (amax_bits >> _FRACTION_BITS) - _BIAS - mantissa + 2 + (fraction >= limit).int()
+    )
     return chosen.clamp(LEAST_EXPONENT, MOST_EXPONENT)
 
 
@@ -142,7 +145,8 @@ def _check_exponent(x: Tensor, exponent: Tensor) -> None:
         )
 
 
-def _check_mantissas(mantissas: Tensor, exponent: Tensor) -> None:
+def check_mantissas(mantissas: Tensor, exponent: Tensor) -> None:
+    """Raise `ArgumentError` unless they are int16 with one int32 exponent."""
     if mantissas.dtype is not torch.int16:
         raise ArgumentError(
             f"mantissas of flex tensors are int16, not {mantissas.dtype}",
@@ -195,7 +199,7 @@ def flex_quantise(
 
 def flex_dequantise(mantissas: Tensor, exponent: Tensor) -> Tensor:
     """The reference of `graphopt::flex_dequantise`, on every device."""
-    _check_mantissas(mantissas, exponent)
+    check_mantissas(mantissas, exponent)
     values = torch.empty_like(mantissas, dtype=torch.float32)
     return torch.mul(mantissas.to(torch.float32), power_of_two(exponent), out=values)
 
@@ -226,7 +230,7 @@ def _fake_quantise(
 
 
 def _fake_dequantise(mantissas: Tensor, exponent: Tensor) -> Tensor:
-    _check_mantissas(mantissas, exponent)
+    check_mantissas(mantissas, exponent)
     return torch.empty_like(mantissas, dtype=torch.float32)
 
 

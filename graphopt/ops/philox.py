@@ -2,8 +2,8 @@
 
 The generator is counter-based (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC 2011): a word is a function of a key and a counter. Element i takes word ``i % 4`` of
-the counter (i // 4 low, i // 4 high, step, use) under the key `seed`. So the order of threads, tiles
-and ranks does not matter, and a step can be repeated.
+the counter (i // 4 low, i // 4 high, step, use) under the key `seed`. So the order of threads,
+tiles and ranks does not matter, and a step can be repeated.
 """
 
 from __future__ import annotations
