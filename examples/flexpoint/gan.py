@@ -20,8 +20,9 @@ MADE = 1437  # images for it, as many as there are for training
 
 @dataclass(frozen=True)
 class Gan:
-    """The task: hyperparameters of Arjovsky et al., arXiv 1701.07875, with a ten times as large a learning
-    rate and wider bounds, as trainings are short.
+    """The task, after Arjovsky et al., arXiv 1701.07875.
+
+    The learning rate is ten times theirs and the bounds are wider, as trainings are short.
 
     Attributes:
         steps: updates of the generator.

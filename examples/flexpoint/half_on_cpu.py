@@ -47,7 +47,9 @@ class HalfOnCpu(Pass):
                 part.meta["val"] = node.meta["val"][part.args[1]]
                 with graph.fx.inserting_after(part):
                     rounded = emit(graph, _CAST, part, dtype=torch.float16, like=part)
-                part.replace_all_uses_with(rounded, delete_user_cb=lambda user, r=rounded: user is not r)
+                part.replace_all_uses_with(
+                    rounded, delete_user_cb=lambda user, r=rounded: user is not r
+                )
             applied.append(Applied(node.name, "computes in float32"))
         if applied:
             graph.changed()
