@@ -35,6 +35,7 @@ NOISE = 64.0
 SHORT = 1e-4
 ROUNDINGS = 8.0
 
+
 def no_state(name: str) -> Tensor:
     """For graphs without state."""
     raise KeyError(name)
@@ -84,9 +85,10 @@ def rounding_noise(
 ) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
-    In a short type (bfloat16, float16), and where operators round, it is what the graph's own rounding makes of it: how far it
-    is from the same graph in float32. There a bound from changed inputs would hide real faults. In
-    other types it is what a change of all inputs by their last digits makes of it.
+    In a short type (bfloat16, float16), and where operators round, it is what the graph's own
+    rounding makes of it: how far it is from the same graph in float32. There a bound from changed
+    inputs would hide real faults. In other types it is what a change of all inputs by their last
+    digits makes of it.
 
     Args:
         graph: as it was captured, or as a pass has left it; not changed.

@@ -138,9 +138,7 @@ class Flexpoint(Pass):
             weights={} if self.master_weights else _trained(graph, values),
         )
 
-    def _state(
-        self, graph: Graph, values: Values, part: FlexTensors, ctx: PassContext
-    ) -> State:
+    def _state(self, graph: Graph, values: Values, part: FlexTensors, ctx: PassContext) -> State:
         """Inputs for the exponents, unknown at first, and the seed."""
         like: torch.Tensor = value_of(values.roots[0])
         device = like.device

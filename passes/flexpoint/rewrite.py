@@ -22,7 +22,7 @@ from graphopt.graph import KEPT_META, Graph, phase_of, value_of
 from graphopt.ops.flex import UNKNOWN
 from graphopt.passes.flexpoint import rules
 from graphopt.passes.flexpoint.values import Values
-from graphopt.plan import Phase, Role, Slot
+from graphopt.plan import Phase, Role
 from graphopt.rewrite import emit
 
 aten = torch.ops.aten
@@ -189,9 +189,11 @@ class _Rewriter:
             self._round(root, found[root], phase)
 
     def _unknown(self, like: fx.Node) -> fx.Node:
-        device = value_of(self.values.roots[0]).device
-        kwargs = {"dtype": torch.int32, "device": device}
-        return emit(self.graph, aten.full.default, [], UNKNOWN, like=like, **kwargs)
+        value: torch.Tensor = value_of(self.values.roots[0])
+        kwargs: dict[str, Any] = {"dtype": torch.int32, "device": value.device}
+        node = self.graph.fx.call_function(aten.full.default, ([], UNKNOWN), kwargs)
+        node.meta = {**like.meta, "val": value.new_empty((), dtype=torch.int32)}
+        return node
 
     # -- tensors -----------------------------------------------------------------------------------
 
@@ -239,9 +241,7 @@ class _Rewriter:
 
     # -- what the backward reads of the forward ----------------------------------------------------
 
-    def _read_late(
-        self, reads: Sequence[_LateRead], used: Mapping[fx.Node, fx.Node]
-    ) -> None:
+    def _read_late(self, reads: Sequence[_LateRead], used: Mapping[fx.Node, fx.Node]) -> None:
         self.original = {rounded: root for root, rounded in self.rounded.items()}
         for reader, value, base in reads:
             if base in self.saved or self._alive(base):
@@ -289,9 +289,7 @@ class _Rewriter:
             with graph.fx.inserting_before(base.next):
                 statistics = self.statistics[root]
                 used = emit(graph, aten.select.int, statistics, 0, _USED, like=like)
-                both = emit(
-                    graph, ops.flex_quantise.default, base, used, self.mantissa, like=like
-                )
+                both = emit(graph, ops.flex_quantise.default, base, used, self.mantissa, like=like)
                 self.mantissas[base] = _item(graph, both, 0)
         return self.mantissas[base]
 

@@ -16,20 +16,24 @@ from torch import Tensor, fx
 from graphopt.graph import value_of
 from graphopt.rewrite import arguments
 
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
 # Operators whose results consist of elements of one operand, of their negatives and of zeros. These
 # are flex values with the operand's exponent. The position of the operand, and of several results
 # the one that it is about.
 _MOVES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(
-        """relu threshold_backward hardtanh_backward neg abs
-        clone lift_fresh_copy repeat flip roll tril triu
-        reflection_pad1d reflection_pad2d reflection_pad3d
-        replication_pad1d replication_pad2d replication_pad3d
-        index_select gather index embedding slice_backward select_backward
-        upsample_nearest1d upsample_nearest2d upsample_nearest3d
-        max_pool2d_with_indices max_pool3d_with_indices
-        adaptive_max_pool2d adaptive_max_pool3d amax amin max min sort topk kthvalue mode
-        median""".split(),
+        _names(
+            """relu threshold_backward hardtanh_backward neg abs clone lift_fresh_copy repeat flip
+        roll tril triu reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+        replication_pad2d replication_pad3d index_select gather index embedding slice_backward
+        select_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
+        amax amin max min sort topk kthvalue mode median"""
+        ),
         (0, 0),
     ),
     "copy": (1, 0),
@@ -37,14 +41,16 @@ _MOVES: Mapping[str, tuple[int, int]] = {
 
 # Results that are statistics, or what a backward continues from: only these results are tensors.
 _MAIN_RESULTS: Mapping[str, frozenset[int]] = dict.fromkeys(
-    """native_layer_norm native_group_norm native_batch_norm _fused_rms_norm
-    _native_batch_norm_legit _native_batch_norm_legit_functional
-    _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
-    _batch_norm_with_update _batch_norm_with_update_functional
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    nll_loss_forward nll_loss2d_forward multilabel_margin_loss_forward _ctc_loss
-    _weight_norm_interface""".split(),
+    _names(
+        """native_layer_norm native_group_norm native_batch_norm _fused_rms_norm
+        _native_batch_norm_legit _native_batch_norm_legit_functional
+        _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
+        _batch_norm_with_update _batch_norm_with_update_functional
+        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        nll_loss_forward nll_loss2d_forward multilabel_margin_loss_forward _ctc_loss
+        _weight_norm_interface"""
+    ),
     frozenset({0}),
 ) | {"_thnn_fused_lstm_cell": frozenset({0, 1}), "_thnn_fused_gru_cell": frozenset({0})}
 
@@ -66,12 +72,14 @@ _SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
 # What may mask the operand of a softmax: it and the softmax are one operator then.
 _BEFORE_SOFTMAX = frozenset({"add", "sub", "where", "masked_fill", "baddbmm"})
 
+_DRAWS = frozenset(_names("""rand randn bernoulli uniform normal exponential geometric cauchy"""))
+
 # A number that large, put in by the program, stands for infinity: what it masks is meant to vanish.
 _MASKING = 1e4
 _PUTS_IN = frozenset(
-    "full full_like new_full scalar_tensor fill masked_fill where constant_pad_nd".split()
+    _names("""full full_like new_full scalar_tensor fill masked_fill where constant_pad_nd""")
 )
-_KEEPS_MASK = frozenset("add sub where masked_fill cat stack maximum minimum clamp_min".split())
+_KEEPS_MASK = frozenset(_names("""add sub where masked_fill cat stack maximum minimum clamp_min"""))
 
 
 def packet_of(node: fx.Node) -> str:
@@ -85,9 +93,7 @@ def packet_of(node: fx.Node) -> str:
 def is_float32(value: object) -> bool:
     """Whether a fake value is one dense float32 tensor."""
     return (
-        isinstance(value, Tensor)
-        and value.dtype is torch.float32
-        and value.layout is torch.strided
+        isinstance(value, Tensor) and value.dtype is torch.float32 and value.layout is torch.strided
     )
 
 
@@ -123,7 +129,17 @@ def is_result(node: fx.Node) -> bool:
 def reads_float(reader: fx.Node, value: fx.Node) -> bool:
     """Whether an operator has to read a value in float32."""
     positions = _FLOAT_OPERANDS.get(packet_of(reader), frozenset())
+    if packet_of(reader) == "sigmoid_backward" and is_inside_loss(reader.args[0]):
+        positions = frozenset({0, 1})
     return any(reader.args[i] is value for i in positions if i < len(reader.args))
+
+
+def is_inside_loss(node: object) -> bool:
+    """Whether a value is the gradient of probabilities, which has no range of its own.
+
+    It is as large as its probability is small, and the backward of a sigmoid undoes that.
+    """
+    return isinstance(node, fx.Node) and packet_of(node) == "binary_cross_entropy_backward"
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -138,9 +154,7 @@ def is_drawn(node: fx.Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags or target.namespace != "aten":
         return False
-    return packet_of(node).removesuffix("_like").split("_")[0] in (
-        "rand randn bernoulli uniform normal exponential geometric cauchy poisson".split()
-    )
+    return packet_of(node).removesuffix("_like").removesuffix("_functional") in _DRAWS
 
 
 def masks_of(nodes: tuple[fx.Node, ...], views: frozenset[fx.Node]) -> frozenset[fx.Node]:
@@ -194,9 +208,7 @@ def _puts_in_large(node: fx.Node) -> bool:
 
 def _scales_up(node: fx.Node, packet: str) -> bool:
     """Whether it is ``(1 - mask) * -10000``."""
-    return packet == "mul" and any(
-        isinstance(a, int | float) and a <= -_MASKING for a in node.args
-    )
+    return packet == "mul" and any(isinstance(a, int | float) and a <= -_MASKING for a in node.args)
 
 
 def _overlaps(node: fx.Node) -> bool:

@@ -104,7 +104,10 @@ class _Finder:
             for reason, detail in self._of_operator(node, name):
                 return reason, detail
         if all(user is not self.output and rules.reads_float(user, node) for user in node.users):
-            return "float-operand", f"what reads {name} needs all bits of a probability or statistic"
+            return (
+                "float-operand",
+                f"what reads {name} needs all bits of a probability or statistic",
+            )
         return "", ""
 
     def _of_operator(self, node: fx.Node, name: str) -> list[tuple[str, str]]:
@@ -117,6 +120,8 @@ class _Finder:
             found.append(("drawn", f"{name} draws random numbers"))
         elif not rules.is_result(node):
             found.append(("statistic", "it is what its operator gives beside its result"))
+        elif rules.is_inside_loss(node):
+            found.append(("inside-loss", "gradients of probabilities have no range of their own"))
         elif node.op == "call_function" and writes(node):
             found.append(("in-place", f"{name} writes in place"))
         elif rules.is_inside_softmax(node, self.views):

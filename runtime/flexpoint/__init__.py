@@ -36,7 +36,8 @@ class Flexpoint(RuntimePart[FlexTensors]):
     [n], ``queue/<key>``, ``lengths/<key>``, ``seen/<key>`` and ``renewals/<key>`` (see
     `autoflex.Memory`), ``counters/<key>`` and ``bits/<key>`` (see `counters.count`), and within a
     step of several micro-batches ``waiting/<key>``, int64 [n, 4]; with stochastic rounding
-    ``seed``, int64 [2], and ``updates``, the number of steps.
+    ``seed``, int64 [2], whose second number grows with every micro-batch and is the same on all
+    ranks when a step ends.
     """
 
     name: ClassVar[str] = "flexpoint"
@@ -55,10 +56,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
         def begin(step: Step) -> None:
             if part.weights:
                 exponents = self.state[f"exponents/{part.key}"]
-                updates = self.state.get("updates")
-                if updates is None:
-                    updates = torch.zeros((), dtype=torch.int64, device=exponents.device)
-                self._weights.round(part, step, exponents, updates)
+                self._weights.round(part, step, exponents, self.state.get("seed"))
 
         def make(half: Half) -> Forward:
             return TakingForward(below(half), begin)
@@ -83,7 +81,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
         waiting = self.state.pop(f"waiting/{part.key}", None)
         self.state[f"waiting/{part.key}"] = rows if waiting is None else merged(rows, waiting)
         if part.stochastic:
-            self.state["seed"][1] += 1
+            _advance(self.state["seed"], step.ends)
         if not step.ends:
             return
         keys = sorted(k.removeprefix("waiting/") for k in self.state if k.startswith("waiting/"))
@@ -94,9 +92,6 @@ class Flexpoint(RuntimePart[FlexTensors]):
         for key, found in everything.items():
             self._renew(part, key, found)
         self._watch.look(everything[part.key], part.names)
-        if part.stochastic:
-            new = torch.zeros((), dtype=torch.int64, device=rows.device)
-            self.state.setdefault("updates", new).add_(1)
 
     def _renew(self, part: FlexTensors, key: str, rows: Tensor) -> None:
         """The exponents of one set of tensors; all sets of a model have the same options."""
@@ -133,7 +128,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
         hint = "load the state of this model, saved with the same options of flexpoint"
         for key in saved:
             table, _, name = key.partition("/")
-            if not (table in (*_TABLES, "waiting") if name else key in ("seed", "updates")):
+            if not (table in (*_TABLES, "waiting") if name else key == "seed"):
                 raise StateError(
                     f"the saved state has 'flexpoint/{key}', which is not flexpoint's", hint=hint
                 )
@@ -171,6 +166,20 @@ class Flexpoint(RuntimePart[FlexTensors]):
             for table in ("counters", "bits")
         ]
         return counters.note(*found)
+
+
+# How many micro-batches of one step have random numbers of their own.
+_MICRO_BATCHES = 2**20
+
+
+@torch.no_grad()
+def _advance(seed: Tensor, ends: bool) -> None:
+    """To the next micro-batch of a step, or to the next step."""
+    number = seed[1]
+    if ends:
+        number.copy_((number // _MICRO_BATCHES + 1) * _MICRO_BATCHES)
+    else:
+        number.add_(1)
 
 
 _MEMORY = ("queue", "lengths", "seen", "renewals")

@@ -39,8 +39,8 @@ def note(counters: Mapping[str, Tensor], bits: Mapping[str, Tensor]) -> tuple[st
     sums = total.sum(0).tolist()
     spent = sum(float(b.sum()) for b in bits.values())
     lines = [
-        f"flexpoint: {len(total)} tensors with {spent / max(1, sums[_SEEN]):.1f} bits in use beside "
-        f"the sign; {_rate(sums[SATURATED], sums[ELEMENTS])} of elements saturated, in "
+        f"flexpoint: {len(total)} tensors use {spent / max(1, sums[_SEEN]):.1f} bits beside the "
+        f"sign; {_rate(sums[SATURATED], sums[ELEMENTS])} of elements saturated, in "
         f"{sums[_OVERFLOWED]} of {sums[_SEEN]} tensors and steps"
     ]
     if sums[NANS]:
@@ -79,13 +79,13 @@ class Watch:
             self._report(found, names)
 
     def _on_gpu(self, found: Tensor, names: tuple[str, ...]) -> None:
-        if self._coming is not None and self._coming[1].query():
+        if self._coming is not None and self._coming[1].query():  # type: ignore[no-untyped-call]
             self._report(self._coming[0], names)
             self._coming = None
         if self._coming is None:
             place = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             place.copy_(found, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._coming = place, event
 

@@ -114,5 +114,5 @@ def over_ranks(ranks: Ranks, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     total = everything[0]
     for theirs in everything[1:]:
         total = merged(total, theirs)
-    parts = total.split([len(rows) for rows in own.values()])
+    parts = torch.split(total, [len(rows) for rows in own.values()])
     return dict(zip(own, parts, strict=True))

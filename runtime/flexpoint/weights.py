@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -9,9 +11,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from graphopt.plan.flexpoint import FlexTensors
 from graphopt.runtime.engine.step import Step
 from graphopt.runtime.flexpoint.statistics import WEIGHTS
-
-# Weights draw others than the tensors of the graph, whose seed begins with 0.
-_SEED = 1
 
 
 class Weights:
@@ -21,20 +20,19 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._versions = WeakIdKeyDictionary()
+        self._versions: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
     @torch.no_grad()
-    def round(self, part: FlexTensors, step: Step, exponents: Tensor, updates: Tensor) -> None:
+    def round(self, part: FlexTensors, step: Step, exponents: Tensor, seed: Tensor | None) -> None:
         """Make the parameters of a step flex values; their statistics stay in the step.
 
         Args:
             part: what to obey.
             step: that begins.
             exponents: int32 [n].
-            updates: int64 []; how many steps have ended, for stochastic rounding.
+            seed: int64 [2], that of the graph, where rounding is stochastic.
         """
         found: dict[int, Tensor] = {}
-        drawing = (torch.stack([torch.full_like(updates, _SEED), updates]),)
         for name, row in part.weights.items():
             parameter = step.parameters[name]
             if self._versions.get(parameter) == parameter._version:
@@ -43,7 +41,7 @@ class Weights:
                 parameter.detach(),
                 exponents[row],
                 part.mantissa,
-                *((row, *drawing) if part.stochastic else ()),
+                *((row, seed) if part.stochastic else ()),
             )
             # It counts as a write: who has saved the weight for a backward must know.
             parameter.copy_(rounded)
