@@ -8,8 +8,9 @@ its mean loss over the seeds is within 1 % of float32's for each of the three.
 
 Rounding alone moves a training: a row of float32 whose first weights differ in their last bits
 shows how far. Run ``python -m benchmarks.flexpoint_training`` (half an hour on two cores; needs
-Pillow). It writes ``benchmarks/results/flexpoint_training.json`` and the picture; ``--picture`` draws
-it from that file again, and ``--quick`` only shows that all of it runs.
+Pillow). It writes ``benchmarks/results/flexpoint_training.json`` and the picture; ``--picture``
+draws it from that file again, ``--quick`` only shows that all of it runs, and ``--runs FOLDER``
+keeps every training there and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -72,12 +73,26 @@ def train(model: str, format: str, seed: int, steps: int | None = None) -> dict[
 Runs = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]
 
 
-def train_all(seeds: Sequence[int], steps: int | None = None) -> Runs:
+def kept_or_trained(folder: Path, model: str, format: str, seed: int) -> dict[str, Any]:
+    """A whole training, or what is in the folder of it."""
+    path = folder / f"{model}.{format}.{seed}.json"
+    if not path.exists():
+        path.write_text(json.dumps(train(model, format, seed)))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def train_all(seeds: Sequence[int], steps: int | None = None, folder: Path | None = None) -> Runs:
     """All trainings by model, format and seed, a few at a time."""
     wanted = [(m, f, s) for s in seeds for m in TASKS for f in ALL]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        coming = {key: pool.submit(train, *key, steps) for key in wanted}
+        coming = {
+            key: pool.submit(train, *key, steps)
+            if folder is None
+            else pool.submit(kept_or_trained, folder, *key)
+            for key in wanted
+        }
         return {m: {f: {s: coming[m, f, s].result() for s in seeds} for f in ALL} for m in TASKS}
 
 
@@ -187,9 +202,11 @@ def draw(results: Mapping[str, Any]) -> str:
     )
 
 
-def measure(seeds: Sequence[int], steps: int | None = None) -> dict[str, Any]:
+def measure(
+    seeds: Sequence[int], steps: int | None = None, folder: Path | None = None
+) -> dict[str, Any]:
     """Train and sum up."""
-    runs = train_all(seeds, steps)
+    runs = train_all(seeds, steps, folder)
     settings = {
         model: {k: v for k, v in asdict(task).items() if isinstance(v, int | float)}
         for model, task in TASKS.items()
@@ -208,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="show that it runs; keep nothing")
     parser.add_argument("--picture", action="store_true", help="draw what was kept")
+    parser.add_argument("--runs", type=Path, help="a folder for single trainings")
     chosen = parser.parse_args(arguments)
     if chosen.quick:
         print(table(measure(SEEDS[:1], steps=4)))
@@ -216,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = json.loads((RESULTS / f"{NAME}.json").read_text())["results"]
     else:
         torch.set_num_threads(1)
-        results = measure(SEEDS)
+        results = measure(SEEDS, folder=chosen.runs)
         print("kept in", keep(NAME, results).name)
     print(table(results))
     IMAGE.parent.mkdir(exist_ok=True)

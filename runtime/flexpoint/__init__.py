@@ -50,8 +50,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
 
     def forward(self, part: FlexTensors, plan: Plan, below: MakeForward) -> MakeForward:
         """Take the statistics off; before, round the weights where they are flex tensors."""
-        if torch.cuda.is_available():
-            kernels.register()
+        kernels.register_flex()
 
         def begin(step: Step) -> None:
             if part.weights:
