@@ -89,8 +89,8 @@ def plan(
 
     JSON of formats: model, pass, operators: [{site, module, operator, phase, kind, float32_us,
     low_us, flops, bytes, bound, error, change, format, reason, detail}], totals: {format,
-    operators, lowered, flops, flops_lowered, casts, cast_bytes, saved_before, saved_after, float32_us,
-    chosen_us, change, budget, times}, front: [{seconds, change, lowered, chosen}], accuracy:
+    operators, lowered, flops, flops_lowered, casts, cast_bytes, saved_before, saved_after,
+    float32_us, chosen_us, change, budget, times}, front: [{seconds, change, lowered, chosen}], accuracy:
     [{layer, operators, output, gradient}], declined: [{site, reason, detail, numbers}].
     """
     if emit not in (None, *EMITTERS):
