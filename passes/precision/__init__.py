@@ -122,10 +122,14 @@ class Precision(Pass):
     def alone(self, graph: Graph, operators: Iterable[str]) -> Graph:
         """A copy of the graph in which only these operators are lowered."""
         copy, names = graph.copy(), frozenset(operators)
-        problem = find_problem(copy, FORMATS[self.format], frozenset())
+        problem = graph.get(self._problem).on(dict(zip(graph.nodes, copy.nodes, strict=True)))
         low = frozenset(n for n in problem.units if n.name in names)
         lower(copy, problem, low, FORMATS[self.format].dtype)
         return copy
+
+    def _problem(self, graph: Graph) -> Problem:
+        """Everything that can be lowered; an analysis of the graph."""
+        return find_problem(graph, FORMATS[self.format], frozenset())
 
     def _kept(self, graph: Graph) -> frozenset[fx.Node]:
         """Operators of the modules that the user keeps in float32.
