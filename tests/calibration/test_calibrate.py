@@ -166,10 +166,33 @@ def test_only_bad_batches_give_no_sensitivity() -> None:
 
 
 def test_an_empty_batch_is_said_to_be_one() -> None:
-    with pytest.warns(UserWarning, match="batch 0 is empty"):
+    with pytest.warns(UserWarning, match="batch 0 counts for no sensitivity: it is empty"):
         found = graphopt.calibrate(nn.Linear(3, 2), torch.randn(0, 3))
     assert found.samples == 0
     assert not found.sensitivities
+
+
+def test_without_float32_there_is_nothing_to_find() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.fft.fft(self.lin(x)), x.argmax(-1)
+
+    x = torch.randn(2, 4)
+    for model, batch in ((Spectrum(), x), (nn.Linear(4, 4).half(), x.half())):
+        with pytest.warns(UserWarning, match="no output is a differentiable float32 tensor"):
+            found = graphopt.calibrate(model, batch)
+        assert not found.sensitivities
+        assert Calibration.from_json(found.to_json()) == found
+
+
+def test_inference_without_gradients() -> None:
+    with torch.no_grad():
+        found = graphopt.calibrate(_net().eval(), _batch())
+    assert found.sensitivities.keys() >= {"convolution", "relu"}
 
 
 @pytest.mark.parametrize(
