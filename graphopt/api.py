@@ -144,7 +144,7 @@ class Compiler(Specialiser):
 
     def _notes(self) -> tuple[str, ...]:
         groups = mesh_of(None).groups
-        reduced = any("dp" in pass_.communicates for pass_ in self.pipeline.passes)
+        reduced = any(pass_.reduces for pass_ in self.pipeline.passes)
         if reduced or all(group.size() == 1 for group in groups.values()):
             return ()
         return (
@@ -188,7 +188,8 @@ class Compiler(Specialiser):
             where = describe_call(model, args, kwargs)
             around = session.watched_trial if self.verify == "full" else session.trial
             trial = Trial(model, args, kwargs, around)
-            check = Check(self.verify, where, trial, forward, run, captured.inputs)
+            state = session.states.tensor
+            check = Check(self.verify, where, trial, forward, run, captured.inputs, state)
             try:
                 try:
                     verification = check(stages.stages, choice.backend, built.call)

@@ -172,7 +172,9 @@ class Pass:
         conflicts: facts that must not hold yet when it runs (``"lowered"``, where it needs full
             precision).
         changes_signature: whether it may add or remove inputs or outputs.
-        communicates: mesh dimensions over which its part of the runtime sends messages.
+        communicates: mesh dimensions over which its part of the runtime sends messages; a property
+            where an option decides it.
+        reduces: whether gradients come out as means over the ranks of ``dp``.
         on_one_rank: whether it asks for the ranks of a job of one, too; a property where an option
             decides it.
         idempotent: whether a second application, right after the first, changes nothing.
@@ -187,6 +189,7 @@ class Pass:
     conflicts: ClassVar[frozenset[str]] = frozenset()
     changes_signature: ClassVar[bool] = False
     communicates: ClassVar[frozenset[str]] = frozenset()
+    reduces: ClassVar[bool] = False
     on_one_rank: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""

@@ -44,6 +44,7 @@ PASSES = _table(
     "pass",
     "passbase:Pass",
     cleanup="graphopt.passes.cleanup:Cleanup",
+    flexpoint="graphopt.passes.flexpoint:Flexpoint",
     fold_inference="graphopt.passes.fold_inference:FoldInference",
     group_gradients="graphopt.passes.group_gradients:GroupGradients",
     kfac="graphopt.passes.kfac:Kfac",
@@ -54,15 +55,19 @@ PLAN_PARTS = _table(
     "plan_parts",
     "plan part",
     "plan.part:PlanPart",
+    flexpoint="graphopt.plan.flexpoint:FlexTensors",
     group_gradients="graphopt.plan.group_gradients:Reduction",
     kfac="graphopt.plan.kfac:Curvature",
+    precision="graphopt.plan.precision:LossScaling",
 )
 RUNTIME_PARTS = _table(
     "runtime_parts",
     "runtime part",
     "runtime.part:RuntimePart",
+    flexpoint="graphopt.runtime.flexpoint:Flexpoint",
     group_gradients="graphopt.runtime.group_gradients:GroupGradients",
     kfac="graphopt.runtime.kfac:Kfac",
+    precision="graphopt.runtime.precision:Precision",
 )
 BACKENDS = _table(
     "backends",

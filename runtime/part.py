@@ -43,6 +43,13 @@ class RuntimePart(Generic[P]):
         self.session = session
         self.state: dict[str, Tensor] = session.state(self.name)
 
+    def unscaled(self) -> None:
+        """Leave the scale of tangents to others from now on.
+
+        Called where the user's own scaler multiplies the loss, and when a trial begins, whose
+        tangents are no loss's.
+        """
+
     # -- while a step runs -------------------------------------------------------------------------
 
     def forward(self, part: P, plan: Plan, below: MakeForward) -> MakeForward:

@@ -161,6 +161,7 @@ class Session:
                     f"{tuple(value.shape)}",
                     hint="load the state of this model",
                 )
+            self.states.needed(slot.name)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors as ``"<namespace>/<name>"``; a collective where ranks divide them."""
@@ -238,6 +239,12 @@ class Session:
         """What the loss of this step was multiplied with."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
+    def use_scaler(self, scaler: Scaler) -> None:
+        """Know what multiplies the loss; parts that would do so leave it to the scaler."""
+        self.scaler = scaler
+        for runtime in self._runtime.values():
+            runtime.unscaled()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within, forward passes begin micro-batches: their backward only accumulates."""
@@ -295,6 +302,8 @@ class Session:
         self.synchronise = False
         try:
             with self.states.restored():
+                for runtime in self._runtime.values():
+                    runtime.unscaled()
                 yield
         finally:
             self.synchronise, self.pending = flags

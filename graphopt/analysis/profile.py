@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,21 @@ def profile_graph(
 
 
 def profile_in_turn(
-    graphs: Sequence[Graph], inputs: Sequence[Tensor] | None = None, rounds: int = 3
+    graphs: Sequence[Graph],
+    inputs: Sequence[Tensor] | None = None,
+    rounds: int = 3,
+    of_rounds: Callable[[Sequence[float]], float] = statistics.median,
 ) -> list[dict[fx.Node, float]]:
     """`profile_graph` for several forms of one step, so that they can be compared.
 
     Each of them runs once per round, so that a slow spell of the machine hits all of them.
+
+    Args:
+        graphs: the forms, with the same inputs.
+        inputs: as of `profile_graph`.
+        rounds: how many runs.
+        of_rounds: what the time of an operator is, of its times in all rounds. ``min`` is what it
+            takes where nothing else runs: whatever else a machine does only adds.
     """
     if rounds < 1:
         raise ArgumentError(f"rounds is {rounds}", hint="measure at least one round")
@@ -58,7 +68,7 @@ def profile_in_turn(
                 stopwatch.run(*(tensor.clone() for tensor in inputs))
                 mine.append(stopwatch.seconds)
     return [
-        {node: statistics.median(run[node] for run in mine[1:]) for node in graph.operators}
+        {node: of_rounds([run[node] for run in mine[1:]]) for node in graph.operators}
         for graph, mine in zip(graphs, runs, strict=True)
     ]
 

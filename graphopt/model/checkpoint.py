@@ -86,4 +86,4 @@ def use_scaler(model: nn.Module, scaler: object) -> None:
         raise ArgumentError(
             f"a {type(scaler).__name__} has no get_scale()", hint="give a torch.amp.GradScaler"
         )
-    controller.session.scaler = cast("Any", scaler)
+    controller.session.use_scaler(cast("Any", scaler))

@@ -159,15 +159,18 @@ def _lines(totals: Row) -> Iterator[tuple[str, str]]:
         "kept": "measured on this device in an earlier run",
         "roofline": "roofline of an assumed device; not measured",
     }
+    if totals["float32_us"] is None:
+        yield "time", "not asked for: the format is emulated, so nothing gets faster"
+        return
     yield (
         "time",
         f"{_ms(of['float32_us'])} ms in float32, {_ms(of['chosen_us'])} ms as chosen, casts "
         f"included: {times.get(str(totals['times']), '')}",
     )
+    yield "bound", "by the arithmetic intensity in float32 on an assumed device of this class"
     if totals["change"] is not None:
         budget = f", of a budget of {of['budget']:.3g}" if totals["budget"] else ""
         yield "loss", f"expected to change by {of['change']:.3g}{budget}"
-    yield "bound", "by the arithmetic intensity in float32 on an assumed device of this class"
 
 
 def _short(operator: str) -> str:

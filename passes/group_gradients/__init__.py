@@ -55,6 +55,7 @@ class GroupGradients(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"grouped"})
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
+    reduces: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Laanait et al., arXiv 1909.11150; optimal grouping is graphopt's own"
 

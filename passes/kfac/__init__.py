@@ -58,6 +58,7 @@ class Kfac(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"preconditioned", "lowered", "grouped"})
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
+    reduces: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Osawa et al., Scalable and Practical Natural Gradient, 2002.06015"
 

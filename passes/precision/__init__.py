@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import fx
@@ -13,14 +13,17 @@ from torch import fx
 from graphopt.analysis.liveness import liveness
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, module_of, module_stack, operator_name
-from graphopt.passbase import Declined, Numerics, Outcome, Pass, PassContext, lowered
+from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
 from graphopt.passes.precision.calibrated import Calibrated, check_budget
 from graphopt.passes.precision.decision import Question, decide
+from graphopt.passes.precision.emulated import apply_emulated, emulate, find_products
 from graphopt.passes.precision.findings import Findings
 from graphopt.passes.precision.formats import FORMATS
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
+from graphopt.passes.precision.recipes import Recipe, recipe_of
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind
+from graphopt.passes.precision.scaling import scale_gradients
 
 
 @dataclass(frozen=True)
@@ -31,39 +34,63 @@ class Precision(Pass):
     costs one cast, which all its readers share. The choice of least time is a minimum cut, so no
     other one is better under these times. Parameters, gradients, outputs and buffers keep their
     types: optimizers work on float32 weights as before. Losses, norms and the statistics of K-FAC
-    stay in float32. In float16 small gradients vanish: scale the loss (``torch.amp.GradScaler``).
+    stay in float32.
 
     Attributes:
-        format: ``bf16`` or ``fp16``.
+        format: ``bf16`` or ``fp16``; or ``flex16``, ``mxfp8`` or ``float8``, which are emulated:
+            the operands of products are rounded to them and multiplied in float32, by the device's
+            own product with scales where it has one. Nothing gets faster by emulation, so
+            whoever names such a format wants it: every product is lowered but those of `keep`,
+            and `policy`, `cost` and `sums` have no say.
         policy: ``mincut``, or ``tf`` for the propagation rules of TensorFlow's graph pass.
         cost: ``measure`` times each operator on this device, ``roofline`` assumes one.
         keep: patterns of module names that stay in float32, as ``head*|*.norm``.
         sums: ``wide`` leaves a sum of a float32 and a lower value in float32, as autocast does;
             ``low`` lowers it where that saves time.
+        loss_scale: ``dynamic`` scales gradients in float16 by a power of two, which adapts; steps
+            in which they overflow get no gradients, so that optimizers skip them. A
+            ``torch.amp.GradScaler`` given to ``graphopt.use_scaler`` takes its place.
         calibration: a file that ``graphopt calibrate`` wrote for this model. Operators whose values
             do not fit the format are kept in float32.
         budget: the largest expected change of the loss, by the calibration; 0 for any. The fastest
             choice within it is taken.
+        granularity: of the scales of ``float8``: one per ``tensor``, gradients in e5m2, or one per
+            ``row`` along the contracted axis, all in e4m3, powers of two.
+        scaling: of the scales of ``mxfp8``: ``floor`` as OCP has it, where the largest elements of
+            a block may saturate, or ``rceil``, the least power of two where none does.
     """
 
     name: ClassVar[str] = "precision"
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled"})
+    changes_signature: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"
     )
 
-    format: Literal["bf16", "fp16"] = "bf16"
+    format: Literal["bf16", "fp16", "flex16", "mxfp8", "float8"] = "bf16"
     policy: Literal["mincut", "tf"] = "mincut"
     cost: Literal["measure", "roofline"] = "measure"
     keep: tuple[str, ...] = ()
     sums: Literal["wide", "low"] = "wide"
+    loss_scale: Literal["dynamic", "none"] = "dynamic"
+    granularity: Literal["tensor", "row"] = "tensor"
+    scaling: Literal["floor", "rceil"] = "floor"
     calibration: str = ""
     budget: float = 0.0
 
     def __post_init__(self) -> None:
         check_budget(self.calibration, self.budget, self.policy, self.format)
+
+    @property
+    def communicates(self) -> frozenset[str]:  # type: ignore[override]
+        """Ranks agree on the steps that are left out."""
+        return frozenset({"dp"} if self._scales else ())
+
+    @property
+    def _scales(self) -> bool:
+        return self.loss_scale == "dynamic" and FORMATS[self.format].loses_gradients
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
@@ -77,7 +104,11 @@ class Precision(Pass):
             detail = "the model or autocast has chosen lower precision itself"
             return Outcome(declined=(Declined("graph", "lowered-already", detail),))
         format = FORMATS[self.format]
-        known = Calibrated.load(self.calibration, graph, format) if self.calibration else None
+        if recipe := self._recipe:
+            return apply_emulated(graph, format, recipe, kept)
+        known = None
+        if self.calibration:
+            known = Calibrated.load(self.calibration, graph, format, self._scales)
         whole = problem = find_problem(graph, format, kept)
         ruled_out: dict[fx.Node, Declined] = {}
         if known is not None:
@@ -105,27 +136,46 @@ class Precision(Pass):
         if not decision.low:
             return found.outcome(left_out)
         casts = lower(graph, problem, decision.low, format.dtype)
-        return found.outcome(left_out, casts, graph.get(liveness).saved_bytes)
+        outcome = found.outcome(left_out, casts, graph.get(liveness).saved_bytes)
+        part = scale_gradients(graph, ctx.state) if self._scales else None
+        if part is None:
+            return outcome
+        numbers = {"first": part.initial, "grows_after": part.interval}
+        scaled = Applied("loss", "scaled dynamically", numbers)
+        return replace(outcome, applied=(*outcome.applied, scaled), part=part)
 
     def layers(self, graph: Graph) -> dict[str, tuple[str, ...]]:
         """The operators that may be lowered, by module; of modules with a product in them."""
         if is_lowered_already(graph):
             return {}
-        units = find_problem(graph, FORMATS[self.format], self._kept(graph)).units
-        products = {module_of(n) for n, unit in units.items() if unit.kind is Kind.ALLOW}
-        found: dict[str, tuple[str, ...]] = {}
+        format, kept = FORMATS[self.format], self._kept(graph)
+        if recipe := self._recipe:
+            units = products = find_products(graph, format, recipe, kept)[0]
+        else:
+            problem = find_problem(graph, format, kept)
+            units = list(problem.units)
+            products = [n for n in units if problem.units[n].kind is Kind.ALLOW]
+        found: dict[str, tuple[str, ...]] = {module_of(n): () for n in products}
         for node in units:
-            if (module := module_of(node)) in products:
-                found[module] = (*found.get(module, ()), node.name)
+            if (module := module_of(node)) in found:
+                found[module] = (*found[module], node.name)
         return found
 
     def alone(self, graph: Graph, operators: Iterable[str]) -> Graph:
         """A copy of the graph in which only these operators are lowered."""
         copy, names = graph.copy(), frozenset(operators)
+        if recipe := self._recipe:
+            emulate(copy, recipe, [n for n in copy.operators if n.name in names])
+            return copy
         problem = graph.get(self._problem).on(dict(zip(graph.nodes, copy.nodes, strict=True)))
         low = frozenset(n for n in problem.units if n.name in names)
         lower(copy, problem, low, FORMATS[self.format].dtype)
         return copy
+
+    @property
+    def _recipe(self) -> Recipe | None:
+        options = {"granularity": self.granularity, "scaling": self.scaling}
+        return recipe_of(self.format, options)
 
     def _problem(self, graph: Graph) -> Problem:
         """Everything that can be lowered; an analysis of the graph."""

@@ -45,6 +45,8 @@ class Step:
         examples: leading dimension of the model's first input, at least 1.
         ends: whether it ends an optimizer step; as with DDP the forward decides.
         scale: what runtime parts multiplied the tangents with.
+        skipped: whether a part found that it must not be taken: it has no gradients then, and other
+            parts leave their state alone.
         weights: parameters by name that the backward reads instead of those that the forward read.
         own: what runtime parts keep between forward and backward, under keys of theirs.
         saved: what the forward saved; emptied when a backward takes it.
@@ -57,6 +59,7 @@ class Step:
     examples: int = 1
     ends: bool = True
     scale: float = 1.0
+    skipped: bool = False
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     saved: list[Tensor] = field(default_factory=list)

@@ -84,6 +84,10 @@ class Kfac(RuntimePart[Curvature]):
         """
         found: Found = step.own.pop(FOUND)
         curvature = found.curvature
+        if step.skipped:
+            if step.ends:
+                curvature.taken(())
+            return
         # A backward that reduces has tangents that already take the mean over ranks.
         scale = 1.0 if found.sampled else self.session.loss_scale * step.scale
         curvature.absorb(found.statistics, scale)

@@ -44,7 +44,7 @@ class Presence:
         everything = set().union(*reach.values())
         self.asks = any(sources and sources != everything for sources in reach.values())
 
-    def ask(self, ranks: Ranks, present: Collection[str], failed: Failed) -> _Question | None:
+    def ask(self, ranks: Ranks, present: Collection[str], failed: Failed) -> Question | None:
         """Start to find out who has what; ``None`` where all ranks have all gradients.
 
         One message of a byte per gradient, which travels while the backward computes.
@@ -57,9 +57,9 @@ class Presence:
         if not self.asks:
             return None
         bits = [name in present for name in self.names]
-        return _Question(ranks, torch.tensor(bits, dtype=torch.uint8).to(ranks.device), failed)
+        return Question(ranks, torch.tensor(bits, dtype=torch.uint8).to(ranks.device), failed)
 
-    def absent(self, local: Collection[str], question: _Question | None) -> set[str]:
+    def absent(self, local: Collection[str], question: Question | None) -> set[str]:
         """Names of gradients that are absent: reduced ones only where no rank has them."""
         found = set(local) - set(self.names) | self._never
         if question is not None:
@@ -68,8 +68,14 @@ class Presence:
         return found
 
 
-class _Question:
-    """A bit per gradient on its way, reduced to its maximum over all ranks."""
+class Question:
+    """Bits on their way to their maximum over all ranks.
+
+    Args:
+        ranks: who is asked.
+        bits: uint8 of one dimension, on the device of the ranks; overwritten.
+        failed: makes the error where no answer comes.
+    """
 
     def __init__(self, ranks: Ranks, bits: torch.Tensor, failed: Failed) -> None:
         self._bits, self._failed = bits, failed
@@ -81,6 +87,7 @@ class _Question:
             raise failed(error) from error
 
     def answer(self) -> list[int]:
+        """Wait for the maxima."""
         try:
             self._work.wait()
         except RuntimeError as error:

@@ -150,6 +150,18 @@ def test_accuracy_lowers_each_layer_alone() -> None:
     assert re.search(r"^layer +operators +output moves +gradients move$", out, re.M)
 
 
+def test_emulated_formats_have_layers_and_no_times() -> None:
+    spec = "cleanup,precision{format=flex16}"
+    found = answer("plan", NET, "-p", spec, "--accuracy")
+    assert {r["format"] for r in found["operators"]} == {"flex16"}
+    errors = {row["layer"]: row["output"] for row in found["accuracy"]}
+    assert errors.keys() >= {"stem", "head", "all"}
+    assert all(0 < error < 1e-3 for error in errors.values())
+    out = run("plan", NET, "-p", spec).stdout
+    assert re.search(r"^FLOPs +100.0% of .* in flex16 *$", out, re.M)
+    assert " ms as chosen" not in out
+
+
 def test_accuracy_of_a_graph_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "net.gopt").write_text(run("show", NET, "--text").stdout)
     found = answer("plan", f"{tmp_path}/net.gopt", "-p", SPEC, "--accuracy")
