@@ -220,7 +220,7 @@ def test_the_front_is_in_the_report(deep: tuple[nn.Module, Tensor, str]) -> None
         ({"budget": float("nan"), "calibration": "f"}, "budget=nan is no change"),
         ({"budget": float("inf"), "calibration": "f"}, "budget=inf is no change"),
         ({"budget": 1.0, "calibration": "f", "policy": "tf"}, "policy=tf weighs nothing"),
-        ({"calibration": "f", "format": "mxfp8"}, "a calibration says nothing about mxfp8"),
+        ({"calibration": "f", "format": "mxfp8"}, "say nothing of rounding to mxfp8"),
     ],
     ids=str,
 )
