@@ -9,9 +9,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.arguments import step_arguments
 from graphopt.errors import ArgumentError
-from graphopt.graph import Graph, value_of
-from graphopt.plan import Role
+from graphopt.graph import Graph
+from graphopt.plan import Role, Slot
 
 
 @runtime_checkable
@@ -64,7 +65,12 @@ def layer_errors(
 
         arguments = inputs_for(graph, seed)
     else:
-        arguments = _with_tangents(graph, inputs, seed)
+        generator = torch.Generator().manual_seed(seed)
+
+        def signs(slot: Slot, fake: Tensor) -> Tensor:
+            return 2 * torch.randint(0, 2, tuple(fake.shape), generator=generator) - 1
+
+        arguments = step_arguments(graph, inputs, signs)
     exact = _run(graph, arguments, seed)
     found = []
     everything = [name for names in layers.values() for name in names]
@@ -72,23 +78,6 @@ def layer_errors(
         moved = _run(pass_.alone(graph, names), arguments, seed)
         errors = [_relative(a, b) for a, b in zip(exact, moved, strict=True)]
         found.append(LayerError(layer, len(names), *errors))
-    return found
-
-
-def _with_tangents(graph: Graph, inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
-    given = iter(inputs)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for slot, node in zip(graph.signature.inputs, graph.inputs, strict=True):
-        if slot.role is not Role.TANGENT:
-            found.append(next(given).detach())
-            continue
-        fake = value_of(node)
-        real = torch.empty_strided(
-            tuple(fake.shape), tuple(fake.stride()), dtype=fake.dtype, device=fake.device
-        )
-        signs = 2 * torch.randint(0, 2, tuple(fake.shape), generator=generator) - 1
-        found.append(real.copy_(signs))
     return found
 
 

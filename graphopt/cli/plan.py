@@ -80,14 +80,14 @@ def plan(
     and the link a model of the named machine. Formats: times are measured on this device, or from
     the roofline of an assumed one with cost=roofline.
 
-    JSON of groups: model, compute ({flops, half_flops, bandwidth, overhead} of each device),
+    JSON: for groups model, compute ({flops, half_flops, bandwidth, overhead} of each device),
     link_from, assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
     above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready, finish}],
     backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world; all in seconds
     and bytes; parts: what the passes before have decided, by pass; with --emit ddp
     also bucket_cap_mb_list.
 
-    JSON of formats: model, pass, operators: [{site, module, operator, phase, kind, float32_us,
+    JSON: for formats model, pass, operators: [{site, module, operator, phase, kind, float32_us,
     low_us, flops, bytes, bound, error, change, format, reason, detail}], totals: {format,
     operators, lowered, flops, flops_lowered, casts, cast_bytes, saved_before, saved_after,
     float32_us, chosen_us, change, budget, times}, front: [{seconds, change, lowered, chosen}],

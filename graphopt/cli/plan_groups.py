@@ -35,18 +35,18 @@ def plan_groups(
     json: bool,
 ) -> None:
     """Answer for a spec with a pass that groups gradients; see `graphopt.cli.plan.plan`."""
-    if mesh is None:
-        raise ArgumentError(
-            "groups of gradients are planned for a number of ranks", hint="--mesh dp=64"
-        )
-    check_flops(flops)
-    world = _ranks(mesh)
     before, named, groups = _split(passes)
     if not groups and emit is None:
         raise ArgumentError(
             f"no pass of {passes!r} groups gradients, so there are no groups to plan",
             hint=f"-p {f'{passes},' if before else ''}{PLANNED}",
         )
+    if mesh is None:
+        raise ArgumentError(
+            "groups of gradients are planned for a number of ranks", hint="--mesh dp=64"
+        )
+    check_flops(flops)
+    world = _ranks(mesh)
     if emit == "ddp" and any(p.name == "schedule" for p in before):
         raise ArgumentError(
             "--emit ddp plans for PyTorch eager, whose backward no pass reorders",

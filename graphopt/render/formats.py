@@ -167,10 +167,10 @@ def _lines(totals: Row) -> Iterator[tuple[str, str]]:
         f"{_ms(of['float32_us'])} ms in float32, {_ms(of['chosen_us'])} ms as chosen, casts "
         f"included: {times.get(str(totals['times']), '')}",
     )
+    yield "bound", "by the arithmetic intensity in float32 on an assumed device of this class"
     if totals["change"] is not None:
         budget = f", of a budget of {of['budget']:.3g}" if totals["budget"] else ""
         yield "loss", f"expected to change by {of['change']:.3g}{budget}"
-    yield "bound", "by the arithmetic intensity in float32 on an assumed device of this class"
 
 
 def _short(operator: str) -> str:

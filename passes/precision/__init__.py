@@ -16,11 +16,11 @@ from graphopt.graph import Graph, module_of, module_stack, operator_name
 from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
 from graphopt.passes.precision.calibrated import Calibrated, check_budget
 from graphopt.passes.precision.decision import Question, decide
-from graphopt.passes.precision.emulated import apply_emulated
+from graphopt.passes.precision.emulated import apply_emulated, emulate, find_products
 from graphopt.passes.precision.findings import Findings
 from graphopt.passes.precision.formats import FORMATS
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
-from graphopt.passes.precision.recipes import recipe_of
+from graphopt.passes.precision.recipes import Recipe, recipe_of
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind
 from graphopt.passes.precision.scaling import scale_gradients
@@ -104,10 +104,11 @@ class Precision(Pass):
             detail = "the model or autocast has chosen lower precision itself"
             return Outcome(declined=(Declined("graph", "lowered-already", detail),))
         format = FORMATS[self.format]
-        options = {"granularity": self.granularity, "scaling": self.scaling}
-        if recipe := recipe_of(self.format, options):
+        if recipe := self._recipe:
             return apply_emulated(graph, format, recipe, kept)
-        known = Calibrated.load(self.calibration, graph, format) if self.calibration else None
+        known = None
+        if self.calibration:
+            known = Calibrated.load(self.calibration, graph, format, self._scales)
         whole = problem = find_problem(graph, format, kept)
         ruled_out: dict[fx.Node, Declined] = {}
         if known is not None:
@@ -147,21 +148,38 @@ class Precision(Pass):
         """The operators that may be lowered, by module; of modules with a product in them."""
         if is_lowered_already(graph):
             return {}
-        units = find_problem(graph, FORMATS[self.format], self._kept(graph)).units
-        products = {module_of(n) for n, unit in units.items() if unit.kind is Kind.ALLOW}
-        found: dict[str, tuple[str, ...]] = {}
+        format, kept = FORMATS[self.format], self._kept(graph)
+        if recipe := self._recipe:
+            units = products = find_products(graph, format, recipe, kept)[0]
+        else:
+            problem = find_problem(graph, format, kept)
+            units = list(problem.units)
+            products = [n for n in units if problem.units[n].kind is Kind.ALLOW]
+        found: dict[str, tuple[str, ...]] = {module_of(n): () for n in products}
         for node in units:
-            if (module := module_of(node)) in products:
-                found[module] = (*found.get(module, ()), node.name)
+            if (module := module_of(node)) in found:
+                found[module] = (*found[module], node.name)
         return found
 
     def alone(self, graph: Graph, operators: Iterable[str]) -> Graph:
         """A copy of the graph in which only these operators are lowered."""
         copy, names = graph.copy(), frozenset(operators)
-        problem = find_problem(copy, FORMATS[self.format], frozenset())
+        if recipe := self._recipe:
+            emulate(copy, recipe, [n for n in copy.operators if n.name in names])
+            return copy
+        problem = graph.get(self._problem).on(dict(zip(graph.nodes, copy.nodes, strict=True)))
         low = frozenset(n for n in problem.units if n.name in names)
         lower(copy, problem, low, FORMATS[self.format].dtype)
         return copy
+
+    @property
+    def _recipe(self) -> Recipe | None:
+        options = {"granularity": self.granularity, "scaling": self.scaling}
+        return recipe_of(self.format, options)
+
+    def _problem(self, graph: Graph) -> Problem:
+        """Everything that can be lowered; an analysis of the graph."""
+        return find_problem(graph, FORMATS[self.format], frozenset())
 
     def _kept(self, graph: Graph) -> frozenset[fx.Node]:
         """Operators of the modules that the user keeps in float32.

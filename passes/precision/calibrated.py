@@ -25,8 +25,8 @@ from graphopt.plan import Phase, Role
 HEADROOM = 4.0
 # Of the sum of a tensor's magnitudes at most this share may vanish in a narrow format.
 UNDERFLOW = 0.01
-# The scale that gradients have in a narrow format: that of a new `torch.amp.GradScaler`, or less
-# where they would overflow.
+# Exponent of the scale that gradients have in a narrow format: the first one of dynamic scaling, or
+# less where they would overflow.
 LOSS_SCALE = 16
 
 
@@ -38,14 +38,16 @@ class Calibrated:
         calibration: the data.
         graph: the graph.
         format: the format to judge.
+        scaled: whether gradients are scaled in it.
     """
 
     calibration: Calibration
     graph: Graph
     format: Format
+    scaled: bool
 
     @classmethod
-    def load(cls, path: str, graph: Graph, format: Format) -> Calibrated:
+    def load(cls, path: str, graph: Graph, format: Format, scaled: bool) -> Calibrated:
         """Read it for this graph.
 
         Raises:
@@ -65,7 +67,7 @@ class Calibrated:
                 where=Path(path).name,
                 hint="write one for this model with graphopt calibrate M -o FILE",
             )
-        return cls(calibration, graph, format)
+        return cls(calibration, graph, format, scaled)
 
     def check(self, problem: Problem, where: str) -> None:
         """Raise ``ArgumentError`` where it knows no product of the graph."""
@@ -128,7 +130,7 @@ class Calibrated:
 
     def _loss_scale(self, problem: Problem) -> int:
         """Exponent of the scale that gradients have in a narrow format."""
-        if self.format.wide:
+        if not self.scaled:
             return 0
         scaled = self.graph.get(depends_on_tangents)
         names = {v.name for v in problem.values() if v in scaled}

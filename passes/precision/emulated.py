@@ -45,19 +45,7 @@ def apply_emulated(
 
     There is nothing to gain in time where the format is emulated, so no times are asked for.
     """
-    aside = leading_aside(graph)
-    products: list[fx.Node] = []
-    against: dict[fx.Node, Declined] = {}
-    for node, kind in kinds(graph, format).items():
-        if kind is not Kind.ALLOW or node in aside or not computes_float32(node):
-            continue
-        code, words = reason_against(node, recipe)
-        if node in kept:
-            against[node] = Declined(node.name, "kept", "its module is kept in float32")
-        elif code:
-            against[node] = Declined(node.name, code, f"{operator_name(node)}: {words}")
-        else:
-            products.append(node)
+    products, against = find_products(graph, format, recipe, kept)
     declined = tuple(against.values())
     if reason := _lacking(products, format):
         return Outcome(declined=(*declined, Declined("graph", "not-on-this-device", reason)))
@@ -80,6 +68,26 @@ def apply_emulated(
     totals = totals_row(format, rows, [t.base for t in tensors], costs, both)
     tables = {"operators": rows, "totals": (totals,)}
     return Outcome(tuple(applied), declined, tables=tables)
+
+
+def find_products(
+    graph: Graph, format: Format, recipe: Recipe, kept: frozenset[fx.Node]
+) -> tuple[list[fx.Node], dict[fx.Node, Declined]]:
+    """The products that can be lowered, and why others cannot."""
+    aside = leading_aside(graph)
+    products: list[fx.Node] = []
+    against: dict[fx.Node, Declined] = {}
+    for node, kind in kinds(graph, format).items():
+        if kind is not Kind.ALLOW or node in aside or not computes_float32(node):
+            continue
+        code, words = reason_against(node, recipe)
+        if node in kept:
+            against[node] = Declined(node.name, "kept", "its module is kept in float32")
+        elif code:
+            against[node] = Declined(node.name, code, f"{operator_name(node)}: {words}")
+        else:
+            products.append(node)
+    return products, against
 
 
 def _lacking(products: Iterable[fx.Node], format: Format) -> str:
