@@ -21,7 +21,8 @@ initialises an exponent.
 
 `statistics` is int32 [4]: the bits of amax as float32, how many elements saturated, how many are
 NaN, and the exponent used. Where nothing finite but zeros was seen and the exponent was `UNKNOWN`,
-0 is used and `UNKNOWN` is reported. Counts are for fewer than 2^31 elements.
+0 is used and `UNKNOWN` is reported, which `flex_dequantise` takes for 0. Counts are for fewer than
+2^31 elements.
 
 With a seed, int64 [2] of seed and step, an element is rounded up with the probability of its
 fraction, so that its mean is right to 2^-24 of a unit: ``floor(y) + [u < y - floor(y)]`` with u of
@@ -201,7 +202,8 @@ def flex_dequantise(mantissas: Tensor, exponent: Tensor) -> Tensor:
     """The reference of `graphopt::flex_dequantise`, on every device."""
     check_mantissas(mantissas, exponent)
     values = torch.empty_like(mantissas, dtype=torch.float32)
-    return torch.mul(mantissas.to(torch.float32), power_of_two(exponent), out=values)
+    unit = power_of_two(torch.where(exponent == UNKNOWN, 0, exponent))
+    return torch.mul(mantissas.to(torch.float32), unit, out=values)
 
 
 def flex_round(

@@ -122,7 +122,8 @@ def dequantise_kernel(mantissas, out, exponent, count, BLOCK: tl.constexpr):  # 
     """The values of one block."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     present = at < count
-    unit = _power_of_two(_clamped(tl.load(exponent)))
+    e = tl.load(exponent)
+    unit = _power_of_two(_clamped(tl.where(e == _UNKNOWN, 0, e)))
     values = tl.load(mantissas + at, mask=present, other=0).to(tl.float32) * unit
     tl.store(out + at, values, mask=present)
 

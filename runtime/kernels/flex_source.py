@@ -150,7 +150,7 @@ extern "C" void flex_round(const float* x, float* out, int64_t n, const int32_t*
 
 extern "C" void flex_dequantise(const int16_t* mantissas, float* out, int64_t n,
                                 const int32_t* exponent, int threads) {
-    const float unit = power_of_two(clamped(*exponent));
+    const float unit = power_of_two(*exponent == kUnknown ? 0 : clamped(*exponent));
     #pragma omp parallel for simd num_threads(threads)
     for (int64_t i = 0; i < n; ++i) out[i] = (float)mantissas[i] * unit;
 }

@@ -88,6 +88,10 @@ def test_infinities_saturate_and_nan_is_counted() -> None:
     assert torch.equal(same, statistics)
     lost = torch.tensor([math.nan, math.inf])
     assert flex.flex_quantise(lost, exponent(UNKNOWN), 16)[1].tolist() == [0, 1, 1, UNKNOWN]
+    mask = torch.tensor([0.0, -math.inf])
+    mantissas, statistics = flex.flex_quantise(mask, exponent(UNKNOWN), 16)
+    assert flex.flex_dequantise(mantissas, statistics[3]).tolist() == [0.0, -32767.0]
+    assert flex.flex_round(mask, exponent(UNKNOWN), 16)[0].tolist() == [0.0, -32767.0]
 
 
 def test_one_outlier_hides_the_rest() -> None:
