@@ -166,9 +166,7 @@ def test_a_constant_input_keeps_its_exponent(rule: str, amax: float) -> None:
     _, found = follow(rule, torch.full((40, 1), amax))
     assert len({e for (e,) in found[20:]}) == 1
     gamma = gamma_of(amax, found[-1][0], 16)
-    low, high = {"paper": (8092, 16284), "code2016": (16184, 32668), "delayed": (16383, 32767)}[
-        rule
-    ]
+    low, high = {"paper": (8092, 16284), "code2016": (16184, 32668), "delayed": (16383, 32767)}[rule]
     assert low <= gamma <= high
 
 

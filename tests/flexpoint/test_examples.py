@@ -18,7 +18,7 @@ import graphopt
 from benchmarks import flexpoint_training as study
 from benchmarks.flexpoint_training_picture import Panel, picture
 from examples.flexpoint import data
-from examples.flexpoint.formats import ALL, FORMATS, hold_exponents, prepare, statistics
+from examples.flexpoint.formats import ALL, hold_exponents, prepare, statistics
 from examples.flexpoint.gan import sliced_wasserstein
 from examples.flexpoint.half_on_cpu import HalfOnCpu
 from examples.flexpoint.train import TASKS, main

@@ -66,7 +66,9 @@ def _graph(model: nn.Module, *inputs: Tensor) -> Graph:
 
 
 def _count(graph: Graph, name: str, phase: Phase | None = None) -> int:
-    return sum(name in operator_name(n) and phase in (None, phase_of(n)) for n in graph.operators)
+    return sum(
+        name in operator_name(n) and phase in (None, phase_of(n)) for n in graph.operators
+    )
 
 
 # -- which tensors ---------------------------------------------------------------------------------
@@ -310,8 +312,6 @@ def test_kfac_keeps_its_statistics() -> None:
     outputs = dict(zip(graph.signature.outputs, graph.outputs, strict=True))
     moments = [n for s, n in outputs.items() if s.role is Role.AUX and s.name.startswith("kfac/")]
     assert len(moments) == 4
-    assert not any(
-        "flex" in operator_name(n.all_input_nodes[0]) for n in moments if n.name in targets(graph)
-    )
+    assert not any("flex" in operator_name(n.all_input_nodes[0]) for n in moments if n.name in targets(graph))
     wide = [n for n in graph.get(liveness).saved if value_of(n).dtype is torch.float32]
     assert not wide

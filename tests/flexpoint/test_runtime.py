@@ -186,9 +186,7 @@ def test_nan_and_infinity_are_counted_and_said_once() -> None:
     x = torch.randn(3, 4)
     model(x).sum().backward()
     x[0, 0], x[1, 1], x[2, 2] = torch.nan, torch.inf, -torch.inf
-    with pytest.warns(
-        RuntimeWarning, match="1 NaN in 'input_1' became 0, since integers have none"
-    ):
+    with pytest.warns(RuntimeWarning, match="1 NaN in 'input_1' became 0, since integers have none"):
         model(x).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
