@@ -165,7 +165,7 @@ def table(results: Mapping[str, Any]) -> str:
                 format,
                 _words(row["loss"], ".4f"),
                 f"{_words(row['change'], '+.2%')} ({_spread(row['changes'].values())})",
-                *(_words(row["test"][name], ".4f") for name in tests),
+                *(_words(row["test"][name], ".3g") for name in tests),
                 *counted,
                 f"{row['seconds']:.0f}",
             )

@@ -18,12 +18,12 @@ import graphopt
 from benchmarks import flexpoint_training as study
 from benchmarks.flexpoint_training_picture import Panel, picture
 from examples.flexpoint import data
-from examples.flexpoint.formats import ALL, FORMATS, hold_exponents, prepare, statistics
+from examples.flexpoint.formats import ALL, hold_exponents, prepare, statistics
 from examples.flexpoint.gan import sliced_wasserstein
 from examples.flexpoint.half_on_cpu import HalfOnCpu
 from examples.flexpoint.train import TASKS, main
 from graphopt import Pipeline
-from graphopt.testing import check_pass
+from graphopt.model.surface import report as report_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -41,15 +41,15 @@ def no_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("format", ALL)
 def test_every_format_trains_alexnet(format: str) -> None:
-    run = TASKS["alexnet"].train(format, seed=0, steps=5)
-    assert len(run.losses) == 5
+    run = TASKS["alexnet"].train(format, seed=0, steps=3)
+    assert len(run.losses) == 3
     assert all(map(math.isfinite, run.losses))
     assert run.losses[-1] < run.losses[0]
     assert 0 <= run.test["error"] <= 1
     assert bool(run.flex) is ("flexpoint" in ALL[format].passes)
 
 
-@pytest.mark.parametrize("format", ["fp32", "fp16-scaled", "flex16+5"])
+@pytest.mark.parametrize("format", ["fp16-scaled", "flex16+5"])
 @pytest.mark.parametrize("model", ["resnet", "gan"])
 def test_other_networks_train(model: str, format: str) -> None:
     run = TASKS[model].train(format, seed=0, steps=2)
@@ -62,20 +62,18 @@ def test_other_networks_train(model: str, format: str) -> None:
 
 
 def test_formats_share_weights_batches_and_dropout() -> None:
-    first = {f: TASKS["alexnet"].train(f, 3, 1).losses[0] for f in FORMATS}
-    assert len(set(first.values())) > 1
-    assert max(first.values()) / min(first.values()) < 1.01
-    again = TASKS["alexnet"].train("flex16+5", 3, 1).losses[0]
-    assert again == first["flex16+5"]
+    exact, flex, again = (
+        TASKS["alexnet"].train(f, 3, 1).losses[0] for f in ("fp32", "flex16+8", "flex16+8")
+    )
+    assert exact != flex == again
+    assert flex == pytest.approx(exact, rel=1e-3)
 
 
 def test_formats_lower_every_product() -> None:
-    for format, dtype in (("bf16", "bf16"), ("fp16", "fp16")):
-        run = TASKS["alexnet"].train(format, 0, 1)
-        report = run.models[0].explain()
-        text = str(report)
-        assert f"convolution runs in {dtype}" in text
-        assert "not-faster" not in text
+    run = TASKS["alexnet"].train("bf16", 0, 1)
+    text = str(run.models[0].explain())
+    assert "convolution runs in bf16" in text
+    assert "not-faster" not in text
 
 
 def test_a_fixed_exponent_is_held_and_counted() -> None:
@@ -104,7 +102,11 @@ def test_fp32_counts_nothing() -> None:
 
 
 def test_half_on_cpu_leaves_other_graphs_alone() -> None:
-    check_pass(HalfOnCpu())
+    model = nn.Conv2d(3, 5, 3)
+    passes = (*Pipeline.parse("cleanup").passes, HalfOnCpu())
+    graphopt.optimize(model, torch.randn(2, 3, 6, 6), passes=passes, backend="eager")
+    (captured,) = report_of(model).specialisations
+    assert not captured.steps[-1].outcome.applied
 
 
 def test_half_on_cpu_is_float32_rounded_once() -> None:
