@@ -24,6 +24,7 @@ from graphopt.passes.precision.recipes import Recipe, recipe_of
 from graphopt.passes.precision.rewrite import lower
 from graphopt.passes.precision.rules import Kind
 from graphopt.passes.precision.scaling import scale_gradients
+from graphopt.passes.precision.sharing import promote, share_casts
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class Precision(Pass):
         if not decision.low:
             return found.outcome(left_out)
         casts = lower(graph, problem, decision.low, format.dtype)
+        casts = promote(graph, share_casts(graph, casts))
         outcome = found.outcome(left_out, casts, graph.get(liveness).saved_bytes)
         part = scale_gradients(graph, ctx.state) if self._scales else None
         if part is None:

@@ -206,7 +206,7 @@ def test_inference_without_gradients() -> None:
         ([(_batch(), 0)], lambda output, target: output, "not one number"),
         ([(_batch(), 0)], lambda output, target: 1.0, "not one number"),
     ],
-    ids=str,
+    ids=["none", "a number", "a list", "nothing", "no pair", "a tensor", "a float"],
 )
 def test_wrong_arguments(batches: object, loss: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
