@@ -24,8 +24,8 @@ class Gan:
     """The task, after Arjovsky et al., arXiv 1701.07875.
 
     The learning rate begins at four times theirs and the bounds are wider, as trainings are short.
-    It falls to 0 in a straight line: at a constant rate, two trainings in float32 that differ by a
-    rounding end with losses that are several percent apart.
+    It falls to 0 in a straight line. With larger rates, two trainings in float32 that differ by
+    roundings end with losses that are several percent apart.
 
     Attributes:
         steps: updates of the generator.
