@@ -151,8 +151,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [
             f"{AXES[model]}\n",
             f"| format | loss | over fp32, mean (of single seeds) | {names} "
-            "| bits in use | saturated | tensors and steps with overflow | s |",
-            "|---" * (7 + len(tests)) + "|",
+            "| bits in use | saturated | tensors and steps with overflow |",
+            "|---" * (6 + len(tests)) + "|",
         ]
         for format, row in found.items():
             flex = row["flex"]
@@ -167,7 +167,6 @@ def table(results: Mapping[str, Any]) -> str:
                 f"{_words(row['change'], '+.2%')} ({_spread(row['changes'].values())})",
                 *(_words(row["test"][name], ".3g") for name in tests),
                 *counted,
-                f"{row['seconds']:.0f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.optim import RMSprop
+from torch.optim.lr_scheduler import LinearLR
 
 from examples.flexpoint.classify import Run
 from examples.flexpoint.data import digits
@@ -22,19 +23,21 @@ MADE = 1437  # images for it, as many as there are for training
 class Gan:
     """The task, after Arjovsky et al., arXiv 1701.07875.
 
-    The learning rate is ten times theirs and the bounds are wider, as trainings are short.
+    The learning rate begins at four times theirs and the bounds are wider, as trainings are short.
+    It falls to 0 in a straight line. With larger rates, two trainings in float32 that differ by
+    roundings end with losses that are several percent apart.
 
     Attributes:
         steps: updates of the generator.
         critic_steps: updates of the critic before each of them.
-        rate: learning rate of both.
+        rate: the first learning rate of both.
         clip: the critic's weights stay within plus and minus this.
         batch: images in a step, real ones and made ones each.
     """
 
     steps: int = 200
     critic_steps: int = 5
-    rate: float = 5e-4
+    rate: float = 2e-4
     clip: float = 0.05
     batch: int = 64
 
@@ -44,7 +47,7 @@ class Gan:
         Args:
             format: one of `ALL`.
             seed: of the weights, the batches and the codes.
-            steps: stop after so many updates of the generator.
+            steps: stop after so many updates of the generator; the schedule stays.
         """
         chosen = ALL[format]
         torch.manual_seed(seed)
@@ -53,10 +56,11 @@ class Gan:
         prepare(generator, chosen, torch.zeros(self.batch, CODE))
         prepare(critic, chosen, images[: self.batch])
         makes, judges = (RMSprop(m.parameters(), self.rate) for m in (generator, critic))
+        schedules = [LinearLR(o, 1.0, 0.0, total_iters=self.steps) for o in (makes, judges)]
         draw = torch.Generator().manual_seed(seed)
         run = Run(models=(critic, generator))
         start = time.perf_counter()
-        for _ in range(steps or self.steps):
+        for _ in range(min(steps or self.steps, self.steps)):
             critic.requires_grad_(True)
             for _ in range(self.critic_steps):
                 real = images[torch.randint(len(images), (self.batch,), generator=draw)]
@@ -78,6 +82,8 @@ class Gan:
             loss = -critic(generator(torch.randn(self.batch, CODE, generator=draw))).mean()
             loss.backward()
             makes.step()
+            for schedule in schedules:
+                schedule.step()
         run.seconds = time.perf_counter() - start
         run.flex = statistics(critic, generator)
         run.test = {"sliced Wasserstein": _distance(generator, images)}

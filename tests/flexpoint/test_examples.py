@@ -72,7 +72,7 @@ def test_formats_share_weights_batches_and_dropout() -> None:
 def test_formats_lower_every_product() -> None:
     run = TASKS["alexnet"].train("bf16", 0, 1)
     text = str(run.models[0].explain())
-    assert "convolution runs in bf16" in text
+    assert "aten.convolution_backward.default runs in bf16" in text
     assert "not-faster" not in text
 
 
