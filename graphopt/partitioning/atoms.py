@@ -201,7 +201,7 @@ def _flows(problem: Problem, position: dict[str, int], atom: Sequence[int]) -> t
     result = []
     for v in problem.values:
         maker = atom[position[v.maker]] if v.maker else -1
-        readers = _mask((atom[position[r]] for r in v.readers)) & ~(1 << maker if v.maker else 0)
+        readers = _mask(atom[position[r]] for r in v.readers) & ~(1 << maker if v.maker else 0)
         if readers or v.final:
             result.append(Flow(maker, readers, v.bytes, v.gradient, v.final))
     return tuple(result)

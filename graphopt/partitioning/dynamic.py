@@ -8,6 +8,7 @@ more in earlier stages stay exact.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from graphopt.partitioning.pairs import Pairs
 from graphopt.partitioning.space import FIXED, SAVED, TRAINED, Row, Space
 
 if TYPE_CHECKING:
@@ -65,12 +67,19 @@ class Search:
         stages: how many stages, none of them empty.
         limits: that all searches will respect; tight ones leave fewer stages to consider.
         obey: whether limits of memory are obeyed; where not, ``"excess"`` can be minimised.
+        kept: up to how many stages are kept in memory at once.
     """
 
     def __init__(
-        self, space: Space, stages: int, limits: Limits | None = None, *, obey: bool = True
+        self,
+        space: Space,
+        stages: int,
+        limits: Limits | None = None,
+        *,
+        obey: bool = True,
+        kept: int = KEPT_STAGES,
     ) -> None:
-        self.space, self.stages = space, stages
+        self.space, self.stages, self.kept = space, stages, kept
         self.limits = _rounded(limits or Limits())
         self.obey = obey and space.limited
         memory = space.objective.memory
@@ -78,16 +87,40 @@ class Search:
         self._flying = np.array([memory.in_flight(stages, s, batches) for s in range(stages)])
         self._copies = np.array([memory.copies(stages, s) for s in range(stages)])
         self._allowed = np.array([memory.limit_of(s) for s in range(stages)])
-        self._need = self._stages_needed()
-        self._kept: list[Row] | None = None
+        self._need = _needed(space, self.limits, behind=True)
+        self._pairs = self._gathered()
 
     def best(self, score: Score, limits: Limits | None = None) -> Chain | None:
         """The partition with the least score within limits; None where there is none."""
-        space, last = self.space, len(self.space) - 1
         limits = _rounded(limits or self.limits)
+        if self._pairs is None:
+            found = self._by_rows(score, limits)
+        elif self._pairs:
+            found = self._by_layers(self._pairs, score, limits)
+        else:
+            found = None
+        return None if found is None else self._chain(*found)
+
+    def _by_layers(
+        self, pairs: Pairs, score: Score, limits: Limits
+    ) -> tuple[float, list[int]] | None:
+        outside = (pairs.forward > limits.forward) | (pairs.backward > limits.backward)
+        outside |= pairs.whole > limits.whole
+        stages = np.arange(self.stages)
+        everything = slice(None)
+
+        def scored(stage: int) -> Floats:
+            result: Floats = self._scored(pairs, everything, score, stages[stage : stage + 1])[0]
+            result[outside] = np.inf
+            return result
+
+        return pairs.layers(self.stages, len(self.space), scored, add=score == "latency")
+
+    def _by_rows(self, score: Score, limits: Limits) -> tuple[float, list[int]] | None:
+        last = len(self.space) - 1
         f = np.full((self.stages + 1, last + 1), np.inf)
         parent = np.full((self.stages + 1, last + 1), -1, dtype=np.int32)
-        f[0, 0] = -np.inf
+        f[0, 0] = 0.0 if score == "latency" else -np.inf
         for row in self._rows():
             reached = np.nonzero(f[: self.stages, row.start] < np.inf)[0]
             if not reached.size:
@@ -100,8 +133,7 @@ class Search:
             ends = row.ends[kept]
             gain = self._scored(row, kept, score, reached)
             so_far = f[reached, row.start][:, None]
-            total = np.maximum(so_far, 0.0) + gain if score == "latency" else None
-            value = np.maximum(so_far, gain) if total is None else total
+            value = so_far + gain if score == "latency" else np.maximum(so_far, gain)
             value[(self.stages - 1 - reached)[:, None] < self._need[ends]] = np.inf
             target = np.ix_(reached + 1, ends)
             better = value < f[target]
@@ -112,11 +144,11 @@ class Search:
         chain = [last]
         for j in range(self.stages, 0, -1):
             chain.append(int(parent[j, chain[-1]]))
-        chain.reverse()
-        return self._chain(float(f[self.stages, last]), chain, space)
+        return float(f[self.stages, last]), chain[::-1]
 
-    def _chain(self, score: float, chain: list[int], space: Space) -> Chain:
-        steps = zip(chain[:-1], chain[1:], strict=True)
+    def _chain(self, score: float, chain: list[int]) -> Chain:
+        space = self.space
+        steps = itertools.pairwise(chain)
         rows = [space.row(i, np.array([j])) for i, j in steps]
         return Chain(
             score,
@@ -128,39 +160,37 @@ class Search:
         )
 
     def _scored(
-        self, row: Row, kept: NDArray[np.int64], score: Score, reached: NDArray[np.int64]
+        self,
+        row: Row | Pairs,
+        kept: NDArray[np.int64] | slice,
+        score: Score,
+        reached: NDArray[np.int64],
     ) -> Floats:
         """Scores by stage number and end; infinite where a stage does not fit into memory."""
-        shape = (reached.size, kept.size)
-        by_end = {"whole": row.whole, "backward": row.backward, "latency": row.latency}
         if row.holds is None or not (self.obey or score == "excess"):
-            return np.broadcast_to(by_end[score][kept], shape).copy()
+            return np.repeat(_seconds(row, score)[kept][None, :], reached.size, axis=0)
         saved, trained, fixed = (row.holds[kind][kept] for kind in (SAVED, TRAINED, FIXED))
         held = self._flying[reached, None] * saved + self._copies[reached, None] * trained + fixed
         excess: Floats = held - self._allowed[reached, None]
         if score == "excess":
             return excess
         # Sizes are whole numbers, so that half a byte is rounding.
-        return np.where(excess <= 0.5, by_end[score][kept], np.inf)
+        return np.where(excess <= 0.5, _seconds(row, score)[kept], np.inf)
 
     # -- which stages there are --------------------------------------------------------------------
 
-    def _rows(self) -> Iterator[Row]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept: list[Row] | None = []
+    def _gathered(self) -> Pairs | Literal[False] | None:
+        """All stages, if they are few enough to be kept; False if there is none."""
+        rows: list[Row] = []
         count = 0
-        for row in self._made():
+        for row in self._rows():
+            rows.append(row)
             count += row.ends.size
-            if count > KEPT_STAGES:
-                kept = None
-            if kept is not None:
-                kept.append(row)
-            yield row
-        self._kept = kept
+            if count > self.kept:
+                return None
+        return Pairs(rows) if rows else False
 
-    def _made(self) -> Iterator[Row]:
+    def _rows(self) -> Iterator[Row]:
         space, limits = self.space, self.limits
         before = _needed(space, limits, behind=False)
         alive = np.nonzero(before + self._need <= self.stages)[0]
@@ -185,9 +215,6 @@ class Search:
             if fits.size:
                 yield _picked(row, fits)
 
-    def _stages_needed(self) -> NDArray[np.int64]:
-        return _needed(self.space, self.limits, behind=True)
-
 
 def _needed(space: Space, limits: Limits, *, behind: bool) -> NDArray[np.int64]:
     """Stages that what is in (or behind) each downset takes at least."""
@@ -203,6 +230,12 @@ def _needed(space: Space, limits: Limits, *, behind: bool) -> NDArray[np.int64]:
             need = np.maximum(need, np.ceil(left / limit - 1e-9).astype(np.int64))
     occupied = space.sizes < space.sizes[-1] if behind else space.sizes > 0
     return np.maximum(need, occupied.astype(np.int64))
+
+
+def _seconds(stages: Row | Pairs, score: Score) -> Floats:
+    if score == "latency":
+        return stages.latency
+    return stages.backward if score == "backward" else stages.whole
 
 
 def _picked(row: Row, fits: NDArray[np.int64]) -> Row:

@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -168,7 +169,7 @@ class _Program:
 
     def _order(self) -> None:
         for y in self._y:
-            for first, second in zip(y, y[1:], strict=False):
+            for first, second in itertools.pairwise(y):
                 self.at_least({second: 1.0, first: -1.0}, 0.0)
         for atom, before in enumerate(self.atoms.before):
             for other in bits(before):

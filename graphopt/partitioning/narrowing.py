@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -84,7 +85,7 @@ def chained(atoms: Atoms, order: Sequence[int], cap: int) -> list[tuple[int, int
             break
         total -= width - len(region)
         line = sorted(region, key=place.__getitem__)
-        for first, second in zip(line, line[1:], strict=False):
+        for first, second in itertools.pairwise(line):
             edges.append((atoms.members[first][0], atoms.members[second][0]))
     return edges
 

@@ -19,12 +19,11 @@ def orders(atoms: Atoms) -> Iterator[tuple[str, list[int]]]:
     yield "depth first", run(atoms, lambda ready, _: ready[-1])
     yield "fewest bytes alive", run(atoms, _fewest_bytes(atoms))
     for seed in range(RANDOM_ORDERS):
-        generator = random.Random(seed)
-        yield f"random {seed}", run(atoms, lambda ready, _, g=generator: g.choice(ready))
+        yield f"random {seed}", run(atoms, _drawn(seed))
 
 
 def run(atoms: Atoms, choose: Choose) -> list[int]:
-    """The order in which `choose` takes ready atoms; the last to become ready is last in its list."""
+    """The order in which `choose` takes ready atoms, listed in the order of becoming ready."""
     after = atoms.after()
     waiting = [mask.bit_count() for mask in atoms.before]
     ready = [a for a in reversed(range(len(atoms))) if not waiting[a]]
@@ -39,6 +38,11 @@ def run(atoms: Atoms, choose: Choose) -> list[int]:
             if not waiting[other]:
                 ready.append(other)
     return result
+
+
+def _drawn(seed: int) -> Choose:
+    generator = random.Random(seed)
+    return lambda ready, _: generator.choice(ready)
 
 
 def _fewest_bytes(atoms: Atoms) -> Choose:

@@ -12,6 +12,7 @@ from graphopt.partitioning.space import Space
 
 # What counts as an improvement, relative: larger than the rounding of sums, smaller than any time.
 STRICTLY = 1 - 1e-10
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # between the least maximum and the highest useful limit
 
 
 def solve(space: Space, stages: int, bounds: Bounds, upper: float = math.inf) -> Chain | None:
@@ -51,8 +52,18 @@ def _alpa(space: Space, stages: int, bounds: Bounds, upper: float) -> Chain | No
     others = space.objective.micro_batches - 1
     limit = (upper - bounds.total) / others
     search = Search(space, stages, Limits(whole=limit))
-    best: Chain | None = None
-    while limit >= bounds.whole * STRICTLY:
+    fastest = search.best("whole")
+    if fastest is None:
+        return None
+    best = replace(fastest, score=worth(fastest, space.objective))
+    # Good partitions known early make the steps below longer.
+    for share in SHARES:
+        bent = fastest.whole + share * (min(limit, bounds.total) - fastest.whole)
+        found = search.best("latency", Limits(whole=bent))
+        if found is not None:
+            best = _better(best, replace(found, score=worth(found, space.objective)))
+    limit = (best.score - bounds.total) / others
+    while limit >= fastest.whole * STRICTLY:
         found = search.best("latency", Limits(whole=limit))
         if found is None:
             break

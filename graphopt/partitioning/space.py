@@ -77,8 +77,8 @@ class Space:
         octets = np.frombuffer(raw, dtype=np.uint8).reshape(len(masks), width)
         self.words = octets.view(np.uint64)
         self._members = np.unpackbits(octets, axis=1, count=count, bitorder="little")
-        self.forward: Floats = self._members @ np.asarray(atoms.forward, dtype=np.float64)
-        self.backward: Floats = self._members @ np.asarray(atoms.backward, dtype=np.float64)
+        self.forward = self._sums(atoms.forward)
+        self.backward = self._sums(atoms.backward)
         self.sizes: Integers = self._members.sum(axis=1, dtype=np.int64)
         self.cut_forward, self.cut_backward = self._cuts(link)
         self.reduced = [
@@ -138,6 +138,11 @@ class Space:
             for sizes in (size, gradient)
         ]
         return seconds[0], seconds[1]
+
+    def _sums(self, weights: Sequence[float]) -> Floats:
+        """The sum of the weights of the atoms in each downset."""
+        sums: Floats = np.dot(self._members.astype(np.float64), np.array(weights))
+        return sums
 
     def _counts(self, users: int) -> Integers:
         """How many of some atoms are in each downset."""
