@@ -6,6 +6,7 @@ memory, so no cut comes between them. A view of a parameter belongs to whoever r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -167,6 +168,7 @@ class ForwardSide:
         for index in reversed(range(len(self.nodes))):
             needed[index] = needed[index] or any(needed[r] for r in readers[index])
         groups = []
+        modules = [module_of(nodes[0]) for nodes in self.nodes]
         for index in range(len(self.nodes)):
             if needed[index] and fed[index]:
                 continue
@@ -175,14 +177,13 @@ class ForwardSide:
             elif not needed[index] and sources[index]:
                 groups.append({index, max(sources[index])})
             elif len(self.nodes) > 1 and not needed[index]:
-                groups.append({index, self._neighbour(index, fed)})
+                groups.append({index, _neighbour(index, fed, modules)})
         return groups
 
-    def _neighbour(self, index: int, fed: list[bool]) -> int:
-        """The nearest operator of the same module, if any, that is fed by the model's inputs."""
-        module = module_of(self.nodes[index][0])
-        others = [i for i in range(len(self.nodes)) if i != index]
-        return min(
-            others,
-            key=lambda i: (module_of(self.nodes[i][0]) != module, not fed[i], abs(i - index), -i),
-        )
+
+def _neighbour(index: int, fed: Sequence[bool], modules: Sequence[str]) -> int:
+    """The nearest operator of the same module, if any, that is fed by the model's inputs."""
+    return min(
+        (i for i in range(len(modules)) if i != index),
+        key=lambda i: (modules[i] != modules[index], not fed[i], abs(i - index), -i),
+    )

@@ -65,7 +65,7 @@ def _check_form(schedule: Schedule) -> None:
             known = action.stage < schedule.stages
             if not known or action.micro_batch >= schedule.micro_batches:
                 raise ArgumentError(
-                    f"there are {schedule.stages} stages and {schedule.micro_batches} micro-batches",
+                    f"there are {schedule.stages} stages, {schedule.micro_batches} micro-batches",
                     where=f"rank {rank}: {action}",
                 )
             if schedule.placement[action.stage] != rank:

@@ -10,7 +10,9 @@ from graphopt.schedules.actions import TRANSFERS, Action, Kind, Schedule
 Span = tuple[float, float]
 
 
-def waits_for(action: Action, schedule: Schedule, split: frozenset[tuple[int, int]]) -> list[Action]:
+def waits_for(
+    action: Action, schedule: Schedule, split: frozenset[tuple[int, int]]
+) -> list[Action]:
     """The computations that have to be done before a computation or an update.
 
     Args:

@@ -119,7 +119,7 @@ def _zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Action
 
 
 def _concurrent(stage: int, stages: int, micro_batches: int, every: int) -> Iterator[Action]:
-    """Time step t: forward of micro-batch t - s, backward of the one that is 2 (S - 1 - s) older."""
+    """In each time step the next forward, and the backward of what came 2 (S - 1 - s) before."""
     behind = concurrent_delay(stages, stage)
 
     def computed() -> Iterator[Action]:

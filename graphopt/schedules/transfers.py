@@ -46,9 +46,7 @@ def without_transfers(schedule: Schedule) -> Schedule:
     return replace(schedule, ranks=kept)
 
 
-def _send(
-    action: Action, schedule: Schedule, split: frozenset[tuple[int, int]]
-) -> Action | None:
+def _send(action: Action, schedule: Schedule, split: frozenset[tuple[int, int]]) -> Action | None:
     stage, batch = action.stage, action.micro_batch
     if action.kind is Kind.F and stage < schedule.stages - 1 and schedule.crosses(stage):
         return Action(stage, Kind.SEND_F, batch)

@@ -128,7 +128,7 @@ def simulate_pipeline(
 
 
 def costs_of(partition: Partition) -> tuple[list[StageCost], list[Transfer]]:
-    """Costs of stages and cuts as a partition states them, without reductions of shared gradients."""
+    """Costs of the stages and cuts of a partition, without reductions of shared gradients."""
     stages = [
         StageCost(
             s.forward,
@@ -307,9 +307,7 @@ class _Blocking(_Run):
         return True
 
 
-def _check(
-    schedule: Schedule, stages: Sequence[StageCost], transfers: Sequence[Transfer]
-) -> None:
+def _check(schedule: Schedule, stages: Sequence[StageCost], transfers: Sequence[Transfer]) -> None:
     if len(stages) != schedule.stages or len(transfers) != schedule.stages - 1:
         raise ArgumentError(
             f"a schedule of {schedule.stages} stages has costs of {len(stages)} stages and "
