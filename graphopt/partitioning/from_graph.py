@@ -173,6 +173,7 @@ class _Reader:
             return
         if made.maker > index:  # its backward reads what a later operator makes
             self.together.append({made.maker, index})
+            index = made.maker
         elif made.maker != index:
             made.readers.add(index)
         pieces = value_of(made.owner)

@@ -40,9 +40,7 @@ def branches(number: int, length: int) -> Problem:
 
 def chain(*seconds: float, saved: int = 0) -> Problem:
     operators = tuple(Operator(f"o{i}", s, saved=saved) for i, s in enumerate(seconds))
-    values = tuple(
-        Value(f"v{i}", f"o{i}", (f"o{i + 1}",), 1, 1) for i in range(len(operators) - 1)
-    )
+    values = tuple(Value(f"v{i}", f"o{i}", (f"o{i + 1}",), 1, 1) for i in range(len(operators) - 1))
     return Problem(operators, values)
 
 
@@ -194,9 +192,7 @@ def test_impossible_requests(stages: int, objective: Objective, message: str) ->
             "there is no operator 'b'",
         ),
         (
-            lambda: Problem(
-                (Operator("a", 1), Operator("b", 1)), (Value("v", "b", ("a",), 1),)
-            ),
+            lambda: Problem((Operator("a", 1), Operator("b", 1)), (Value("v", "b", ("a",), 1),)),
             "operator 'a' reads what 'b' makes after it",
         ),
         (lambda: Problem((Operator("a", 1, parameters=("w",)),)), "there is no parameter 'w'"),
