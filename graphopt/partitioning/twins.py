@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
+from graphopt.analysis.aliasing import storage
 from graphopt.graph import Graph, module_of, phase_of
 from graphopt.partitioning.forward_side import ForwardSide
 from graphopt.plan import Phase, Role
@@ -51,19 +53,23 @@ def weight_side(graph: Graph, twin: Mapping[fx.Node, int]) -> set[fx.Node]:
     that several operators use counts as one of them.
     """
     parameters = set(graph.signature.names(Role.PARAM))
+    views = graph.get(storage).views
+    weights: set[fx.Node] = set()
     other: set[fx.Node] = set()
-    sums: set[fx.Node] = set()
     for slot, node in zip(graph.signature.outputs, graph.outputs, strict=True):
-        if slot.role is Role.GRAD and slot.name in parameters:
-            sums.add(node)
-        else:
-            other.add(node)
+        weight = slot.role is Role.GRAD and slot.name in parameters
+        (weights if weight else other).add(node)
     result: set[fx.Node] = set()
+    sums: set[fx.Node] = set()  # with the views behind them
     for node in reversed(list(twin)):
         users = [user for user in node.users if user.op != "output"]
-        own = all(u in result and (twin[u] == twin[node] or u in sums) for u in users)
-        if own and (users or node in sums) and node not in other:
+        if node in other or not (users or node in weights):
+            continue
+        if all(u in result and (twin[u] == twin[node] or u in sums) for u in users):
             result.add(node)
+            adds = node in views or node.target is torch.ops.aten.add.Tensor
+            if adds and all(u in sums for u in users):
+                sums.add(node)
     return result
 
 

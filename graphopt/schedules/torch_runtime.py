@@ -1,7 +1,8 @@
 """Run a schedule on torch's pipeline runtime: the only file that knows that private interface.
 
-Checked with torch 2.13. The runtime lowers a schedule of computations by itself; it can be given
-sends and receives, too.
+Checked with torch 2.13. The runtime lowers a schedule of computations by itself: it adds sends,
+receives, and an action behind the last backward of each stage that scales and reduces gradients. A
+schedule that has sends and receives gets only the last one, here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from graphopt.errors import ArgumentError
-from graphopt.schedules.actions import Schedule
+from graphopt.schedules.actions import Action, Kind, Schedule
 from graphopt.schedules.check import check
 from graphopt.schedules.table import to_csv
 
@@ -41,6 +42,8 @@ def torch_runtime(
     """
     text = to_csv(schedule)
     check(schedule)
+    if schedule.has_transfers:
+        text = "".join(",".join(_reducing(line)) + "\n" for line in schedule.ranks)
     if not stages or stages[0].num_stages != schedule.stages:
         count = stages[0].num_stages if stages else 0
         raise ArgumentError(
@@ -58,3 +61,14 @@ def torch_runtime(
         else:
             runtime._load_csv(str(file), format="compute_only")
     return runtime
+
+
+def _reducing(line: Sequence[Action]) -> list[str]:
+    """The actions of a rank, with one that reduces gradients behind each stage's last backward."""
+    last = {a.stage: index for index, a in enumerate(line) if a.kind in (Kind.B, Kind.W)}
+    result = []
+    for index, action in enumerate(line):
+        result.append(str(action))
+        if last.get(action.stage) == index:
+            result.append(f"{action.stage}REDUCE_GRAD")
+    return result
