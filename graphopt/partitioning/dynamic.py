@@ -12,16 +12,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.partitioning.pairs import Pairs
-from graphopt.partitioning.space import FIXED, SAVED, TRAINED, Row, Space
-
-if TYPE_CHECKING:
-    from graphopt.partitioning.space import Floats
+from graphopt.partitioning.space import FIXED, SAVED, TRAINED, Floats, Row, Space
 
 Score = Literal["whole", "backward", "latency", "excess"]
 
@@ -219,13 +216,14 @@ class Search:
 def _needed(space: Space, limits: Limits, *, behind: bool) -> NDArray[np.int64]:
     """Stages that what is in (or behind) each downset takes at least."""
     need = np.zeros(len(space), dtype=np.int64)
-    pairs = (
-        (space.forward, limits.forward),
-        (space.backward, limits.backward),
-        (space.forward + space.backward, limits.whole),
-    )
-    for load, limit in pairs:
+    forward, backward = space.forward, space.backward
+    pairs = [(forward, limits.forward), (backward, limits.backward)]
+    pairs.append((forward + backward, limits.whole))
+    cuts = [space.cut_forward, space.cut_backward, space.cut_forward + space.cut_backward]
+    for (load, limit), cut in zip(pairs, cuts, strict=True):
         left = load[-1] - load if behind else load
+        if not space.objective.overlap:
+            left = left + cut  # one of these stages waits for it
         if 0 < limit < math.inf:
             need = np.maximum(need, np.ceil(left / limit - 1e-9).astype(np.int64))
     occupied = space.sizes < space.sizes[-1] if behind else space.sizes > 0

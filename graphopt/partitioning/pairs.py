@@ -7,15 +7,11 @@ Only for as many stages as fit into memory; larger spaces go row by row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.partitioning.space import Row
-
-if TYPE_CHECKING:
-    from graphopt.partitioning.space import Floats
+from graphopt.partitioning.space import Floats, Row
 
 
 class Pairs:

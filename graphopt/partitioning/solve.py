@@ -8,7 +8,7 @@ from dataclasses import replace
 from graphopt.partitioning.bounds import Bounds
 from graphopt.partitioning.dynamic import Chain, Limits, Search
 from graphopt.partitioning.objective import ALPA, GPIPE, Objective
-from graphopt.partitioning.space import Space
+from graphopt.partitioning.space import Floats, Space
 
 # What counts as an improvement, relative: larger than the rounding of sums, smaller than any time.
 STRICTLY = 1 - 1e-10
@@ -25,6 +25,13 @@ def solve(space: Space, stages: int, bounds: Bounds, upper: float = math.inf) ->
         upper: value of a known partition; only such as are not worse are looked for.
     """
     objective = space.objective
+    bounds = bounds.with_cuts(
+        stages,
+        _least(space.cut_forward),
+        _least(space.cut_backward),
+        _least(space.cut_forward + space.cut_backward),
+        overlap=objective.overlap,
+    )
     if objective.kind == GPIPE:
         return _gpipe(space, stages, bounds, upper)
     if objective.kind == ALPA and objective.micro_batches > 1:
@@ -32,6 +39,11 @@ def solve(space: Space, stages: int, bounds: Bounds, upper: float = math.inf) ->
     if objective.kind == ALPA:
         return Search(space, stages).best("latency")
     return Search(space, stages, Limits(whole=upper)).best("whole")
+
+
+def _least(cuts: Floats) -> float:
+    """The least of the cuts behind some and before other atoms."""
+    return float(cuts[1:-1].min()) if cuts.size > 2 else 0.0
 
 
 def worth(chain: Chain, objective: Objective) -> float:

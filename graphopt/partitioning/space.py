@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,8 @@ from graphopt.partitioning.atoms import Atoms, bits
 from graphopt.partitioning.objective import Objective
 from graphopt.partitioning.problem import Link
 
-if TYPE_CHECKING:
-    Floats = NDArray[np.float64]
-    Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 SAVED, TRAINED, FIXED = range(3)
 
