@@ -127,7 +127,7 @@ def _no_lane_does_two_things(trace: PipelineTrace) -> None:
 
 
 # Speed relative to two stages and one micro-batch, which torchgpipe's documentation reports for
-# AmoebaNet-D on P40 GPUs: (stages, micro-batches), measured.
+# AmoebaNet-D (18, 256) on P40 GPUs: (stages, micro-batches), measured.
 TORCHGPIPE = {
     (2, 4): 1.539,
     (2, 32): 1.773,
@@ -136,6 +136,9 @@ TORCHGPIPE = {
     (8, 4): 2.621,
     (8, 32): 4.953,
 }
+# One micro-batch passes any number of stages in the same time. More stages had room for larger
+# batches, which explains the row above 1.
+ONE_MICRO_BATCH = {(4, 1): 1.004, (8, 1): 0.932}
 
 
 def _speed(stages: int, batches: int) -> float:
@@ -150,12 +153,13 @@ def test_upper_bound_of_every_published_row() -> None:
     predicted = {key: _speed(*key) / base for key in TORCHGPIPE}
     for key, measured in TORCHGPIPE.items():
         assert measured <= predicted[key] <= 1.4 * measured, key
-    # More stages, and more micro-batches, rank as measured.
-    for one in TORCHGPIPE:
-        for other in TORCHGPIPE:
-            if one[0] == other[0] or one[1] == other[1]:
-                ranks = predicted[one] < predicted[other]
-                assert ranks == (TORCHGPIPE[one] < TORCHGPIPE[other])
+    for key, measured in ONE_MICRO_BATCH.items():
+        assert _speed(*key) / base == pytest.approx(1.0)
+        assert measured <= 1.005
+    pairs = itertools.combinations(sorted(TORCHGPIPE, key=TORCHGPIPE.__getitem__), 2)
+    wrong = [(slow, fast) for slow, fast in pairs if predicted[slow] >= predicted[fast]]
+    # All pairs rank as measured but one: with four stages, AmoebaNet's were far from equal.
+    assert wrong == [((4, 4), (2, 32))]
 
 
 @given(st.integers(0, 500), st.integers(1, 4), st.integers(1, 9))
