@@ -27,6 +27,7 @@ from graphopt.partitioning.twins import twins, weight_side
 from graphopt.plan import Phase
 from graphopt.testing.corpus import CORPUS
 from graphopt.testing.strategies import joint_graphs
+from graphopt.text import parse_graph
 
 
 class Block(nn.Module):
@@ -188,6 +189,45 @@ def test_checkpointed_operators_run_again_in_backward() -> None:
     assert problem.seconds > math.fsum(roofline(graph).values())
     tanh = next(v for v in problem.values if v.maker == "tanh")
     assert tanh.saved_by == ()
+
+
+def test_views_and_in_place_operators_stay_with_what_they_share_memory_with() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            y = (x @ w).view(2, 3, 4).transpose(1, 2)
+            return F.dropout(torch.sin(y), 0.5)
+
+    problem = from_graph(_graph(Model(), torch.randn(2, 6), torch.randn(6, 12)))
+    assert [o.name for o in problem.operators] == ["mm", "sin", "native_dropout"]
+    # Captures have no in-place operators, and passes may write some.
+    graph = parse_graph(WRITTEN)
+    problem = from_graph(graph)
+    assert [o.name for o in problem.operators] == ["mm", "sin"]
+    assert {n.name: i for n, i in ForwardSide(graph).host.items()} == {
+        **{"mm": 0, "view": 0, "relu_": 0},
+        "sin": 1,
+    }
+    (value,) = (v for v in problem.values if v.maker == "mm")
+    assert (value.readers, value.bytes) == (("sin",), 24)
+
+
+WRITTEN = """gopt 1 inference torch 2.13
+
+forward inputs
+  %x = input "x" : f32[2,3]
+  %w = param "w" : f32[3,3]
+
+forward
+  %mm = aten.mm.default(%x, %w) : f32[2,3]
+  %view = aten.view.default(%mm, [3, 2]) : f32[3,2]
+  %relu_ = aten.relu_.default(%view) : f32[3,2]
+  %sin = aten.sin.default(%relu_) : f32[3,2]
+
+forward outputs
+  output "0" = %sin
+
+end
+"""
 
 
 def test_given_times_and_an_operator_without_one() -> None:
