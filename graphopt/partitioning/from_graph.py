@@ -88,6 +88,11 @@ class _Reader:
             forward[index] += self._time(node)
             if node.meta.get("recompute") in _RECOMPUTED:
                 inputs[index] += self._time(node)
+        behind_views = [0] * count
+        for owner in self.saved:
+            made = self.side.made[owner]
+            if made.maker >= 0:  # what is kept through a smaller view keeps all of its memory
+                behind_views[made.maker] += tensor_bytes(value_of(owner)) - made.bytes
         only_weights = weight_side(self.graph, self.twin)
         for node, index in self.twin.items():
             share = 1.0 if node in only_weights else _weight_share(node)
@@ -100,6 +105,7 @@ class _Reader:
                 input_grad=inputs[index],
                 weight_grad=weights[index],
                 parameters=tuple(sorted(self.side.stored[index])),
+                saved=behind_views[index],
                 module=module_of(self.side.nodes[index][0]),
                 layer=bool(self.side.stored[index] & trained),
             )

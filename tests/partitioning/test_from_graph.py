@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.analysis.gradient_order import roofline
+from graphopt.analysis.liveness import liveness
 from graphopt.capture import capture
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level, phase_of
@@ -107,6 +108,9 @@ def test_corpus(name: str) -> None:
     if name != "checkpointed":  # whose recomputed operators count twice
         _check_times(graph, problem)
     _check_gradients_flow_backwards(graph, problem)
+    (whole,) = plan(problem, 1, bound_seconds=0.0).stages
+    inputs = sum(v.bytes for v in problem.values if v.saved_by and not v.maker)
+    assert whole.saved - inputs == liveness(graph).saved_bytes
     found = plan(problem, min(3, len(atoms_of(problem))), bound_seconds=0.0)
     assert found.certificate is not None
     assert found.certificate.gap < 0.05 or len(problem.operators) < 20
