@@ -38,7 +38,18 @@ def solve(space: Space, stages: int, bounds: Bounds, upper: float = math.inf) ->
         return _alpa(space, stages, bounds, upper)
     if objective.kind == ALPA:
         return Search(space, stages).best("latency")
-    return Search(space, stages, Limits(whole=upper)).best("whole")
+    search = Search(space, stages, Limits(whole=upper))
+    best = search.best("whole")
+    return None if best is None else _least_sent(search, best, Limits(whole=best.whole))
+
+
+def _least_sent(search: Search, best: Chain, limits: Limits) -> Chain:
+    """Of all partitions as good as the best one, one whose transfers take least together."""
+    space = search.space
+    if not (space.cut_forward.any() or space.cut_backward.any()):
+        return best
+    found = search.best("latency", limits)
+    return best if found is None else replace(found, score=best.score)
 
 
 def _least(cuts: Floats) -> float:
@@ -96,7 +107,9 @@ def _gpipe(space: Space, stages: int, bounds: Bounds, upper: float) -> Chain | N
             break
         best = _better(best, replace(found, score=worth(found, space.objective)))
         limit = min(best.score - found.backward, found.forward) * STRICTLY
-    return best
+    if best is None:
+        return None
+    return _least_sent(search, best, Limits(best.forward, best.backward))
 
 
 def _better(best: Chain | None, found: Chain) -> Chain:

@@ -118,6 +118,16 @@ def test_bound_of_the_program_proves_more_than_averages() -> None:
     assert found.certificate.lower == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("kind", ["minmax", "gpipe"])
+def test_of_equally_good_partitions_the_one_that_sends_least_is_taken(kind: str) -> None:
+    operators = tuple(Operator(f"o{i}", s) for i, s in enumerate((2.0, 8.0, 0.0, 0.0, 0.0, 2.0)))
+    sizes = (4, 5, 3, 1, 2)
+    values = tuple(Value(f"v{i}", f"o{i}", (f"o{i + 1}",), n) for i, n in enumerate(sizes))
+    found = plan(Problem(operators, values, link=Link(0.1, 0.0)), 3, Objective(kind))
+    assert found.value == 8.0
+    assert [cut.bytes for cut in found.cuts] == [4, 1]
+
+
 # -- shared parameters -----------------------------------------------------------------------------
 
 
