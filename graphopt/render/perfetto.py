@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from graphopt.simulate import Trace
+    from graphopt.simulate import Span
 
 MICRO = 1e6
 PROCESS = 1
 
 
-def trace_events(trace: Trace, title: str) -> dict[str, object]:
+class Lanes(Protocol):
+    """A simulated step: of `graphopt.simulate.trace`, or of a pipeline."""
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """Names of all lanes, in the order in which they are shown."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What happened on them."""
+
+
+Counters = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def trace_events(trace: Lanes, title: str, counters: Counters | None = None) -> dict[str, object]:
     """The step in Chrome's trace event format, one thread per lane; times in microseconds.
 
     Args:
         trace: a simulated step.
         title: what the viewer calls the process.
+        counters: by name, ``(seconds, value)`` whenever a value changes.
     """
     threads = {lane: index for index, lane in enumerate(trace.lanes, start=1)}
     events: list[dict[str, object]] = [_named("process_name", title, 0)]
@@ -36,6 +53,10 @@ def trace_events(trace: Trace, title: str) -> dict[str, object]:
                 "dur": span.seconds * MICRO,
             }
         )
+    for name, steps in (counters or {}).items():
+        for seconds, value in steps:
+            counter = {"ph": "C", "name": name, "pid": PROCESS, "ts": seconds * MICRO}
+            events.append({**counter, "args": {"value": value}})
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 

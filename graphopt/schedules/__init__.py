@@ -1,0 +1,1 @@
+"""Pipeline schedules as lists of actions: their laws, generators, checks and text forms."""
