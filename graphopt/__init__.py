@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optimize": "graphopt.api",
+    "serve": "graphopt.model.serving",
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
     "use_scaler": "graphopt.model.checkpoint",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphopt.graph import Graph, Level
     from graphopt.model.checkpoint import load_state_dict, state_dict, use_scaler
     from graphopt.model.report import Report
+    from graphopt.model.serving import serve
     from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan, Role, Signature, Slot
