@@ -44,7 +44,7 @@ def serve(
         ServingError: answers would depend on what else is in their batch.
     """
     from graphopt.runtime.serving import Dispatcher
-    from graphopt.runtime.serving.dispatcher import checked_sizes
+    from graphopt.runtime.serving.runner import checked_sizes
 
     if not isinstance(model, nn.Module):
         raise ArgumentError(

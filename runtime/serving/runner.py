@@ -65,23 +65,19 @@ class Runner:
             ServingError: an answer depends on other rows, or on chance.
         """
         others = [row.flip(tuple(range(row.dim()))) for row in example]
-        for size in self.sizes:
-            alike, mixed = (
-                self._form.batch([example, *[rest] * (size - 1)], size, self._device)
-                for rest in (example, others)
-            )
-            (expected,) = split(self._run(*alike[0], **alike[1]), size, 1, self._form.device)
+        for size in self._sizes:
+            alike, mixed = ([example, *[rest] * (size - 1)] for rest in (example, others))
+            (expected,) = self._call(alike, size, 1)
             try:
-                outputs = self._run(*mixed[0], **mixed[1])
+                (found,) = self._call(mixed, size, 1)
             except Exception as error:
                 warnings.warn(
                     f"whether answers depend on other requests could not be tried at batch size "
                     f"{size}, as the model raises for the reversed example: {error!r}",
                     stacklevel=2,
                 )
-                continue
-            (found,) = split(outputs, size, 1, self._form.device)
-            _same(expected, found, size)
+            else:
+                _same(expected, found, size)
 
 
 def _same(expected: object, found: object, size: int) -> None:
