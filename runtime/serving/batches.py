@@ -139,10 +139,14 @@ def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _tidy(request: object) -> object:
-    """A list of arguments is a tuple of them, and any mapping a dict."""
-    if isinstance(request, Mapping):
-        return dict(request)
-    return tuple(request) if isinstance(request, list) else request
+    """A list of arguments is a tuple of them; the order of keys counts nowhere."""
+    return tuple(request) if isinstance(request, list) else _sorted(request)
+
+
+def _sorted(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _sorted(value[key]) for key in sorted(value, key=str)}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -24,6 +25,10 @@ from graphopt.runtime.serving.batches import Form
 from graphopt.runtime.serving.queue import Queue, Request
 from graphopt.runtime.serving.runner import Runner, checked_sizes
 from graphopt.runtime.serving.stats import Recorder, Stats
+
+log = logging.getLogger("graphopt")
+
+T = TypeVar("T")
 
 # Enough for what a few largest batches take.
 CAPACITY_IN_BATCHES = 8
@@ -154,8 +159,11 @@ class Dispatcher:
             done, _ = await asyncio.wait([answer], timeout=_left(entered))
         finally:
             # At once, where asyncio would take back the request one turn of its loop later.
-            if entered.future.cancel() or not answer.done():
+            if not answer.done():
+                entered.future.cancel()
                 answer.cancel()
+            elif not answer.cancelled():
+                answer.exception()  # seen, where the task was cancelled at that moment, too
         if not done:
             raise entered.late()
         return answer.result()
@@ -280,7 +288,7 @@ class Dispatcher:
                 self._run(requests[half:], started)
             else:
                 self._recorder.count("failed")
-                requests[0].future.set_exception(_ordinary(error))
+                _settle(requests[0].future.set_exception, _ordinary(error))
             return
         for request, answer in zip(requests, answers, strict=True):
             ended = time.perf_counter()
@@ -288,7 +296,7 @@ class Dispatcher:
                 self._fail_late([request])
             else:
                 self._recorder.answered(request.entered, started, ended)
-                request.future.set_result(answer)
+                _settle(request.future.set_result, answer)
 
     def _fail_late(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -296,18 +304,25 @@ class Dispatcher:
             # One that was queued until now may be taken back at this very moment.
             if future.running() or future.set_running_or_notify_cancel():
                 self._recorder.count("expired")
-                future.set_exception(request.late())
+                _settle(future.set_exception, request.late())
 
     def _abandon(self) -> None:
         for request in self._queue.clear():
             if request.future.set_running_or_notify_cancel():
                 self._recorder.count("abandoned")
-                request.future.set_exception(
-                    ClosedError(
-                        "the dispatcher ended before it came to the request",
-                        hint="close() without drain=False answers what is queued",
-                    )
+                error = ClosedError(
+                    "the dispatcher ended before it came to the request",
+                    hint="close() without drain=False answers what is queued",
                 )
+                _settle(request.future.set_exception, error)
+
+
+def _settle(settle: Callable[[T], None], value: T) -> None:
+    """Give a future its end; whatever its callbacks raise is theirs, and others are not left."""
+    try:
+        settle(value)
+    except BaseException:
+        log.exception("a callback of a request's future raised")
 
 
 def _left(request: Request) -> float | None:
