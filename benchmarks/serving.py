@@ -1,6 +1,6 @@
 """Concurrent callers over loopback: Batch Dispatch, one at a time, and fixed windows.
 
-Run: ``python -m benchmarks.serving`` (about eight minutes; needs the extra `serving`). Each rule has
+Run: ``python -m benchmarks.serving`` (eight minutes; needs the extra `serving`). Each rule has
 a server process of its own, of the same code up to the rule; the callers are threads of this
 process with a connection each. Loads alternate between the servers in random order. Every answer is
 held against the plain model's: one that is lost, late, or another caller's would be seen.
