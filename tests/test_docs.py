@@ -37,6 +37,7 @@ WITH_PYTHON = [
     DATA_PARALLEL,
     DOCS / "kfac.md",
     DOCS / "precision.md",
+    DOCS / "serving.md",
     DOCS / "training_recipe.md",
     DOCS / "writing_a_pass.md",
 ]
