@@ -152,7 +152,8 @@ class Queue:
             return len(self._room) + len(self._door)
 
     def _full(self) -> bool:
-        return bool(self._door) or len(self._room) >= self.capacity
+        # Where somebody is at the door, the room is full.
+        return len(self._room) >= self.capacity
 
     def _admit(self) -> None:
         """Fill the room from the door."""

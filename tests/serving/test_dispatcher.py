@@ -63,6 +63,9 @@ def test_what_raises_fails_alone(bad: list[int]) -> None:
     with model.serve() as dispatcher:
         with model.busy(dispatcher):
             futures = [dispatcher.submit(row(i, -1 if i in bad else i)) for i in range(8)]
+            ended: list[int] = []
+            for i, future in enumerate(futures):
+                future.add_done_callback(lambda _, i=i: ended.append(i))
         for i, future in enumerate(futures):
             if i in bad:
                 with pytest.raises(ValueError, match=f"^{i} cannot be computed$"):
@@ -70,6 +73,7 @@ def test_what_raises_fails_alone(bad: list[int]) -> None:
             else:
                 assert is_answer(future.result(PATIENCE), i, i)
         stats = dispatcher.stats()
+    assert ended == list(range(8))
     assert stats.failed == len(bad)
     # Halves, down to one: with one bad request three batches raise before it is alone.
     assert stats.retries == {1: 3, 2: 5, 8: 7}[len(bad)]
