@@ -104,7 +104,8 @@ class Dispatcher:
         """Queue one request; its future gets the answer.
 
         Cancelling the future takes back a request that does not run yet. Callbacks of the future
-        run in the dispatcher's thread and delay what comes next.
+        run in the dispatcher's thread and delay what comes next; those of a late request may run in
+        the thread of a caller who needs its room.
 
         Args:
             request: of the form of the example.
@@ -118,9 +119,10 @@ class Dispatcher:
             DeadlineError: there was no room in time.
             ClosedError: the dispatcher is closed.
         """
+        if wait:
+            self._may_wait()
         entered = self._enter(request, timeout, wait)
         if entered.admitted is not None:
-            self._may_wait()
             try:
                 entered.admitted.wait(_left(entered))
             except BaseException:  # an interrupt of the thread that waits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -255,17 +256,19 @@ def test_the_thread_that_computes_cannot_wait_for_itself() -> None:
     caught: list[Exception] = []
 
     def ask(future: Future[object]) -> None:
-        try:
-            dispatcher(row(1, 1))
-        except ServingError as error:
-            caught.append(error)
+        for way in (dispatcher, partial(dispatcher.submit, wait=True)):
+            try:
+                way(row(1, 1))
+            except ServingError as error:
+                caught.append(error)
 
     model = Gated()
     with model.serve() as dispatcher:
         with model.busy(dispatcher):
             dispatcher.submit(row(1, 0)).add_done_callback(ask)
         dispatcher(row(1, 2))
-    assert "cannot wait" in str(caught[0])
+    assert ["cannot wait" in str(error) for error in caught] == [True, True]
+    assert model.first_seen() == [(99, 0), (1, 0), (1, 2)]
 
 
 def test_close_drains() -> None:
