@@ -43,7 +43,7 @@ class Load:
 
     def __str__(self) -> str:
         if not self.period:
-            return f"{self.callers} callers"
+            return "1 caller" if self.callers == 1 else f"{self.callers} callers"
         return f"{self.callers} streams of {1 / self.period:.0f}/s"
 
 

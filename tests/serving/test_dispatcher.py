@@ -164,6 +164,7 @@ def test_expired_requests_never_run() -> None:
                 dispatcher(row(1, 2), timeout=0.001)
             with pytest.raises(DeadlineError):
                 asyncio.run(dispatcher.acall(row(1, 3), timeout=0.001))
+            assert len(dispatcher) == 2  # who waited has left already
         with pytest.raises(DeadlineError) as raised:
             late.result(PATIENCE)
         assert isinstance(raised.value, TimeoutError)
