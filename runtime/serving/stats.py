@@ -17,7 +17,8 @@ class Stats:
     `abandoned`, or still under way.
 
     Attributes:
-        accepted: requests that came into the queue, or that wait for room in it.
+        accepted: requests that came into the queue, or that wait for room in it; one that is about
+            to be refused is counted for that moment.
         refused: requests for which there was no room.
         answered: requests that got the model's answer.
         failed: requests for which the model raised.

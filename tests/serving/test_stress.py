@@ -154,12 +154,12 @@ def test_shutdown_under_load(seed: int, after: float, drain: bool) -> None:
         thread.start()
     threading.Event().wait(after)
     dispatcher.close(drain=drain)
-    stats = dispatcher.stats()
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert thread.error is None or (not drain and isinstance(thread.error, ClosedError))
         assert thread.closed or thread.error is not None
+    stats = dispatcher.stats()
     assert stats.under_way == 0
     assert stats.abandoned == 0 or not drain
 
