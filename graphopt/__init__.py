@@ -15,6 +15,7 @@ _HOMES = {
     "optimize": "graphopt.api",
     "calibrate": "graphopt.calibration.run",
     "Calibration": "graphopt.calibration.record",
+    "serve": "graphopt.model.serving",
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
     "use_scaler": "graphopt.model.checkpoint",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from graphopt.graph import Graph, Level
     from graphopt.model.checkpoint import load_state_dict, state_dict, use_scaler
     from graphopt.model.report import Report
+    from graphopt.model.serving import serve
     from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan, Role, Signature, Slot

@@ -119,3 +119,33 @@ class StateError(GraphoptError):
     """A saved pass state does not belong to this model, or a part changes its own at any time."""
 
     code = "GO-L01"
+
+
+class ServingError(GraphoptError):
+    """A request to a served model has no answer."""
+
+    code = "GO-Q01"
+
+
+class RequestError(ServingError, ValueError):
+    """A request does not have the form of those that are served."""
+
+    code = "GO-Q02"
+
+
+class QueueFullError(ServingError):
+    """There is no room for a request, and its caller does not want to wait."""
+
+    code = "GO-Q03"
+
+
+class DeadlineError(ServingError, TimeoutError):
+    """A request was not answered in time."""
+
+    code = "GO-Q04"
+
+
+class ClosedError(ServingError):
+    """The dispatcher takes no requests any more."""
+
+    code = "GO-Q05"

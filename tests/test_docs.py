@@ -38,6 +38,7 @@ WITH_PYTHON = [
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
     DOCS / "precision.md",
+    DOCS / "serving.md",
     DOCS / "training_recipe.md",
     DOCS / "writing_a_pass.md",
 ]
