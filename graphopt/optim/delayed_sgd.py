@@ -119,13 +119,14 @@ class DelayedSGD(Optimizer):
         """
         check_group({**self.defaults, **param_group}, len(self.param_groups))
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if not parameter.is_floating_point():
-                raise ArgumentError(
-                    f"a parameter of {parameter.dtype} cannot be updated",
-                    where=f"parameter group {len(self.param_groups) - 1}",
-                    hint="pass real floating-point parameters",
-                )
+        dtypes = [p.dtype for p in self.param_groups[-1]["params"] if not p.is_floating_point()]
+        if dtypes:
+            self.param_groups.pop()
+            raise ArgumentError(
+                f"a parameter of {dtypes[0]} cannot be updated",
+                where=f"parameter group {len(self.param_groups)}",
+                hint="pass real floating-point parameters",
+            )
         if self._built:
             _warn(self.param_groups[-1:])
 

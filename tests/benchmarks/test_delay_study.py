@@ -1,0 +1,70 @@
+"""The study of delay: statistics, picture, and that its trainings are what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree as Xml
+
+import pytest
+import torch
+
+from benchmarks.delay_study import CONSTANT, PIPELINE, picture, recovered, spread
+from benchmarks.delay_study_picture import accuracy_over_delay
+from examples.pipeline.delay_study import BOTH, PLAIN, Digits, Setting, constant, pipelined
+from examples.pipeline.delayed_resnet import resnet
+
+
+def test_interval_of_three_seeds() -> None:
+    found = spread([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    # 4.303 / sqrt(3), from a table of Student's t.
+    assert found["interval"] == [-0.4844, 4.4844]
+
+
+def test_recovered_is_a_part_of_what_was_lost() -> None:
+    assert recovered([0.95], [0.9], [1.0]) == 0.5
+    assert recovered([0.95], [1.0], [1.0]) is None
+
+
+def results() -> dict[str, Any]:
+    fixed = {m: {"8": spread([0.9, 0.8, 0.7]), "32": spread([0.5, 0.4, 0.6])} for m in CONSTANT}
+    found = {m: spread([0.9, 0.92, 0.94]) for m in PIPELINE}
+    undelayed = spread([0.97, 0.98, 0.99])
+    return {
+        "setting": {"blocks": 2, "epochs": 6},
+        "seeds": [0, 1, 2],
+        "pipeline": {"4": {"undelayed": undelayed, "accuracy": found}},
+        "constant": {"batch": 8, "undelayed": undelayed, "accuracy": fixed},
+    }
+
+
+def test_picture_names_methods_and_places() -> None:
+    root = Xml.fromstring(picture(results()))
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert set(words) >= {*PIPELINE, *CONSTANT, "4", "8", "32"}
+    lines = [e for e in root.iter() if e.tag.endswith("polyline")]
+    assert len(lines) == len(PIPELINE) + len(CONSTANT) + 2
+
+
+def test_an_empty_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="a picture needs trainings"):
+        accuracy_over_delay("", "", ({}, 0.9), {}, {})
+
+
+def test_stages_are_counted() -> None:
+    setting = Setting(blocks=1)
+    stages = resnet(setting.blocks, setting.width)
+    assert len(stages) == setting.stages == 8
+    assert torch.nn.Sequential(*stages)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_trainings_repeat_and_delays_matter() -> None:
+    data = Digits.load()
+    assert len(data.labels) == 900
+    setting = replace(Setting(), blocks=1, width=2, batch=100, epochs=1)
+    late = pipelined(data, setting, BOTH, seed=0)
+    assert late == pipelined(data, setting, BOTH, seed=0)
+    # Nothing is updated before the end with so long a delay, whatever the method.
+    ends = [constant(data, setting, PLAIN, delay, seed=0) for delay in (0, 1)]
+    assert all(0 <= accuracy <= 1 for accuracy in [late, *ends])
