@@ -36,28 +36,41 @@ def braking_factors(
         granularity: see `Granularity`.
         rho: strength; with 0, every factor is 1.
     """
-    if not gradients:
-        return []
-    sums = [_sums(g, v, granularity) for g, v in zip(gradients, velocities, strict=True)]
-    if granularity == "global":
+    places: dict[torch.device, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        places.setdefault(gradient.device, []).append(index)
+    # One tensor [3, all slices] per device: the rest is a few operators for all of them.
+    sums = {
+        device: torch.cat([_sums(gradients[i], velocities[i], granularity) for i in chosen], 1)
+        for device, chosen in places.items()
+    }
+    if granularity == "global" and sums:
         home = gradients[0].device
-        total = torch.stack([s.to(home, torch.float64) for s in sums]).sum(0)
-        sums = [total] * len(sums)
-    factors = []
-    for gradient, (inner, gradient_square, velocity_square) in zip(gradients, sums, strict=True):
+        total = torch.stack([s.sum(1, dtype=torch.float64).to(home) for s in sums.values()]).sum(0)
+        sums = {device: total.to(device)[:, None].expand_as(own) for device, own in sums.items()}
+    factors: dict[int, Tensor] = {}
+    for device, (inner, gradient_square, velocity_square) in sums.items():
         # Roots before the product, which may underflow.
         norms = gradient_square.sqrt() * velocity_square.sqrt()
-        alpha = 1 - rho * (inner / norms.clamp(min=EPS))
-        factors.append(alpha.to(gradient.device, gradient.dtype))
-    return factors
+        alphas = 1 - rho * (inner / norms.clamp(min=EPS))
+        counts = [_slices(gradients[i], granularity) for i in places[device]]
+        for index, alpha in zip(places[device], alphas.split(counts), strict=True):
+            gradient = gradients[index]
+            shape = [-1] + [1] * (gradient.dim() - 1) if gradient.dim() else []
+            factors[index] = alpha.to(gradient.dtype).view(shape)
+    return [factors[index] for index in range(len(gradients))]
+
+
+def _slices(gradient: Tensor, granularity: Granularity) -> int:
+    return gradient.shape[0] if granularity == "filter" and gradient.dim() > 1 else 1
 
 
 def _sums(gradient: Tensor, velocity: Tensor, granularity: Granularity) -> Tensor:
-    """``<g, v>``, ``<g, g>`` and ``<v, v>`` along the first dimension; [3] or [3, n, 1, ...]."""
+    """``<g, v>``, ``<g, g>`` and ``<v, v>`` of each slice: [3, slices]."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     g, v = gradient.to(dtype), velocity.to(dtype)
     if granularity == "filter" and g.dim() > 1:
-        inside = tuple(range(1, g.dim()))
-        return torch.stack([(p * q).sum(inside, keepdim=True) for p, q in ((g, v), (g, g), (v, v))])
+        g, v = g.flatten(1), v.flatten(1)
+        return torch.stack([(g * v).sum(1), g.square().sum(1), v.square().sum(1)])
     g, v = g.reshape(-1), v.reshape(-1)
-    return torch.stack([g.dot(v), g.dot(g), v.dot(v)])
+    return torch.stack([g.dot(v), g.dot(g), v.dot(v)])[:, None]

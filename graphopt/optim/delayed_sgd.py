@@ -223,33 +223,33 @@ class _Update:
         if group["prediction"] == "weight":
             self._remember(weights, rebind)
         decay = float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
-        if rebind:
-            if decay:
-                weights = list(torch._foreach_mul(weights, 1 - lr * decay))
-            moved = torch._foreach_add(weights, steps, alpha=-lr)
-            for parameter, weight in zip(self.parameters, moved, strict=True):
-                parameter.data = weight
+        if not rebind:
+            # In place on the parameters themselves: autograd shall notice.
+            _move(self.parameters, steps, lr, decay)
             return
-        # On the parameters themselves: autograd shall notice.
         if decay:
-            torch._foreach_mul_(self.parameters, 1 - lr * decay)
-        torch._foreach_add_(self.parameters, steps, alpha=-lr)
+            moved = list(torch._foreach_mul(weights, 1 - lr * decay))
+        else:
+            factor, step = steps.pop(0)
+            moved = list(torch._foreach_add(weights, step, alpha=-lr * factor))
+        _move(moved, steps, lr, 0.0)
+        for parameter, weight in zip(self.parameters, moved, strict=True):
+            parameter.data = weight
 
-    def _steps(self) -> list[Tensor]:
-        """What the learning rate multiplies: ``a v' + b g``."""
+    def _steps(self) -> list[tuple[float, list[Tensor]]]:
+        """``a v' + b g``, which the learning rate multiplies, as terms."""
         momentum = float(self.group["momentum"])
         a, b = compensation_of(self.group)
         needed = self.group["prediction"] in ("velocity", "geometric") or self.group["braking"]
         if momentum == 0 and not needed:
             # The velocity is the gradient, and nobody asks for it later.
-            if a + b == 1:
-                return self.gradients
-            return list(torch._foreach_mul(self.gradients, a + b))
+            return [(a + b, self.gradients)]
         velocities = self._velocities(momentum)
         if b == 0:
-            return velocities if a == 1 else list(torch._foreach_mul(velocities, a))
-        scaled = self.gradients if b == 1 else torch._foreach_mul(self.gradients, b)
-        return list(torch._foreach_add(scaled, velocities, alpha=a))
+            return [(a, velocities)]
+        if b == 1:  # added up first, as Nesterov's momentum is elsewhere: to the last bit
+            return [(1.0, list(torch._foreach_add(self.gradients, velocities, alpha=a)))]
+        return [(a, velocities), (b, self.gradients)]
 
     def _velocities(self, momentum: float) -> list[Tensor]:
         old, late = [], []
@@ -273,6 +273,15 @@ class _Update:
                 state["weight_before"].copy_(weight)
             else:
                 state["weight_before"] = weight.clone()
+
+
+def _move(
+    weights: list[Tensor], steps: Sequence[tuple[float, list[Tensor]]], lr: float, decay: float
+) -> None:
+    if decay:
+        torch._foreach_mul_(weights, 1 - lr * decay)
+    for factor, step in steps:
+        torch._foreach_add_(weights, step, alpha=-lr * factor)
 
 
 def _brake(updates: Sequence[_Update]) -> None:
