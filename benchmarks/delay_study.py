@@ -102,27 +102,52 @@ class Run:
     delay: int | None
     seed: int
 
-    def accuracy(self) -> tuple[float, float]:
-        """Accuracy, and the seconds of one core that it took."""
+    def accuracy(self) -> float:
+        """Train, and measure."""
         use_one_core()
-        start = time.process_time()
         data = Digits.load()
         if self.delay is None:
             found = pipelined(data, self.setting, self.method, self.seed)
         else:
             found = constant(data, self.setting, self.method, self.delay, self.seed)
         place = "pipeline" if self.delay is None else f"delay {self.delay}"
-        words = f"{place}, {self.method}, lr {self.setting.lr:g}, seed {self.seed}: {found:.4f}"
-        print(time.strftime("%H:%M:%S"), words, flush=True)
-        return found, time.process_time() - start
+        words = f"{place}, {self.method}, batch {self.setting.batch}, lr {self.setting.lr:g}"
+        print(f"{time.strftime('%H:%M:%S')} {words}, seed {self.seed}: {found:.4f}", flush=True)
+        return found
 
 
-def trained(runs: Sequence[Run], jobs: int) -> tuple[dict[Run, float], float]:
-    """The accuracy of each run, and the seconds of one core of all."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(Run.accuracy, runs))
-    found = {run: accuracy for run, (accuracy, _) in zip(runs, results, strict=True)}
-    return found, sum(seconds for _, seconds in results)
+class Runner:
+    """Trains side by side, and skips what a file says is done.
+
+    Args:
+        jobs: trainings at a time.
+        file: gets a line for each training that ends; ``None`` for no file.
+    """
+
+    def __init__(self, jobs: int, file: Path | None = None) -> None:
+        self.jobs = jobs
+        self.file = file
+        self._done: dict[str, float] = {}
+        if file is not None and file.exists():
+            lines = [json.loads(text) for text in file.read_text().splitlines()]
+            self._done = {json.dumps(entry["run"]): entry["accuracy"] for entry in lines}
+
+    def __call__(self, runs: Sequence[Run]) -> dict[Run, float]:
+        """The accuracy of each."""
+        missing = [run for run in runs if json.dumps(asdict(run)) not in self._done]
+        if missing:
+            with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn")) as pool:
+                for run, accuracy in zip(missing, pool.map(self.one, missing), strict=True):
+                    self._done[json.dumps(asdict(run))] = accuracy
+        return {run: self._done[json.dumps(asdict(run))] for run in runs}
+
+    def one(self, run: Run) -> float:
+        """One training, in a process of its own."""
+        accuracy = run.accuracy()
+        if self.file is not None:
+            with self.file.open("a") as lines:
+                lines.write(json.dumps({"run": asdict(run), "accuracy": accuracy}) + "\n")
+        return accuracy
 
 
 class Study:
@@ -131,14 +156,13 @@ class Study:
     Args:
         setting: the batch size is replaced.
         seeds: of weights and order.
-        jobs: trainings side by side.
+        runner: trains.
     """
 
-    def __init__(self, setting: Setting, seeds: Sequence[int], jobs: int) -> None:
+    def __init__(self, setting: Setting, seeds: Sequence[int], runner: Runner) -> None:
         self.setting = setting
         self.seeds = seeds
-        self.jobs = jobs
-        self.seconds = 0.0
+        self.runner = runner
 
     def accuracies(
         self, batch: int, places: Sequence[Place]
@@ -149,8 +173,7 @@ class Study:
         runs = [
             Run(setting, method, delay, seed) for method, delay in wanted for seed in self.seeds
         ]
-        found, seconds = trained(runs, self.jobs)
-        self.seconds += seconds
+        found = self.runner(runs)
         values = {
             place: [found[Run(setting, *place, seed)] for seed in self.seeds] for place in wanted
         }
@@ -230,25 +253,27 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="only draw what is kept")
     parser.add_argument("--quick", action="store_true", help="keep nothing")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--resume", type=Path, help="a file of trainings done, to go on with")
     chosen = parser.parse_args()
     if chosen.picture:
         kept = json.loads((RESULTS / f"{NAME}.json").read_text())["results"]
         (IMAGES / f"{NAME}.svg").write_text(picture(kept))
         return
+    runner = Runner(chosen.jobs, chosen.resume)
     if chosen.quick:
-        quick = Study(Setting(epochs=1), SEEDS[:2], chosen.jobs)
+        quick = Study(Setting(epochs=1), SEEDS[:2], runner)
         print(json.dumps([quick.pipeline(50), quick.constant(50, DELAYS[:1])], indent=1))
         return
     setting = Setting(batch=Setting.tuned)
     rates = {rate: replace(setting, lr=rate) for rate in RATES}
     trials = [Run(tried, PLAIN, 0, seed) for tried in rates.values() for seed in TUNING_SEEDS]
-    found, seconds = trained(trials, chosen.jobs)
+    found = runner(trials)
     tuned = {
         rate: statistics.mean(found[Run(tried, PLAIN, 0, seed)] for seed in TUNING_SEEDS)
         for rate, tried in rates.items()
     }
     setting = rates[max(tuned, key=lambda rate: tuned[rate])]
-    study = Study(setting, SEEDS, chosen.jobs)
+    study = Study(setting, SEEDS, runner)
     fixed = study.constant(BATCH, DELAYS)
     pipeline = {}
     for batch in BATCHES:
@@ -262,7 +287,6 @@ def main() -> None:
             },
             "pipeline": pipeline,
             "constant": fixed,
-            "core_seconds": round(seconds + study.seconds),
         }
         print(keep(NAME, results), flush=True)  # each time: what is done is not lost
         (IMAGES / f"{NAME}.svg").write_text(picture(json.loads(json.dumps(results))))
