@@ -18,7 +18,6 @@ from graphopt.optim import (
     accumulated_delay,
     alternating_delay,
     pipelined_delay,
-    spike_compensation,
 )
 from graphopt.study import PipelinedBackpropagation
 
@@ -96,7 +95,7 @@ def reference(
             version = max(0, sample - delays[index]) // accumulate
             forward = dict(versions[index][version])
             if predicted:
-                horizon = accumulated_delay(delays[index], accumulate)
+                horizon = -(-delays[index] // accumulate)
                 for name in forward:
                     ahead = lr * horizon * velocities[index][version][name]
                     forward[name] = forward[name] - ahead
@@ -124,7 +123,8 @@ def reference(
                 continue
             a, b = 1.0, 0.0
             if compensated:
-                a, b = spike_compensation(momentum, accumulated_delay(delays[index], accumulate))
+                missed = -(-delays[index] // accumulate)
+                a, b = momentum**missed, sum(momentum**i for i in range(missed))
             following = {}
             for name in names:
                 mean = sums[index][name] / (sample % accumulate + 1)
