@@ -12,7 +12,8 @@ Adaptive Braking is better than SGD with momentum where all weights are 32 updat
 Run ``python -m benchmarks.delay_study`` (about 20 minutes of one core, with ``--jobs`` of several;
 nothing is timed, so the machine need not be idle). It writes
 ``benchmarks/results/delay_study.json`` and the picture; ``--picture`` draws it from that file
-again, and ``--quick`` shows in a minute that all of it runs.
+again, and ``--quick`` shows in a minute that all of it runs. An interrupted study goes on with
+``--resume FILE``, which gets a line for each training.
 """
 
 from __future__ import annotations

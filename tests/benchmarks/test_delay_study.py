@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.delay_study import CONSTANT, PIPELINE, picture, recovered, spread
+from benchmarks.delay_study import CONSTANT, PIPELINE, Run, Runner, picture, recovered, spread
 from benchmarks.delay_study_picture import accuracy_over_delay
 from examples.pipeline.delay_study import BOTH, PLAIN, Digits, Setting, constant, pipelined
 from examples.pipeline.delayed_resnet import resnet
@@ -82,3 +85,11 @@ def test_training_without_delay_is_sgd_with_scaled_rates() -> None:
         F.cross_entropy(model(data.images[chosen]), data.labels[chosen]).backward()
         optimizer.step()
     assert constant(data, setting, PLAIN, 0, seed=3) == data.accuracy(stages)
+
+
+def test_trainings_that_a_file_knows_are_not_run_again(tmp_path: Path) -> None:
+    known = Run(Setting(epochs=1), PLAIN, 0, seed=0)
+    file = tmp_path / "runs.jsonl"
+    file.write_text(json.dumps({"run": asdict(known), "accuracy": 0.25}) + "\n")
+    assert Runner(1, file)([known]) == {known: 0.25}
+    assert file.read_text().count("\n") == 1
