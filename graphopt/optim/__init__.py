@@ -1,12 +1,24 @@
-"""Large-batch training around the gradient: schedules, regularisers and their settings.
+"""Training around the gradient: large batches, and gradients that arrive late.
 
-Plain PyTorch, for any optimizer and any model; nothing here needs a graph. Most of it is the recipe
-of SP-NGD (Osawa et al., arXiv 2002.06015). Details follow its authors' code,
-github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
+Plain PyTorch, for any model; nothing here needs a graph. For large batches it is the recipe of
+SP-NGD (Osawa et al., arXiv 2002.06015): schedules, regularisers and their settings. Details follow
+its authors' code, github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
+For late gradients it is the update rules of pipelined backpropagation (Kosson et al., arXiv
+2003.11666) and Adaptive Braking (Venigalla et al., arXiv 2007.01397).
 """
 
+from graphopt.optim.delay import (
+    accumulated_delay,
+    alternating_delay,
+    pipelined_delay,
+    scale_to_batch,
+    spike_compensation,
+)
+from graphopt.optim.delayed_nadam import delayed_nadam
+from graphopt.optim.delayed_sgd import DelayedSGD
 from graphopt.optim.erasing import random_erasing
 from graphopt.optim.mixup import RunningMixup
+from graphopt.optim.quadratic import DelayedQuadratic
 from graphopt.optim.rescaling import rescale_weights
 from graphopt.optim.schedule import PolynomialDecay, polynomial_decay
 from graphopt.optim.settings import SP_NGD, SpNgdSettings
@@ -14,11 +26,19 @@ from graphopt.optim.smoothing import Smoother
 
 __all__ = [
     "SP_NGD",
+    "DelayedQuadratic",
+    "DelayedSGD",
     "PolynomialDecay",
     "RunningMixup",
     "Smoother",
     "SpNgdSettings",
+    "accumulated_delay",
+    "alternating_delay",
+    "delayed_nadam",
+    "pipelined_delay",
     "polynomial_decay",
     "random_erasing",
     "rescale_weights",
+    "scale_to_batch",
+    "spike_compensation",
 ]
