@@ -13,7 +13,9 @@ from graphopt.plan import Plan
 from graphopt.plan.precision import LossScaling
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.part import RuntimePart, check_like
+from graphopt.runtime.precision.leaving_out import LeavingOut
 from graphopt.runtime.ranks.presence import Question
+from graphopt.runtime.session import Session
 
 # The last changes of the scale that are kept.
 _KEPT = 8
@@ -35,6 +37,10 @@ class Precision(RuntimePart[LossScaling]):
 
     name: ClassVar[str] = "precision"
     methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._left_out = LeavingOut()
 
     def unscaled(self) -> None:
         """Multiply with 1 from now on."""
@@ -60,7 +66,8 @@ class Precision(RuntimePart[LossScaling]):
     def finish(self, part: LossScaling, step: Step, gradients: dict[str, Tensor]) -> None:
         """Leave out a step with gradients that are not finite, and renew the scale.
 
-        A step that is left out has no gradients at all, so that optimizers skip it.
+        A step that is left out has no gradients at all, so that optimizers skip it; what other
+        backwards have added to them is removed when the optimizer steps.
 
         Raises:
             RankError: a rank does not answer.
@@ -78,6 +85,7 @@ class Precision(RuntimePart[LossScaling]):
         step.skipped = overflow
         if overflow and step.ends:
             gradients.clear()
+            self._left_out.add(p for p in step.parameters.values() if p.requires_grad)
 
     def _renew(self, part: LossScaling, overflow: bool) -> None:
         state = self.state

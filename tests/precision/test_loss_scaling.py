@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -123,6 +123,34 @@ def test_one_bad_micro_batch_leaves_the_whole_step_out() -> None:
     assert _state(model, "skipped") == 1
     model(last).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def _calls_twice(model: nn.Module, one: Tensor, two: Tensor) -> None:
+    (model(one).mean() - model(two).mean()).backward()
+
+
+def _two_backwards(model: nn.Module, one: Tensor, two: Tensor) -> None:
+    model(one).mean().backward()
+    model(two).mean().backward()
+
+
+@pytest.mark.parametrize("step", [_calls_twice, _two_backwards])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_overflow_leaves_out_all_that_the_optimizer_step_is_made_of(
+    step: Callable[..., None], bad: int
+) -> None:
+    _, model = _made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for index, (one, two) in enumerate(zip(_batches(3), _batches(3), strict=True)):
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        batches = [one, two * 0.5]
+        if index == 1:
+            batches[bad] = batches[bad] * float("inf")
+        step(model, *batches)
+        optimizer.step()
+        same = all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+        assert same is (index == 1)
 
 
 def test_accumulation_adds_true_gradients() -> None:
