@@ -104,7 +104,8 @@ def rounding_noise(
     if _of_unknown_size(graph):
         return {}
     try:
-        return _rounding_noise(graph, inputs, trial, state)
+        with trial.same_states():  # with a loss scale of 1, as cotangents are no loss's
+            return _rounding_noise(graph, inputs, trial, state)
     except Exception:
         return {}
 

@@ -93,6 +93,10 @@ class Trial:
         """Within, what surrounds the call is set aside."""
         return set_aside()
 
+    def same_states(self) -> AbstractContextManager[None]:
+        """Within, tensors of passes are those that all steps begin with; outside as they were."""
+        return self._around()
+
     def same_random_numbers(self) -> AbstractContextManager[None]:
         """Within, random numbers are those of all steps; outside nobody notices."""
         return streams.isolated(self.devices)

@@ -248,6 +248,17 @@ def test_kfac_sees_unscaled_statistics() -> None:
         assert (lowered[key] - value).abs().max() <= 0.02 * value.abs().max()
 
 
+def test_verification_knows_the_rounding_of_gradients_that_cancel() -> None:
+    """The scale would overflow with random cotangents, and no rounding be known of a gradient."""
+    torch.manual_seed(0)
+    # The bias in front of the batch norm has no gradient but rounding.
+    plain = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64))
+    model = graphopt.optimize(plain, passes=SPEC, backend="eager", verify="eager")
+    model(torch.randn(32, 16)).square().mean().backward()
+    assert "within tolerance" in str(model.explain())
+    assert float(_state(model, "scale")) == 2.0**16
+
+
 def test_bf16_needs_no_scale() -> None:
     _, model = _made("cleanup,precision{cost=roofline}")
     model(next(_batches(1))).mean().backward()
