@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -14,10 +15,15 @@ from rich.console import Console, RenderableType
 PATIENCE = 1.0
 """Seconds after which a phase says what it is doing."""
 
+PIPED = 120
+"""Columns of an answer that is not for a terminal."""
+
 
 def show(*answers: RenderableType) -> None:
     """Print an answer; colours and width follow the terminal, ``NO_COLOR`` and ``COLUMNS``."""
-    console = Console(highlight=False, soft_wrap=False)
+    # Where there is no terminal, as in a pipe, tables get room.
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(highlight=False, soft_wrap=False, width=PIPED if piped else None)
     for answer in answers:
         console.print(answer)
 

@@ -86,4 +86,10 @@ def use_scaler(model: nn.Module, scaler: object) -> None:
         raise ArgumentError(
             f"a {type(scaler).__name__} has no get_scale()", hint="give a torch.amp.GradScaler"
         )
+    enabled = getattr(scaler, "is_enabled", None)
+    if callable(enabled) and not enabled():
+        raise ArgumentError(
+            f"the {type(scaler).__name__} is disabled, so it scales no loss",
+            hint="leave graphopt.use_scaler out, or give its device: torch.amp.GradScaler('cpu')",
+        )
     controller.session.use_scaler(cast("Any", scaler))

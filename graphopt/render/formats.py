@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ def formats_view(outcome: Outcome, name: str, errors: Sequence[LayerError] = ())
     rows = [dict(row) for row in outcome.tables.get("operators", ())]
     if not rows:
         said = [f"{escape(d.site)}: {d.reason}, {escape(d.detail)}" for d in outcome.declined]
-        return Group(f"[bold]{escape(name)}[/]: nothing to choose", *said)
+        done = Counter(applied.what for applied in outcome.applied)
+        did = [f"{number} x {escape(what)}" for what, number in done.most_common()]
+        return Group(f"[bold]{escape(name)}[/]: nothing to choose", *did, *said)
     totals = next(iter(outcome.tables.get("totals", ())), None)
     parts: list[RenderableType] = [_layers(rows, str(totals["format"]) if totals else "low")]
     others = _others(rows)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import StateError
-from graphopt.plan import Plan
+from graphopt.errors import ArgumentError, StateError
+from graphopt.plan import Plan, Role
 from graphopt.plan.precision import LossScaling
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.part import RuntimePart, check_like
@@ -21,6 +22,8 @@ from graphopt.runtime.session import Session
 _KEPT = 8
 # Under which a step says whether its gradients come out reduced over all ranks.
 _REDUCED = "precision/reduced"
+# Under which it says that the gradient of an input overflowed.
+_OVERFLOW = "precision/overflow"
 
 
 class Precision(RuntimePart[LossScaling]):
@@ -57,6 +60,12 @@ class Precision(RuntimePart[LossScaling]):
             self.state["scale"].fill_(part.initial)
         if self.session.scaler is not None:
             self.unscaled()
+        if any(getattr(other, "stale", "none") != "none" for other in plan.parts):
+            raise ArgumentError(
+                "gradients of an earlier step do not go together with loss scaling: ranks would "
+                "leave out different steps",
+                hint="stale=none, loss_scale=none, or format=bf16, which needs no scale",
+            )
 
         def make(half: Half) -> Backward:
             return _Scaled(self, plan, below(half))
@@ -75,7 +84,7 @@ class Precision(RuntimePart[LossScaling]):
         if self.session.scaler is not None:
             return  # it looks at the gradients itself, and skips the step
         state = self.state
-        overflow = not _all_finite(gradients.values())
+        overflow = step.own.pop(_OVERFLOW, False) or not _all_finite(gradients.values())
         if step.ends:
             overflow = self._anywhere(step, overflow or bool(state["overflow"]))
             state["overflow"].fill_(False)
@@ -127,12 +136,17 @@ class Precision(RuntimePart[LossScaling]):
         Raises:
             StateError: it has not.
         """
-        own = dict(self.state, changes=saved.get("changes", self.state["changes"]))
-        check_like(self.name, own, saved)
-        scale = float(saved["scale"])
-        if not 0 < scale < float("inf"):
+        changes = saved.get("changes", self.state["changes"])
+        check_like(self.name, dict(self.state, changes=changes), saved)
+        if changes.dim() != 2 or changes.shape[1] != 2 or bool(saved["clean"] < 0):
             raise StateError(
-                f"'precision/scale' is {scale:g} in the saved state, and a scale is positive",
+                "'precision/changes' or 'precision/clean' is not what loss scaling saves",
+                hint="load the state of this model, or remove the keys of precision/ from it",
+            )
+        scale = float(saved["scale"])
+        if not 1 <= scale < float("inf") or math.frexp(scale)[0] != 0.5:
+            raise StateError(
+                f"'precision/scale' is {scale:g} in the saved state, and a scale is a power of two",
                 hint="load the state of this model, or remove the keys of precision/ from it",
             )
 
@@ -164,6 +178,10 @@ class _Scaled:
         self.returns = inner.returns
         self._state, self._inner = runtime.state, inner
         self._reduced = "grouped" in plan.facts
+        parameters = set(plan.signature.names(Role.PARAM))
+        gradients = [(i, s.name) for i, s in enumerate(inner.returns) if s.role is Role.GRAD]
+        self._of_inputs = [i for i, name in gradients if name not in parameters]
+        self._session = runtime.session
 
     def __call__(
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
@@ -174,7 +192,15 @@ class _Scaled:
         if self._state["overflow"] and step.ends:
             # The others must hear of it, and gradients are the way.
             tangents = [None if t is None else torch.full_like(t, torch.nan) for t in tangents]
-        return self._inner(step, tangents, absent)
+        results = self._inner(step, tangents, absent)
+        if self._of_inputs and step.ends and self._session.scaler is None:
+            # What lies in front of the model must not learn from an overflow, either.
+            given = [results[i] for i in self._of_inputs if results[i] is not None]
+            if not _all_finite(given):
+                step.own[_OVERFLOW] = True
+                for i in self._of_inputs:
+                    results[i] = None
+        return results
 
 
 def _all_finite(gradients: Iterable[Tensor]) -> bool:

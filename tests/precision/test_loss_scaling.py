@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.analysis import gradient_order
-from graphopt.errors import StateError
+from graphopt.errors import ArgumentError, StateError
 from graphopt.passes.precision import Precision
 from graphopt.testing import check_runtime
 from tests.precision.test_pass import QUICK
@@ -207,13 +207,13 @@ def test_resuming_goes_on_with_scale_and_history() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the saved state is not finite")
-@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan"), -1.0, 3.0, 1e-30])
 def test_a_scale_that_cannot_be_loaded(scale: float) -> None:
     _, model = _made()
     model(next(_batches(1))).mean().backward()
     saved = graphopt.state_dict(model)
     broken = dict(saved, **{"precision/scale": torch.tensor(scale)})
-    with pytest.raises(StateError, match="a scale is positive"):
+    with pytest.raises(StateError, match="a scale is a power of two"):
         graphopt.load_state_dict(model, broken)
     assert _state(model, "scale") == 2.0**16
 
@@ -263,3 +263,31 @@ def test_bf16_needs_no_scale() -> None:
     _, model = _made("cleanup,precision{cost=roofline}")
     model(next(_batches(1))).mean().backward()
     assert graphopt.state_dict(model) == {}
+
+
+def test_a_layer_in_front_learns_nothing_from_an_overflow() -> None:
+    torch.manual_seed(0)
+    front, (_, model) = nn.Linear(16, 16), _made()
+    for scale in (1e-3, 1e30):
+        front.zero_grad()
+        model.zero_grad()
+        (model(front(next(_batches(1)))).square().mean() * scale).backward()
+    assert all(p.grad is None for p in (*front.parameters(), *model.parameters()))
+    assert _state(model, "skipped") == 1
+
+
+def test_a_scaler_that_is_disabled() -> None:
+    _, model = _made()
+    with pytest.raises(ArgumentError, match="the GradScaler is disabled"):
+        graphopt.use_scaler(model, torch.amp.GradScaler("cpu", enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("changes", torch.zeros(3, 5)), ("clean", torch.tensor(-5))]
+)
+def test_a_history_that_cannot_be_loaded(key: str, value: Tensor) -> None:
+    _, model = _made()
+    model(next(_batches(1))).mean().backward()
+    broken = graphopt.state_dict(model) | {f"precision/{key}": value}
+    with pytest.raises(StateError, match="is not what loss scaling saves"):
+        graphopt.load_state_dict(model, broken)
