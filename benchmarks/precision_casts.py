@@ -25,6 +25,7 @@ from graphopt.passes.precision import Precision
 from graphopt.passes.precision.formats import FORMATS
 from graphopt.passes.precision.problem import find_problem
 from graphopt.pipeline import Pipeline
+from graphopt.plan import Role
 
 BF16 = FORMATS["bf16"]
 
@@ -96,11 +97,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def casts_of(graph: Graph) -> tuple[int, int]:
-    """Casts between float32 and bfloat16, and the bytes that they read and write."""
+    """Casts between float32 and bfloat16, and the bytes that they read and write.
+
+    Those of the model's outputs and of tangents are left out: under autocast they are the loss's.
+    """
+    tangents = {n for n in graph.inputs if graph.slot(n).role is Role.TANGENT}
+    outside = {*graph.outputs[: graph.signature.num_forward_outputs]}
+    outside |= {user for tangent in tangents for user in tangent.users}
     found = [
         (value_of(n.all_input_nodes[0]), value_of(n))
         for n in graph.operators
-        if operator_name(n) == "aten._to_copy.default"
+        if operator_name(n) == "aten._to_copy.default" and n not in outside
     ]
     changed = [(a, b) for a, b in found if a.dtype is not b.dtype]
     return len(changed), sum(tensor_bytes(a) + tensor_bytes(b) for a, b in changed)

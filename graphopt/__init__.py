@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "optimize": "graphopt.api",
+    "calibrate": "graphopt.calibration.run",
+    "Calibration": "graphopt.calibration.record",
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
     "use_scaler": "graphopt.model.checkpoint",
@@ -39,6 +41,8 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from graphopt.api import optimize
+    from graphopt.calibration.record import Calibration
+    from graphopt.calibration.run import calibrate
     from graphopt.errors import CaptureError, GraphoptError
     from graphopt.graph import Graph, Level
     from graphopt.model.checkpoint import load_state_dict, state_dict, use_scaler

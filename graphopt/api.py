@@ -188,7 +188,8 @@ class Compiler(Specialiser):
             where = describe_call(model, args, kwargs)
             around = session.watched_trial if self.verify == "full" else session.trial
             trial = Trial(model, args, kwargs, around)
-            check = Check(self.verify, where, trial, forward, run, captured.inputs)
+            state = session.states.tensor
+            check = Check(self.verify, where, trial, forward, run, captured.inputs, state)
             try:
                 try:
                     verification = check(stages.stages, choice.backend, built.call)

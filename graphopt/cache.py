@@ -6,12 +6,15 @@ one that cannot be written is only logged.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
+
+import torch
 
 log = logging.getLogger("graphopt")
 
@@ -59,3 +62,11 @@ class JsonCache:
 def is_duration(value: object) -> TypeGuard[float]:
     """Whether what was read is a number of seconds that a measurement can have."""
     return isinstance(value, float) and 0 < value < LONGEST
+
+
+def fingerprint(*texts: str) -> str:
+    """A key for times measured here: same texts, same torch, same machine, same key."""
+    processor = torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    machine = f"{torch.__version__} {device} {torch.get_num_threads()} {os.cpu_count()}"
+    return hashlib.sha256("\n".join([machine, *texts]).encode()).hexdigest()[:24]

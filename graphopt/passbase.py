@@ -47,6 +47,7 @@ def lowered(bound: float) -> Numerics:
 
 
 Number = int | float | str
+Row = Mapping[str, Number | None]
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Outcome:
         applied: the sites that it rewrote.
         declined: the candidate sites that it left alone.
         part: what the runtime has to know of its decisions, if anything.
+        tables: figures behind the decisions, by name: rows of named values.
     """
 
     applied: tuple[Applied, ...] = ()
     declined: tuple[Declined, ...] = ()
     part: PlanPart | None = None
+    tables: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:

@@ -161,6 +161,7 @@ class Session:
                     f"{tuple(value.shape)}",
                     hint="load the state of this model",
                 )
+            self.states.needed(slot.name)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors as ``"<namespace>/<name>"``; a collective where ranks divide them."""

@@ -21,6 +21,13 @@ class States(dict[str, dict[str, Tensor]]):
     def __init__(self) -> None:
         super().__init__()
         self.written: set[str] = set()
+        self._trials = 0
+        self._begun: dict[str, Tensor] = {}
+
+    def needed(self, name: str) -> None:
+        """A graph reads this tensor from now on, so it outlives a trial in which it was made."""
+        if self._trials:
+            self._begun.setdefault(name, self.tensor(name).clone())
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a ``STATE`` input ``"<pass>/<what>"``."""
@@ -33,7 +40,11 @@ class States(dict[str, dict[str, Tensor]]):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put everything back afterwards: which tensors there are, and what is in them."""
+        """Put everything back afterwards: which tensors there are, and what is in them.
+
+        What graphs that were made in the meantime read stays, as it was when they were made.
+        """
+        self._trials += 1
         tables = {name: dict(own) for name, own in self.items()}
         values = [(tensor, tensor.clone()) for tensor in self.flat().values()]
         try:
@@ -46,6 +57,12 @@ class States(dict[str, dict[str, Tensor]]):
             for name, own in self.items():
                 own.clear()
                 own.update(tables.get(name, {}))
+            for name, value in self._begun.items():
+                owner, _, what = name.partition("/")
+                self[owner].setdefault(what, value.clone())
+            self._trials -= 1
+            if not self._trials:
+                self._begun.clear()
 
 
 class Watch:

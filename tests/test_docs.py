@@ -35,6 +35,7 @@ WITH_PYTHON = [
     README,
     PYTHON,
     DATA_PARALLEL,
+    DOCS / "flexpoint.md",
     DOCS / "kfac.md",
     DOCS / "precision.md",
     DOCS / "training_recipe.md",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from graphopt.cli import diff, doctor, passes, plan, run, show, simulate, verify, why
+from graphopt.cli import calibrate, diff, doctor, passes, plan, run, show, simulate, verify, why
 from graphopt.errors import ArgumentError, GraphoptError, SpecError
 
 FINDING = 1
@@ -48,6 +48,7 @@ for _command in (
     diff.diff,
     verify.verify,
     plan.plan,
+    calibrate.calibrate,
     simulate.simulate,
     passes.passes,
     doctor.doctor,

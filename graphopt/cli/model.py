@@ -25,6 +25,8 @@ SEED = 0
 
 _RETURNS = "return (model, example_inputs), with a tuple, a dict or (tuple, dict) of inputs"
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Example:
@@ -35,12 +37,19 @@ class Example:
         model: the model.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
+        more: arguments of further calls, where the factory gave several.
     """
 
     name: str
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    more: tuple[Call, ...] = ()
+
+    @property
+    def batches(self) -> list[Call]:
+        """The arguments of all calls."""
+        return [(self.args, self.kwargs), *self.more]
 
 
 def load_example(name: str) -> Example:
@@ -62,10 +71,11 @@ def load_example(name: str) -> Example:
     torch.manual_seed(SEED)
     with _blaming(f"{name}: the factory raised"):
         returned = factory()
-    model, args, kwargs = _unpack(returned, name)
-    _check_call(model, args, kwargs, name)
+    model, ((args, kwargs), *more) = _unpack(returned, name)
+    for call in ((args, kwargs), *more):
+        _check_call(model, *call, name)
     label = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
-    return Example(f"{label}:{attribute}", model, args, kwargs)
+    return Example(f"{label}:{attribute}", model, args, kwargs, tuple(more))
 
 
 def near(name: str, names: Sequence[str]) -> str:
@@ -128,19 +138,24 @@ def _factory(module: ModuleType, attribute: str, place: str) -> Callable[[], obj
     return factory
 
 
-def _unpack(returned: object, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _unpack(returned: object, name: str) -> tuple[nn.Module, list[Call]]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ArgumentError(f"{name} returned {_kind(returned)}", hint=_RETURNS)
     model, inputs = returned
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name} returned {_kind(model)} instead of a module", hint=_RETURNS)
+    batches = inputs if isinstance(inputs, list) and inputs else [inputs]
+    return model, [_call(batch, name) for batch in batches]
+
+
+def _call(inputs: object, name: str) -> Call:
     match inputs:
         case dict():
-            return model, (), inputs
+            return (), inputs
         case tuple() as args, dict() as kwargs:
-            return model, args, kwargs
+            return args, kwargs
         case tuple():
-            return model, inputs, {}
+            return inputs, {}
     raise ArgumentError(f"{name} returned {_kind(inputs)} as example inputs", hint=_RETURNS)
 
 

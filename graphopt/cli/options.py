@@ -11,7 +11,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="M",
         help="package.module:factory or path.py:factory, where factory() returns "
-        "(model, example_inputs); or a .gopt file.",
+        "(model, example_inputs), of which the first is taken if they are a list; or a .gopt file.",
         show_default=False,
     ),
 ]

@@ -1,44 +1,35 @@
-"""`graphopt plan`: which gradients of M are reduced together, and how long that should take."""
+"""`graphopt plan`: what passes that decide by cost would decide for M, and by which figures."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from graphopt.cli.console import phase, show, show_json, show_text
-from graphopt.cli.data_parallel import assumed_device, check_flops, gradients_of, ranks_of, words_of
 from graphopt.cli.options import Json, ModelName
+from graphopt.cli.plan_formats import plan_formats
+from graphopt.cli.plan_groups import DEFAULT_LINK, plan_groups
 from graphopt.errors import ArgumentError
 from graphopt.registry import PLANNED
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from graphopt.analysis.gradient_order import Device
-    from graphopt.cli.subject import Subject
-    from graphopt.passbase import Pass
-    from graphopt.plan import PlanPart
-    from graphopt.plan.grouping import Grouping, Ready
-
-DEFAULT_LINK = "10gbe"
 EMITTERS = ("ddp",)
 
 
 def plan(
     model: ModelName,
-    mesh: Annotated[str, typer.Option(metavar="MESH", help="Ranks, as dp=64.", show_default=False)],
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="MESH", help="Ranks, as dp=64; groups need it.", show_default=False),
+    ] = None,
     passes: Annotated[
         str,
         typer.Option(
             "--passes",
             "-p",
             metavar="SPEC",
-            help="Passes with one that groups gradients; what is before it is run first, and its "
-            "link is taken.",
+            help="Passes with one that groups gradients, or one that lowers formats; what is "
+            "before it is run first, and the link of the former is taken.",
         ),
     ] = PLANNED,
     link: Annotated[
@@ -65,177 +56,66 @@ def plan(
             metavar="X", help="Assumed floating-point operations per second of each device."
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Formats: also draw the front of time and change of the loss, as SVG.",
+            show_default=False,
+        ),
+    ] = None,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy",
+            help="Formats: also lower each layer alone on the example inputs, and show how far "
+            "outputs and gradients move.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Predict the groups in which the gradients of M are best reduced over many ranks.
+    """Predict the groups in which gradients are best reduced, or show formats layer by layer.
 
-    Nothing is measured: compute is a roofline estimate for an assumed GPU, as in simulate, and the
-    link a model of the named machine.
+    Groups: nothing is measured; compute is a roofline estimate for an assumed GPU, as in simulate,
+    and the link a model of the named machine. Formats: times are measured on this device, or from
+    the roofline of an assumed one with cost=roofline.
 
-    JSON: model, compute ({flops, half_flops, bandwidth, overhead} of each device), link_from,
-    assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
+    JSON: for groups model, compute ({flops, half_flops, bandwidth, overhead} of each device),
+    link_from, assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
     above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready, finish}],
     backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world; all in seconds
     and bytes; parts: what the passes before have decided, by pass; with --emit ddp
     also bucket_cap_mb_list.
+
+    JSON: for formats model, pass, operators: [{site, module, operator, phase, kind, float32_us,
+    low_us, flops, bytes, bound, error, change, format, reason, detail}], totals: {format,
+    operators, lowered, flops, flops_lowered, casts, cast_bytes, saved_before, saved_after,
+    float32_us, chosen_us, change, budget, times}, front: [{seconds, change, lowered, chosen}],
+    accuracy: [{layer, operators, output, gradient}], declined: [{site, reason, detail, numbers}].
     """
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
-    check_flops(flops)
-    world = _ranks(mesh)
-    before, named, groups = _split(passes)
-    if not groups and emit is None:
-        raise ArgumentError(
-            f"no pass of {passes!r} groups gradients, so there are no groups to plan",
-            hint=f"-p {f'{passes},' if before else ''}{PLANNED}",
-        )
-    if emit == "ddp" and any(p.name == "schedule" for p in before):
-        raise ArgumentError(
-            "--emit ddp plans for PyTorch eager, whose backward no pass reorders",
-            hint="leave schedule out of -p",
-        )
-    chosen = _link(link, named)
-    from graphopt.network.clusters import cluster
-
-    machine = cluster(chosen.name)
-    with phase("importing torch"):
-        from graphopt.cli.subject import load_subject
-        from graphopt.grouping.ddp import bucket_caps
-        from graphopt.grouping.planner import plan as group
-        from graphopt.plan.part import to_data
-    from graphopt.render.grouping import above_bound, grouping_view
-    from graphopt.render.part import part_view
-
-    subject = load_subject(model)
-    device = assumed_device(flops)
-    ready, backward, times, parts = _gradients(
-        subject, _on_link(before, chosen.name), world, device
-    )
-    if emit == "ddp":
-        ready = _as_they_arrive(subject, ready)
-    curve = machine.all_reduce(world)
-    with phase("planning"):
-        found = group(ready, curve, backward, link=curve.source, times=times, world=world)
-    caps = bucket_caps(found) if emit == "ddp" else None
-    if json:
-        answer = {
-            "model": subject.name,
-            "compute": asdict(device),
-            "link_from": chosen.origin,
-            "assumed": machine.assumed,
-            "order": emit or "graph",
-            "exposed": found.exposed,
-            "above_bound": above_bound(found),
-            **asdict(found),
-            "parts": {part.name: to_data(part) for part in parts},
-        }
-        show_json("plan", answer if caps is None else {**answer, "bucket_cap_mb_list": caps})
+    if passes != PLANNED and emit is None and _lowers(passes):
+        for option, given in (("--link", link), ("--flops", flops), ("--mesh", mesh)):
+            if given is not None:
+                raise ArgumentError(
+                    f"{option} is about groups of gradients, and {passes!r} makes none",
+                    hint=f"leave {option} out, or add {PLANNED} to -p",
+                )
+        plan_formats(model, passes, plot=plot, accuracy=accuracy, json=json)
         return
-    note = _note(chosen, machine.assumed)
-    show(grouping_view(found, link_note=note, compute=words_of(device)))
-    for part in parts:
-        show(part_view(part))
-    if caps is not None:
-        show(_about_ddp(found))
-        show_text(f"model = DistributedDataParallel(model, bucket_cap_mb_list={caps})")
+    for option, wanted in (("--plot", plot is not None), ("--accuracy", accuracy)):
+        if wanted:
+            raise ArgumentError(
+                f"{option} is about formats, and {passes!r} plans groups of gradients",
+                hint="give -p a pass that lowers, and none that groups",
+            )
+    plan_groups(model, passes, mesh=mesh, link=link, emit=emit, flops=flops, json=json)
 
 
-@dataclass(frozen=True)
-class _Link:
-    """The name of a machine, and who chose it."""
-
-    name: str
-    origin: str
-
-
-def _ranks(mesh: str) -> int:
-    """The number of data-parallel ranks, which is two or more."""
-    world = ranks_of(mesh, "plan")
-    if world == 1:
-        raise ArgumentError(
-            "with dp=1 there is one rank, so nothing has to be reduced", hint="--mesh dp=64"
-        )
-    return world
-
-
-def _split(spec: str) -> tuple[tuple[Pass, ...], _Link | None, bool]:
-    """The passes before the one that groups, the link it names, and whether there is one."""
-    if spec == PLANNED:
-        return (), None, True
+def _lowers(spec: str) -> bool:
+    """Whether the plan is about formats: a pass lowers, and none groups."""
     from graphopt.pipeline.spec import parse_spec
 
-    parsed = parse_spec(spec)
-    for index, pass_ in enumerate(parsed):
-        if "grouped" in pass_.provides:
-            named = str(getattr(pass_, "link", "measure"))
-            link = None if named == "measure" else _Link(named, pass_.name)
-            return parsed[:index], link, True
-    return parsed, None, False
-
-
-def _link(option: str | None, named: _Link | None) -> _Link:
-    """The link to plan for; measuring it needs the ranks of a job, which a plan has not."""
-    if option is not None:
-        return _Link(option, "--link")
-    return named or _Link(DEFAULT_LINK, "default")
-
-
-def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
-    """The passes, where those that would measure the link take the machine `name` instead."""
-    option: dict[str, Any] = {"link": name}
-    return tuple(
-        dataclasses.replace(p, **option) if getattr(p, "link", "") == "measure" else p
-        for p in passes
-    )
-
-
-def _gradients(
-    subject: Subject, before: Sequence[Pass], world: int, device: Device
-) -> tuple[tuple[Ready, ...], float, str, tuple[PlanPart, ...]]:
-    """When which gradient is ready, the seconds of the backward, where the times are from.
-
-    Last, what the passes before have decided.
-    """
-    from graphopt.analysis.gradient_order import gradient_order
-    from graphopt.passbase import PassContext
-    from graphopt.pipeline import Pipeline
-    from graphopt.pipeline.step import parts_of
-
-    parts: tuple[PlanPart, ...] = ()
-    if before:
-        with phase("running passes"):
-            context = PassContext(mesh={"dp": world})
-            parts = parts_of(Pipeline(tuple(before)).run(subject.graph, context))
-    # The graph was captured on a stand-in for the machine, so its own device does not count.
-    on_device = partial(gradient_order, device=device)
-    order = gradients_of(subject.graph, subject.name, on_device)
-    return order.ready, order.backward, str(order.times), parts
-
-
-def _as_they_arrive(subject: Subject, ready: tuple[Ready, ...]) -> tuple[Ready, ...]:
-    """The gradients in the order in which `DistributedDataParallel` will see them."""
-    from graphopt.grouping.ddp import arrival_order, in_order
-
-    if subject.example is None:
-        raise ArgumentError(
-            "--emit ddp runs the model once, and a .gopt file is only its graph",
-            hint="name the model as path.py:FACTORY",
-        )
-    with phase("running PyTorch eager"):
-        example = subject.example
-        return in_order(ready, arrival_order(example.model, example.args, example.kwargs))
-
-
-def _note(link: _Link, assumed: Sequence[str]) -> str:
-    origin = {"default": f"{link.name} by default, --link names another"}.get(
-        link.origin, f"from {link.origin}"
-    )
-    return f"{origin}; assumed: {', '.join(assumed)}" if assumed else origin
-
-
-def _about_ddp(found: Grouping) -> str:
-    groups = f"these {len(found.groups)} groups" if len(found.groups) > 1 else "this one group"
-    return (
-        f"\nFrom its second step on, DistributedDataParallel forms {groups} with this line; with "
-        "find_unused_parameters=True it never regroups."
-    )
+    provided = {fact for pass_ in parse_spec(spec) for fact in pass_.provides}
+    return "lowered" in provided and "grouped" not in provided

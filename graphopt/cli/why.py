@@ -38,20 +38,24 @@ def why(
     JSON: model, passes, graph ("captured" or "rewritten"), removed (whether a pass removed it),
     story (the fields shown), and decisions, a list of {pass, skipped, applied: [{site, what,
     numbers}], declined: [{site, reason, detail, numbers}]}, and plan: where the plan names it, a
-    list of {part, path, values}.
+    list of {part, path, values}; formats, where a pass lowered: {before, after, why, casts,
+    readings: [{node, operator, phase, format, cast, why}]}.
     """
     with phase("importing torch"):
+        from graphopt.analysis.formats import format_of, format_story
         from graphopt.analysis.provenance import names, provenance
         from graphopt.cli.model import near
         from graphopt.cli.subject import load_subject, rewrite
         from graphopt.pipeline.step import parts_of
         from graphopt.plan.reading import mentions
     from graphopt.errors import ArgumentError
+    from graphopt.render.formats import story_view
     from graphopt.render.provenance import provenance_view
 
     subject = load_subject(model, no_grad=no_grad)
     captured = names(subject.graph)
     told = provenance(subject.graph, name) if name in captured else None
+    wide = format_of(captured.get(name))
     steps = rewrite(subject.graph, passes)
     rewritten = names(subject.graph)
     origin = "captured"
@@ -65,6 +69,12 @@ def why(
     removed = name not in rewritten
     decisions = [_about(step, told, removed=removed) for step in steps]
     planned = mentions(parts_of(steps), name)
+    node = rewritten.get(name)
+    story = None
+    if "lowered" in subject.graph.facts and (wide or format_of(node)):
+        tables = [row for s in steps for row in s.outcome.tables.get("operators", ())]
+        rows = {str(row["site"]): row for row in tables}
+        story = format_story(subject.graph, node, wide, rows)
     if json:
         answer = {
             "model": subject.name,
@@ -77,9 +87,11 @@ def why(
             ],
             "plan": [asdict(mention) for mention in planned],
         }
-        show_json("why", answer)
+        show_json("why", answer if story is None else {**answer, "formats": asdict(story)})
     else:
         show(provenance_view(told, decisions, planned, removed=removed))
+        if story is not None:
+            show(story_view(story))
 
 
 def _about(step: PassStep, told: Provenance, *, removed: bool) -> PassStep:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from graphopt.cache import JsonCache, is_duration
+from graphopt.cache import JsonCache, fingerprint, is_duration
 from graphopt.errors import BackendError
 from graphopt.graph import Graph
 from graphopt.model.entries import BackendChoice
@@ -60,7 +56,7 @@ def choose(
 def _measured(
     make: Callable[[str], Built], trial: Trial, graph: Graph
 ) -> tuple[BackendChoice, Built]:
-    key = _fingerprint(graph)
+    key = fingerprint(print_graph(graph))
     cached = _cached(key)
     if cached is not None and cached.backend == "eager":
         return cached, make("eager")
@@ -106,11 +102,3 @@ def _time(trial: Trial, calls: dict[str, Call]) -> dict[str, float]:
             if time.perf_counter() - start > SECONDS:
                 break
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _fingerprint(graph: Graph) -> str:
-    """Same graph, same torch, same machine: same choice."""
-    processor = torch.backends.cpu.get_cpu_capability()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    machine = f"{torch.__version__} {device} {torch.get_num_threads()} {os.cpu_count()}"
-    return hashlib.sha256(f"{machine}\n{print_graph(graph)}".encode()).hexdigest()[:24]

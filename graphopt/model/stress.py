@@ -20,6 +20,7 @@ from graphopt.analysis.effects import writes
 from graphopt.graph import Graph
 from graphopt.model.comparison import same
 from graphopt.model.trial import Trial, cotangent
+from graphopt.ops.unrounded import unrounded
 from graphopt.plan import Role, Slot
 
 # Inputs and vectors (scales and shifts of norms, biases) times this; matrices stay as they are, or
@@ -33,6 +34,12 @@ NOISE = 64.0
 # many times further apart than one of them is from what it would be without rounding.
 SHORT = 1e-4
 ROUNDINGS = 8.0
+
+
+def no_state(name: str) -> Tensor:
+    """For graphs without state."""
+    raise KeyError(name)
+
 
 _COMPARED = frozenset({Role.OUTPUT, Role.GRAD, Role.MUTATION})
 
@@ -70,17 +77,24 @@ def first_difference(before: Graph, after: Graph, inputs: Sequence[Tensor], tria
     return ""
 
 
-def rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dict[str, float]:
+def rounding_noise(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    trial: Trial,
+    state: Callable[[str], Tensor] = no_state,
+) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
-    In a short type (bfloat16, float16) it is what the graph's own rounding makes of it: how far it
-    is from the same graph in float32. There a bound from changed inputs would hide real faults. In
-    other types it is what a change of all inputs by their last digits makes of it.
+    In a short type (bfloat16, float16), and where operators round, it is what the graph's own
+    rounding makes of it: how far it is from the same graph in float32. There a bound from changed
+    inputs would hide real faults. In other types it is what a change of all inputs by their last
+    digits makes of it.
 
     Args:
-        graph: as it was captured; not changed.
+        graph: as it was captured, or as a pass has left it; not changed.
         inputs: tensors of the captured call, one per input that is no tangent; not changed.
         trial: the call.
+        state: the tensor of a ``STATE`` input, by its name; not changed.
 
     Returns:
         Absolute differences by the names of `graphopt.model.comparison.Observed`, of numbers that
@@ -90,16 +104,18 @@ def rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dict
     if _of_unknown_size(graph):
         return {}
     try:
-        return _rounding_noise(graph, inputs, trial)
+        return _rounding_noise(graph, inputs, trial, state)
     except Exception:
         return {}
 
 
-def _rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dict[str, float]:
+def _rounding_noise(
+    graph: Graph, inputs: Sequence[Tensor], trial: Trial, state: Callable[[str], Tensor]
+) -> dict[str, float]:
     epsilon = coarsest(graph)
-    values = _values(graph, inputs, lambda slot, value: value)
+    values = _values(graph, inputs, lambda slot, value: value, state)
     exact, _ = _run(graph, values, trial)
-    if epsilon > SHORT:
+    if epsilon > SHORT or rounds(graph):
         other, _ = _run(graph, values, trial, _Widened)
         factor = ROUNDINGS
     else:
@@ -109,7 +125,7 @@ def _rounding_noise(graph: Graph, inputs: Sequence[Tensor], trial: Trial) -> dic
             signs = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
             return value * (1 + epsilon * signs.to(value))
 
-        other, _ = _run(graph, _values(graph, inputs, nudged), trial)
+        other, _ = _run(graph, _values(graph, inputs, nudged, state), trial)
         factor = NOISE
     found = {}
     for slot, value in exact.items():
@@ -143,6 +159,11 @@ def coarsest(graph: Graph) -> float:
     return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
 
+def rounds(graph: Graph) -> bool:
+    """Whether operators of the graph round within a type."""
+    return any(unrounded(node.target) for node in graph.operators)
+
+
 def _alike(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return same(left, right)
@@ -166,9 +187,12 @@ def _enlarged(slot: Slot, value: Tensor) -> Tensor:
 
 
 def _values(
-    graph: Graph, inputs: Sequence[Tensor], change: Callable[[Slot, Tensor], Tensor]
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    change: Callable[[Slot, Tensor], Tensor],
+    state: Callable[[str], Tensor] = no_state,
 ) -> list[Tensor]:
-    """Inputs of the graph: changed ones of the call, and the tangents of a trial."""
+    """Inputs of the graph: changed ones of the call, the tangents of a trial, and the state."""
     given = iter(inputs)
     generator = torch.Generator().manual_seed(0)
     values = []
@@ -177,6 +201,9 @@ def _values(
             fake = node.meta["val"]
             real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cpu")
             values.append(real.copy_(cotangent(real, generator)).to(fake.device))
+            continue
+        if slot.role is Role.STATE:
+            values.append(state(slot.name).clone())
             continue
         value = next(given)
         if isinstance(value, Tensor):
@@ -202,7 +229,7 @@ class _Watched(fx.Interpreter):
 
 
 class _Widened(_Watched):
-    """Runs a graph in float32 where it computes in a shorter type."""
+    """Runs a graph in float32 where it computes in a shorter type, without what it rounds."""
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
@@ -210,6 +237,8 @@ class _Widened(_Watched):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """In float32, but with the random numbers, and only the kernels, that there are."""
+        if without := unrounded(target):
+            return without(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
             try:
                 wide = tree_map_only(torch.dtype, _wide, (args, kwargs))

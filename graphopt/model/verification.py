@@ -27,7 +27,14 @@ from graphopt.model.comparison import (
     tolerance_of_pass,
 )
 from graphopt.model.entries import Verification
-from graphopt.model.stress import SHORT, coarsest, first_difference, rounding_noise
+from graphopt.model.stress import (
+    SHORT,
+    coarsest,
+    first_difference,
+    no_state,
+    rounding_noise,
+    rounds,
+)
 from graphopt.model.trial import Call, Trial
 from graphopt.passbase import ALGORITHM, EXACT, REASSOCIATED, Pass
 from graphopt.pipeline.step import PassStep
@@ -84,6 +91,7 @@ class Check:
         forward: the model's own forward.
         run: makes a call of the model from a stage, in the eager backend.
         inputs: tensors of the call as the captured graph takes them.
+        state: the tensor of a ``STATE`` input, by its name.
     """
 
     level: str
@@ -92,6 +100,7 @@ class Check:
     forward: Call
     run: Callable[[Stage], Call]
     inputs: Sequence[Tensor]
+    state: Callable[[str], Tensor] = no_state
     declined: list[str] = field(default_factory=list)
 
     def __call__(self, stages: Sequence[Stage], backend: str, call: Call) -> Verification:
@@ -236,7 +245,7 @@ class Check:
         """
         found = [d for d in differences(reference, actual) if d.error > bound]
         if found and bound > 0:
-            noise = rounding_noise(stages[0].graph, self.inputs, self.trial)
+            noise = self._noise(stages)
             places = [name for name in reference.values if name.startswith("output ")]
             named = {name: f"output {i}" for i, name in enumerate(places)}
 
@@ -247,6 +256,14 @@ class Check:
 
             found = [d for d in found if not moved(d)]
         return max(found, key=lambda d: d.error, default=None)
+
+    def _noise(self, stages: Sequence[Stage]) -> dict[str, float]:
+        """How far rounding moves values in the first stage, or in one whose operators round."""
+        found: dict[str, float] = {}
+        for graph in (stages[0].graph, *(s.graph for s in stages[1:] if rounds(s.graph))):
+            for name, moved in rounding_noise(graph, self.inputs, self.trial, self.state).items():
+                found[name] = max(moved, found.get(name, 0.0))
+        return found
 
     def _stress(self, stages: Sequence[Stage]) -> None:
         """Compare exact passes, one after the other, on values far from those of this batch."""

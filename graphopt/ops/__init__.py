@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
-from graphopt.ops import convolution, ctc, expect, frozen, moments, rnn, statistics, wire
+from graphopt.ops import (
+    convolution,
+    ctc,
+    expect,
+    flex,
+    flex16,
+    float8,
+    frozen,
+    int16_mm,
+    moments,
+    mx,
+    pairs,
+    rnn,
+    scaled_mm,
+    statistics,
+    wire,
+)
 
-__all__ = ["convolution", "ctc", "expect", "frozen", "moments", "rnn", "statistics", "wire"]
+__all__ = [
+    "convolution",
+    "ctc",
+    "expect",
+    "flex",
+    "flex16",
+    "float8",
+    "frozen",
+    "int16_mm",
+    "moments",
+    "mx",
+    "pairs",
+    "rnn",
+    "scaled_mm",
+    "statistics",
+    "wire",
+]

@@ -25,3 +25,9 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
         power += 1
     digits = f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
     return f"{digits} {units[power]}".rstrip()
+
+
+def plural(number: int, noun: str) -> str:
+    """``2, "batch"`` as ``"2 batches"``."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number} {noun}{'' if number == 1 else ending}"

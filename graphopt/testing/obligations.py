@@ -9,10 +9,11 @@ from functools import cached_property
 from torch import Tensor
 
 from graphopt.graph import Graph
-from graphopt.passbase import Outcome, Pass, PassContext
+from graphopt.ops.unrounded import unrounded
+from graphopt.passbase import REASSOCIATED, Outcome, Pass, PassContext
 from graphopt.plan import Role, Slot
 from graphopt.testing.comparison import amplification_of, assert_same
-from graphopt.testing.oracles import run_graph
+from graphopt.testing.oracles import run_graph, run_graph_fp64
 from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
 
@@ -94,6 +95,9 @@ def _keeps_signature(application: Application) -> None:
 
 
 def _same_results(application: Application) -> None:
+    if any(unrounded(node.target) for node in application.after.operators):
+        _same_without_rounding(application)
+        return
     numerics = application.pass_.numerics
     expected = list(application.outputs_before.values())
     actual = [application.outputs_after[slot] for slot in application.outputs_before]
@@ -101,6 +105,20 @@ def _same_results(application: Application) -> None:
     if numerics.kind in ("reassociated", "lowered"):
         amplification = amplification_of(application.before, application.inputs, expected)
     assert_same(expected, actual, numerics, application.before.signature, amplification)
+
+
+def _same_without_rounding(application: Application) -> None:
+    """Generated graphs are small and cancel often, where formats of 8 bits leave nothing to hold.
+
+    What is left of the graph without the rounding has to be the graph that it was.
+    """
+    before, after = application.before, application.after
+    expected = run_graph_fp64(before, application.inputs)
+    actual = dict(
+        zip(after.signature.outputs, run_graph_fp64(after, application.inputs_after), strict=True)
+    )
+    kept = [actual[slot] for slot in before.signature.outputs]
+    assert_same(expected, kept, REASSOCIATED, before.signature)
 
 
 def _no_new_aliases(application: Application) -> None:

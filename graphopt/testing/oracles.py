@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
+from graphopt.ops.unrounded import unrounded
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -41,12 +42,15 @@ def run_graph(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> list[Ten
 def run_graph_fp64(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """The outputs in double precision: what the graph would return without rounding.
 
-    Casts to a shorter floating type have no effect. Random operators draw in the type that the
-    graph gives them, so that their numbers are those of `run_graph`.
+    Casts to a shorter floating type have no effect, nor has what else operators round. Random
+    operators draw in the type that the graph gives them, so that their numbers are those of
+    `run_graph`.
     """
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target: Any = node.target
+        if without := unrounded(target):
+            return without(*args, **kwargs)
         tags = getattr(target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             args, kwargs = _in_own_types(node, args, kwargs)

@@ -39,6 +39,7 @@ def _only_finish_changes_state(subject: Subject) -> None:
 
 def _trials_leave_no_trace(subject: Subject) -> None:
     tried, straight, verified = Run(subject), Run(subject), Run(subject, verify="full")
+    tried.prepare()  # state that is made together with a graph is its initial state
 
     def try_it() -> None:
         before, stream = tried.read(), torch.get_rng_state()

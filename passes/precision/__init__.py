@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import fx
 
 from graphopt.analysis.liveness import liveness
 from graphopt.errors import ArgumentError
-from graphopt.graph import Graph, module_stack, operator_name
+from graphopt.graph import Graph, module_of, module_stack, operator_name
 from graphopt.passbase import Applied, Declined, Numerics, Outcome, Pass, PassContext, lowered
-from graphopt.passes.precision.formats import FORMATS, Format
-from graphopt.passes.precision.mincut import Times, minimum_cut
+from graphopt.passes.precision.calibrated import Calibrated, check_budget
+from graphopt.passes.precision.decision import Question, decide
+from graphopt.passes.precision.emulated import apply_emulated, emulate, find_products
+from graphopt.passes.precision.findings import Findings
+from graphopt.passes.precision.formats import FORMATS
 from graphopt.passes.precision.problem import Problem, find_problem, is_lowered_already
+from graphopt.passes.precision.recipes import Recipe, recipe_of
 from graphopt.passes.precision.rewrite import lower
-from graphopt.passes.precision.rules import Kind, kinds
+from graphopt.passes.precision.rules import Kind
 from graphopt.passes.precision.scaling import scale_gradients
-from graphopt.passes.precision.tf import propagate
-from graphopt.passes.precision.times import assumed_times, measured_times
+from graphopt.passes.precision.sharing import promote, share_casts
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class Precision(Pass):
     stay in float32.
 
     Attributes:
-        format: ``bf16`` or ``fp16``.
+        format: ``bf16`` or ``fp16``; or ``flex16``, ``mxfp8`` or ``float8``, which are emulated:
+            the operands of products are rounded to them and multiplied in float32, by the device's
+            own product with scales where it has one. Nothing gets faster by emulation, so
+            whoever names such a format wants it: every product is lowered but those of `keep`,
+            and `policy`, `cost` and `sums` have no say.
         policy: ``mincut``, or ``tf`` for the propagation rules of TensorFlow's graph pass.
         cost: ``measure`` times each operator on this device, ``roofline`` assumes one.
         keep: patterns of module names that stay in float32, as ``head*|*.norm``.
@@ -44,6 +51,14 @@ class Precision(Pass):
         loss_scale: ``dynamic`` scales gradients in float16 by a power of two, which adapts; steps
             in which they overflow get no gradients, so that optimizers skip them. A
             ``torch.amp.GradScaler`` given to ``graphopt.use_scaler`` takes its place.
+        calibration: a file that ``graphopt calibrate`` wrote for this model. Operators whose values
+            do not fit the format are kept in float32.
+        budget: the largest expected change of the loss, by the calibration; 0 for any. The fastest
+            choice within it is taken.
+        granularity: of the scales of ``float8``: one per ``tensor``, gradients in e5m2, or one per
+            ``row`` along the contracted axis, all in e4m3, powers of two.
+        scaling: of the scales of ``mxfp8``: ``floor`` as OCP has it, where the largest elements of
+            a block may saturate, or ``rceil``, the least power of two where none does.
     """
 
     name: ClassVar[str] = "precision"
@@ -55,12 +70,19 @@ class Precision(Pass):
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"
     )
 
-    format: Literal["bf16", "fp16"] = "bf16"
+    format: Literal["bf16", "fp16", "flex16", "mxfp8", "float8"] = "bf16"
     policy: Literal["mincut", "tf"] = "mincut"
     cost: Literal["measure", "roofline"] = "measure"
     keep: tuple[str, ...] = ()
     sums: Literal["wide", "low"] = "wide"
     loss_scale: Literal["dynamic", "none"] = "dynamic"
+    granularity: Literal["tensor", "row"] = "tensor"
+    scaling: Literal["floor", "rceil"] = "floor"
+    calibration: str = ""
+    budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_budget(self.calibration, self.budget, self.policy, self.format)
 
     @property
     def communicates(self) -> frozenset[str]:  # type: ignore[override]
@@ -69,8 +91,7 @@ class Precision(Pass):
 
     @property
     def _scales(self) -> bool:
-        """Whether gradients need a scale: in formats of a smaller range than float32."""
-        return self.loss_scale == "dynamic" and not FORMATS[self.format].wide
+        return self.loss_scale == "dynamic" and FORMATS[self.format].loses_gradients
 
     @property
     def numerics(self) -> Numerics:  # type: ignore[override]
@@ -84,52 +105,83 @@ class Precision(Pass):
             detail = "the model or autocast has chosen lower precision itself"
             return Outcome(declined=(Declined("graph", "lowered-already", detail),))
         format = FORMATS[self.format]
-        problem = find_problem(graph, format, kept)
-        declined = _left_out(problem, kept)
+        if recipe := self._recipe:
+            return apply_emulated(graph, format, recipe, kept)
+        known = None
+        if self.calibration:
+            known = Calibrated.load(self.calibration, graph, format, self._scales)
+        whole = problem = find_problem(graph, format, kept)
+        ruled_out: dict[fx.Node, Declined] = {}
+        if known is not None:
+            known.check(whole, self.calibration)
+            ruled_out = known.ruled_out(whole)
+            problem = find_problem(graph, format, kept | frozenset(ruled_out))
+        left_out = (*_left_out(problem, kept), *ruled_out.values())
         if not any(unit.kind is Kind.ALLOW for unit in problem.units.values()):
             detail = "no matrix product, convolution or attention can be lowered"
-            return Outcome(declined=(*declined, Declined("graph", "nothing-to-lower", detail)))
-        low, times = self._choice(graph, problem, format, ctx)
-        declined += _slower(problem, low, times)
-        if not low:
-            return Outcome(declined=tuple(declined))
-        before = graph.get(liveness).saved_bytes
-        casts = lower(graph, problem, low, format.dtype)
-        after = graph.get(liveness).saved_bytes
-        applied = [_applied(node, format, times) for node in problem.units if node in low]
-        applied.append(Applied("casts", "inserted casts", {"casts": len(casts)}))
-        if before:
-            saved = {"before": before, "after": after}
-            applied.append(Applied("activations", "bytes saved for backward", saved))
+            return Outcome(declined=(*left_out, Declined("graph", "nothing-to-lower", detail)))
+        noise = known.noise(problem) if known is not None else None
+        question = Question(
+            graph,
+            problem,
+            format,
+            policy=self.policy,
+            cost=self.cost,
+            follow=self.sums == "wide",
+            noise=noise,
+            budget=self.budget,
+        )
+        same = f"pass {self}\ncalibration {known.calibration.digest if known else ''}"
+        decision = decide(question, ctx.ranks.get("dp"), same)
+        found = Findings.of(graph, format, problem, decision, noise, self.budget)
+        if not decision.low:
+            return found.outcome(left_out)
+        casts = lower(graph, problem, decision.low, format.dtype)
+        casts = promote(graph, share_casts(graph, casts))
+        outcome = found.outcome(left_out, casts, graph.get(liveness).saved_bytes)
         part = scale_gradients(graph, ctx.state) if self._scales else None
-        if part is not None:
-            numbers = {"first": part.initial, "grows_after": part.interval}
-            applied.append(Applied("loss", "scaled dynamically", numbers))
-        return Outcome(tuple(applied), tuple(declined), part)
+        if part is None:
+            return outcome
+        numbers = {"first": part.initial, "grows_after": part.interval}
+        scaled = Applied("loss", "scaled dynamically", numbers)
+        return replace(outcome, applied=(*outcome.applied, scaled), part=part)
 
-    def _choice(
-        self, graph: Graph, problem: Problem, format: Format, ctx: PassContext
-    ) -> tuple[frozenset[fx.Node], Times]:
-        """The units to lower, the same on all ranks, and the times that decided."""
-        ranks = ctx.ranks.get("dp")
-        measures = self.cost == "measure" and (ranks is None or ranks.size == 1)
-        times = (measured_times if measures else assumed_times)(graph, problem, format)
+    def layers(self, graph: Graph) -> dict[str, tuple[str, ...]]:
+        """The operators that may be lowered, by module; of modules with a product in them."""
+        if is_lowered_already(graph):
+            return {}
+        format, kept = FORMATS[self.format], self._kept(graph)
+        if recipe := self._recipe:
+            units = products = find_products(graph, format, recipe, kept)[0]
+        else:
+            problem = find_problem(graph, format, kept)
+            units = list(problem.units)
+            products = [n for n in units if problem.units[n].kind is Kind.ALLOW]
+        found: dict[str, tuple[str, ...]] = {module_of(n): () for n in products}
+        for node in units:
+            if (module := module_of(node)) in found:
+                found[module] = (*found[module], node.name)
+        return found
 
-        def best(by: Times) -> frozenset[fx.Node]:
-            if self.policy == "tf":
-                return propagate(problem, kinds(graph, format))
-            return minimum_cut(problem, by, follow=self.sums == "wide")
+    def alone(self, graph: Graph, operators: Iterable[str]) -> Graph:
+        """A copy of the graph in which only these operators are lowered."""
+        copy, names = graph.copy(), frozenset(operators)
+        if recipe := self._recipe:
+            emulate(copy, recipe, [n for n in copy.operators if n.name in names])
+            return copy
+        problem = graph.get(self._problem).on(dict(zip(graph.nodes, copy.nodes, strict=True)))
+        low = frozenset(n for n in problem.units if n.name in names)
+        lower(copy, problem, low, FORMATS[self.format].dtype)
+        return copy
 
-        if ranks is None or ranks.size == 1 or self.cost == "roofline":
-            return best(times), times
+    @property
+    def _recipe(self) -> Recipe | None:
+        options = {"granularity": self.granularity, "scaling": self.scaling}
+        return recipe_of(self.format, options)
 
-        def decide() -> str:
-            chosen = best(measured_times(graph, problem, format))
-            return json.dumps(sorted(node.name for node in chosen))
-
-        known = "\n".join([f"pass {self}", *(node.name for node in problem.units)])
-        names = set(json.loads(ranks.agree("precision", known, decide)))
-        return frozenset(node for node in problem.units if node.name in names), times
+    def _problem(self, graph: Graph) -> Problem:
+        """Everything that can be lowered; an analysis of the graph."""
+        return find_problem(graph, FORMATS[self.format], frozenset())
 
     def _kept(self, graph: Graph) -> frozenset[fx.Node]:
         """Operators of the modules that the user keeps in float32.
@@ -153,11 +205,6 @@ class Precision(Pass):
         )
 
 
-def _applied(node: fx.Node, format: Format, times: Times) -> Applied:
-    numbers = {"float32_us": 1e6 * times.high[node], f"{format.name}_us": 1e6 * times.low[node]}
-    return Applied(node.name, f"{operator_name(node)} runs in {format.name}", numbers)
-
-
 def _left_out(problem: Problem, kept: frozenset[fx.Node]) -> list[Declined]:
     found = [
         Declined(n.name, "no-rule", f"nothing is known of {operator_name(n)} in lower precision")
@@ -169,17 +216,3 @@ def _left_out(problem: Problem, kept: frozenset[fx.Node]) -> list[Declined]:
     ]
     found += [Declined(n.name, "kept", "its module is kept in float32") for n in kept]
     return found
-
-
-def _slower(problem: Problem, low: frozenset[fx.Node], times: Times) -> list[Declined]:
-    """Operators that could have gained and did not."""
-    return [
-        Declined(
-            node.name,
-            "not-faster",
-            f"{operator_name(node)} with its casts is not faster in lower precision",
-            {"float32_us": 1e6 * times.high[node], "low_us": 1e6 * times.low[node]},
-        )
-        for node, unit in problem.units.items()
-        if unit.kind is Kind.ALLOW and node not in low
-    ]

@@ -125,11 +125,11 @@ def find_problem(graph: Graph, format: Format, kept: frozenset[fx.Node]) -> Prob
         kept: operators that the user keeps in float32.
     """
     kind_of, views = kinds(graph, format), graph.get(storage).views
-    islands = _leading_aside(graph)
+    islands = leading_aside(graph)
     units: dict[fx.Node, Unit] = {}
     unknown, refused = [], {}
     for node in graph.operators:
-        if node.target is operator.getitem or not _computes_float32(node):
+        if node.target is operator.getitem or not computes_float32(node):
             continue
         kind = kind_of[node]
         if kind is None:
@@ -185,7 +185,7 @@ def _read(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(n for n in found if is_float32(value_of(n)) and value_of(n).dim() > 0)
 
 
-def _leading_aside(graph: Graph) -> set[fx.Node]:
+def leading_aside(graph: Graph) -> set[fx.Node]:
     """Operators that lead to values for the runtime only, as statistics do: they stay exact."""
     aside = {Role.AUX, Role.MUTATION}
     slots = zip(graph.signature.outputs, graph.outputs, strict=True)
@@ -199,7 +199,8 @@ def _leading_aside(graph: Graph) -> set[fx.Node]:
     return set(graph.operators) - needed
 
 
-def _computes_float32(node: fx.Node) -> bool:
+def computes_float32(node: fx.Node) -> bool:
+    """Whether a result of an operator is float32."""
     value = value_of(node)
     return any(map(is_float32, value if isinstance(value, tuple | list) else (value,)))
 

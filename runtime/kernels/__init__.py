@@ -1,6 +1,7 @@
-"""Triton kernels for the moments of K-FAC, behind the `graphopt::` operators.
+"""Kernels behind the `graphopt::` operators: Triton for GPUs, C++ for flex tensors on CPUs.
 
-Optional: the operators run everywhere without them. `register` makes them faster on CUDA devices.
+Optional: the operators run everywhere without them. `register` makes the moments of K-FAC faster on
+CUDA devices, `register_flex` flex tensors and their products on CPUs and CUDA devices.
 """
 
 from __future__ import annotations
@@ -22,3 +23,14 @@ def register() -> bool:
 
     dispatch.register()
     return True
+
+
+@lru_cache(maxsize=1)
+def register_flex() -> None:
+    """Makes the kernels the implementation of the flex operators; once per process.
+
+    Triton's are left out where it is not installed. What runs on CPUs is built at its first call.
+    """
+    from graphopt.runtime.kernels import flex_dispatch
+
+    flex_dispatch.register()

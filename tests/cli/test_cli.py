@@ -25,7 +25,10 @@ from tests.support.plugins import write_distribution
 ROOT = Path(__file__).parents[2]
 FILE = "tests/support/models_for_cli.py"
 NET, MLP = f"{FILE}:net", f"{FILE}:mlp"
-COMMANDS = ("show", "run", "plan", "simulate", "why", "diff", "verify", "passes", "doctor")
+COMMANDS = (
+    *("show", "run", "plan", "calibrate", "simulate", "why", "diff", "verify", "passes"),
+    "doctor",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def _pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gradient_order.ASSUMED, "cpu", QUICK)
 
 
-def _made(entry: CorpusModel) -> tuple[nn.Module, Any, Any]:
+def made(entry: CorpusModel) -> tuple[nn.Module, Any, Any]:
     """Without dropout, which draws other numbers in other types."""
     model, args, kwargs = entry.make()
     for module in model.modules():
@@ -55,7 +55,7 @@ def _double(value: object) -> object:
 def _errors(name: str) -> tuple[float, float]:
     """Relative errors of all gradients together: under autocast, and with the pass."""
     entry = CORPUS[name]
-    model, args, kwargs = _made(entry)
+    model, args, kwargs = made(entry)
     wide = copy.deepcopy(model).double()
     doubled = {k: _double(v) for k, v in kwargs.items()}
     exact = _gradients(entry, wide, tuple(map(_double, args)), doubled)
@@ -77,7 +77,7 @@ def test_gradients_are_as_near_to_float64_as_under_autocast() -> None:
 
 
 def _losses(entry: CorpusModel, spec: str) -> list[float]:
-    model, args, kwargs = _made(entry)
+    model, args, kwargs = made(entry)
     graphopt.optimize(model, passes=spec, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []

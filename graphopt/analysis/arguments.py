@@ -1,0 +1,36 @@
+"""Real arguments for the inputs of a captured step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt.graph import Graph, value_of
+from graphopt.plan import Role, Slot
+
+
+def step_arguments(
+    graph: Graph, inputs: Sequence[Tensor], tangent: Callable[[Slot, Tensor], Tensor | None]
+) -> list[Tensor]:
+    """One tensor per input of a graph.
+
+    Args:
+        graph: as captured, maybe rewritten.
+        inputs: one per input that is no tangent, in order.
+        tangent: the values of a tangent, by its slot and its fake tensor; ``None`` for zeros. They
+            are given the strides that the graph was derived for.
+    """
+    given, found = iter(inputs), []
+    for slot, node in zip(graph.signature.inputs, graph.inputs, strict=True):
+        if slot.role is not Role.TANGENT:
+            found.append(next(given).detach())
+            continue
+        fake = value_of(node)
+        real = torch.empty_strided(
+            tuple(fake.shape), tuple(fake.stride()), dtype=fake.dtype, device=fake.device
+        )
+        values = tangent(slot, fake)
+        found.append(real.zero_() if values is None else real.copy_(values.detach()))
+    return found
