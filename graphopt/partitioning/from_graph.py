@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.analysis.cost import tensor_bytes
+from graphopt.analysis.effects import Effect, effect_of
 from graphopt.analysis.gradient_order import Device, roofline
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level, module_of, phase_of, value_of
@@ -65,6 +67,7 @@ class _Reader:
         self.together = [set(group) for group in self.side.groups]
         self.saved: dict[fx.Node, set[int]] = {}
         self._save()
+        self.random = self._random()
 
     def problem(self, link: Link, times: str) -> Problem:
         names = [nodes[0].name for nodes in self.side.nodes]
@@ -72,7 +75,7 @@ class _Reader:
         values = [made for made in self.side.made.values() if self._matters(made)]
         return Problem(
             operators=tuple(self._operators(names, trained)),
-            values=tuple(self._value(made, names) for made in values),
+            values=(*(self._value(made, names) for made in values), *self._streams(names)),
             parameters=self._parameters(trained),
             together=tuple(frozenset(names[i] for i in g) for g in self.together),
             link=link,
@@ -147,6 +150,24 @@ class _Reader:
             saved_by=tuple(names[i] for i in sorted(savers)),
             final=made.final,
         )
+
+    def _streams(self, names: list[str]) -> list[Value]:
+        """The random stream, which operators read in their order: nothing crosses a cut."""
+        return [
+            Value(f"random stream behind {names[first]}", names[first], (names[second],), 0)
+            for first, second in pairwise(self.random)
+        ]
+
+    def _random(self) -> list[int]:
+        """Operators that draw random numbers; stages in their order draw as the whole does."""
+        draws = [i for n, i in self.side.host.items() if effect_of(n) is Effect.RANDOM]
+        ascending: list[int] = []
+        for index in draws:
+            if ascending and index < ascending[-1]:
+                self.together.append({index, ascending[-1]})
+            elif not ascending or index > ascending[-1]:
+                ascending.append(index)
+        return ascending
 
     def _has_gradient(self, made: Made) -> bool:
         value = value_of(made.owner)
