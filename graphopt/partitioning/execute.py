@@ -189,7 +189,9 @@ class _Run:
         returned = half.module(*arguments)
         for port, value in zip(half.outputs, returned, strict=True):
             if port.kind is Kind.STEP:
-                self._take(self.executor.split.signature.outputs[port.position], value, stage, batch)
+                self._take(
+                    self.executor.split.signature.outputs[port.position], value, stage, batch
+                )
             elif port.kind is Kind.SENT:
                 self.sent.setdefault((stage, batch, phase), {})[port.name] = value
             elif port.kind is Kind.SAVED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -170,14 +171,35 @@ class _Reader:
         return ascending
 
     def _has_gradient(self, made: Made) -> bool:
-        value = value_of(made.owner)
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
+        if not _is_real(made.owner):
             return False
-        backward = set(self.twin.values())
         if made.maker < 0:
             slot = self.graph.slot(made.owner)
             return slot.name in self.graph.signature.names(Role.GRAD)
-        return made.maker in backward and (made.final or not backward.isdisjoint(made.readers))
+        wanted, given = self.flows
+        return made.maker in wanted and (made.final or not given.isdisjoint(made.readers))
+
+    @cached_property
+    def flows(self) -> tuple[set[int], set[int]]:
+        """Operators that a gradient may pass through: to something before, from something behind.
+
+        Not all have backward nodes of their own: a sum hands on the gradient as it is.
+        """
+        backward = set(self.twin.values())
+        wanted, given = set(backward), set(backward)
+        between = [
+            (m.maker, m.readers)
+            for m in sorted(self.side.made.values(), key=lambda m: m.maker)
+            if m.maker >= 0 and _is_real(m.owner)
+        ]
+        for maker, readers in between:
+            if maker in wanted:
+                wanted |= readers
+        for maker, readers in reversed(between):
+            if not given.isdisjoint(readers):
+                given.add(maker)
+        given |= {m.maker for m in self.side.made.values() if m.final}
+        return wanted, given
 
     def _save(self) -> None:
         """Which operators' backward reads which values, looking through what is recomputed."""
@@ -207,6 +229,11 @@ class _Reader:
         if isinstance(pieces, tuple | list):
             return  # its pieces are values of their own
         self.saved.setdefault(made.owner, set()).add(index)
+
+
+def _is_real(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _weight_share(node: fx.Node) -> float:

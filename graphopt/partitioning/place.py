@@ -1,7 +1,8 @@
 """From operators in stages to a stage for every node, backward nodes included.
 
 Gradients only flow to the same stage or to earlier ones. So a backward node stands in the stage of
-its forward twin, or in the earliest one that computes an operand of it.
+its forward twin, or in the earliest one that computes an operand of it. A sum of gradients stands
+where its operands are.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def place(graph: Graph, assignment: Mapping[str, int]) -> Placement:
     stage = {node: assignment[side.nodes[i][0].name] for node, i in side.host.items()}
     count = max(assignment.values()) + 1
     backward = {n: assignment[side.nodes[i][0].name] for n, i in twins(graph, side).items()}
-    stage |= _pulled(backward, memory)
+    stage |= _summed_early(_pulled(backward, memory), memory)
     sums = _sums(graph, stage, memory)
     names = {n.name: s for n, s in stage.items() if n not in sums}
     return Placement(count, names, tuple(n.name for n in graph.operators if n in sums))
@@ -94,6 +95,25 @@ def _pulled(stage: Mapping[fx.Node, int], memory: Storage) -> dict[fx.Node, int]
             moved = moved or least < found[node]
             found[node] = least
     return found
+
+
+def _summed_early(stage: dict[fx.Node, int], memory: Storage) -> dict[fx.Node, int]:
+    """With gradients added up in the last stage that has both, so that their sum travels.
+
+    Autograd adds up the gradients of a value where it goes on to the one who made the value.
+    """
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in stage:
+        family.setdefault(memory.owner[node], []).append(node)
+    for node in stage:
+        own = family.get(node, [])
+        if not _adds(node) or not memory.views.issuperset(n for n in own if n is not node):
+            continue
+        operands = [p for p in node.all_input_nodes if not floating(p, memory)]
+        if operands and all(p in stage for p in operands):
+            latest = min(stage[p] for p in operands)
+            stage |= {n: max(stage[n], latest) for n in own}
+    return stage
 
 
 def _sums(graph: Graph, stage: Mapping[fx.Node, int], memory: Storage) -> frozenset[fx.Node]:

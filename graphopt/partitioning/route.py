@@ -87,9 +87,7 @@ class Routes:
         partials: nodes whose gradients are added up between stages, with their stages.
     """
 
-    def __init__(
-        self, module: fx.GraphModule, signature: Signature, placement: Placement
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, signature: Signature, placement: Placement) -> None:
         self.placement = placement
         self.nodes = tuple(module.graph.nodes)
         self.memory = storage_of(self.nodes)

@@ -103,9 +103,7 @@ def split(module: fx.GraphModule, signature: Signature, placement: Placement) ->
         for phase in Phase
     }
     sums = _sums(module, routes) if routes.sums else None
-    return Split(
-        signature, halves[Phase.FORWARD], halves[Phase.BACKWARD], sums, routes.crossings
-    )
+    return Split(signature, halves[Phase.FORWARD], halves[Phase.BACKWARD], sums, routes.crossings)
 
 
 def _half(module: fx.GraphModule, routes: Routes, place: Place) -> Half:
