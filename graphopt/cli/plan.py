@@ -118,8 +118,8 @@ def plan(
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
     facts = _provided(passes) if passes != PLANNED and emit is None else frozenset()
     if "staged" in facts and "grouped" not in facts:
-        for option, given in (("--flops", flops is not None), ("--accuracy", accuracy)):
-            if given:
+        for option, wanted in (("--flops", flops is not None), ("--accuracy", accuracy)):
+            if wanted:
                 raise ArgumentError(
                     f"{option} has no meaning for stages, which {passes!r} plans",
                     hint=f"leave {option} out; cost=measure times operators on this device",

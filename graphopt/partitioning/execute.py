@@ -86,6 +86,13 @@ class Executor:
             ArgumentError: the schedule is for other numbers, or cannot run.
         """
         self._check(schedule, batches)
+        if update is not None and self.split.sums is not None:
+            shared = sorted(p.name for p in self.split.sums.outputs)
+            raise ArgumentError(
+                "a parameter in several stages cannot be updated by each of them alone",
+                where=f"its gradient {shared[0]!r}",
+                hint="choose stages that keep its operators together, or a schedule that flushes",
+            )
         run = _Run(self, without_transfers(schedule), dict(values), batches, tangents, update)
         return run.finished()
 
@@ -170,7 +177,7 @@ class _Run:
             self._call(halves[action.kind](), stage, batch, Phase.BACKWARD)
             if action.kind is not actions.Kind.I:
                 for held in (self.saved, self.kept, self.weights):
-                    held.pop((stage, batch), None)  # type: ignore[attr-defined]
+                    held.pop((stage, batch), None)
 
     def _call(self, half: Half, stage: int, batch: int, phase: Phase) -> None:
         forward = phase is Phase.FORWARD

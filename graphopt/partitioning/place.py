@@ -50,7 +50,7 @@ def place(graph: Graph, assignment: Mapping[str, int]) -> Placement:
     stage = {node: assignment[side.nodes[i][0].name] for node, i in side.host.items()}
     count = max(assignment.values()) + 1
     backward = {n: assignment[side.nodes[i][0].name] for n, i in twins(graph, side).items()}
-    stage |= _summed_early(_pulled(backward, memory), memory)
+    stage |= _summed_early(_pulled(backward, memory), count - 1, memory)
     sums = _sums(graph, stage, memory)
     names = {n.name: s for n, s in stage.items() if n not in sums}
     return Placement(count, names, tuple(n.name for n in graph.operators if n in sums))
@@ -97,7 +97,7 @@ def _pulled(stage: Mapping[fx.Node, int], memory: Storage) -> dict[fx.Node, int]
     return found
 
 
-def _summed_early(stage: dict[fx.Node, int], memory: Storage) -> dict[fx.Node, int]:
+def _summed_early(stage: dict[fx.Node, int], last: int, memory: Storage) -> dict[fx.Node, int]:
     """With gradients added up in the last stage that has both, so that their sum travels.
 
     Autograd adds up the gradients of a value where it goes on to the one who made the value.
@@ -109,9 +109,10 @@ def _summed_early(stage: dict[fx.Node, int], memory: Storage) -> dict[fx.Node, i
         own = family.get(node, [])
         if not _adds(node) or not memory.views.issuperset(n for n in own if n is not node):
             continue
-        operands = [p for p in node.all_input_nodes if not floating(p, memory)]
-        if operands and all(p in stage for p in operands):
-            latest = min(stage[p] for p in operands)
+        operands = [memory.owner[p] if floating(p, memory) else p for p in node.all_input_nodes]
+        if all(phase_of(p) is Phase.BACKWARD for p in operands):
+            # A tangent comes in the last stage.
+            latest = min(stage.get(p, last) for p in operands)
             stage |= {n: max(stage[n], latest) for n in own}
     return stage
 

@@ -139,7 +139,8 @@ class Routes:
         return tagged and all(p.op != "call_function" or self._recomputes(p) for p in tuples)
 
     def _remakes(self, node: fx.Node) -> bool:
-        return self.memory.owner[node] in self.whole and self._is_plain_view(node)
+        owner = self.memory.owner[node]
+        return node is not owner and owner in self.whole and self._is_plain_view(node)
 
     def _is_plain_view(self, node: fx.Node) -> bool:
         """Whether only views lie between a node and the one that owns its memory."""

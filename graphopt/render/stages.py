@@ -117,7 +117,7 @@ def _table(*columns: str) -> Table:
 
 def _crosses(crossing: Data, cut: int) -> bool:
     ends = (crossing["made"], *crossing["read"])
-    return min(ends) <= cut < max(ends)
+    return bool(min(ends) <= cut < max(ends))
 
 
 def _short(modules: Sequence[str]) -> str:

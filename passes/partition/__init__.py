@@ -1,4 +1,4 @@
-"""Cut a training step into the stages of a pipeline, as good as can be, and say how good that is."""
+"""Cut a training step into the stages of a pipeline, and say how good they provably are."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Partition(Pass):
         schedule: ``gpipe``, ``1f1b``, ``zero_bubble``; ``interleaved`` with several stages per
             rank; ``no_flush``, which never drains the pipeline, so that gradients are late.
         microbatches: of one step; by default four per rank.
-        objective: ``minmax``, the slowest stage or cut; ``alpa``, the length of a step in which all
-            stages are as slow as that one; ``gpipe``, the slowest forward plus the slowest backward.
+        objective: ``minmax``, the slowest stage or cut; ``alpa``, the length of a step whose stages
+            wait for the slowest; ``gpipe``, the slowest forward plus the slowest backward.
         memory: the most bytes that a stage may hold, by default any. Counted are activations in
             flight, weights, gradients, one optimizer state and kept versions of weights.
         cost: ``roofline`` assumes a device of the kind that the model is on, ``measure`` times each
             operator on this one.
-        link: a machine of `graphopt.network.clusters`; its connection between neighbours is assumed.
+        link: a machine of `graphopt.network.clusters`, whose messages between ranks are assumed.
     """
 
     name: ClassVar[str] = "partition"
@@ -76,7 +76,7 @@ class Partition(Pass):
             value = getattr(self, option)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ArgumentError(
-                    f"partition: {option}={value:g} is not positive",
+                    f"{option}={value:g} is not positive and finite",
                     hint=f"give a positive number, or leave {option} out",
                 )
 

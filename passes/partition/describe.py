@@ -94,7 +94,7 @@ def _stage(stage: result.Stage, nodes: Iterable[fx.Node], names: tuple[str, ...]
 
 
 def _names(nodes: Iterable[tuple[fx.Node, int]]) -> dict[int, tuple[str, ...]]:
-    """The modules of each stage: the outermost of which it has all, else a part of the innermost."""
+    """The modules of each stage: the outermost ones that it has as a whole, and parts."""
     paths = [(module_of(node), stage) for node, stage in nodes]
     stages_of: dict[str, set[int]] = {}
     for path, stage in paths:
