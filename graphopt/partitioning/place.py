@@ -72,29 +72,27 @@ def floating(node: fx.Node, memory: Storage) -> bool:
 def _pulled(stage: Mapping[fx.Node, int], memory: Storage) -> dict[fx.Node, int]:
     """Stages in which all operands are there: each node as early as the earliest of them.
 
-    Nodes that share memory stay together, as do an operator and the pieces of its result.
+    Views, and the pieces of a result, are where their memory is; what writes into it, too.
     """
     root: dict[fx.Node, fx.Node] = {}
     for node in stage:
         root[node] = node
-        if floating(node, memory) or not node.all_input_nodes:
-            continue
-        source = node.all_input_nodes[0] if node in memory.views else memory.owner[node]
-        root[node] = root.get(source, node)
+        if not floating(node, memory) and node.all_input_nodes:
+            source = node.all_input_nodes[0] if node in memory.views else memory.owner[node]
+            root[node] = root.get(source, node)
     found = dict(stage)
+    for node in stage:
+        if node not in memory.views:
+            found[root[node]] = min(found[root[node]], stage[node])
     moved = True
     while moved:
         moved = False
         for node in stage:
             operands = [p for p in node.all_input_nodes if p in found and not floating(p, memory)]
-            least = min([found[node], *(found[p] for p in operands)])
-            if not floating(node, memory):
-                least = min(least, found[root[node]])
-                moved = moved or least < found[root[node]]
-                found[root[node]] = least
-            moved = moved or least < found[node]
-            found[node] = least
-    return found
+            least = min([found[root[node]], *(found[root[p]] for p in operands)])
+            if least < found[root[node]]:
+                found[root[node]], moved = least, True
+    return {node: found[root[node]] for node in stage}
 
 
 def _summed_early(stage: dict[fx.Node, int], last: int, memory: Storage) -> dict[fx.Node, int]:

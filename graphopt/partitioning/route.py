@@ -23,6 +23,8 @@ _RECOMPUTED = frozenset({CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFE
 # Inputs of the step that every stage has at hand.
 _EVERYWHERE = frozenset({Role.PARAM, Role.BUFFER, Role.STATE})
 
+_WAYS = (False, True)  # with the gradients, with the activations
+
 Place = tuple[int, Phase]  # one half of one stage
 
 
@@ -223,18 +225,23 @@ class Routes:
     # -- what travels ------------------------------------------------------------------------------
 
     def _sent_whole(self) -> frozenset[fx.Node]:
-        """Values that are smaller than their views which others read, such as an expanded one."""
-        read: dict[fx.Node, set[fx.Node]] = {}
-        for place, needs in self.needs.items():
+        """Values whose views would be more to send than they are, such as an expanded one."""
+        far: dict[fx.Node, dict[tuple[fx.Node, bool], int]] = {}  # cuts, by view and direction
+        for (stage, _), needs in self.needs.items():
             for node in needs.foreign:
-                if self.home(node) != place and self._is_plain_view(node):
-                    read.setdefault(self.memory.owner[node], set()).add(node)
-        return frozenset(
-            owner
-            for owner, nodes in read.items()
-            if nodes != {owner}
-            and tensor_bytes(value_of(owner)) <= sum(tensor_bytes(value_of(n)) for n in nodes)
-        )
+                home = self.home(node)
+                if home is not None and self._is_plain_view(node):
+                    views = far.setdefault(self.memory.owner[node], {})
+                    key = (node, stage > home[0])
+                    views[key] = max(views.get(key, 0), abs(stage - home[0]))
+        whole = set()
+        for owner, views in far.items():
+            parts = sum(tensor_bytes(value_of(n)) * cuts for (n, _), cuts in views.items())
+            most = (max((c for (_, d), c in views.items() if d is way), default=0) for way in _WAYS)
+            alone = {n for n, _ in views} == {owner}
+            if not alone and tensor_bytes(value_of(owner)) * sum(most) <= parts:
+                whole.add(owner)
+        return frozenset(whole)
 
     def _crossings(self) -> Iterator[Crossing]:
         read: dict[tuple[fx.Node, Phase], set[int]] = {}
