@@ -48,6 +48,7 @@ PASSES = _table(
     fold_inference="graphopt.passes.fold_inference:FoldInference",
     group_gradients="graphopt.passes.group_gradients:GroupGradients",
     kfac="graphopt.passes.kfac:Kfac",
+    partition="graphopt.passes.partition:Partition",
     precision="graphopt.passes.precision:Precision",
     schedule="graphopt.passes.schedule:Schedule",
 )
@@ -58,6 +59,7 @@ PLAN_PARTS = _table(
     flexpoint="graphopt.plan.flexpoint:FlexTensors",
     group_gradients="graphopt.plan.group_gradients:Reduction",
     kfac="graphopt.plan.kfac:Curvature",
+    partition="graphopt.plan.partition:Stages",
     precision="graphopt.plan.precision:LossScaling",
 )
 RUNTIME_PARTS = _table(

@@ -31,18 +31,20 @@ README = ROOT / "README.md"
 PYTHON = DOCS / "python.md"
 CLI = DOCS / "cli.md"
 DATA_PARALLEL = DOCS / "data_parallel.md"
+PIPELINE = DOCS / "pipeline.md"
 WITH_PYTHON = [
     README,
     PYTHON,
     DATA_PARALLEL,
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
+    PIPELINE,
     DOCS / "precision.md",
     DOCS / "serving.md",
     DOCS / "training_recipe.md",
     DOCS / "writing_a_pass.md",
 ]
-WITH_COMMANDS = [README, CLI, DATA_PARALLEL]
+WITH_COMMANDS = [README, CLI, DATA_PARALLEL, PIPELINE]
 DOCUMENTS = [
     README,
     ROOT / "CHANGELOG.md",

@@ -7,7 +7,7 @@ place that knows which operators are views.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -37,10 +37,15 @@ class Storage:
 
 def storage(graph: Graph) -> Storage:
     """Follow every view and in-place operator of `graph` to the node that allocated its memory."""
+    return storage_of(graph.nodes)
+
+
+def storage_of(nodes: Iterable[fx.Node]) -> Storage:
+    """The same for all nodes of a graph, in order."""
     owner: dict[fx.Node, fx.Node] = {}
     views: set[fx.Node] = set()
     pieces: dict[tuple[fx.Node, Any], fx.Node] = {}
-    for node in graph.nodes:
+    for node in nodes:
         owner[node] = node
         if node.op != "call_function":
             continue

@@ -10,6 +10,7 @@ import typer
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.plan_formats import plan_formats
 from graphopt.cli.plan_groups import DEFAULT_LINK, plan_groups
+from graphopt.cli.plan_stages import plan_stages
 from graphopt.errors import ArgumentError
 from graphopt.registry import PLANNED
 
@@ -20,7 +21,11 @@ def plan(
     model: ModelName,
     mesh: Annotated[
         str | None,
-        typer.Option(metavar="MESH", help="Ranks, as dp=64; groups need it.", show_default=False),
+        typer.Option(
+            metavar="MESH",
+            help="Ranks, as dp=64, which groups need, or pp=4 for stages.",
+            show_default=False,
+        ),
     ] = None,
     passes: Annotated[
         str,
@@ -28,15 +33,15 @@ def plan(
             "--passes",
             "-p",
             metavar="SPEC",
-            help="Passes with one that groups gradients, or one that lowers formats; what is "
-            "before it is run first, and the link of the former is taken.",
+            help="Passes with one that groups gradients, one that makes stages, or one that lowers "
+            "formats; what is before it is run first, and its link is taken.",
         ),
     ] = PLANNED,
     link: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"Machine whose all-reduce to assume, such as summit; {DEFAULT_LINK} if neither "
+            help=f"Machine whose network to assume, such as summit; {DEFAULT_LINK} if neither "
             "this nor SPEC names one.",
             show_default=False,
         ),
@@ -60,7 +65,16 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Formats: also draw the front of time and change of the loss, as SVG.",
+            help="Formats: also draw the front of time and change of the loss, as SVG. Stages: "
+            "also draw the simulated step.",
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Stages: also write the simulated step for Perfetto.",
             show_default=False,
         ),
     ] = None,
@@ -74,11 +88,12 @@ def plan(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Predict the groups in which gradients are best reduced, or show formats layer by layer.
+    """Predict groups of gradients or stages of a pipeline, or show formats layer by layer.
 
     Groups: nothing is measured; compute is a roofline estimate for an assumed GPU, as in simulate,
     and the link a model of the named machine. Formats: times are measured on this device, or from
-    the roofline of an assumed one with cost=roofline.
+    the roofline of an assumed one with cost=roofline. Stages: the call of the example is one
+    micro-batch; times as for formats, and a simulated schedule.
 
     JSON: for groups model, compute ({flops, half_flops, bandwidth, overhead} of each device),
     link_from, assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
@@ -92,10 +107,30 @@ def plan(
     operators, lowered, flops, flops_lowered, casts, cast_bytes, saved_before, saved_after,
     float32_us, chosen_us, change, budget, times}, front: [{seconds, change, lowered, chosen}],
     accuracy: [{layer, operators, output, gradient}], declined: [{site, reason, detail, numbers}].
+
+    JSON: for stages model, pass, declined, and the plan part: schedule, micro_batches, ranks,
+    stages: [{rank, modules, forward_nodes, backward_nodes, parameters, forward, input_grad,
+    weight_grad, saved, parameter_bytes, in_flight, memory}], crossings: [{name, module, made, read,
+    relayed, bytes, back}], cuts: [{forward, backward}], shared: [{name, stages, seconds}], sums,
+    objective, value, lower, proof, times, link, limit, step, bubble; all in seconds and bytes.
     """
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
-    if passes != PLANNED and emit is None and _lowers(passes):
+    facts = _provided(passes) if passes != PLANNED and emit is None else frozenset()
+    if "staged" in facts and "grouped" not in facts:
+        for option, wanted in (("--flops", flops is not None), ("--accuracy", accuracy)):
+            if wanted:
+                raise ArgumentError(
+                    f"{option} has no meaning for stages, which {passes!r} plans",
+                    hint=f"leave {option} out; cost=measure times operators on this device",
+                )
+        plan_stages(model, passes, mesh=mesh, link=link, plot=plot, trace=trace, json=json)
+        return
+    if trace is not None:
+        raise ArgumentError(
+            f"--trace is about stages, and {passes!r} makes none", hint="-p partition --mesh pp=4"
+        )
+    if "lowered" in facts and "grouped" not in facts:
         for option, given in (("--link", link), ("--flops", flops), ("--mesh", mesh)):
             if given is not None:
                 raise ArgumentError(
@@ -113,9 +148,8 @@ def plan(
     plan_groups(model, passes, mesh=mesh, link=link, emit=emit, flops=flops, json=json)
 
 
-def _lowers(spec: str) -> bool:
-    """Whether the plan is about formats: a pass lowers, and none groups."""
+def _provided(spec: str) -> frozenset[str]:
+    """What the passes of a spec provide: formats if one lowers, stages if one makes them."""
     from graphopt.pipeline.spec import parse_spec
 
-    provided = {fact for pass_ in parse_spec(spec) for fact in pass_.provides}
-    return "lowered" in provided and "grouped" not in provided
+    return frozenset(fact for pass_ in parse_spec(spec) for fact in pass_.provides)

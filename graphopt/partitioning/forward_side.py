@@ -178,7 +178,24 @@ class ForwardSide:
                 groups.append({index, max(sources[index])})
             elif len(self.nodes) > 1 and not needed[index]:
                 groups.append({index, _neighbour(index, fed, modules)})
-        return groups
+        return groups + self._states()
+
+    def _states(self) -> list[set[int]]:
+        """The readers of each buffer or state that changes, with what changes it.
+
+        Otherwise the next micro-batch would read it in one stage before another has written it.
+        """
+        changed: dict[str, set[int]] = {}
+        for slot, node in zip(self.graph.signature.outputs, self.graph.outputs, strict=True):
+            if slot.role is Role.MUTATION and node in self.host:
+                changed.setdefault(slot.name, set()).add(self.host[node])
+        for node, index in self.host.items():
+            if (name := self.stored_name(node)) and self.owner(node) is not node:
+                changed.setdefault(name, set()).add(index)
+        for index, names in enumerate(self.stored):
+            for name in names & changed.keys():
+                changed[name].add(index)
+        return [group for group in changed.values() if len(group) > 1]
 
 
 def _neighbour(index: int, fed: Sequence[bool], modules: Sequence[str]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.analysis.cost import tensor_bytes
+from graphopt.analysis.effects import Effect, effect_of
 from graphopt.analysis.gradient_order import Device, roofline
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level, module_of, phase_of, value_of
@@ -65,6 +68,7 @@ class _Reader:
         self.together = [set(group) for group in self.side.groups]
         self.saved: dict[fx.Node, set[int]] = {}
         self._save()
+        self.random = self._random()
 
     def problem(self, link: Link, times: str) -> Problem:
         names = [nodes[0].name for nodes in self.side.nodes]
@@ -72,7 +76,7 @@ class _Reader:
         values = [made for made in self.side.made.values() if self._matters(made)]
         return Problem(
             operators=tuple(self._operators(names, trained)),
-            values=tuple(self._value(made, names) for made in values),
+            values=(*(self._value(made, names) for made in values), *self._streams(names)),
             parameters=self._parameters(trained),
             together=tuple(frozenset(names[i] for i in g) for g in self.together),
             link=link,
@@ -148,15 +152,54 @@ class _Reader:
             final=made.final,
         )
 
+    def _streams(self, names: list[str]) -> list[Value]:
+        """The random stream, which operators read in their order: nothing crosses a cut."""
+        return [
+            Value(f"random stream behind {names[first]}", names[first], (names[second],), 0)
+            for first, second in pairwise(self.random)
+        ]
+
+    def _random(self) -> list[int]:
+        """Operators that draw random numbers; stages in their order draw as the whole does."""
+        draws = [i for n, i in self.side.host.items() if effect_of(n) is Effect.RANDOM]
+        ascending: list[int] = []
+        for index in draws:
+            if ascending and index < ascending[-1]:
+                self.together.append({index, ascending[-1]})
+            elif not ascending or index > ascending[-1]:
+                ascending.append(index)
+        return ascending
+
     def _has_gradient(self, made: Made) -> bool:
-        value = value_of(made.owner)
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
+        if not _is_real(made.owner):
             return False
-        backward = set(self.twin.values())
         if made.maker < 0:
             slot = self.graph.slot(made.owner)
             return slot.name in self.graph.signature.names(Role.GRAD)
-        return made.maker in backward and (made.final or not backward.isdisjoint(made.readers))
+        wanted, given = self.flows
+        return made.maker in wanted and (made.final or not given.isdisjoint(made.readers))
+
+    @cached_property
+    def flows(self) -> tuple[set[int], set[int]]:
+        """Operators that a gradient may pass through: to something before, from something behind.
+
+        Not all have backward nodes of their own: a sum hands on the gradient as it is.
+        """
+        backward = set(self.twin.values())
+        wanted, given = set(backward), set(backward)
+        between = [
+            (m.maker, m.readers)
+            for m in sorted(self.side.made.values(), key=lambda m: m.maker)
+            if m.maker >= 0 and _is_real(m.owner)
+        ]
+        for maker, readers in between:
+            if maker in wanted:
+                wanted |= readers
+        for maker, readers in reversed(between):
+            if not given.isdisjoint(readers):
+                given.add(maker)
+        given |= {m.maker for m in self.side.made.values() if m.final}
+        return wanted, given
 
     def _save(self) -> None:
         """Which operators' backward reads which values, looking through what is recomputed."""
@@ -186,6 +229,11 @@ class _Reader:
         if isinstance(pieces, tuple | list):
             return  # its pieces are values of their own
         self.saved.setdefault(made.owner, set()).add(index)
+
+
+def _is_real(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _weight_share(node: fx.Node) -> float:

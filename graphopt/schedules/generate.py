@@ -87,6 +87,32 @@ def interleaved(ranks: int, chunks: int, micro_batches: int) -> Schedule:
     return Schedule("interleaved", placement, micro_batches, tuple(lines))
 
 
+def scheduled(kind: str, stages: int, ranks: int, micro_batches: int) -> Schedule:
+    """A schedule of any kind; stages are dealt out to ranks in turn.
+
+    Args:
+        kind: one of `graphopt.schedules.laws.KINDS`, or ``"interleaved"``.
+        stages: how many; as many as ranks unless the kind is ``"interleaved"``, then a multiple.
+        ranks: along the pipeline.
+        micro_batches: of one step, or of the run.
+
+    Raises:
+        ArgumentError: the numbers do not fit.
+    """
+    chunks, rest = divmod(stages, max(1, ranks))
+    if rest or (kind != "interleaved" and chunks != 1) or not chunks:
+        wanted = f"a multiple of {ranks}" if kind == "interleaved" else f"{ranks}"
+        raise ArgumentError(
+            f"{stages} stages do not fit {ranks} ranks under the schedule {kind!r}",
+            where="stages",
+            hint=f"ask for {wanted} stages"
+            + ("" if kind == "interleaved" else ", or for the schedule interleaved"),
+        )
+    if kind == "interleaved":
+        return interleaved(ranks, chunks, micro_batches)
+    return generate(kind, stages, micro_batches)
+
+
 def _batch(index: int, ranks: int, chunks: int) -> int:
     return index // (ranks * chunks) * ranks + index % ranks
 

@@ -60,7 +60,7 @@ class Flexpoint(Pass):
 
     name: ClassVar[str] = "flexpoint"
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled", "staged"})
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     idempotent: ClassVar[bool] = False

@@ -55,7 +55,9 @@ class Kfac(Pass):
     numerics: ClassVar[Numerics] = ALGORITHM
     levels: ClassVar[frozenset[str]] = frozenset({"joint"})
     provides: ClassVar[frozenset[str]] = frozenset({"preconditioned"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"preconditioned", "lowered", "grouped"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"preconditioned", "lowered", "grouped", "staged"}
+    )
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     reduces: ClassVar[bool] = True

@@ -63,7 +63,7 @@ class Precision(Pass):
 
     name: ClassVar[str] = "precision"
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled", "staged"})
     changes_signature: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (

@@ -27,8 +27,11 @@ from graphopt.partitioning.problem import Link, Problem
 from graphopt.partitioning.twins import twins, weight_side
 from graphopt.plan import Phase
 from graphopt.testing.corpus import CORPUS
+from graphopt.testing.inputs import inputs_for
+from graphopt.testing.program import Instruction, Program, build
 from graphopt.testing.strategies import joint_graphs
 from graphopt.text import parse_graph
+from tests.support.stages import assert_same_step
 
 
 class Block(nn.Module):
@@ -77,10 +80,24 @@ def _check_gradients_flow_backwards(graph: Graph, problem: Problem) -> None:
     own = weight_side(graph, twin)
     assert list(twin) == [n for n in graph.operators if phase_of(n) is Phase.BACKWARD]
     for node, reader in twin.items():
+        if node.target is torch.ops.aten.add.Tensor and {u.op for u in node.users} == {"output"}:
+            continue  # the gradient of an input of the model is added up in the earlier stage
         for source in node.all_input_nodes:
             if source in twin and source not in own:
                 maker, reads = atom[twin[source]], atom[reader]
                 assert needs[maker] >> reads & 1, f"{source} is read by {node}"
+
+
+def test_the_gradient_of_an_input_that_two_independent_operators_read() -> None:
+    """Its sum belongs to neither of them, so every order of the two can be cut."""
+    steps = tuple(Instruction(kind, ()) for kind in ("expand", "unary", "cross_entropy"))
+    graph = build(Program(steps, ((2, 3),), (0, 1), input_grads=False), Level.JOINT)
+    problem = from_graph(graph)
+    _check_gradients_flow_backwards(graph, problem)
+    first, second = (o.name for o in problem.operators[:2])
+    for assignment in ({first: 0, second: 1}, {first: 1, second: 0}):
+        rest = {o.name: assignment[second] for o in problem.operators[2:]}
+        assert_same_step(graph, inputs_for(graph), {**assignment, **rest})
 
 
 def _check_times(graph: Graph, problem: Problem) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from graphopt.errors import ArgumentError
 from graphopt.schedules.actions import TRANSFERS, Action, Kind, Schedule, parse_schedule
 from graphopt.schedules.check import check
-from graphopt.schedules.generate import generate, interleaved
+from graphopt.schedules.generate import generate, interleaved, scheduled
 from graphopt.schedules.laws import (
     KINDS,
     NO_FLUSH,
@@ -207,3 +207,25 @@ def test_partners_meet() -> None:
         action = Action(2, kind, 5)
         assert action.partner != action
         assert action.partner.partner == action
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages", "ranks", "hint"),
+    [
+        ("1f1b", 4, 2, "ask for 2 stages, or for the schedule interleaved"),
+        ("interleaved", 5, 2, "ask for a multiple of 2 stages"),
+    ],
+)
+def test_stages_that_do_not_fit_the_ranks(kind: str, stages: int, ranks: int, hint: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        scheduled(kind, stages, ranks, 4)
+    assert caught.value.message == (
+        f"{stages} stages do not fit {ranks} ranks under the schedule {kind!r}"
+    )
+    assert caught.value.hint == hint
+
+
+def test_any_kind_by_its_name() -> None:
+    assert scheduled("interleaved", 4, 2, 4) == interleaved(2, 2, 4)
+    for kind in KINDS:
+        assert scheduled(kind, 3, 3, 4) == generate(kind, 3, 4)

@@ -1,0 +1,111 @@
+"""`graphopt plan` of a pass that makes stages: which they are, and what a step should take."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.cli.console import phase, show, show_json
+from graphopt.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from graphopt.simulate.pipeline import PipelineTrace
+
+
+def plan_stages(
+    model: str,
+    passes: str,
+    *,
+    mesh: str | None,
+    link: str | None,
+    plot: Path | None,
+    trace: Path | None,
+    json: bool,
+) -> None:
+    """Answer for a spec with a pass that makes stages; see `graphopt.cli.plan.plan`."""
+    with phase("importing torch"):
+        from graphopt.cli.subject import load_subject
+        from graphopt.model.arguments import parse_mesh
+        from graphopt.passbase import PassContext
+        from graphopt.pipeline import Pipeline
+        from graphopt.plan.part import to_data
+    from graphopt.render.stages import stages_view
+
+    sizes = parse_mesh(mesh)
+    whole = _on_link(Pipeline.parse(passes).passes, link)
+    at = next(i for i, p in enumerate(whole) if "staged" in p.provides)
+    subject = load_subject(model)
+    with phase("choosing stages"):
+        step = Pipeline(whole[: at + 1]).run(subject.graph, PassContext(mesh=sizes))[at]
+    if step.skipped:
+        raise ArgumentError(f"{step.spec} was skipped: {step.skipped}", hint="leave it out")
+    part = step.outcome.part
+    if part is None:
+        said = "; ".join(one.detail for one in step.outcome.declined)
+        raise ArgumentError(f"there are no stages to plan: {said}", hint="--mesh pp=4")
+    data = to_data(part)
+    if plot is not None or trace is not None:
+        _draw(subject.name, data, plot, trace)
+    if json:
+        declined = [asdict(site) for site in step.outcome.declined]
+        answer = {"model": subject.name, "pass": step.spec, **data, "declined": declined}
+        show_json("plan", answer)
+        return
+    show(stages_view(data, subject.name))
+
+
+def _on_link(passes: tuple[Any, ...], link: str | None) -> tuple[Any, ...]:
+    """With the machine of ``--link`` in the pass that makes stages."""
+    from dataclasses import replace
+
+    if link is None:
+        return passes
+    return tuple(replace(p, link=link) if "staged" in p.provides else p for p in passes)
+
+
+def _draw(name: str, data: Mapping[str, Any], plot: Path | None, trace: Path | None) -> None:
+    """Write the simulated step as a chart, and for Perfetto."""
+    from graphopt.render.perfetto import trace_events
+    from graphopt.render.pipeline import pipeline_chart
+
+    simulated = _simulated(data)
+    title = f"{name}: {len(data['stages'])} stages, {data['schedule']} (simulated)"
+    if plot is not None:
+        _write(plot, pipeline_chart(simulated, title))
+    if trace is not None:
+        held = {f"bytes of rank {rank}": steps for rank, steps in enumerate(simulated.memory)}
+        _write(trace, jsonlib.dumps(trace_events(simulated, title, held)))
+
+
+def _simulated(data: Mapping[str, Any]) -> PipelineTrace:
+    from graphopt.schedules.generate import scheduled
+    from graphopt.simulate.pipeline import StageCost, Transfer, simulate_pipeline
+
+    stages = data["stages"]
+    schedule = scheduled(data["schedule"], len(stages), data["ranks"], data["micro_batches"])
+    costs = [
+        StageCost(
+            stage["forward"],
+            stage["input_grad"],
+            stage["weight_grad"],
+            saved=stage["saved"],
+            fixed=stage["memory"] - stage["saved"] * stage["in_flight"],
+        )
+        for stage in stages
+    ]
+    return simulate_pipeline(schedule, costs, [Transfer(**cut) for cut in data["cuts"]])
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror}",
+            where=str(path),
+            hint="name a file in a folder that exists",
+        ) from error
