@@ -81,7 +81,7 @@ def _check_gradients_flow_backwards(graph: Graph, problem: Problem) -> None:
     assert list(twin) == [n for n in graph.operators if phase_of(n) is Phase.BACKWARD]
     for node, reader in twin.items():
         if node.target is torch.ops.aten.add.Tensor:
-            continue  # gradients from independent readers are added up in the earliest of their stages
+            continue  # gradients of independent readers add up in the earliest of their stages
         for source in node.all_input_nodes:
             if source in twin and source not in own:
                 maker, reads = atom[twin[source]], atom[reader]
