@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,12 +25,14 @@ from torch._dynamo.variables.lists import DequeVariable
 @contextmanager
 def limited_deques() -> Iterator[None]:
     """While Dynamo captures; everything is put back on leaving."""
-    with ExitStack() as stack:
-        for owner, name, wrap in (
-            (VariableBuilder, "wrap_listlike", _with_its_limit),
-            (SideEffects, "codegen_update_mutated", _filled_anew),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
+    # Dynamo keeps this table of methods from its first use in the process on.
+    table = VariableBuilder._type_dispatch()
+    deques = {collections.deque: _with_its_limit(VariableBuilder.wrap_listlike)}
+    written = _filled_anew(SideEffects.codegen_update_mutated)
+    with (
+        mock.patch.dict(table, deques),
+        mock.patch.object(SideEffects, "codegen_update_mutated", written),
+    ):
         yield
 
 

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.variables.builder import VariableBuilder
 
 import graphopt
 from graphopt.errors import CaptureError
@@ -104,3 +105,12 @@ def test_a_deque_that_holds_nothing_is_refused() -> None:
     with pytest.raises(CaptureError, match="A deque with maxlen=0 is used") as caught:
         model(torch.randn(2, 4))
     assert "test_deques.py" in caught.value.where
+
+
+def test_dynamo_may_have_been_in_use_before() -> None:
+    VariableBuilder._type_dispatch_impl.cache_clear()
+    items = [torch.ones(2)]
+    torch.compile(lambda x: x + items[0], backend="eager")(torch.ones(2))
+    table = dict(VariableBuilder._type_dispatch())
+    test_a_full_deque_drops_what_is_at_its_other_end(History, 2)
+    assert VariableBuilder._type_dispatch() == table
