@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from torch import nn
+from torch.optim import Optimizer
 
 from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
@@ -18,7 +20,15 @@ from graphopt.capture import Capture, capture
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph
 from graphopt.model import features
-from graphopt.model.arguments import Mesh, check_model, mesh_of, parse_mesh, split_example_inputs
+from graphopt.model.arguments import (
+    Mesh,
+    check_model,
+    check_step,
+    made_optimizer,
+    mesh_of,
+    parse_mesh,
+    split_example_inputs,
+)
 from graphopt.model.backend_choice import Built, choose
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.report import Report
@@ -32,6 +42,8 @@ from graphopt.pipeline.step import parts_of
 from graphopt.plan import Plan, PlanPart
 
 if TYPE_CHECKING:
+    from graphopt.model.controller import Controller
+    from graphopt.runtime.owned_step import OwnedStep
     from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
@@ -50,6 +62,8 @@ def optimize(
     verify: Verify = "eager",
     fallback: Fallback | None = None,
     on_mismatch: OnMismatch = "raise",
+    loss: Callable[[Any, Any], Any] | None = None,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     dry_run: bool = False,
 ) -> M | Plan:
     """Optimize a model in place and return it.
@@ -84,6 +98,10 @@ def optimize(
         on_mismatch: what happens where `verify` finds that the graph computes something else than
             eager. ``"raise"``: raise; ``"warn"``: warn once and run the graph; ``"eager"``: warn
             and run calls of this kind as plain PyTorch.
+        loss: for passes that run whole steps, by ``model.step(*batch)``: of the model's output and
+            the last item of the batch; by default the output is, or has, the loss.
+        optimizer: for passes that run whole steps: of the model's parameters, or what makes one of
+            them; by default a step leaves gradients in ``.grad`` for one of yours.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -107,6 +125,8 @@ def optimize(
     session = _session(model, passes, where)
     sizes = where.sizes.values() if dry_run else [r.size for r in session.ranks.values()]
     pipeline = _pipeline(passes, several_ranks=any(size > 1 for size in sizes))
+    owns = [pass_ for pass_ in pipeline.passes if pass_.owns_step]
+    check_step(model, loss, optimizer, pipeline, where)
     compiler = Compiler(
         pipeline, where.sizes, backend, verify, fallback=fallback, on_mismatch=on_mismatch
     )
@@ -117,9 +137,13 @@ def optimize(
                 "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
             )
         return compiler.plan(model, *example)
-    if "dp" in session.ranks:
-        session.ranks["dp"].start(model)
+    for ranks in session.ranks.values():
+        ranks.start(model)
     controller = install(model, compiler, session)
+    if owns:
+        made = made_optimizer(model, optimizer)
+        count = owns[0].micro_batches(where.sizes)
+        session.owned = _owned(model, controller, session, loss, made, count)
     if example is not None:
         try:
             controller.specialise(model, *example)
@@ -143,9 +167,10 @@ class Compiler(Specialiser):
         return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=self._notes())
 
     def _notes(self) -> tuple[str, ...]:
-        groups = mesh_of(None).groups
         reduced = any(pass_.reduces for pass_ in self.pipeline.passes)
-        if reduced or all(group.size() == 1 for group in groups.values()):
+        groups = mesh_of(None).groups
+        sizes = self.mesh or {name: group.size() for name, group in groups.items()}
+        if reduced or not groups or sizes.get("dp", 1) == 1:
             return ()
         return (
             "gradients are not reduced across ranks: no pass of this pipeline does it; leave out "
@@ -259,6 +284,33 @@ class Compiler(Specialiser):
             facts=tuple(sorted(graph.facts)),
             parts=parts,
         )
+
+
+def _owned(
+    model: nn.Module,
+    controller: Controller,
+    session: Session,
+    loss: Callable[[Any, Any], Any] | None,
+    optimizer: Optimizer | None,
+    micro_batches: int,
+) -> OwnedStep:
+    from graphopt.runtime.owned_step import OwnedStep
+
+    reference = weakref.ref(model)
+
+    def found() -> nn.Module:
+        model = reference()
+        assert model is not None
+        return model
+
+    return OwnedStep(
+        model=found,
+        loss=loss,
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        kind_of=lambda args, kwargs: controller.variant(found(), args, kwargs),
+        untouched=lambda args, kwargs: Trial(found(), args, kwargs, session.trial).without_trace(),
+    )
 
 
 def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Session:

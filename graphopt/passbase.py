@@ -175,6 +175,8 @@ class Pass:
         communicates: mesh dimensions over which its part of the runtime sends messages; a property
             where an option decides it.
         reduces: whether gradients come out as means over the ranks of ``dp``.
+        owns_step: whether its part of the runtime runs whole optimizer steps, with the loss and the
+            optimizer given to `optimize`.
         on_one_rank: whether it asks for the ranks of a job of one, too; a property where an option
             decides it.
         idempotent: whether a second application, right after the first, changes nothing.
@@ -190,6 +192,7 @@ class Pass:
     changes_signature: ClassVar[bool] = False
     communicates: ClassVar[frozenset[str]] = frozenset()
     reduces: ClassVar[bool] = False
+    owns_step: ClassVar[bool] = False
     on_one_rank: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""
@@ -197,6 +200,10 @@ class Pass:
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Rewrite `graph` in place and say what was done and what was not."""
         raise NotImplementedError
+
+    def micro_batches(self, mesh: Mapping[str, int]) -> int:
+        """Into how many micro-batches a step of its own cuts a batch, on a mesh of these sizes."""
+        return 1
 
     def works_on(self, level: Level) -> bool:
         """Whether the pass runs on graphs of this level; on others it is skipped and reported."""

@@ -69,6 +69,7 @@ RUNTIME_PARTS = _table(
     flexpoint="graphopt.runtime.flexpoint:Flexpoint",
     group_gradients="graphopt.runtime.group_gradients:GroupGradients",
     kfac="graphopt.runtime.kfac:Kfac",
+    partition="graphopt.runtime.partition:Partition",
     precision="graphopt.runtime.precision:Precision",
 )
 BACKENDS = _table(

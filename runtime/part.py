@@ -50,6 +50,17 @@ class RuntimePart(Generic[P]):
         tangents are no loss's.
         """
 
+    def unstaged(self, part: P, per_rank: int) -> str:
+        """Why it cannot work where a step runs in stages; empty if it can.
+
+        Each stage then is a step of its own, with the results and gradients that are its own.
+
+        Args:
+            part: what was decided.
+            per_rank: stages on each rank.
+        """
+        return ""
+
     # -- while a step runs -------------------------------------------------------------------------
 
     def forward(self, part: P, plan: Plan, below: MakeForward) -> MakeForward:

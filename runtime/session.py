@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ from graphopt.runtime.states import States, Watch
 
 if TYPE_CHECKING:
     from graphopt.runtime.engine.step import Step
+    from graphopt.runtime.owned_step import OwnedStep
     from graphopt.runtime.part import RuntimePart
     from graphopt.runtime.ranks.ranks import Ranks
 
@@ -39,6 +40,9 @@ class Session:
         synchronise: whether forward passes made now begin steps that end.
         pending: whether backward passes have run since the last step that ended.
         scaler: multiplies the loss before its backward (mixed precision).
+        owned: what a part needs that runs whole steps; ``None`` where there is no such part.
+        before_call: brings the model up to date before it is called, where a part has to.
+        trying: whether a step is tried, and leaves no trace.
     """
 
     def __init__(
@@ -50,6 +54,9 @@ class Session:
         self.synchronise = True
         self.pending = False
         self.scaler: Scaler | None = None
+        self.owned: OwnedStep | None = None
+        self.before_call: Callable[[], None] | None = None
+        self.trying = False
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()
@@ -305,15 +312,15 @@ class Session:
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Within, steps never end, send nothing, and leave no trace in the session."""
-        flags = self.synchronise, self.pending
-        self.synchronise = False
+        flags = self.synchronise, self.pending, self.trying
+        self.synchronise, self.trying = False, True
         try:
             with self.states.restored():
                 for runtime in self._runtime.values():
                     runtime.unscaled()
                 yield
         finally:
-            self.synchronise, self.pending = flags
+            self.synchronise, self.pending, self.trying = flags
 
     @contextmanager
     def watched_trial(self) -> Iterator[None]:

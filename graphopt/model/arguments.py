@@ -9,9 +9,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 from graphopt.errors import ArgumentError
+from graphopt.pipeline import Pipeline
 
 
 def check_model(model: object) -> None:
@@ -51,6 +53,57 @@ def check_model(model: object) -> None:
             f"the parameters are on {len(devices)} devices: {places}",
             hint="move the model to one device",
         )
+
+
+def check_step(
+    model: nn.Module, loss: object, optimizer: object, pipeline: Pipeline, mesh: Mesh
+) -> None:
+    """Raise `ArgumentError` where loss and optimizer do not fit model, passes and mesh."""
+    owns = [pass_.name for pass_ in pipeline.passes if pass_.owns_step]
+    given = {"loss": loss, "optimizer": optimizer}
+    for name, value in given.items():
+        if value is not None and not owns:
+            raise ArgumentError(
+                f"{name} is given, and no pass of {str(pipeline)!r} runs whole steps",
+                hint=f"leave {name} out, and train with the model as usual",
+            )
+    if loss is not None and not callable(loss):
+        raise ArgumentError(
+            f"loss is a {type(loss).__name__} and cannot be called",
+            hint="loss=torch.nn.functional.cross_entropy",
+        )
+    reduces = any(pass_.reduces for pass_ in pipeline.passes)
+    if owns and mesh.groups and mesh.sizes.get("dp", 1) > 1 and not reduces:
+        raise ArgumentError(
+            f"no pass of {str(pipeline)!r} reduces gradients over the {mesh.sizes['dp']} ranks "
+            "of dp",
+            hint=f"passes='{pipeline},group_gradients'",
+        )
+
+
+def made_optimizer(model: nn.Module, optimizer: object) -> Optimizer | None:
+    """The optimizer of a model's parameters, made where a function was given.
+
+    Raises:
+        ArgumentError: it is none, or has a parameter that is not the model's.
+    """
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, Optimizer) and callable(optimizer):
+        optimizer = optimizer(model.parameters())
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentError(
+            f"optimizer gives a {type(optimizer).__name__} and no torch.optim.Optimizer",
+            hint="optimizer=torch.optim.SGD(model.parameters(), lr=0.1)",
+        )
+    own = set(model.parameters())
+    for number, group in enumerate(optimizer.param_groups):
+        if any(parameter not in own for parameter in group["params"]):
+            raise ArgumentError(
+                f"group {number} of the optimizer has a parameter that is not the model's",
+                hint="make the optimizer of model.parameters()",
+            )
+    return optimizer
 
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -124,12 +177,13 @@ def mesh_of(mesh: object) -> Mesh:
             f"mesh says {words}, and this job has {world.size()} ranks",
             hint="leave mesh out: a running job knows its size",
         )
-    if any(size > 1 for name, size in sizes.items() if name != "dp"):
-        raise ArgumentError(
-            f"which ranks are along {', '.join(n for n in sizes if n != 'dp')} is not known",
-            hint="give a DeviceMesh: init_device_mesh(device, shape, mesh_dim_names=(...))",
-        )
-    return Mesh(sizes, {"dp": world})
+    large = [name for name, size in sizes.items() if size > 1]
+    if len(large) > 1:
+        # As with torch's own meshes, the last dimension has neighbouring ranks.
+        kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        made = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return Mesh(sizes, {name: made.get_group(name) for name in sizes})
+    return Mesh(sizes, {large[0] if large else "dp": world})
 
 
 def parse_mesh(mesh: object) -> Mapping[str, int]:

@@ -76,6 +76,8 @@ class Controller:
 
     def __call__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         """Run the variant whose conditions hold; make one where none does."""
+        if self.session.before_call is not None:
+            self.session.before_call()
         for variant in self.variants:
             if variant.holds(model, *args, **kwargs):
                 if variant is not self.variants[0]:
@@ -105,6 +107,15 @@ class Controller:
         result = variant.call(model, *args, **kwargs)
         self.trained |= variant.entry.level == "joint"
         return result
+
+    def variant(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Variant:
+        """The variant whose conditions hold for a call, made where none does; it is not run."""
+        found = self._holding(model, args, kwargs)
+        if found is None:
+            with one_at_a_time():
+                found = self._holding(model, args, kwargs) or self.specialise(model, args, kwargs)
+        self.trained |= found.entry.level == "joint"
+        return found
 
     def specialise(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]

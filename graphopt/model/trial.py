@@ -73,6 +73,12 @@ class Trial:
                 frozenset(name for name in after if after[name] != before.get(name)),
             )
 
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Within, one call may run; nothing of it is left outside."""
+        with self.untouched(), self._state():
+            yield
+
     def step(self, call: Call) -> float:
         """Seconds that forward and backward take; inside `untouched`, where memory is kept."""
         with self._state():

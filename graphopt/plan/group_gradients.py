@@ -20,6 +20,8 @@ class Reduction(PlanPart):
             ``"lag"`` those of the step before.
         scale: factor on the incoming tangents of a backward that reduces; the mean over ranks is
             taken here, once, where the backward is linear in them.
+        at_end: whether a step reduces when it ends, not within its backward: its stages have one
+            each.
     """
 
     name: ClassVar[str] = "group_gradients"
@@ -28,3 +30,4 @@ class Reduction(PlanPart):
     wire: str = "native"
     stale: str = "none"
     scale: float = 1.0
+    at_end: bool = False

@@ -130,6 +130,8 @@ class Stages(PlanPart):
         limit: bytes that each stage may hold; None for any.
         step: seconds of the simulated step.
         bubble: share of all ranks' time in it during which they do not compute.
+        weights: which a backward sees where nothing is flushed.
+        accumulate: micro-batches per update where nothing is flushed.
     """
 
     name: ClassVar[str] = "partition"
@@ -151,6 +153,8 @@ class Stages(PlanPart):
     limit: float | None
     step: float
     bubble: float
+    weights: str = "stash"
+    accumulate: int = 1
 
     @property
     def gap(self) -> float:

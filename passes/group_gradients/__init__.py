@@ -90,6 +90,9 @@ class GroupGradients(Pass):
             return _declined("no-gradients", "no parameter receives a gradient")
         _refuse_sparse(order)
         grouping = self._agreed(graph, ctx, order, world)
+        if "staged" in graph.facts:
+            self._check_staged()
+            return Outcome(_applied(grouping), part=Reduction(grouping, at_end=True))
         scaled = self.wire == "native" and graph.get(linear_in_tangents)
         insert_collectives(
             graph,
@@ -101,6 +104,15 @@ class GroupGradients(Pass):
         )
         part = Reduction(grouping, self.wire, self.stale, 1 / world if scaled else 1.0)
         return Outcome(_applied(grouping), part=part)
+
+    def _check_staged(self) -> None:
+        """Stages have backwards of their own, whose messages are not in this graph."""
+        for option, value, plain in (("wire", self.wire, "native"), ("stale", self.stale, "none")):
+            if value != plain:
+                raise ArgumentError(
+                    f"{option}={value} is not there for steps in stages",
+                    hint=f"leave {option} out, or the pass that cuts the step into stages",
+                )
 
     def _agreed(self, graph: Graph, ctx: PassContext, order: GradientOrder, world: int) -> Grouping:
         """Rank 0's plan; times differ from rank to rank, and groups must not."""
@@ -120,6 +132,10 @@ class GroupGradients(Pass):
             known,
             lambda: json.dumps(to_data(decide(measured_order(graph, profile_graph(graph))))),
         )
+        # Along other dimensions ranks have other rank 0s, and measured other times.
+        for dimension, others in ctx.ranks.items():
+            if dimension != "dp":
+                text = others.agree("gradients", known, lambda decided=text: decided)
         return from_data(Grouping, json.loads(text))
 
     def _curve(self, ctx: PassContext) -> Curve:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+from torch import fx
 
 from graphopt.analysis.profile import profile_graph
 from graphopt.errors import ArgumentError
@@ -12,9 +16,9 @@ from graphopt.graph import Graph
 from graphopt.network.clusters import cluster
 from graphopt.partitioning.from_graph import from_graph
 from graphopt.partitioning.objective import Memory, Objective
-from graphopt.partitioning.planner import plan
 from graphopt.partitioning.problem import Link
 from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
+from graphopt.passes.partition.decision import decided, sharing_together
 from graphopt.passes.partition.describe import described
 from graphopt.plan.partition import Stages
 from graphopt.schedules.actions import Schedule
@@ -28,15 +32,15 @@ CHUNKS = 2  # stages per rank of an interleaved schedule, by default
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Choose the stages of a pipeline for a training step; nothing is run in stages yet.
+    """Run training steps in the stages of a pipeline, chosen so that none is slower than need be.
 
     The stages are those whose slowest takes least time, found by an exact search over all ways to
     cut the graph; where there are too many of them, by a narrower one with a proven bound. The call
     that is captured counts as one micro-batch. A backward operator is in the stage of its forward
     one. Views, operators in place and buffers that change never straddle a cut, and operators that
     draw random numbers keep their order. The graph stays as it is: the plan says by name which
-    operator runs where. A training call of a model with this pass raises an error, since there is
-    no runtime for it.
+    operator runs where. The model gets a method ``step(*batch)``, which runs a training step, each
+    rank its own stages.
 
     Attributes:
         stages: how many; by default the ranks of the mesh along ``pp``, and two per rank for the
@@ -50,6 +54,10 @@ class Partition(Pass):
             flight, weights, gradients, one optimizer state and kept versions of weights.
         cost: ``roofline`` assumes a device of the kind that the model is on, ``measure`` times each
             operator on this one.
+        weights: where nothing is flushed, which weights a backward sees: ``stash``, those that its
+            forward saw; ``inconsistent``, the current ones; ``predicted``, the current ones after a
+            forward with those that the optimizer predicts.
+        accumulate: micro-batches per update, where nothing is flushed.
         link: a machine of `graphopt.network.clusters`, whose messages between ranks are assumed.
     """
 
@@ -57,6 +65,8 @@ class Partition(Pass):
     levels: ClassVar[frozenset[str]] = frozenset({"joint"})
     provides: ClassVar[frozenset[str]] = frozenset({"staged"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"staged", "grouped"})
+    communicates: ClassVar[frozenset[str]] = frozenset({"pp"})
+    owns_step: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (
         "objectives of Narayanan et al. 2019, Zheng et al. 2022 and Tanaka et al. 2021; the search "
@@ -69,16 +79,28 @@ class Partition(Pass):
     objective: Literal["minmax", "alpa", "gpipe"] = "minmax"
     memory: float | None = None
     cost: Literal["roofline", "measure"] = "roofline"
+    weights: Literal["stash", "inconsistent", "predicted"] = "stash"
+    accumulate: int = 1
     link: str = "10gbe"
 
     def __post_init__(self) -> None:
-        for option in ("stages", "microbatches", "memory"):
+        if self.schedule != "no_flush" and (self.weights != "stash" or self.accumulate != 1):
+            raise ArgumentError(
+                f"weights={self.weights} and accumulate={self.accumulate} are about pipelines that "
+                f"are never drained, and the schedule is {self.schedule!r}",
+                hint="leave them out, or ask for schedule=no_flush",
+            )
+        for option in ("stages", "microbatches", "memory", "accumulate"):
             value = getattr(self, option)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ArgumentError(
                     f"{option}={value:g} is not positive and finite",
                     hint=f"give a positive number, or leave {option} out",
                 )
+
+    def micro_batches(self, mesh: Mapping[str, int]) -> int:
+        """As asked for, or four per rank."""
+        return self.microbatches or MICRO_BATCHES_PER_RANK * self._sizes(mesh.get("pp", 1))[0]
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Choose stages; the graph is left as it is."""
@@ -88,12 +110,13 @@ class Partition(Pass):
             if self.stages == 1:
                 detail = "one stage is the whole step"
             return Outcome(declined=(Declined("graph", "one-stage", detail),))
-        batches = self.microbatches or MICRO_BATCHES_PER_RANK * ranks
+        batches = self.micro_batches({"pp": ranks})
         schedule = scheduled(self.schedule, stages, ranks, batches)
         hop = cluster(self.link).hop(ranks)
-        seconds = profile_graph(graph) if self.cost == "measure" else None
-        problem = from_graph(graph, seconds, link=Link(hop.per_byte, hop.latency))
-        found = plan(problem, stages, self._objective(batches))
+        problem = from_graph(graph, self._seconds(graph, ctx), link=Link(hop.per_byte, hop.latency))
+        if self.schedule == "no_flush":
+            problem = sharing_together(problem)
+        found = decided(problem, stages, self._objective(batches), ctx)
         part = replace(
             _on_ranks(described(graph, problem, found), schedule),
             schedule=self.schedule,
@@ -102,12 +125,30 @@ class Partition(Pass):
             objective=self.objective,
             link=self.link,
             limit=self.memory,
+            weights=self.weights,
+            accumulate=self.accumulate,
         )
         self._check_memory(part)
         transfers = [Transfer(cut.forward, cut.backward) for cut in part.cuts]
         trace = simulate_pipeline(schedule, costs_of(found)[0], transfers)
         part = replace(part, step=trace.step, bubble=trace.bubble)
         return Outcome(_applied(part), part=part)
+
+    def _seconds(self, graph: Graph, ctx: PassContext) -> dict[fx.Node, float] | None:
+        """Measured times, the first rank's for all."""
+        if self.cost != "measure":
+            return None
+        ranks = ctx.ranks.get("pp")
+        if ranks is None:
+            return dict(profile_graph(graph))
+        names = "\n".join(node.name for node in graph.operators)
+        text = ranks.agree(
+            "times of operators",
+            names,
+            lambda: json.dumps({n.name: t for n, t in profile_graph(graph).items()}),
+        )
+        times = json.loads(text)
+        return {node: times[node.name] for node in graph.operators}
 
     def _sizes(self, pp: int) -> tuple[int, int]:
         """Ranks and stages."""

@@ -10,6 +10,7 @@ from torch import fx
 from graphopt import registry
 from graphopt.plan import Plan
 from graphopt.runtime.engine.build import stack
+from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.session import Session
 
 
@@ -24,6 +25,16 @@ class Backend:
 
     def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
         """An engine; the module is copied, not changed.
+
+        Raises:
+            BackendError: it cannot run this graph on this machine.
+        """
+        raise NotImplementedError
+
+    def function(self, module: fx.GraphModule) -> Executable:
+        """A graph without autograd, such as a part of a half, as a function.
+
+        Its results have the strides that the graph records. The module becomes its own.
 
         Raises:
             BackendError: it cannot run this graph on this machine.

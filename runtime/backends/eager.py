@@ -14,7 +14,7 @@ from torch import fx
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.engine.build import inference, training
-from graphopt.runtime.engine.partition import copy_graph, split
+from graphopt.runtime.engine.halves import copy_graph, split
 from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
 from graphopt.runtime.session import Session
@@ -31,6 +31,10 @@ class Eager(Backend):
             return inference(plan, session, module, _inference)
         halves = split(module, plan.signature, default_partition)
         return training(plan, session, halves, boxed, boxed)
+
+    def function(self, module: fx.GraphModule) -> Executable:
+        """See `Backend.function`."""
+        return boxed(module)
 
 
 def _inference(module: fx.GraphModule) -> Executable:

@@ -25,7 +25,7 @@ from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.engine.build import inference, training
-from graphopt.runtime.engine.partition import Halves, split
+from graphopt.runtime.engine.halves import Halves, split
 from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
 from graphopt.runtime.session import Session
@@ -38,19 +38,38 @@ class Inductor(Backend):
 
     def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
         """See `Backend.build`."""
-        require_toolchain(module)
-        values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
-        try:
-            with _settings(values):
-                return _engine(module, plan, session, values)
-        except GraphoptError:
-            raise
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise BackendError(
-                f"Inductor failed on this graph: {type(error).__name__}: {reason}",
-                hint="use backend='eager', or report the graph to PyTorch",
-            ) from error
+        with _compiling(module) as values:
+            return _engine(module, plan, session, values)
+
+    def function(self, module: fx.GraphModule) -> Executable:
+        """See `Backend.function`."""
+        returned = cast("Sequence[Any]", module.graph.output_node().args[0])
+        if not any(node.op == "call_function" for node in module.graph.nodes):
+            return boxed(module)  # it only passes on what it is given
+        with _compiling(module):
+            return _compile_inference(module, (), len(returned))
+
+
+@contextlib.contextmanager
+def _compiling(module: fx.GraphModule) -> Iterator[list[Any]]:
+    """Within, a graph is compiled; the values of its inputs.
+
+    Raises:
+        BackendError: it cannot be.
+    """
+    require_toolchain(module)
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    try:
+        with _settings(values):
+            yield values
+    except GraphoptError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise BackendError(
+            f"Inductor failed on this graph: {type(error).__name__}: {reason}",
+            hint="use backend='eager', or report the graph to PyTorch",
+        ) from error
 
 
 def _engine(

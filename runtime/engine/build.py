@@ -10,13 +10,13 @@ from torch import fx
 
 from graphopt.plan import Phase, Plan, Role
 from graphopt.runtime.engine.counted import counted
-from graphopt.runtime.engine.inference import InferenceEngine
-from graphopt.runtime.engine.partition import (
+from graphopt.runtime.engine.halves import (
     Halves,
     numbers_saved,
     sharing_outputs,
     sized_by_data,
 )
+from graphopt.runtime.engine.inference import InferenceEngine
 from graphopt.runtime.engine.plain import PlainBackward, PlainForward
 from graphopt.runtime.engine.step import Compile, Half
 from graphopt.runtime.engine.training import TrainingEngine

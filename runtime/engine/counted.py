@@ -30,7 +30,7 @@ def counted(owner: str, hook: str, make: object) -> Make:
 
         def engine(module: Any, plan: Plan) -> Callable[..., Any]:
             outputs = sum(slot.role is Role.OUTPUT for slot in plan.signature.outputs)
-            return _Counted(owner, hook, make(module, plan), outputs + len(plan.aliases))
+            return Counted(owner, hook, make(module, plan), outputs + len(plan.aliases))
 
         return engine
 
@@ -46,13 +46,17 @@ def counted(owner: str, hook: str, make: object) -> Make:
                 hint="let it be `returns` of what is below, without the AUX results taken off",
             )
         saved = len(half.module.graph.output_node().args[0]) - len(half.slots)  # type: ignore[arg-type]
-        return _Counted(owner, hook, inner, len(returns) + saved, returns)
+        return Counted(owner, hook, inner, len(returns) + saved, returns)
 
     return half
 
 
-class _Counted:
-    """One layer around a step."""
+class Counted:
+    """One layer around a step.
+
+    Attributes:
+        inner: what is counted.
+    """
 
     def __init__(
         self,
@@ -63,11 +67,11 @@ class _Counted:
         returns: Sequence[Slot] = (),
     ) -> None:
         self.returns = tuple(returns)
-        self._owner, self._hook, self._inner, self._count = owner, hook, inner, count
+        self._owner, self._hook, self.inner, self._count = owner, hook, inner, count
 
     def __call__(self, *args: Any) -> Any:
         """Call what is below, and count."""
-        results = self._inner(*args)
+        results = self.inner(*args)
         given = len(results) if isinstance(results, (list, tuple)) else None
         if given != self._count:
             found = f"a {type(results).__name__}" if given is None else f"{given} results"

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.plan import Slot
-from graphopt.runtime.engine.partition import copy_graph
+from graphopt.runtime.engine.halves import copy_graph
 from graphopt.runtime.engine.step import Half
 
 

@@ -70,6 +70,10 @@ class Flexpoint(RuntimePart[FlexTensors]):
 
         return make
 
+    def unstaged(self, part: FlexTensors, per_rank: int) -> str:
+        """Statistics of all tensors are renewed together."""
+        return "its statistics belong to whole steps"
+
     def finish(self, part: FlexTensors, step: Step, gradients: dict[str, Tensor]) -> None:
         """Add statistics up; where the step ends, predict the exponents of the next.
 

@@ -54,11 +54,14 @@ class GroupGradients(RuntimePart[Reduction]):
         return make
 
     def finishes(self, part: Reduction) -> bool:
-        """Only the integer wire has to keep micro-batches apart."""
-        return part.wire == "int32"
+        """The integer wire has to keep micro-batches apart; stages have no common backward."""
+        return part.wire == "int32" or part.at_end
 
     def finish(self, part: Reduction, step: Step, gradients: dict[str, Tensor]) -> None:
         """Keep the gradients of this micro-batch, and reduce all of them where the step ends."""
+        if part.at_end:
+            self._reduce(part, step, gradients)
+            return
         local, presence = step.own.pop(LOCAL, ({}, None))
         if presence is None:
             return
@@ -84,6 +87,35 @@ class GroupGradients(RuntimePart[Reduction]):
         gradients.update(means)
         for name in presence.absent(local.keys() - mine, question):
             gradients.pop(name, None)
+
+    def _reduce(self, part: Reduction, step: Step, gradients: dict[str, Tensor]) -> None:
+        """Take the mean over ranks of the gradients that there are, group by group.
+
+        Ranks of one stage have the same ones.
+        """
+        messages = self.messages
+        assert messages is not None
+        if not step.ends:
+            return
+        messages.begin(part, step.parameters, step.examples)
+        sent = []
+        for index, group in enumerate(part.grouping.groups):
+            by_type: dict[torch.dtype, list[str]] = {}
+            for name in group.names:
+                if name in gradients:
+                    by_type.setdefault(gradients[name].dtype, []).append(name)
+            for names in by_type.values():
+                flat = torch.cat([gradients[n].reshape(-1) for n in names])
+                sent.append((names, flat, index, messages.start(flat, index)))
+        for names, flat, index, work in sent:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise messages.failure(index, error) from error
+            flat.div_(messages.ranks.size)
+            pieces = torch.split(flat, [gradients[n].numel() for n in names])
+            for name, piece in zip(names, pieces, strict=True):
+                gradients[name] = piece.view(gradients[name].shape)
 
     def _waiting(self) -> list[dict[str, Tensor]]:
         """Gradients of earlier micro-batches of this step, in order."""

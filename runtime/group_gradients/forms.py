@@ -15,7 +15,7 @@ from torch import fx
 
 from graphopt.plan import Role
 from graphopt.runtime.engine.forms import drop_unused
-from graphopt.runtime.engine.partition import copy_graph, is_view
+from graphopt.runtime.engine.halves import copy_graph, is_view
 from graphopt.runtime.engine.step import Half
 
 c10d = torch.ops._c10d_functional

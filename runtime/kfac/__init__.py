@@ -76,6 +76,14 @@ class Kfac(RuntimePart[Curvature]):
 
         return make
 
+    def unstaged(self, part: Curvature, per_rank: int) -> str:
+        """Labels are drawn from the model's output; statistics of micro-batches are counted."""
+        if part.fisher != "empirical":
+            return f"fisher={part.fisher} draws labels in the last stage for all others"
+        if per_rank > 1:
+            return f"it counts the micro-batches of one stage, and each rank has {per_rank}"
+        return ""
+
     def finish(self, part: Curvature, step: Step, gradients: dict[str, Tensor]) -> None:
         """Renew statistics and solutions, and precondition.
 

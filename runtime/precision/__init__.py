@@ -72,6 +72,10 @@ class Precision(RuntimePart[LossScaling]):
 
         return make
 
+    def unstaged(self, part: LossScaling, per_rank: int) -> str:
+        """Tangents are multiplied in the last stage, and overflows found in any."""
+        return "its loss scale is a decision about all stages at once; use format=bf16"
+
     def finish(self, part: LossScaling, step: Step, gradients: dict[str, Tensor]) -> None:
         """Leave out a step with gradients that are not finite, and renew the scale.
 

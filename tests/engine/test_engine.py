@@ -21,7 +21,7 @@ from graphopt.model.controller import controller_of
 from graphopt.model.surface import report
 from graphopt.model.trial import Trial
 from graphopt.plan import Phase, Plan, Role
-from graphopt.runtime.engine.partition import split
+from graphopt.runtime.engine.halves import split
 from graphopt.runtime.engine.training import TrainingEngine
 from graphopt.runtime.frozen.prologue import hoist
 

@@ -1,0 +1,114 @@
+"""The loss of a micro-batch, its tangents, and whether micro-batches add up to the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from graphopt.errors import ArgumentError
+
+Loss = Callable[[Any, Any], Any]
+
+MEAN, SUM = "mean", "sum"
+# Two orders of summation differ by less, and a loss of another kind by more.
+_CLOSE = 1e-3
+
+
+def loss_of(loss: Loss | None, output: Any, target: Any) -> Tensor:
+    """The loss of a micro-batch.
+
+    Raises:
+        ArgumentError: it is no tensor with one element.
+    """
+    if loss is not None:
+        found = loss(output, target)
+    elif isinstance(output, Mapping):
+        found = output.get("loss")
+    else:
+        found = getattr(output, "loss", output)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ArgumentError(
+            f"the loss has {what} and is not one number",
+            where="loss" if loss is not None else "the model's output",
+            hint="optimize(..., loss=torch.nn.functional.cross_entropy), or return the loss from "
+            "the model",
+        )
+    return found
+
+
+def tangents_of(loss: Tensor, leaves: Mapping[str, Tensor], factor: float) -> dict[str, Any]:
+    """Gradients of ``factor * loss`` with regard to outputs of the graph, by name.
+
+    Raises:
+        ArgumentError: the loss does not depend on them.
+    """
+    if not loss.requires_grad:
+        raise ArgumentError(
+            "the loss does not depend on what the model computes",
+            where="loss",
+            hint="compute it from the output, without detach() or item()",
+        )
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    with torch._C._DisableAutocast():
+        scale = torch.full_like(loss, factor)
+        found = torch.autograd.grad(loss, list(wanted.values()), scale, allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def reduction_of(loss: Loss, outputs: Sequence[Any], targets: Sequence[Any], target: Any) -> str:
+    """How the losses of micro-batches make the loss of their batch.
+
+    Args:
+        loss: of an output and a target.
+        outputs: any values of the form of the model's output, per micro-batch.
+        targets: per micro-batch.
+        target: of the whole batch.
+
+    Returns:
+        ``"mean"``, weighted by examples, or ``"sum"``.
+
+    Raises:
+        ArgumentError: neither: the loss needs the whole batch.
+    """
+    with torch.no_grad():
+        try:
+            parts = [float(loss_of(loss, o, t)) for o, t in zip(outputs, targets, strict=True)]
+            whole = float(loss_of(loss, joined(outputs), target))
+        except ArgumentError:
+            raise
+        except Exception:  # many losses take some values only
+            return MEAN
+    sizes = [_examples(t) for t in targets]
+    mean = sum(p * n for p, n in zip(parts, sizes, strict=True)) / sum(sizes)
+    for name, value in ((MEAN, mean), (SUM, sum(parts))):
+        if abs(value - whole) <= _CLOSE * max(abs(whole), abs(value)) or value != value:
+            return name
+    raise ArgumentError(
+        f"the loss of a batch is {whole:.4g}, and its micro-batches have a mean of {mean:.4g} and "
+        f"a sum of {sum(parts):.4g}, so it needs the whole batch at once",
+        where="loss",
+        hint="use a loss that is a mean or a sum over examples, or microbatches=1",
+    )
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """Outputs of micro-batches as that of their batch."""
+    leaves = [tree_flatten(o)[0] for o in outputs]
+    form = tree_flatten(outputs[0])[1]
+    return tree_unflatten([_joined(values) for values in zip(*leaves, strict=True)], form)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    return torch.cat(list(values)) if values[0].dim() else torch.stack(list(values)).mean()
+
+
+def _examples(target: Any) -> int:
+    tensors = [t for t in tree_flatten(target)[0] if isinstance(t, Tensor) and t.dim()]
+    return int(tensors[0].shape[0])

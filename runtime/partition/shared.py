@@ -1,0 +1,45 @@
+"""Gradients of parameters that several stages use: each adds its share, all get the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from graphopt.plan import Role
+from graphopt.runtime.partition.engine import PipelineEngine
+from graphopt.runtime.ranks.ranks import Ranks
+
+
+def add_up(
+    engine: PipelineEngine, ranks: Ranks, shares: Mapping[str, Tensor], mine: set[str]
+) -> dict[str, Tensor]:
+    """The gradients of shared parameters; a collective along ``pp``, once per step.
+
+    Args:
+        engine: knows how shares are added up.
+        ranks: along ``pp``.
+        shares: those of this rank's stages.
+        mine: parameters that this rank's stages use.
+    """
+    sums = engine.sums
+    assert sums is not None
+    nodes = sums.module.graph.find_nodes(op="placeholder")
+    values = []
+    for port, node in zip(sums.inputs, nodes, strict=True):
+        form = node.meta["val"]
+        own = shares.get(port.name)
+        value = torch.zeros(tuple(form.shape), dtype=form.dtype, device=ranks.device)
+        values.append(value if own is None else value.copy_(own))
+    # Exactly one rank has each share, so adding zeros gives everybody its bits.
+    for work in [ranks.group.inner.allreduce([value]) for value in values]:
+        work.wait()
+    found = sums.module(*values)
+    slots = engine.plan.signature.outputs
+    gradients = {}
+    for port, value in zip(sums.outputs, found, strict=True):
+        slot = slots[port.position]
+        if slot.role is Role.GRAD and slot.name in mine:
+            gradients[slot.name] = value
+    return gradients

@@ -1,0 +1,79 @@
+"""The whole model on every rank again: weights, buffers and optimizer states of all stages.
+
+Each rank trains its own stages and leaves the other parameters as they were. They are brought up to
+date when somebody looks: when the model is called, or its state or the optimizer's is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _broadcast_coalesced
+from torch.optim import Optimizer
+
+from graphopt.plan.partition import Stages
+from graphopt.runtime.ranks.ranks import Ranks
+
+
+def update_model(model: nn.Module, part: Stages, ranks: Ranks) -> None:
+    """Give every rank the parameters and buffers of all stages; a collective along ``pp``."""
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    done: set[str] = set()
+    for stage in part.stages:
+        names = [n for n in stage.parameters if n in named and n not in done]
+        done.update(names)
+        if names:
+            values = [named[n].detach() for n in names]
+            with torch.no_grad():
+                _broadcast_coalesced(ranks.group.inner, values, 256 << 20, stage.rank)
+
+
+def whole_state(
+    model: nn.Module, optimizer: Optimizer, part: Stages, ranks: Ranks, own: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of an optimizer with that of all parameters; a collective along ``pp``.
+
+    Args:
+        model: whose parameters it renews.
+        optimizer: of this rank.
+        part: the stages.
+        ranks: along ``pp``.
+        own: the state that it gives.
+    """
+    mine = set(names_of(part, ranks.group.rank()))
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {p: n for n, p in model.named_parameters()}
+    positions = {names[p]: i for i, p in enumerate(order)}
+    states = {n: own["state"][i] for n, i in positions.items() if n in mine and i in own["state"]}
+    found: list[Any] = [None] * ranks.size
+    with _on_cpu(states) as sent:
+        dist.all_gather_object(found, sent, group=ranks.group.inner)
+    state = {positions[n]: value for some in reversed(found) for n, value in some.items()}
+    state.update({positions[n]: value for n, value in states.items()})
+    return {**own, "state": dict(sorted(state.items()))}
+
+
+def forget_others(model: nn.Module, optimizer: Optimizer, part: Stages, rank: int) -> None:
+    """Drop optimizer states of other stages, which a loaded whole one has."""
+    mine = set(names_of(part, rank))
+    for name, parameter in model.named_parameters():
+        if name not in mine:
+            optimizer.state.pop(parameter, None)
+
+
+def names_of(part: Stages, rank: int) -> list[str]:
+    """What the stages of a rank read, by name."""
+    return [name for stage in part.stages if stage.rank == rank for name in stage.parameters]
+
+
+@contextmanager
+def _on_cpu(states: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {
+        name: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for name, state in states.items()
+    }
