@@ -117,6 +117,14 @@ class RuntimePart(Generic[P]):
         """The state of all ranks together; the same on each where they divide it."""
         return dict(self.state)
 
+    def joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of all methods, where this one has several ranks keep parts of it.
+
+        Args:
+            state: what `gather` of all methods gives on this rank, by ``"<pass>/<name>"``.
+        """
+        return state
+
     def notes(self) -> tuple[str, ...]:
         """Lines for the report."""
         return ()

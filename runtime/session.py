@@ -185,6 +185,8 @@ class Session:
             runtime = self._runtime.get(name)
             whole = state if runtime is None else runtime.gather()
             found.update({f"{name}/{key}": tensor.clone() for key, tensor in whole.items()})
+        for runtime in self._runtime.values():
+            found = runtime.joined(found)
         return found
 
     def load(self, saved: Mapping[str, Tensor]) -> None:

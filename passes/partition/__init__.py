@@ -114,7 +114,7 @@ class Partition(Pass):
         schedule = scheduled(self.schedule, stages, ranks, batches)
         hop = cluster(self.link).hop(ranks)
         problem = from_graph(graph, self._seconds(graph, ctx), link=Link(hop.per_byte, hop.latency))
-        if self.schedule == "no_flush":
+        if self.schedule == "no_flush" or "preconditioned" in graph.facts:
             problem = sharing_together(problem)
         found = decided(problem, stages, self._objective(batches), ctx)
         part = replace(

@@ -33,7 +33,10 @@ def decided(problem: Problem, stages: int, objective: Objective, ctx: PassContex
     searched: list[Partition] = []
 
     def decide() -> str:
-        searched.append(plan(problem, stages, objective))
+        try:
+            searched.append(plan(problem, stages, objective))
+        except ArgumentError:  # all ranks raise it, below
+            return "null"
         return json.dumps(searched[0].assignment)
 
     structure = [(o.name, o.parameters) for o in problem.operators]
@@ -41,6 +44,8 @@ def decided(problem: Problem, stages: int, objective: Objective, ctx: PassContex
     assignment = json.loads(ranks.agree("stages", key, decide))
     if searched:
         return searched[0]
+    if assignment is None:
+        return plan(problem, stages, objective)
     found = evaluate(problem, assignment, objective, method="as on rank 0, or for another size")
     try:
         own = plan(problem, stages, objective)
@@ -50,7 +55,10 @@ def decided(problem: Problem, stages: int, objective: Objective, ctx: PassContex
 
 
 def sharing_together(problem: Problem) -> Problem:
-    """With operators that share a trained parameter in one stage: it is updated there alone."""
+    """With operators that share a trained parameter in one stage.
+
+    It is updated there alone, or its gradient changed by something that only that stage knows.
+    """
     trained = {p.name for p in problem.parameters if p.trained}
     users: dict[str, list[str]] = {}
     for operator in problem.operators:

@@ -90,7 +90,10 @@ class Kfac(RuntimePart[Curvature]):
         Raises:
             RankError: a rank does not answer.
         """
-        found: Found = step.own.pop(FOUND)
+        found: Found | None = step.own.pop(FOUND, None)
+        if found is None:  # a stage without layers that have a curvature
+            self._without_layers(part, step)
+            return
         curvature = found.curvature
         if step.skipped:
             if step.ends:
@@ -101,6 +104,7 @@ class Kfac(RuntimePart[Curvature]):
         curvature.absorb(found.statistics, scale)
         if not step.ends:
             return
+        curvature.keep_only(found.own)
         samples = [name for block in part.blocks for name in block.samples]
         fresh = curvature.taken([*found.due, *samples] if found.due else ())
         ranks = self.session.ranks.get("dp")
@@ -115,6 +119,12 @@ class Kfac(RuntimePart[Curvature]):
                 self.division = Division.of(ranks, part.fraction)
             gradients.update(self.division.step(curvature, gradients, fresh, reduces=reduces))
         curvature.advance()
+
+    def _without_layers(self, part: Curvature, step: Step) -> None:
+        if step.ends and not step.skipped:
+            curvature = CurvatureState(part, self.state)
+            curvature.keep_only(())
+            curvature.advance()
 
     # -- saving and reporting ----------------------------------------------------------------------
 

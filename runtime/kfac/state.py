@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ ALPHA = 0.1
 
 _STEP = "step"
 _MICRO = "micro-batches"
+_OF_SIDE = ("now", "before", "interval")
 
 
 class CurvatureState:
@@ -173,6 +174,16 @@ class CurvatureState:
         self.state[f"interval/{name}"] = torch.tensor(
             [interval.last, interval.before, interval.next]
         )
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Drop what is known of blocks with other statistics: a loaded state has all stages'."""
+        if self.sides.keys() <= set(names):
+            return
+        others = [b for b in self.curvature.blocks if b.left.statistic not in names]
+        gone = {f"{table}/{side.statistic}" for b in others for side in b.sides for table in _OF_SIDE}
+        solutions = {prefix_of(block) for block in others}
+        for key in [k for k in self.state if k in gone or k[: k.rfind("/") + 1] in solutions]:
+            del self.state[key]
 
     # -- solutions ---------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Found:
         plan: of the step.
         statistics: by name; empty where none are due.
         due: names of the statistics that this step renews.
+        own: names of all that this backward can compute: of a stage those of its own layers.
         sampled: whether they come from labels of the model's own.
     """
 
@@ -36,6 +37,7 @@ class Found:
     plan: Plan
     statistics: dict[str, Tensor]
     due: set[str]
+    own: frozenset[str]
     sampled: bool
 
 
@@ -82,6 +84,8 @@ class WithStatistics:
     ) -> None:
         self.part, self.plan, self.curvature = part, plan, curvature
         self._half, self._below = half, below
+        names = (slot.name for slot in half.slots if is_statistic(slot))
+        self._own = frozenset(name.removeprefix(PREFIX) for name in names)
         self._plain = below(keeping(half, lambda s: not is_statistic(s)))
         self.returns = self._plain.returns
         self._full: Backward | None = None
@@ -93,7 +97,7 @@ class WithStatistics:
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
     ) -> list[Any]:
         """Run the form that is due."""
-        due = self.curvature.due()
+        due = self.curvature.due() & self._own
         output = step.own.get(OUTPUT)
         statistics: dict[str, Tensor] = {}
         if due and output is not None:
@@ -102,7 +106,9 @@ class WithStatistics:
             results, statistics = self._with_statistics(step, tangents, absent)
         else:
             results = self._plain(step, tangents, absent)
-        step.own[FOUND] = Found(self.curvature, self.plan, statistics, due, output is not None)
+        step.own[FOUND] = Found(
+            self.curvature, self.plan, statistics, due, self._own, output is not None
+        )
         return results
 
     def _with_statistics(

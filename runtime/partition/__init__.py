@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -54,7 +54,7 @@ class Partition(RuntimePart[Stages]):
         self._reductions: dict[tuple[Any, ...], str] = {}
         self._lines: dict[int, tuple[Action, ...]] = {}
         self._stale = False
-        self._broken: RankError | None = None
+        self._broken: str | None = None
         self._visit: Visit | None = None
 
     # -- one kind of call --------------------------------------------------------------------------
@@ -122,11 +122,7 @@ class Partition(RuntimePart[Stages]):
             RankError: a message did not arrive; names the stages and the micro-batch.
         """
         owned = self._owned()
-        if self._broken is not None:
-            raise RankError(
-                f"an earlier step was interrupted: {self._broken.message}",
-                hint="start the job again, from a checkpoint",
-            )
+        self._check_unbroken("start the job again, from a checkpoint")
         with torch.enable_grad():
             ranks = self._ranks()
             batches = micro_batches(
@@ -136,10 +132,11 @@ class Partition(RuntimePart[Stages]):
                 self._decided(owned, batches)
                 rule = self._rule(owned, batches, batch)
                 return accumulated(owned, self.session, batches, rule)
+            tasks = self._tasks(owned, ranks, batches, batch, kwargs)
             try:
-                return self._on_ranks(owned, ranks, batches, batch)
-            except RankError as error:
-                self._broken = error
+                return self._on_ranks(owned, ranks, tasks)
+            except BaseException as error:  # the others wait for messages of this step
+                self._broken = getattr(error, "message", None) or repr(error)
                 raise
 
     def _owned(self) -> OwnedStep:
@@ -159,23 +156,39 @@ class Partition(RuntimePart[Stages]):
         assert self.stages is not None
         return self.stages, engine
 
-    def _on_ranks(
-        self, owned: OwnedStep, ranks: Ranks, batches: list[MicroBatch], batch: Sequence[Any]
-    ) -> Tensor | None:
+    def _tasks(
+        self,
+        owned: OwnedStep,
+        ranks: Ranks,
+        batches: list[MicroBatch],
+        batch: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> list[Task]:
+        """The micro-batches of a step on ranks; all that can be refused is, and nothing sent."""
+        # Whether a size is new depends on the batches alone, so all ranks come or none.
+        ranks.agree("sizes of batches", sizes_of((batch, kwargs)), lambda: "")
         part, _ = self._decided(owned, batches)
         if self._work is None:
-            ranks.agree("batches", fingerprint(batch), lambda: "")
+            ranks.agree("batches", fingerprint((batch, kwargs)), lambda: "")
             self._work = Work(self.session, owned, Messages.of(ranks))
             self._hook(owned, part, ranks)
-        work = self._work
         rule = self._rule(owned, batches, batch)
-        tasks = [work.task(number, micro) for number, micro in enumerate(batches)]
-        self._stale = True
-        if part.schedule == "no_flush":
-            return _mean(self._streamed(owned, part, ranks, tasks))
+        tasks = [self._work.task(number, micro) for number, micro in enumerate(batches)]
         total = sum(task.batch.examples for task in tasks)
         for task in tasks:
             task.factor = task.batch.examples / total if rule == MEAN else 1.0
+        if part.schedule != "no_flush":
+            self._line(part, len(tasks), ranks.group.rank())
+        return tasks
+
+    def _on_ranks(
+        self, owned: OwnedStep, ranks: Ranks, tasks: Sequence[Task]
+    ) -> Tensor | None:
+        part, work = self.stages, self._work
+        assert part is not None and work is not None
+        self._stale = True
+        if part.schedule == "no_flush":
+            return _mean(self._streamed(owned, part, ranks, tasks))
         ending = flushed.run(work, self._line(part, len(tasks), ranks.group.rank()), tasks)
         engine = tasks[0].engine
         gradients, step = ending.gradients, ending.step
@@ -261,14 +274,23 @@ class Partition(RuntimePart[Stages]):
         ranks, owned = self._ranks(), self.session.owned
         if ranks is None or owned is None or self.stages is None or not self._stale:
             return
-        if self._broken is None:
-            if self._stream is not None and owned.optimizer is not None:
-                with torch.enable_grad():
-                    self._stream.drain(owned.optimizer)
-            if self._work is not None:
-                self._work.messages.flush()
-            whole.update_model(owned.model(), self.stages, ranks)
+        self._check_unbroken("model.own_state_dict() has the weights of this rank's stages")
+        if self._stream is not None and owned.optimizer is not None:
+            with torch.enable_grad():
+                self._stream.drain(owned.optimizer)
+        if self._work is not None:
+            self._work.messages.flush()
+        whole.update_model(owned.model(), self.stages, ranks)
         self._stale = False
+
+    def joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put the states of all stages together; a collective along ``pp``."""
+        ranks = self._ranks()
+        return state if ranks is None or self.stages is None else whole.joined(state, ranks)
+
+    def _check_unbroken(self, hint: str) -> None:
+        if self._broken is not None:
+            raise RankError(f"an earlier step was interrupted: {self._broken}", hint=hint)
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of this rank's stages; nothing is sent.
@@ -316,10 +338,16 @@ class Partition(RuntimePart[Stages]):
         return (f"rank {ranks.group.rank()} of {ranks.size} along pp runs stage {stages}",)
 
 
-def fingerprint(batch: Sequence[Any]) -> str:
+def sizes_of(batch: object) -> str:
+    """Types and sizes of the tensors of a batch."""
+    leaves = tree_flatten(batch)[0]
+    return "\n".join(f"{v.dtype} {list(v.shape)}" for v in leaves if isinstance(v, Tensor))
+
+
+def fingerprint(batch: object) -> str:
     """A batch in a few characters per tensor."""
     lines = []
-    for leaf in tree_flatten(tuple(batch))[0]:
+    for leaf in tree_flatten(batch)[0]:
         if isinstance(leaf, Tensor):
             sum_ = leaf.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
             lines.append(f"{leaf.dtype} {list(leaf.shape)} {int(sum_)}")

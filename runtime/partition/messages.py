@@ -7,7 +7,8 @@ the other. A receive is posted before it is needed; what is sent is kept until i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphopt.errors import RankError
 from graphopt.plan import Phase
 from graphopt.runtime.ranks.ranks import Ranks
 
@@ -92,10 +92,8 @@ class Messages:
         """Start to send values to a rank; returns at once."""
         group = self._groups[phase]
         flat = [_flat(form, value) for form, value in values]
-        try:
+        with arriving(self.ranks, what):
             work = [group.send([bytes_], to, tag) for tag, bytes_ in enumerate(flat)]
-        except RuntimeError as error:
-            raise self._lost(what, error) from error
         self._sent.append((work, flat, what))
         while len(self._sent) > UNDER_WAY:
             self._wait_oldest()
@@ -106,13 +104,11 @@ class Messages:
         """Ask for a message of a rank; returns at once."""
         group = self._groups[phase]
         values = [self._memory(form) for form in forms]
-        try:
+        with arriving(self.ranks, what):
             work = [
                 group.recv([_flat(form, value)], source, tag)
                 for tag, (form, value) in enumerate(zip(forms, values, strict=True))
             ]
-        except RuntimeError as error:
-            raise self._lost(what, error) from error
         return Arriving(tuple(names), values, work, what)
 
     def arrived(self, message: Arriving) -> dict[str, Tensor]:
@@ -121,11 +117,9 @@ class Messages:
         Raises:
             RankError: it does not come.
         """
-        try:
+        with arriving(self.ranks, message.what):
             for work in message.work:
                 work.wait()
-        except RuntimeError as error:
-            raise self._lost(message.what, error) from error
         return dict(zip(message.names, message.values, strict=True))
 
     def release(self, values: Sequence[Tensor]) -> None:
@@ -145,11 +139,9 @@ class Messages:
 
     def _wait_oldest(self) -> None:
         work, _, what = self._sent.popleft()
-        try:
+        with arriving(self.ranks, what):
             for one in work:
                 one.wait()
-        except RuntimeError as error:
-            raise self._lost(what, error) from error
 
     def _memory(self, form: Form) -> Tensor:
         free = self._free.get(form)
@@ -159,8 +151,23 @@ class Messages:
             form.shape, form.stride, dtype=form.dtype, device=self.ranks.device
         )
 
-    def _lost(self, what: str, error: BaseException) -> RankError:
-        return self.ranks.group.failure(f"{what} did not arrive", what, error)
+
+@contextmanager
+def arriving(ranks: Ranks, what: str) -> Iterator[None]:
+    """Within, messages along ``pp`` are waited for.
+
+    Args:
+        ranks: along ``pp``.
+        what: is waited for, in words.
+
+    Raises:
+        RankError: they do not arrive; says which ranks are missing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Ranks wait for different messages when one is lost, so they report under one topic.
+        raise ranks.group.failure(f"{what} did not arrive", "pipeline", error) from error
 
 
 def _flat(form: Form, value: Tensor) -> Tensor:

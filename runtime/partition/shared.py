@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphopt.plan import Role
 from graphopt.runtime.partition.engine import PipelineEngine
+from graphopt.runtime.partition.messages import arriving
 from graphopt.runtime.ranks.ranks import Ranks
 
 
@@ -33,8 +34,9 @@ def add_up(
         value = torch.zeros(tuple(form.shape), dtype=form.dtype, device=ranks.device)
         values.append(value if own is None else value.copy_(own))
     # Exactly one rank has each share, so adding zeros gives everybody its bits.
-    for work in [ranks.group.inner.allreduce([value]) for value in values]:
-        work.wait()
+    with arriving(ranks, "the gradients of parameters that several stages use"):
+        for work in [ranks.group.inner.allreduce([value]) for value in values]:
+            work.wait()
     found = sums.module(*values)
     slots = engine.plan.signature.outputs
     gradients = {}

@@ -6,8 +6,6 @@ date when somebody looks: when the model is called, or its state or the optimize
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch._C._distributed_c10d import _broadcast_coalesced
 from torch.optim import Optimizer
 
 from graphopt.plan.partition import Stages
+from graphopt.runtime.partition.messages import arriving
 from graphopt.runtime.ranks.ranks import Ranks
 
 
@@ -29,7 +28,8 @@ def update_model(model: nn.Module, part: Stages, ranks: Ranks) -> None:
         done.update(names)
         if names:
             values = [named[n].detach() for n in names]
-            with torch.no_grad():
+            what = f"the weights of stage {part.stages.index(stage)}"
+            with torch.no_grad(), arriving(ranks, what):
                 _broadcast_coalesced(ranks.group.inner, values, 256 << 20, stage.rank)
 
 
@@ -51,7 +51,8 @@ def whole_state(
     positions = {names[p]: i for i, p in enumerate(order)}
     states = {n: own["state"][i] for n, i in positions.items() if n in mine and i in own["state"]}
     found: list[Any] = [None] * ranks.size
-    with _on_cpu(states) as sent:
+    sent = {name: _on_cpu(state) for name, state in states.items()}
+    with arriving(ranks, "the optimizer's state"):
         dist.all_gather_object(found, sent, group=ranks.group.inner)
     state = {positions[n]: value for some in reversed(found) for n, value in some.items()}
     state.update({positions[n]: value for n, value in states.items()})
@@ -71,9 +72,25 @@ def names_of(part: Stages, rank: int) -> list[str]:
     return [name for stage in part.stages if stage.rank == rank for name in stage.parameters]
 
 
-@contextmanager
-def _on_cpu(states: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield {
-        name: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-        for name, state in states.items()
+def joined(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """What the methods of all ranks keep, of a name on several ranks the first one's.
+
+    A collective along ``pp``.
+
+    Args:
+        state: of this rank.
+        ranks: along ``pp``.
+    """
+    found: list[Any] = [None] * ranks.size
+    with arriving(ranks, "the state of other stages"):
+        mine = {name: (str(value.device.type), value.cpu()) for name, value in state.items()}
+        dist.all_gather_object(found, mine, group=ranks.group.inner)
+    whole = {name: value for some in reversed(found) for name, value in some.items()}
+    return {
+        name: value if kind == "cpu" else value.to(ranks.device)
+        for name, (kind, value) in sorted(whole.items())
     }
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
