@@ -18,11 +18,12 @@ from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import Capture, capture
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
-from graphopt.graph import Graph
+from graphopt.graph import Graph, Level
 from graphopt.model import features
 from graphopt.model.arguments import (
     Mesh,
     check_model,
+    check_kept,
     check_step,
     made_optimizer,
     mesh_of,
@@ -137,11 +138,11 @@ def optimize(
                 "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
             )
         return compiler.plan(model, *example)
+    made = made_optimizer(model, optimizer)
     for ranks in session.ranks.values():
         ranks.start(model)
     controller = install(model, compiler, session)
     if owns:
-        made = made_optimizer(model, optimizer)
         count = owns[0].micro_batches(where.sizes)
         session.owned = _owned(model, controller, session, loss, made, count)
     if example is not None:
@@ -195,6 +196,9 @@ class Compiler(Specialiser):
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call."""
         captured = capture(model, args, kwargs, forward=forward, numbers=numbers)
+        if captured.keeps and captured.graph.level is Level.JOINT:
+            sizes = {name: ranks.size for name, ranks in session.ranks.items()}
+            check_kept(self.pipeline, sizes, captured.keeps[0], forward)
         trial = Trial(model, args, kwargs, session.trial)
         stages = Stages.of(captured.graph)
         compares = self.verify in ("eager", "full")

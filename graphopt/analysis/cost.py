@@ -79,10 +79,14 @@ def cost(graph: Graph) -> Costs:
 
 
 def tensor_bytes(value: object) -> int:
-    """Bytes of all distinct elements in a (possibly nested) value; broadcast ones count once."""
+    """Bytes of all distinct elements in a (possibly nested) value; broadcast ones count once.
+
+    A size that depends on data counts as 1.
+    """
     if isinstance(value, torch.Tensor):
-        sizes = (n for n, s in zip(value.shape, _strides(value), strict=True) if s != 0)
-        return math.prod(sizes) * value.element_size()
+        sizes = zip(value.shape, _strides(value), strict=True)
+        known = (n for n, s in sizes if type(n) is int and (type(s) is not int or s != 0))
+        return math.prod(known) * value.element_size()
     if isinstance(value, tuple | list):
         return sum(tensor_bytes(item) for item in value)
     return 0
@@ -112,13 +116,16 @@ def _flops(node: fx.Node) -> int:
     packet = _packet(node)
     if packet in _DOT_PRODUCTS:
         shape: torch.Size = value_of(node.all_input_nodes[0]).shape
-        return 2 * shape.numel()
+        return 2 * math.prod(n for n in shape if type(n) is int)
     formula = cast(
         "Callable[..., int] | None", flop_registry.get(_SAME_FORMULA.get(packet, packet))
     )
     if formula is None:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    values = map(value_of, (node, *node.all_input_nodes))
+    if any(type(n) is not int for v in values if isinstance(v, torch.Tensor) for n in v.shape):
+        return 0  # it depends on data
     return int(formula(*args, **kwargs, out_val=value_of(node)))
 
 

@@ -40,6 +40,7 @@ class Capture:
         holds: whether a call ``(model, *args, **kwargs)`` is one this capture was made for.
         failure: says which condition does not hold for a call.
         notes: what the user should know about how it was captured.
+        keeps: Python objects that a call has not made itself, and gives tensors or numbers.
     """
 
     graph: Graph
@@ -51,6 +52,7 @@ class Capture:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
 
 
 def capture(
@@ -106,6 +108,7 @@ def capture(
         holds=flat.holds,
         failure=flat.failure,
         notes=flat.notes,
+        keeps=flat.keeps,
     )
 
 

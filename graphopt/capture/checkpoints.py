@@ -12,14 +12,22 @@ changes twice; a graph has changed nothing by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.variables import (
+    BaseListVariable,
+    ConstantVariable,
+    ConstDictVariable,
+    SymNodeVariable,
+    TensorVariable,
+)
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch.utils import _pytree as pytree
 
@@ -56,22 +64,69 @@ def within_checkpoint() -> bool:
     return name.startswith(("_checkpoint_hook.", "_recomputation_hook."))
 
 
+@dataclass
+class Changes:
+    """What calls will change of the objects that were there.
+
+    Attributes:
+        objects: that are changed.
+        kept: those of them that are given tensors of this call, or numbers, as Dynamo names them.
+    """
+
+    objects: list[object] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def noting_changes() -> Iterator[list[object]]:
+def noting_changes() -> Iterator[Changes]:
     """While Dynamo captures: which objects, of those that were there, calls will change."""
-    changed: list[object] = []
+    changes = Changes()
     generate = SideEffects.codegen_update_mutated
 
     def noting(effects: SideEffects, *args: Any, **kwargs: Any) -> None:
-        found = (v for v in effects.id_to_variable.values() if effects.is_modified(v))
-        changed.extend(v for v in found if not isinstance(v.mutation_type, _NEW))
+        for variable in effects.id_to_variable.values():
+            if effects.is_modified(variable) and not isinstance(variable.mutation_type, _NEW):
+                changes.objects.append(variable)
+                changes.kept += _kept(effects, variable)
         generate(effects, *args, **kwargs)
 
     with mock.patch.object(SideEffects, "codegen_update_mutated", noting):
-        yield changed
+        yield changes
 
 
 _NEW = (AttributeMutationNew, ValueMutationNew)
+
+
+def _kept(effects: SideEffects, variable: Any) -> list[str]:
+    where = variable.source.name if variable.source is not None else "an object"
+    assigned = effects.store_attr_mutations.get(variable, {})
+    found = [f"{where}.{name}" for name, value in assigned.items() if _is_of_call(value)]
+    return found + ([where] if any(map(_is_of_call, _items(variable))) else [])
+
+
+def _items(variable: Any) -> list[Any]:
+    items = getattr(variable, "items", ())
+    return list(items.values() if isinstance(items, Mapping) else items if items else ())
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a tensor lies in the memory of one that was there, which was written to."""
+    memory = node.meta["example_value"].untyped_storage()._cdata
+    inputs = (n.meta.get("example_value") for n in node.graph.find_nodes(op="placeholder"))
+    return any(isinstance(v, Tensor) and v.untyped_storage()._cdata == memory for v in inputs)
+
+
+def _is_of_call(value: Any) -> bool:
+    """Whether a value that is kept is, or has in it, a computed tensor or a number."""
+    if isinstance(value, TensorVariable):
+        return value.source is None and not _is_input(value.proxy.node)
+    if isinstance(value, SymNodeVariable):
+        return value.source is None
+    if isinstance(value, ConstantVariable):
+        return type(value.value) in (int, float)
+    return isinstance(value, BaseListVariable | ConstDictVariable) and any(
+        map(_is_of_call, _items(value))
+    )
 
 
 def outside_checkpoints(holds: Callable[..., bool]) -> Callable[..., bool]:

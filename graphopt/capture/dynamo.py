@@ -115,7 +115,8 @@ def by_dynamo(
         bind=bind,
         holds=guard,
         failure=guard.failure,
-        changes_objects=bool(changes),
+        changes_objects=bool(changes.objects),
+        keeps=tuple(dict.fromkeys(changes.kept)),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 

@@ -22,7 +22,7 @@ class FlatForward:
 
     `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
     came from in the call. `changes_objects` says whether a call changes Python objects that it has
-    not made itself.
+    not made itself; `keeps` which of them it gives tensors or numbers, as Dynamo names them.
     """
 
     module: fx.GraphModule
@@ -35,6 +35,7 @@ class FlatForward:
     failure: Callable[..., str]
     notes: tuple[str, ...]
     changes_objects: bool = False
+    keeps: tuple[str, ...] = ()
 
 
 def name_inputs(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from graphopt.capture.flat import location
 from graphopt.errors import ArgumentError
 from graphopt.pipeline import Pipeline
 
@@ -79,6 +81,33 @@ def check_step(
             "of dp",
             hint=f"passes='{pipeline},group_gradients'",
         )
+
+
+def check_kept(
+    pipeline: Pipeline, sizes: Mapping[str, int], what: str, forward: Callable[..., object]
+) -> None:
+    """Raise `ArgumentError` where several ranks share the work of a forward that keeps things.
+
+    Args:
+        pipeline: of the model.
+        sizes: of the mesh dimensions in use.
+        what: an object that keeps tensors or numbers of a call, as Dynamo names it.
+        forward: of the model.
+    """
+    for pass_ in pipeline.passes:
+        if pass_.owns_step and any(sizes.get(name, 1) > 1 for name in pass_.communicates):
+            raise ArgumentError(
+                f"forward keeps tensors or numbers in {_readable(what)}, and with {pass_.name!r} "
+                "no rank computes all of them",
+                where=location(forward),
+                hint="return what is to be kept, or keep it in a buffer: register_buffer",
+            )
+
+
+def _readable(source: str) -> str:
+    """``L['self']._modules['head'].seen`` -> ``self.head.seen``."""
+    found = re.sub(r"\._(modules|buffers|parameters)\['(\w+)'\]", r".\2", source)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", found)
 
 
 def made_optimizer(model: nn.Module, optimizer: object) -> Optimizer | None:

@@ -116,7 +116,7 @@ class Kfac(RuntimePart[Curvature]):
             if reduces:
                 _complete(found.plan, step, ranks, gradients)
             if self.division is None:
-                self.division = Division.of(ranks, part.fraction)
+                self.division = Division.of(ranks, part.fraction, self.session.ranks.get("pp"))
             gradients.update(self.division.step(curvature, gradients, fresh, reduces=reduces))
         curvature.advance()
 
@@ -188,7 +188,7 @@ class Kfac(RuntimePart[Curvature]):
         """The same owners, with messages of their own."""
         other = type(self)(session)
         if self.division is not None:
-            other.division = self.division.copy(session.ranks["dp"])
+            other.division = self.division.copy(session.ranks["dp"], session.ranks.get("pp"))
         return other
 
 

@@ -35,6 +35,7 @@ class Division:
 
     Attributes:
         ranks: all of them.
+        stages: those along which others have other blocks, if there are any.
         grid: their rows and columns.
         exchange: their messages.
         owners: rank by unit of blocks.
@@ -50,18 +51,21 @@ class Division:
     keeper: dict[str, int] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
     steps: int = 0
+    stages: Ranks | None = None
     _row: dist.ProcessGroup | None = None
     _column: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, ranks: Ranks, fraction: float) -> Division:
+    def of(cls, ranks: Ranks, fraction: float, stages: Ranks | None = None) -> Division:
         """Nobody owns anything yet."""
-        return cls(ranks, Grid.of(ranks.size, fraction), Exchange(ranks), load=[0.0] * ranks.size)
+        grid, load = Grid.of(ranks.size, fraction), [0.0] * ranks.size
+        return cls(ranks, grid, Exchange(ranks), load=load, stages=stages)
 
-    def copy(self, ranks: Ranks) -> Division:
+    def copy(self, ranks: Ranks, stages: Ranks | None = None) -> Division:
         """For a copy of the model: the same owners, and messages of its own."""
         owned = dict(self.owners), dict(self.keeper), list(self.load)
-        return Division(ranks, self.grid, Exchange(ranks), *owned, 0, self._row, self._column)
+        groups = self._row, self._column
+        return Division(ranks, self.grid, Exchange(ranks), *owned, 0, stages, *groups)
 
     @property
     def rank(self) -> int:
@@ -107,6 +111,9 @@ class Division:
                 list(measure(solver(curvature.solver), wanted, self.ranks.device).items())
             ),
         )
+        if self.stages is not None:  # measured other times; a saved state has one list of owners
+            times = answer
+            answer = self.stages.agree("blocks of kfac", mine, lambda: times)
         costs = {name: cost(members, dict(json.loads(answer))) for name, members in new.items()}
         owners = assign(costs, self.load)
         if saved and saved[0] == self.grid.world and len(saved) == len(new) + 1:
@@ -165,10 +172,9 @@ class Division:
 
     def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Those of this rank's row and column; all ranks make all groups in the same order."""
-        grid = self.grid
-        rows = [_group(grid, grid.row_ranks(i)) for i in range(grid.rows)]
-        columns = [_group(grid, grid.column_ranks(i)) for i in range(grid.columns)]
-        inner = self.exchange.inner
+        grid, inner = self.grid, self.exchange.inner
+        rows = [_group(inner, grid.row_ranks(i)) for i in range(grid.rows)]
+        columns = [_group(inner, grid.column_ranks(i)) for i in range(grid.columns)]
         row, column = rows[grid.row(self.rank)], columns[grid.column(self.rank)]
         return inner if row is None else row, inner if column is None else column
 
@@ -284,11 +290,19 @@ class Division:
             curvature.keep_interval(name, Interval(*row))
 
 
-def _group(grid: Grid, members: Sequence[int]) -> dist.ProcessGroup | None:
-    """A new group; ``None`` for all ranks, and for one, which has nobody to talk to."""
-    if len(members) in (1, grid.world):
+def _group(inner: dist.ProcessGroup, members: Sequence[int]) -> dist.ProcessGroup | None:
+    """A new group; ``None`` for all ranks, and for one, which has nobody to talk to.
+
+    Args:
+        inner: all ranks, which may be some of the job's.
+        members: by their places among these.
+    """
+    if len(members) in (1, inner.size()):
         return None
-    return dist.new_group(list(members))  # type: ignore[no-any-return]
+    everybody = dist.get_process_group_ranks(inner)
+    return dist.new_group(  # type: ignore[no-any-return]
+        [everybody[i] for i in members], use_local_synchronization=True
+    )
 
 
 def _parameters(blocks: Sequence[Block]) -> list[str]:

@@ -180,7 +180,9 @@ class CurvatureState:
         if self.sides.keys() <= set(names):
             return
         others = [b for b in self.curvature.blocks if b.left.statistic not in names]
-        gone = {f"{table}/{side.statistic}" for b in others for side in b.sides for table in _OF_SIDE}
+        gone = {
+            f"{table}/{side.statistic}" for b in others for side in b.sides for table in _OF_SIDE
+        }
         solutions = {prefix_of(block) for block in others}
         for key in [k for k in self.state if k in gone or k[: k.rfind("/") + 1] in solutions]:
             del self.state[key]

@@ -25,6 +25,7 @@ from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.local import accumulated
 from graphopt.runtime.partition.loss import MEAN, reduction_of
 from graphopt.runtime.partition.messages import Messages
+from graphopt.runtime.partition.norms import warn_of_norms
 from graphopt.runtime.partition.shared import add_up
 from graphopt.runtime.partition.stream import Stream
 from graphopt.runtime.partition.update import finish, renew
@@ -128,6 +129,8 @@ class Partition(RuntimePart[Stages]):
             batches = micro_batches(
                 batch, kwargs, owned.micro_batches, has_target=owned.loss is not None
             )
+            if not self._reductions:
+                warn_of_norms(owned.model(), [micro.examples for micro in batches])
             if ranks is None:
                 self._decided(owned, batches)
                 rule = self._rule(owned, batches, batch)
@@ -181,9 +184,7 @@ class Partition(RuntimePart[Stages]):
             self._line(part, len(tasks), ranks.group.rank())
         return tasks
 
-    def _on_ranks(
-        self, owned: OwnedStep, ranks: Ranks, tasks: Sequence[Task]
-    ) -> Tensor | None:
+    def _on_ranks(self, owned: OwnedStep, ranks: Ranks, tasks: Sequence[Task]) -> Tensor | None:
         part, work = self.stages, self._work
         assert part is not None and work is not None
         self._stale = True
@@ -234,15 +235,13 @@ class Partition(RuntimePart[Stages]):
 
     def _rule(self, owned: OwnedStep, batches: Sequence[MicroBatch], batch: Sequence[Any]) -> str:
         """How losses of micro-batches add up, found out once per division of a batch."""
-        if owned.loss is None:
-            return MEAN
         key = tuple(micro.examples for micro in batches)
         if key not in self._reductions:
-            self._reductions[key] = self._reduction(owned, batches, batch[-1])
+            target = None if owned.loss is None else batch[-1]
+            self._reductions[key] = self._reduction(owned, batches, target)
         return self._reductions[key]
 
     def _reduction(self, owned: OwnedStep, batches: Sequence[MicroBatch], target: Any) -> str:
-        assert owned.loss is not None
         generator = torch.Generator().manual_seed(0)
         outputs = []
         for micro in batches:

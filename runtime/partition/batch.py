@@ -45,7 +45,8 @@ def micro_batches(
         has_target: whether the last of `batch` is a target.
 
     Raises:
-        ArgumentError: there is no tensor, or no target, or the target cannot be cut.
+        ArgumentError: there is no tensor, or no target, or the target cannot be cut, or a tensor
+            requires a gradient.
     """
     if has_target and len(batch) < 2:
         raise ArgumentError(
@@ -58,6 +59,11 @@ def micro_batches(
         raise ArgumentError(
             "the batch has no tensor with examples along its first dimension",
             hint="model.step(inputs, target), with tensors of shape [examples, ...]",
+        )
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        raise ArgumentError(
+            "a tensor of the batch requires a gradient, and a step only gives those of parameters",
+            hint="pass it with detach()",
         )
     examples = sized[0].shape[0]
     if has_target and not _cuts(batch[-1], examples):

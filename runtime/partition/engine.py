@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from graphopt.errors import ArgumentError
 from graphopt.partitioning.place import Placement
 from graphopt.partitioning.split import Half, Kind, Split, in_two, split
-from graphopt.plan import Plan, Role
+from graphopt.plan import Plan, Role, Slot
 from graphopt.plan.partition import Stages
 from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.step import Compile
@@ -63,7 +63,7 @@ class PipelineEngine(Engine):
         self._split = split(module, plan.signature, placement)
         self._two = part.schedule == "zero_bubble"
         self._stages: dict[int, Stage] = {}
-        self._forms = {s.name: v for s, v in _outputs(module, plan) if s.role is Role.OUTPUT}
+        self._forms = {s.name: _form(s, v) for s, v in _outputs(module, plan)}
         cuts = range(len(part.stages) - 1)
         self.forward_forms = [_crossing(self._split.forward[s], part, s, s + 1) for s in cuts]
         self.backward_forms = [_crossing(self._split.backward[s + 1], part, s + 1, s) for s in cuts]
@@ -113,22 +113,41 @@ class PipelineEngine(Engine):
         ]
 
     def made_up(self, generator: torch.Generator) -> list[Tensor]:
-        """Outputs of their forms with random values between 0 and 1; of integers, zeros."""
+        """Outputs of their forms with random values between 0 and 1; of integers, zeros.
+
+        As those of a step they require gradients.
+        """
+        tangents = set(self.plan.signature.names(Role.TANGENT))
         found = []
-        for value in self._forms.values():
+        for name, value in self._forms.items():
             made = torch.rand(tuple(value.shape), generator=generator, dtype=torch.float32)
-            found.append(
-                (made if value.is_floating_point() else made.mul(0)).to(
-                    dtype=value.dtype, device=value.device
-                )
-            )
+            made = made if value.is_floating_point() else made.mul(0)
+            made = made.to(dtype=value.dtype, device=value.device)
+            found.append(made.requires_grad_(name in tangents))
         return found
 
 
-def _outputs(module: fx.GraphModule, plan: Plan) -> list[tuple[Any, Any]]:
+def _outputs(module: fx.GraphModule, plan: Plan) -> list[tuple[Slot, Any]]:
     nodes: Any = module.graph.output_node().args[0]
     values = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes)
-    return list(zip(plan.signature.outputs, values, strict=True))
+    found = zip(plan.signature.outputs, values, strict=True)
+    return [(slot, value) for slot, value in found if slot.role is Role.OUTPUT]
+
+
+def _form(slot: Slot, value: Any) -> Tensor:
+    """A recorded output of the model.
+
+    Raises:
+        ArgumentError: it is no tensor of known size.
+    """
+    if not isinstance(value, Tensor) or any(type(size) is not int for size in value.shape):
+        raise ArgumentError(
+            f"output {slot.name} of the model is a number or has a size that depends on data, "
+            "which stages that do not compute it cannot know",
+            where="forward",
+            hint="return tensors of sizes that follow from those of the inputs",
+        )
+    return value
 
 
 def _crossing(half: Half, part: Stages, made: int, read: int) -> tuple[list[str], list[Form]]:

@@ -47,12 +47,7 @@ def tangents_of(loss: Tensor, leaves: Mapping[str, Tensor], factor: float) -> di
     Raises:
         ArgumentError: the loss does not depend on them.
     """
-    if not loss.requires_grad:
-        raise ArgumentError(
-            "the loss does not depend on what the model computes",
-            where="loss",
-            hint="compute it from the output, without detach() or item()",
-        )
+    _check_differentiable(loss)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     with torch._C._DisableAutocast():
         scale = torch.full_like(loss, factor)
@@ -60,12 +55,25 @@ def tangents_of(loss: Tensor, leaves: Mapping[str, Tensor], factor: float) -> di
     return dict(zip(wanted, found, strict=True))
 
 
-def reduction_of(loss: Loss, outputs: Sequence[Any], targets: Sequence[Any], target: Any) -> str:
+def _check_differentiable(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise ArgumentError(
+            "the loss does not depend on what the model computes",
+            where="loss",
+            hint="compute it from the output, without detach() or item()",
+        )
+
+
+def reduction_of(
+    loss: Loss | None, outputs: Sequence[Any], targets: Sequence[Any], target: Any
+) -> str:
     """How the losses of micro-batches make the loss of their batch.
 
     Args:
-        loss: of an output and a target.
-        outputs: any values of the form of the model's output, per micro-batch.
+        loss: of an output and a target; ``None`` where the output is, or has, the loss, which
+            counts as a mean.
+        outputs: any values of the form of the model's output, per micro-batch; those that a
+            gradient may be asked of require one.
         targets: per micro-batch.
         target: of the whole batch.
 
@@ -73,16 +81,21 @@ def reduction_of(loss: Loss, outputs: Sequence[Any], targets: Sequence[Any], tar
         ``"mean"``, weighted by examples, or ``"sum"``.
 
     Raises:
-        ArgumentError: neither: the loss needs the whole batch.
+        ArgumentError: neither: the loss needs the whole batch; or it is not one number, or does
+            not depend on the outputs.
     """
-    with torch.no_grad():
-        try:
+    try:
+        with torch.enable_grad():
+            _check_differentiable(loss_of(loss, outputs[0], targets[0]))
+        if loss is None:
+            return MEAN
+        with torch.no_grad():
             parts = [float(loss_of(loss, o, t)) for o, t in zip(outputs, targets, strict=True)]
             whole = float(loss_of(loss, joined(outputs), target))
-        except ArgumentError:
-            raise
-        except Exception:  # many losses take some values only
-            return MEAN
+    except ArgumentError:
+        raise
+    except Exception:  # many losses take some values only
+        return MEAN
     sizes = [_examples(t) for t in targets]
     mean = sum(p * n for p, n in zip(parts, sizes, strict=True)) / sum(sizes)
     for name, value in ((MEAN, mean), (SUM, sum(parts))):

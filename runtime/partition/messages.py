@@ -55,12 +55,14 @@ class Arriving:
         names: of its values.
         values: where they will be.
         work: of each.
+        source: the rank that it comes from.
         what: in words, for errors.
     """
 
     names: tuple[str, ...]
     values: list[Tensor]
     work: list[Any]
+    source: int
     what: str
 
 
@@ -75,7 +77,7 @@ class Messages:
     def __init__(self, ranks: Ranks, groups: dict[Phase, Any]) -> None:
         self.ranks = ranks
         self._groups = groups
-        self._sent: deque[tuple[list[Any], list[Tensor], str]] = deque()
+        self._sent: deque[tuple[list[Any], list[Tensor], int, str]] = deque()
         self._free: dict[Form, list[Tensor]] = {}
 
     @classmethod
@@ -92,9 +94,9 @@ class Messages:
         """Start to send values to a rank; returns at once."""
         group = self._groups[phase]
         flat = [_flat(form, value) for form, value in values]
-        with arriving(self.ranks, what):
+        with arriving(self.ranks, what, to):
             work = [group.send([bytes_], to, tag) for tag, bytes_ in enumerate(flat)]
-        self._sent.append((work, flat, what))
+        self._sent.append((work, flat, to, what))
         while len(self._sent) > UNDER_WAY:
             self._wait_oldest()
 
@@ -104,12 +106,12 @@ class Messages:
         """Ask for a message of a rank; returns at once."""
         group = self._groups[phase]
         values = [self._memory(form) for form in forms]
-        with arriving(self.ranks, what):
+        with arriving(self.ranks, what, source):
             work = [
                 group.recv([_flat(form, value)], source, tag)
                 for tag, (form, value) in enumerate(zip(forms, values, strict=True))
             ]
-        return Arriving(tuple(names), values, work, what)
+        return Arriving(tuple(names), values, work, source, what)
 
     def arrived(self, message: Arriving) -> dict[str, Tensor]:
         """Wait for a message; its values by name.
@@ -117,7 +119,7 @@ class Messages:
         Raises:
             RankError: it does not come.
         """
-        with arriving(self.ranks, message.what):
+        with arriving(self.ranks, message.what, message.source):
             for work in message.work:
                 work.wait()
         return dict(zip(message.names, message.values, strict=True))
@@ -138,8 +140,8 @@ class Messages:
             self._wait_oldest()
 
     def _wait_oldest(self) -> None:
-        work, _, what = self._sent.popleft()
-        with arriving(self.ranks, what):
+        work, _, to, what = self._sent.popleft()
+        with arriving(self.ranks, what, to):
             for one in work:
                 one.wait()
 
@@ -153,12 +155,13 @@ class Messages:
 
 
 @contextmanager
-def arriving(ranks: Ranks, what: str) -> Iterator[None]:
+def arriving(ranks: Ranks, what: str, other: int | None = None) -> Iterator[None]:
     """Within, messages along ``pp`` are waited for.
 
     Args:
         ranks: along ``pp``.
         what: is waited for, in words.
+        other: the rank that it comes from or goes to; by default all are needed.
 
     Raises:
         RankError: they do not arrive; says which ranks are missing.
@@ -167,7 +170,8 @@ def arriving(ranks: Ranks, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Ranks wait for different messages when one is lost, so they report under one topic.
-        raise ranks.group.failure(f"{what} did not arrive", "pipeline", error) from error
+        lost = f"{what} did not arrive"
+        raise ranks.group.failure(lost, "pipeline", error, other) from error
 
 
 def _flat(form: Form, value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A collective would hang where one rank does not take part, and that is what has 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -84,15 +84,30 @@ class Agreement:
         """What every rank has told, in the order of ranks."""
         return [self.store.get(f"{topic}/{rank}").decode() for rank in range(self.size)]
 
-    def missing(self, topic: str, note: str, grace: float) -> list[int]:
-        """Ranks that do not report within `grace` seconds that they failed, too."""
+    def missing(
+        self, topic: str, note: str, grace: float, among: Sequence[int] | None = None
+    ) -> list[int]:
+        """Ranks that do not report within `grace` seconds that they failed, too.
+
+        Args:
+            topic: equal on all ranks.
+            note: what this rank reports; others have it by `note`.
+            grace: seconds.
+            among: of whom it asks; by default all.
+        """
         self.store.set(f"{topic}/{self.rank}", note)
         deadline = time.monotonic() + grace
+        asked = range(self.size) if among is None else among
         while True:
-            absent = [r for r in range(self.size) if not self.store.check([f"{topic}/{r}"])]
+            absent = [r for r in asked if not self.store.check([f"{topic}/{r}"])]
             if not absent or time.monotonic() > deadline:
                 return absent
             time.sleep(0.05)
+
+    def note(self, topic: str, rank: int) -> str:
+        """What a rank has reported that is not missing."""
+        found: bytes = self.store.get(f"{topic}/{rank}")
+        return found.decode()
 
 
 def ranks(numbers: list[int]) -> str:

@@ -58,17 +58,23 @@ class Channel(dist.ProcessGroup):
         """The name that torch shows."""
         return "graphopt"
 
-    def failure(self, what: str, topic: str, error: BaseException) -> RankError:
+    def failure(
+        self, what: str, topic: str, error: BaseException, other: int | None = None
+    ) -> RankError:
         """Who is missing, as far as the other ranks' reports tell.
 
         Args:
             what: the sentence up to the colon.
             topic: equal on all ranks that fail at the same place.
             error: what a message failed with.
+            other: the only rank that had to do with the message; by default all had.
         """
+        topic, among = f"failed/{topic}", None if other is None else [other]
         try:
-            missing = self.agreement.missing(f"failed/{topic}", what, GRACE)
+            missing = self.agreement.missing(topic, what, GRACE, among)
             who = f"{ranks(missing)} did not answer" if missing else "no rank is missing"
+            if other is not None and not missing:
+                who = f"rank {other} had failed before, as {self.agreement.note(topic, other)}"
         except RuntimeError:
             who = "the job's store is gone, and with it the process that holds it"
         return RankError(

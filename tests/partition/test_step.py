@@ -100,7 +100,11 @@ def _corpus(rank: int, names: tuple[str, ...], stages: int) -> None:
         made, loss = CASES[name]
         batch, kwargs = made()
         graphopt.optimize(
-            model, passes="partition{microbatches=4}", mesh=f"pp={stages}", loss=loss, optimizer=ours
+            model,
+            passes="partition{microbatches=4}",
+            mesh=f"pp={stages}",
+            loss=loss,
+            optimizer=ours,
         )
         for _ in range(2):
             found = model.step(*batch, **kwargs)
@@ -125,9 +129,7 @@ def test_models_of_transformers(tmp_path: Path) -> None:
 
 def _without_optimizer(rank: int) -> None:
     plain, model = _residual(), _residual()
-    graphopt.optimize(
-        model, passes="partition{microbatches=4}", mesh="pp=2", loss=F.cross_entropy
-    )
+    graphopt.optimize(model, passes="partition{microbatches=4}", mesh="pp=2", loss=F.cross_entropy)
     accumulated(plain, F.cross_entropy, None, data(0), 4)
     for times in (1, 2):  # gradients add up until the caller takes them
         model.step(*data(0))
