@@ -35,6 +35,8 @@ from graphopt.schedules.actions import Action
 from graphopt.schedules.generate import scheduled
 from graphopt.schedules.transfers import with_transfers
 
+NO_FLUSH = "no_flush"
+
 
 class Partition(RuntimePart[Stages]):
     """The pipeline of a model.
@@ -133,7 +135,14 @@ class Partition(RuntimePart[Stages]):
                 batch, kwargs, owned.micro_batches, has_target=owned.loss is not None
             )
             if ranks is None:
-                self._decided(owned, batches)
+                part, _ = self._decided(owned, batches)
+                if part.schedule == NO_FLUSH:
+                    raise ArgumentError(
+                        "a pipeline that is never drained needs ranks, and this is one process",
+                        where="schedule=no_flush",
+                        hint="run it with torchrun and mesh='pp=2'; to study delays in one "
+                        "process, graphopt.study.PipelinedBackpropagation",
+                    )
                 rule = self._rule(owned, batches, batch)
                 return accumulated(owned, self.session, batches, rule)
             try:
@@ -171,7 +180,7 @@ class Partition(RuntimePart[Stages]):
         rule = self._rule(owned, batches, batch)
         tasks = [work.task(number, micro) for number, micro in enumerate(batches)]
         self._stale = True
-        if part.schedule == "no_flush":
+        if part.schedule == NO_FLUSH:
             return _mean(self._streamed(owned, part, ranks, tasks))
         total = sum(task.batch.examples for task in tasks)
         for task in tasks:

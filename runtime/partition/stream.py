@@ -89,9 +89,8 @@ class Stream:
             )
         if hasattr(optimizer, "rebind"):
             optimizer.rebind = self._stashes
-        for group in optimizer.param_groups:
-            if "delay" in group:
-                group["delay"] = self.delay
+        if hasattr(optimizer, "set_delay"):
+            optimizer.set_delay(self.delay)
 
     @property
     def _stashes(self) -> bool:
