@@ -44,7 +44,7 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def ours(chain: Chain, schedule: str, micro_batches: int) -> Variant:
-    """graphopt's step; without flushes an update per batch, as the others have."""
+    """Graphopt's step; without flushes an update per batch, as the others have."""
     model = copy.deepcopy(chain.model)
     options = f"schedule={schedule},microbatches={micro_batches},cost=measure"
     if schedule == "no_flush":
