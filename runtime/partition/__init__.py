@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -146,7 +147,7 @@ class Partition(RuntimePart[Stages]):
                 rule = self._rule(owned, batches, batch)
                 return accumulated(owned, self.session, batches, rule)
             try:
-                return self._on_ranks(owned, ranks, batches, batch)
+                return self._on_ranks(owned, ranks, batches, batch, kwargs)
             except RankError as error:
                 self._broken = error
                 raise
@@ -169,7 +170,12 @@ class Partition(RuntimePart[Stages]):
         return self.stages, engine
 
     def _on_ranks(
-        self, owned: OwnedStep, ranks: Ranks, batches: list[MicroBatch], batch: Sequence[Any]
+        self,
+        owned: OwnedStep,
+        ranks: Ranks,
+        batches: list[MicroBatch],
+        batch: Sequence[Any],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         part, _ = self._decided(owned, batches)
         if self._work is None:
@@ -177,6 +183,17 @@ class Partition(RuntimePart[Stages]):
             self._work = Work(self.session, owned, Messages.of(ranks))
             self._hook(owned, part, ranks)
         work = self._work
+        if part.schedule == "interleaved" and len(batches) % part.ranks:
+            # It goes through the stages in rounds of as many micro-batches as there are ranks.
+            whole_rounds = len(batches) - len(batches) % part.ranks
+            if not whole_rounds:
+                raise ArgumentError(
+                    f"a batch of {len(batches)} examples has fewer micro-batches than the "
+                    f"{part.ranks} ranks of an interleaved schedule need",
+                    where="step",
+                    hint="drop incomplete batches, or take schedule=1f1b",
+                )
+            batches = micro_batches(batch, kwargs, whole_rounds, has_target=owned.loss is not None)
         rule = self._rule(owned, batches, batch)
         tasks = [work.task(number, micro) for number, micro in enumerate(batches)]
         self._stale = True
@@ -211,8 +228,9 @@ class Partition(RuntimePart[Stages]):
         stream.check(owned.optimizer)
         assert owned.optimizer is not None
         done: list[Task] = []
-        for task in tasks:
-            done += stream.push(task, owned.optimizer)
+        for task, following in pairwise([*tasks, None]):
+            assert task is not None
+            done += stream.push(task, owned.optimizer, following)
         return done
 
     def _update(self, engine: PipelineEngine, step: Step, gradients: dict[str, Tensor]) -> None:
