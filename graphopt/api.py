@@ -22,8 +22,8 @@ from graphopt.graph import Graph, Level
 from graphopt.model import features
 from graphopt.model.arguments import (
     Mesh,
-    check_model,
     check_kept,
+    check_model,
     check_step,
     made_optimizer,
     mesh_of,

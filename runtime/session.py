@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from graphopt import registry
-from graphopt.errors import ArgumentError, PluginError, SpecError, StateError
+from graphopt.errors import PluginError, SpecError, StateError
 from graphopt.plan import Plan, PlanPart, Role
 from graphopt.runtime.states import States, Watch
 
@@ -69,18 +69,11 @@ class Session:
 
         Raises:
             PluginError: there is none.
-            ArgumentError: graphopt itself has none yet.
         """
         if name not in self._runtime:
             try:
                 kind = registry.get(name, registry.RUNTIME_PARTS)
             except SpecError as error:
-                if name in dict(registry.PLAN_PARTS.built_in):
-                    raise ArgumentError(
-                        f"pass {name!r} only makes plans so far, and no step can run by them yet",
-                        hint="optimize(..., dry_run=True) returns the plan, `graphopt plan` shows "
-                        "it; leave the pass out to train",
-                    ) from error
                 raise PluginError(
                     f"pass {name!r} leaves a plan part, and no runtime part obeys it",
                     hint=f"its package needs an entry point {name!r} in the group "

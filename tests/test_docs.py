@@ -32,10 +32,12 @@ PYTHON = DOCS / "python.md"
 CLI = DOCS / "cli.md"
 DATA_PARALLEL = DOCS / "data_parallel.md"
 PIPELINE = DOCS / "pipeline.md"
+DELAYED = DOCS / "delayed_gradients.md"
 WITH_PYTHON = [
     README,
     PYTHON,
     DATA_PARALLEL,
+    DELAYED,
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
     PIPELINE,

@@ -25,10 +25,10 @@ from torch._dynamo.variables import (
     BaseListVariable,
     ConstantVariable,
     ConstDictVariable,
-    SymNodeVariable,
     TensorVariable,
 )
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._dynamo.variables.tensor import SymNodeVariable
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError

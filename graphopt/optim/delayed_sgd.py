@@ -130,6 +130,20 @@ class DelayedSGD(Optimizer):
         if self._built:
             _warn(self.param_groups[-1:])
 
+    def set_delay(self, delay: int) -> None:
+        """Give all groups one delay, such as that of the pipeline stage of this rank.
+
+        Raises:
+            ArgumentError: it is negative.
+        """
+        if all(group["delay"] == delay for group in self.param_groups):
+            return
+        for index, group in enumerate(self.param_groups):
+            check_group({**group, "delay": delay}, index)
+        for group in self.param_groups:
+            group["delay"] = delay
+        _warn(self.param_groups)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

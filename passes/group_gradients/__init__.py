@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from graphopt.analysis.gradient_order import GradientOrder, gradient_order, measured_order
@@ -135,7 +136,7 @@ class GroupGradients(Pass):
         # Along other dimensions ranks have other rank 0s, and measured other times.
         for dimension, others in ctx.ranks.items():
             if dimension != "dp":
-                text = others.agree("gradients", known, lambda decided=text: decided)
+                text = others.agree("gradients", known, partial(str, text))
         return from_data(Grouping, json.loads(text))
 
     def _curve(self, ctx: PassContext) -> Curve:

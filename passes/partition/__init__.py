@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import fx
@@ -16,9 +17,10 @@ from graphopt.graph import Graph
 from graphopt.network.clusters import cluster
 from graphopt.partitioning.from_graph import from_graph
 from graphopt.partitioning.objective import Memory, Objective
+from graphopt.partitioning.planner import plan
 from graphopt.partitioning.problem import Link
 from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
-from graphopt.passes.partition.decision import decided, sharing_together
+from graphopt.passes.partition.decision import decided, shared_names, sharing_together, simulated
 from graphopt.passes.partition.describe import described
 from graphopt.plan.partition import Stages
 from graphopt.schedules.actions import Schedule
@@ -49,7 +51,8 @@ class Partition(Pass):
             rank; ``no_flush``, which never drains the pipeline, so that gradients are late.
         microbatches: of one step; by default four per rank.
         objective: ``minmax``, the slowest stage or cut; ``alpa``, the length of a step whose stages
-            wait for the slowest; ``gpipe``, the slowest forward plus the slowest backward.
+            wait for the slowest; ``gpipe``, the slowest forward plus the slowest backward;
+            ``simulate``, the simulated step of the schedule, among the best stages of the others.
         memory: the most bytes that a stage may hold, by default any. Counted are activations in
             flight, weights, gradients, one optimizer state and kept versions of weights.
         cost: ``roofline`` assumes a device of the kind that the model is on, ``measure`` times each
@@ -76,7 +79,7 @@ class Partition(Pass):
     stages: int | None = None
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero_bubble", "no_flush"] = "1f1b"
     microbatches: int | None = None
-    objective: Literal["minmax", "alpa", "gpipe"] = "minmax"
+    objective: Literal["minmax", "alpa", "gpipe", "simulate"] = "minmax"
     memory: float | None = None
     cost: Literal["roofline", "measure"] = "roofline"
     weights: Literal["stash", "inconsistent", "predicted"] = "stash"
@@ -116,7 +119,21 @@ class Partition(Pass):
         problem = from_graph(graph, self._seconds(graph, ctx), link=Link(hop.per_byte, hop.latency))
         if self.schedule == "no_flush" or "preconditioned" in graph.facts:
             problem = sharing_together(problem)
-        found = decided(problem, stages, self._objective(batches), ctx)
+        objective = self._objective(batches)
+        if self.objective == "simulate":
+            search = partial(simulated, problem, schedule, objective.memory)
+        else:
+            search = partial(plan, problem, stages, objective)
+        try:
+            found = decided(problem, objective, search, ctx)
+        except ArgumentError as error:
+            if self.schedule == "no_flush" and (names := shared_names(problem)):
+                error.hint = (
+                    f"operators that share {names[0]!r} are kept together, since a pipeline that "
+                    "is never drained updates it in one stage: untie it, or take a schedule that "
+                    "flushes"
+                )
+            raise
         part = replace(
             _on_ranks(described(graph, problem, found), schedule),
             schedule=self.schedule,
@@ -166,8 +183,9 @@ class Partition(Pass):
     def _objective(self, batches: int) -> Objective:
         """An interleaved schedule holds about as much as 1F1B; what it holds is checked behind."""
         kind = "1f1b" if self.schedule == "interleaved" else self.schedule
+        shape = "minmax" if self.objective == "simulate" else self.objective
         limit = math.inf if self.memory is None else self.memory
-        return Objective(self.objective, batches, memory=Memory(limit, kind))
+        return Objective(shape, batches, memory=Memory(limit, kind))
 
     def _check_memory(self, part: Stages) -> None:
         for number, stage in enumerate(part.stages):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -35,6 +36,8 @@ from graphopt.runtime.session import Session
 from graphopt.schedules.actions import Action
 from graphopt.schedules.generate import scheduled
 from graphopt.schedules.transfers import with_transfers
+
+NO_FLUSH = "no_flush"
 
 
 class Partition(RuntimePart[Stages]):
@@ -132,7 +135,14 @@ class Partition(RuntimePart[Stages]):
             if not self._reductions:
                 warn_of_norms(owned.model(), [micro.examples for micro in batches])
             if ranks is None:
-                self._decided(owned, batches)
+                part, _ = self._decided(owned, batches)
+                if part.schedule == NO_FLUSH:
+                    raise ArgumentError(
+                        "a pipeline that is never drained needs ranks, and this is one process",
+                        where="schedule=no_flush",
+                        hint="run it with torchrun and mesh='pp=2'; to study delays in one "
+                        "process, graphopt.study.PipelinedBackpropagation",
+                    )
                 rule = self._rule(owned, batches, batch)
                 return accumulated(owned, self.session, batches, rule)
             tasks = self._tasks(owned, ranks, batches, batch, kwargs)
@@ -165,7 +175,7 @@ class Partition(RuntimePart[Stages]):
         ranks: Ranks,
         batches: list[MicroBatch],
         batch: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
     ) -> list[Task]:
         """The micro-batches of a step on ranks; all that can be refused is, and nothing sent."""
         # Whether a size is new depends on the batches alone, so all ranks come or none.
@@ -175,21 +185,34 @@ class Partition(RuntimePart[Stages]):
             ranks.agree("batches", fingerprint((batch, kwargs)), lambda: "")
             self._work = Work(self.session, owned, Messages.of(ranks))
             self._hook(owned, part, ranks)
+        if part.schedule == "interleaved" and len(batches) % part.ranks:
+            # It goes through the stages in rounds of as many micro-batches as there are ranks.
+            whole_rounds = len(batches) - len(batches) % part.ranks
+            if not whole_rounds:
+                raise ArgumentError(
+                    f"a batch of {len(batches)} examples has fewer micro-batches than the "
+                    f"{part.ranks} ranks of an interleaved schedule need",
+                    where="step",
+                    hint="drop incomplete batches, or take schedule=1f1b",
+                )
+            batches = micro_batches(batch, kwargs, whole_rounds, has_target=owned.loss is not None)
         rule = self._rule(owned, batches, batch)
         tasks = [self._work.task(number, micro) for number, micro in enumerate(batches)]
+        if part.schedule == NO_FLUSH:
+            self._begin_stream(self._work, part, ranks).check(owned.optimizer)
+            return tasks
         total = sum(task.batch.examples for task in tasks)
         for task in tasks:
             task.factor = task.batch.examples / total if rule == MEAN else 1.0
-        if part.schedule != "no_flush":
-            self._line(part, len(tasks), ranks.group.rank())
         return tasks
 
     def _on_ranks(self, owned: OwnedStep, ranks: Ranks, tasks: Sequence[Task]) -> Tensor | None:
         part, work = self.stages, self._work
-        assert part is not None and work is not None
+        assert part is not None
+        assert work is not None
         self._stale = True
-        if part.schedule == "no_flush":
-            return _mean(self._streamed(owned, part, ranks, tasks))
+        if self._stream is not None:
+            return _mean(self._streamed(owned, self._stream, tasks))
         ending = flushed.run(work, self._line(part, len(tasks), ranks.group.rank()), tasks)
         engine = tasks[0].engine
         gradients, step = ending.gradients, ending.step
@@ -203,21 +226,20 @@ class Partition(RuntimePart[Stages]):
         losses = [task.loss * task.factor for task in tasks if task.loss is not None]
         return torch.stack(losses).sum()
 
-    def _streamed(
-        self, owned: OwnedStep, part: Stages, ranks: Ranks, tasks: Sequence[Task]
-    ) -> list[Task]:
-        assert self._work is not None
+    def _begin_stream(self, work: Work, part: Stages, ranks: Ranks) -> Stream:
         if self._stream is None:
             stage = next(i for i, s in enumerate(part.stages) if s.rank == ranks.group.rank())
             self._stream = Stream(
-                self._work, stage, len(part.stages), part.weights, part.accumulate, self._update
+                work, stage, len(part.stages), part.weights, part.accumulate, self._update
             )
-        stream = self._stream
-        stream.check(owned.optimizer)
+        return self._stream
+
+    def _streamed(self, owned: OwnedStep, stream: Stream, tasks: Sequence[Task]) -> list[Task]:
         assert owned.optimizer is not None
         done: list[Task] = []
-        for task in tasks:
-            done += stream.push(task, owned.optimizer)
+        for task, following in pairwise([*tasks, None]):
+            assert task is not None
+            done += stream.push(task, owned.optimizer, following)
         return done
 
     def _update(self, engine: PipelineEngine, step: Step, gradients: dict[str, Tensor]) -> None:

@@ -89,22 +89,32 @@ class Stream:
             )
         if hasattr(optimizer, "rebind"):
             optimizer.rebind = self._stashes
-        for group in optimizer.param_groups:
-            if "delay" in group:
-                group["delay"] = self.delay
+        if hasattr(optimizer, "set_delay"):
+            optimizer.set_delay(self.delay)
 
     @property
     def _stashes(self) -> bool:
         return self.weights == STASH and self.behind > 0
 
-    def push(self, task: Task, optimizer: Optimizer) -> list[Task]:
-        """Do one time step with a new micro-batch; those whose backward was done in it."""
+    def push(self, task: Task, optimizer: Optimizer, following: Task | None = None) -> list[Task]:
+        """Do one time step with a new micro-batch; those whose backward was done in it.
+
+        Args:
+            task: the micro-batch.
+            optimizer: of the model's parameters.
+            following: the next micro-batch, if it is known, whose receive is posted now.
+        """
         if not self._nominal:
             self._nominal = task.batch.examples
         # Micro-batches add up by their size; as a rule they have one.
         task.factor = task.batch.examples / self._nominal
         task.number, self.number = self.number, self.number + 1
         task.ends = self.number % self.every == 0
+        if self.stage:
+            self.work.ask(Phase.FORWARD, self.stage, task)
+            if following is not None:
+                following.number = self.number
+                self.work.ask(Phase.FORWARD, self.stage, following)
         predicted = self._predicted(optimizer)
         self.work.forward(self.stage, task, weights=predicted, stash=self._stashes)
         self._flying.append(task)

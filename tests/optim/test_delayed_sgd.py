@@ -438,3 +438,16 @@ def test_parameters_and_gradients_that_fit_nothing_are_refused() -> None:
         optimizer.step()
     with pytest.raises(ArgumentError, match=r"beta1=1.0"):
         delayed_nadam([weight], beta1=1.0)
+
+
+def test_a_delay_that_is_set_is_checked_and_warned_about() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = DelayedSGD([weight], 0.1, momentum=0.5, prediction="velocity")
+    with pytest.warns(RuntimeWarning, match="stable"):
+        optimizer.set_delay(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.set_delay(8)  # it is known
+    with pytest.raises(ArgumentError, match="delay"):
+        optimizer.set_delay(-1)
+    assert optimizer.param_groups[0]["delay"] == 8

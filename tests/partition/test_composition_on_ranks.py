@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.model.controller import controller_of
-from tests.support.pipelines import Residual, accumulated, alone, data, differing
+from tests.support.pipelines import Residual, alone, data, differing
 from tests.support.ranks import on_ranks
 
 pytestmark = [pytest.mark.distributed]
@@ -137,7 +137,8 @@ def _two(rank: int, folder: Path) -> None:
     tied = _both(Tied(), KFAC, 3)
     parts: list[Any] = [None, None]
     dist.all_gather_object(parts, set(tied.own_state_dict()))
-    assert all(parts) and not parts[0] & parts[1]  # a weight has one stage
+    assert all(parts)
+    assert not parts[0] & parts[1]  # a weight has one stage
     one = _both(OneLayer(), KFAC, 3)
     assert bool(one.own_state_dict()) == (rank == 0)
     _both(_residual(), "cleanup,precision{format=bf16,cost=roofline}", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def test_the_plan_goes_to_json_and_back() -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero_bubble", "no_flush", "interleaved"])
 def test_schedules(schedule: str) -> None:
     pass_ = Partition(schedule=schedule, microbatches=6)  # type: ignore[arg-type]
-    _, part = _apply(pass_, pp=2)
+    untied = capture(Net().hidden, (torch.randn(2, 3, 8),)).graph
+    graph = untied if schedule == "no_flush" else _graph()
+    _, part = _apply(pass_, graph, pp=2)
     wanted = 4 if schedule == "interleaved" else 2
     assert [s.rank for s in part.stages] == [0, 1] * (wanted // 2)
     assert part.micro_batches == 6
@@ -143,6 +146,16 @@ def test_objectives_are_optimal_for_themselves() -> None:
     for objective in ("minmax", "alpa", "gpipe"):
         _, part = _apply(Partition(stages=3, objective=objective), graph)  # type: ignore[arg-type]
         assert (part.proof, part.value, part.gap) == ("exact search", part.lower, 0.0)
+
+
+def test_the_simulated_step_is_an_objective() -> None:
+    steps = {
+        objective: _apply(Partition(stages=3, objective=objective))[1]  # type: ignore[arg-type]
+        for objective in ("minmax", "alpa", "gpipe", "simulate")
+    }
+    best = steps.pop("simulate")
+    assert best.lower <= best.value <= min(part.step + 1e-12 for part in steps.values()) + 1e-4
+    assert best.step <= min(part.step for part in steps.values())
 
 
 def test_measured_times_are_used_where_asked_for() -> None:
@@ -259,13 +272,28 @@ def test_passes_that_rewrite_operators_come_before(later: str) -> None:
         Pipeline.parse("group_gradients,partition")
 
 
-def test_a_training_call_says_that_there_are_only_plans() -> None:
-    model = graphopt.optimize(Net(), passes="partition{stages=2}")
-    tokens = torch.randint(0, 16, (2, 3))
-    with pytest.raises(ArgumentError) as caught:
-        model(tokens)
-    assert caught.value.message == (
-        "pass 'partition' only makes plans so far, and no step can run by them yet"
+def test_one_process_trains_on_micro_batches() -> None:
+    torch.manual_seed(0)
+    plain = Net()
+    model = graphopt.optimize(
+        copy.deepcopy(plain), passes="partition{stages=2,microbatches=3}", loss=_loss
     )
+    tokens = torch.randint(0, 16, (7, 3))
+    loss = model.step(tokens, tokens)
+    expected = _loss(plain(tokens), tokens)
+    expected.backward()
+    assert torch.allclose(loss, expected.detach())
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(own.grad, other.grad, atol=1e-6)
     with torch.no_grad():
-        assert model.eval()(tokens).shape == (2, 3, 16)
+        assert torch.allclose(model(tokens), plain(tokens), atol=1e-5)
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def test_what_is_shared_cannot_be_updated_in_two_stages() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        _apply(Partition(stages=2, schedule="no_flush"))
+    assert caught.value.hint.startswith("operators that share 'embed.weight' are kept together")
