@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from graphopt import registry
 from graphopt.capture.flat import location
 from graphopt.errors import ArgumentError
 from graphopt.pipeline import Pipeline
@@ -79,8 +80,14 @@ def check_step(
         raise ArgumentError(
             f"no pass of {str(pipeline)!r} reduces gradients over the {mesh.sizes['dp']} ranks "
             "of dp",
-            hint=f"passes='{pipeline},group_gradients'",
+            hint=f"passes='{pipeline},{_reducing()}'",
         )
+
+
+def _reducing() -> str:
+    """A pass that reduces gradients of steps in stages."""
+    found = ((name, registry.get(name, registry.PASSES)) for name in registry.names(registry.PASSES))
+    return next(n for n, kind in found if kind.reduces and "staged" not in kind.conflicts)
 
 
 def check_kept(

@@ -67,17 +67,18 @@ class _Reader:
         self.twin = twins(graph, self.side)
         self.together = [set(group) for group in self.side.groups]
         self.saved: dict[fx.Node, set[int]] = {}
+        self.trained = set(graph.signature.names(Role.GRAD))
         self._save()
+        self._give()
         self.random = self._random()
 
     def problem(self, link: Link, times: str) -> Problem:
         names = [nodes[0].name for nodes in self.side.nodes]
-        trained = set(self.graph.signature.names(Role.GRAD))
         values = [made for made in self.side.made.values() if self._matters(made)]
         return Problem(
-            operators=tuple(self._operators(names, trained)),
+            operators=tuple(self._operators(names, self.trained)),
             values=(*(self._value(made, names) for made in values), *self._streams(names)),
-            parameters=self._parameters(trained),
+            parameters=self._parameters(self.trained),
             together=tuple(frozenset(names[i] for i in g) for g in self.together),
             link=link,
             times=times,
@@ -204,7 +205,11 @@ class _Reader:
     def _save(self) -> None:
         """Which operators' backward reads which values, looking through what is recomputed."""
         for node, index in self.twin.items():
-            wanted = [p for p in node.all_input_nodes if phase_of(p) is Phase.FORWARD]
+            wanted = [
+                p
+                for p in node.all_input_nodes
+                if phase_of(p) is Phase.FORWARD or self.side.stored_name(p)
+            ]
             seen: set[fx.Node] = set()
             while wanted:
                 source = wanted.pop()
@@ -216,7 +221,18 @@ class _Reader:
                 else:
                     self._keep(source, index)
 
+    def _give(self) -> None:
+        """Count what computes the gradient of a parameter among the parameter's readers."""
+        slots = zip(self.graph.signature.outputs, self.graph.outputs, strict=True)
+        stored = {slot.name for slot in self.graph.signature.inputs if slot.role is Role.PARAM}
+        for slot, node in slots:
+            if slot.role is Role.GRAD and slot.name in stored and node in self.twin:
+                self.side.stored[self.twin[node]].add(slot.name)
+
     def _keep(self, source: fx.Node, index: int) -> None:
+        name = self.side.stored_name(source)
+        if name in self.trained:  # its backward reads it, and maybe recomputes what does
+            self.side.stored[index].add(name)
         made = self.side.value(source)
         if made is None:
             return

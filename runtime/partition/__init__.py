@@ -27,7 +27,7 @@ from graphopt.runtime.partition.local import accumulated
 from graphopt.runtime.partition.loss import MEAN, reduction_of
 from graphopt.runtime.partition.messages import Messages
 from graphopt.runtime.partition.norms import warn_of_norms
-from graphopt.runtime.partition.shared import add_up
+from graphopt.runtime.partition.shared import add_up, spread
 from graphopt.runtime.partition.stream import Stream
 from graphopt.runtime.partition.update import finish, renew
 from graphopt.runtime.partition.work import Task, Work, engine_of
@@ -216,9 +216,11 @@ class Partition(RuntimePart[Stages]):
         ending = flushed.run(work, self._line(part, len(tasks), ranks.group.rank()), tasks)
         engine = tasks[0].engine
         gradients, step = ending.gradients, ending.step
+        mine = set(whole.names_of(part, ranks.group.rank()))
         if engine.sums is not None:
-            mine = set(whole.names_of(part, ranks.group.rank()))
             gradients.update(add_up(engine, ranks, ending.shares, mine))
+        if engine.spread:
+            gradients.update(spread(engine, ranks, gradients, step.parameters, mine))
         finish(self.session, engine, step, gradients)
         work.messages.flush()
         if not step.skipped:

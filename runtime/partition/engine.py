@@ -8,6 +8,7 @@ form is returned, which nobody reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,26 @@ class PipelineEngine(Engine):
     def sums(self) -> Half | None:
         """Adds up gradients from several stages."""
         return self._split.sums
+
+    @cached_property
+    def spread(self) -> tuple[str, ...]:
+        """Parameters that a rank reads which does not compute their gradient, in order."""
+        outputs, ranks = self.plan.signature.outputs, [s.rank for s in self.part.stages]
+        given = {
+            (outputs[port.position].name, rank)
+            for half, rank in zip(self._split.backward, ranks, strict=True)
+            for port in half.outputs
+            if port.kind is Kind.STEP and outputs[port.position].role is Role.GRAD
+        }
+        once = {name for name, _ in given}
+        return tuple(
+            dict.fromkeys(
+                name
+                for stage in self.part.stages
+                for name in stage.parameters
+                if name in once and (name, stage.rank) not in given
+            )
+        )
 
     @property
     def cut(self) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,8 +118,13 @@ def joined(outputs: Sequence[Any]) -> Any:
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    if not isinstance(values[0], Tensor):
-        return values[0]
+    first = values[0]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        found = {n: joined([getattr(value, n) for value in values]) for n in names}
+        return dataclasses.replace(first, **found)
+    if first is None or isinstance(first, (str, bool, int, float)):
+        return first
     return torch.cat(list(values)) if values[0].dim() else torch.stack(list(values)).mean()
 
 

@@ -1,4 +1,8 @@
-"""Gradients of parameters that several stages use: each adds its share, all get the sum."""
+"""Gradients of parameters that several stages use: each adds its share, all get the sum.
+
+A function with a backward of its own may read a parameter in a stage that is not the one which
+computes its gradient, and so may what is recomputed. All of them get it, and renew their copies.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +49,33 @@ def add_up(
         if slot.role is Role.GRAD and slot.name in mine:
             gradients[slot.name] = value
     return gradients
+
+
+def spread(
+    engine: PipelineEngine,
+    ranks: Ranks,
+    gradients: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    mine: set[str],
+) -> dict[str, Tensor]:
+    """Gradients that other ranks compute, of parameters that this one reads.
+
+    A collective along ``pp``, once per step.
+
+    Args:
+        engine: knows which these are.
+        ranks: along ``pp``.
+        gradients: of this rank's stages.
+        parameters: of the model, by name.
+        mine: parameters that this rank's stages use.
+    """
+    values = {
+        name: gradients[name].clone()
+        if name in gradients
+        else torch.zeros_like(parameters[name])
+        for name in engine.spread
+    }
+    with arriving(ranks, "the gradients of parameters that other stages read"):
+        for work in [ranks.group.inner.allreduce([value]) for value in values.values()]:
+            work.wait()
+    return {name: value for name, value in values.items() if name in mine}
