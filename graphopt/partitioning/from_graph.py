@@ -222,12 +222,14 @@ class _Reader:
                     self._keep(source, index)
 
     def _give(self) -> None:
-        """Count what computes the gradient of a parameter among the parameter's readers."""
-        slots = zip(self.graph.signature.outputs, self.graph.outputs, strict=True)
-        stored = {slot.name for slot in self.graph.signature.inputs if slot.role is Role.PARAM}
-        for slot, node in slots:
-            if slot.role is Role.GRAD and slot.name in stored and node in self.twin:
-                self.side.stored[self.twin[node]].add(slot.name)
+        """Count what computes a parameter's gradient, or writes a buffer, among its readers."""
+        inputs = self.graph.signature.inputs
+        stored = {slot.name for slot in inputs if slot.role in (Role.PARAM, Role.BUFFER)}
+        places = {**self.side.host, **self.twin}
+        for slot, node in zip(self.graph.signature.outputs, self.graph.outputs, strict=True):
+            changes = slot.role in (Role.GRAD, Role.MUTATION)
+            if changes and slot.name in stored and node in places:
+                self.side.stored[places[node]].add(slot.name)
 
     def _keep(self, source: fx.Node, index: int) -> None:
         name = self.side.stored_name(source)

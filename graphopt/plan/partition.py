@@ -23,8 +23,8 @@ class Stage:
             ``"name (part)"`` is what a module itself computes, where it is in several stages.
         forward_nodes: its operators, in the order of the graph.
         backward_nodes: those of its backward.
-        parameters: names of parameters, buffers and states that its forward reads, and of trained
-            parameters that its backward reads.
+        parameters: names of parameters, buffers and states that its forward reads, of trained
+            parameters that its backward reads, and of buffers that it writes.
         forward: seconds of its forward.
         input_grad: seconds of the gradients that the stage before waits for.
         weight_grad: seconds of the gradients of its parameters.

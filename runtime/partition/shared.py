@@ -70,9 +70,7 @@ def spread(
         mine: parameters that this rank's stages use.
     """
     values = {
-        name: gradients[name].clone()
-        if name in gradients
-        else torch.zeros_like(parameters[name])
+        name: gradients[name].clone() if name in gradients else torch.zeros_like(parameters[name])
         for name in engine.spread
     }
     with arriving(ranks, "the gradients of parameters that other stages read"):
