@@ -86,10 +86,8 @@ def check_step(
 
 def _reducing() -> str:
     """A pass that reduces gradients of steps in stages."""
-    found = (
-        (name, registry.get(name, registry.PASSES)) for name in registry.names(registry.PASSES)
-    )
-    return next(n for n, kind in found if kind.reduces and "staged" not in kind.conflicts)
+    kinds = {name: registry.get(name) for name in registry.names()}
+    return next(n for n, kind in kinds.items() if kind.reduces and "staged" not in kind.conflicts)
 
 
 def check_kept(

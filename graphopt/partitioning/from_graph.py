@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from graphopt.analysis.aliasing import storage
 from graphopt.analysis.cost import tensor_bytes
 from graphopt.analysis.effects import Effect, effect_of
 from graphopt.analysis.gradient_order import Device, roofline
@@ -205,6 +206,8 @@ class _Reader:
     def _save(self) -> None:
         """Which operators' backward reads which values, looking through what is recomputed."""
         for node, index in self.twin.items():
+            if self.side.stored_name(node):
+                continue  # a view of a parameter: whoever reads it makes it again
             wanted = [
                 p
                 for p in node.all_input_nodes
@@ -227,9 +230,20 @@ class _Reader:
         stored = {slot.name for slot in inputs if slot.role in (Role.PARAM, Role.BUFFER)}
         places = {**self.side.host, **self.twin}
         for slot, node in zip(self.graph.signature.outputs, self.graph.outputs, strict=True):
-            changes = slot.role in (Role.GRAD, Role.MUTATION)
-            if changes and slot.name in stored and node in places:
-                self.side.stored[places[node]].add(slot.name)
+            if slot.role in (Role.GRAD, Role.MUTATION) and slot.name in stored:
+                for part in self._summed(node) if slot.role is Role.GRAD else [node]:
+                    if part in places:
+                        self.side.stored[places[part]].add(slot.name)
+
+    def _summed(self, node: fx.Node) -> list[fx.Node]:
+        """What a gradient is the sum of: sums, and views of what is added, go where these are."""
+        views = self.graph.get(storage).views
+        found, wanted = [], [node]
+        while wanted:
+            node = wanted.pop()
+            through = node in views or node.target is torch.ops.aten.add.Tensor
+            (wanted if through else found).extend(node.all_input_nodes if through else [node])
+        return found
 
     def _keep(self, source: fx.Node, index: int) -> None:
         name = self.side.stored_name(source)

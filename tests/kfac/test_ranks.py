@@ -387,3 +387,28 @@ def test_a_rank_that_dies_is_an_error_and_no_hang(tmp_path: Path) -> None:
     in_processes(2, _dies, str(tmp_path / "store"), str(tmp_path))
     text = (tmp_path / "error").read_text()
     assert "the curvature of step 3 did not arrive: rank 1 did not answer" in text
+
+
+def _some_ranks_of_a_job(rank: int) -> None:
+    group = dist.new_group([1, 2, 3, 4])
+    if rank == 0:
+        return
+    model, plain = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    plain.load_state_dict(model.state_dict())
+    own = dist.new_group([rank], use_local_synchronization=True)
+    graphopt.optimize(model, passes=SPEC % (0.5, 1), mesh=group, backend="eager")
+    plain.load_state_dict(model.state_dict())  # all have what the first rank had
+    graphopt.optimize(plain, passes=SPEC % (0, 1), mesh=own, backend="eager")
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mine = x[4 * (rank - 1) : 4 * rank]
+    F.cross_entropy(model(mine), mine.argmax(1) % 3).backward()
+    F.cross_entropy(plain(x), x.argmax(1) % 3).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(one.grad, other.grad, atol=CLOSE)
+
+
+@pytest.mark.distributed
+def test_a_grid_on_some_ranks_of_a_job(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 5, _some_ranks_of_a_job)

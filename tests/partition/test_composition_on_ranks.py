@@ -141,7 +141,7 @@ def _two(rank: int, folder: Path) -> None:
     assert not parts[0] & parts[1]  # a weight has one stage
     one = _both(OneLayer(), KFAC, 3)
     assert bool(one.own_state_dict()) == (rank == 0)
-    _both(_residual(), "cleanup,precision{format=bf16,cost=roofline}", 2)
+    _both(_residual(), "cleanup,precision{format=bf16,cost=roofline,policy=tf}", 2)
 
 
 def test_two_stages(tmp_path: Path) -> None:
