@@ -238,7 +238,8 @@ class _Reader:
     def _summed(self, node: fx.Node) -> list[fx.Node]:
         """What a gradient is the sum of: sums, and views of what is added, go where these are."""
         views = self.graph.get(storage).views
-        found, wanted = [], [node]
+        found: list[fx.Node] = []
+        wanted = [node]
         while wanted:
             node = wanted.pop()
             through = node in views or node.target is torch.ops.aten.add.Tensor
