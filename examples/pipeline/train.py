@@ -52,11 +52,9 @@ def main() -> None:
     )
 
     done = _resume(options.checkpoint, model, optimizer, scheduler)
-    for epoch in range(done, options.epochs):
+    for epoch in range(done, options.until or options.epochs):
         model.train()
-        losses = [
-            model.step(images, targets) for images, targets in _batches(data, epoch, options)
-        ]
+        losses = [model.step(images, targets) for images, targets in _batches(data, epoch, options)]
         scheduler.step()
         # Each call below brings the weights of all stages to all ranks, so all ranks make it.
         model.eval()
@@ -67,7 +65,9 @@ def main() -> None:
     _show(model.explain())
 
 
-def _batches(data: Data, epoch: int, options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    data: Data, epoch: int, options: argparse.Namespace
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an epoch; ranks of one pipeline get the same, pipelines get shares."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(epoch))
     pipeline = dist.get_rank() // (dist.get_world_size() // options.dp) if options.dp > 1 else 0
@@ -143,6 +143,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=8, help="of one step")
     parser.add_argument("--dp", type=int, default=1, help="pipelines side by side")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--until", type=int, help="stop behind this epoch, to be resumed")
     parser.add_argument("--steps", type=int, help="stop each epoch after this many")
     parser.add_argument("--checkpoint", type=Path, help="resume from this file, and save to it")
     return parser.parse_args()
