@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ settings.load_profile("same")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker
     torch.set_num_threads(1)
+
+# An eighth of the time would go into looking for garbage: captures make many objects that live.
+gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is never garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

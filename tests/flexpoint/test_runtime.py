@@ -29,6 +29,7 @@ from tests.flexpoint.models import (
     train,
 )
 from tests.flexpoint.oracle import Scalar
+from tests.support.ranks import forked
 
 SPEC = "cleanup,flexpoint"
 
@@ -48,7 +49,8 @@ def optimized(model: nn.Module, spec: str = SPEC, **options: Any) -> nn.Module:
 )
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_what_runtime_parts_owe(spec: str) -> None:
+def test_what_runtime_parts_owe(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked(monkeypatch)
     check_runtime(spec, model=small_net)
 
 

@@ -19,7 +19,7 @@ from graphopt.testing.fuzz.scenario import KINDS, OUTPUTS, REFUSED_KINDS
 from graphopt.testing.fuzz.uses import USES
 
 # 2,000 take about twenty minutes: python -m graphopt.testing.fuzz --examples 2000
-EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "24"))
 
 
 @pytest.mark.slow
@@ -64,7 +64,8 @@ def test_what_is_refused(kind: str) -> None:
 def test_every_use(use: str) -> None:
     layers = (Layer("Linear"), Layer("Normalised"), Layer("Drops"), Layer("CountsOnly"))
     steps = (Step("once"), Step(use, "nothing"), Step(use, "sgd", batch=2))
-    for output in OUTPUTS:
+    first = list(USES).index(use) % 2  # every second form of output; examples have the others
+    for output in OUTPUTS[first::2]:
         assert check_scenario(Scenario(layers, steps, output)).kind == "equal"
 
 
