@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
+from itertools import count
 
 import pytest
 import torch
@@ -27,8 +27,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_NUMBERS = count()
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Cached choices must not leak between tests or from the user's own runs."""
-    cache: Path = tmp_path_factory.mktemp("cache")
+    # Not `mktemp`, which looks through the folders of all tests so far; the cache makes its own.
+    cache = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
