@@ -48,6 +48,8 @@ def test_methods_compose() -> None:
     check_runtime(f"right,{KFAC}", ranks=False)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "spec", ["group_gradients{link=10gbe}", "group_gradients{link=10gbe,wire=int32}", KFAC]
 )
@@ -93,6 +95,8 @@ def test_methods_that_are_wrong(name: str, obligation: str, sentence: str) -> No
     assert "\n" not in message
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_method_that_is_only_wrong_on_several_ranks() -> None:
     with pytest.raises(AssertionError) as failure:
         check_runtime("is_alone")  # on one rank first
