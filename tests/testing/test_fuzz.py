@@ -19,7 +19,7 @@ from graphopt.testing.fuzz.scenario import KINDS, OUTPUTS, REFUSED_KINDS
 from graphopt.testing.fuzz.uses import USES
 
 # 2,000 take about twenty minutes: python -m graphopt.testing.fuzz --examples 2000
-EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "20"))
 
 
 @pytest.mark.slow
