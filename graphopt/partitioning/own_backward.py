@@ -137,11 +137,11 @@ class _Run:
         return frozenset(n for n in nodes if n is not None), tensor_bytes(list(others.values()))
 
 
-class _Clock(TorchDispatchMode):
+class _Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what operators below autograd take; views, and questions to tensors, take nothing."""
 
     def __init__(self, device: Device | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.seconds = device, 0.0
 
     def __torch_dispatch__(
@@ -169,7 +169,7 @@ def _keep(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> object:

@@ -10,7 +10,7 @@ therefore is, and `received` makes the gradients that go back so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, fx
 
 from graphopt.analysis.aliasing import storage_of
 from graphopt.graph import value_of
+
+aten = torch.ops.aten
 
 STAGE = "stage"  # in the meta of a node: the stage that it is in
 _ROOT = {"L__self__": ("", "")}  # nn_module_stack of what belongs to no module
@@ -89,15 +91,15 @@ class _Relaying:
     def _write(self, number: int) -> None:
         self.again = {}
         for node in self._arriving(number):
-            self.here[node] = self.new.call_function(received, (self.here[node],))
+            self.here[node] = self._called(received, self.here[node], f"{node.name}_received")
             self._mark(self.here[node], number, value_of(node))
-        passed = {n: self._cloned(self.here[n], number) for n in self._passing(number)}
+        passed = {n: self._cloned(n, number) for n in self._passing(number)}
         own = [n for n in self.nodes if self.stage.get(n) == number]
         for node in own:
             self.here[node] = self._copied(node, number, node.meta)
         for node in own:
             if self.until.get(node, 0) > number and not self._can_be_sent(node):
-                self.here[node] = self._cloned(self.here[node], number)
+                self.here[node] = self._cloned(node, number)
         self.here |= passed
 
     def _arriving(self, number: int) -> list[fx.Node]:
@@ -138,10 +140,19 @@ class _Relaying:
         return copy
 
     def _cloned(self, node: fx.Node, number: int) -> fx.Node:
-        options = {"memory_format": torch.contiguous_format}
-        clone = self.new.call_function(torch.ops.aten.clone.default, (node,), options)
-        self._mark(clone, number, value_of(node).clone(memory_format=torch.contiguous_format))
+        dense = {"memory_format": torch.contiguous_format}
+        clone = self._called(aten.clone.default, self.here[node], f"{node.name}_relay", dense)
+        self._mark(clone, number, value_of(node).clone(**dense))
         return clone
+
+    def _called(
+        self,
+        function: Callable[..., Tensor],
+        operand: fx.Node,
+        name: str,
+        options: dict[str, Any] | None = None,
+    ) -> fx.Node:
+        return self.new.create_node("call_function", function, (operand,), options, name)
 
     def _mark(self, node: fx.Node, number: int, value: object) -> None:
         node.meta |= {"val": value, "nn_module_stack": _ROOT, STAGE: number}
@@ -157,11 +168,9 @@ class _Relaying:
         return True
 
     def _read_inputs_in_order(self) -> None:
-        """torch hands the inputs to the first stage in the order in which that reads them."""
+        """The first stage is called with the inputs in the order in which it reads them."""
         inputs = [
-            n
-            for n in self.new.nodes
-            if n.op == "placeholder" and isinstance(value_of(n), Tensor)
+            n for n in self.new.nodes if n.op == "placeholder" and isinstance(value_of(n), Tensor)
         ]
         first = [n for n in self.new.nodes if n.meta.get(STAGE) == 0]
         read = [p for n in first for p in n.all_input_nodes if p.op == "placeholder"]
@@ -169,6 +178,6 @@ class _Relaying:
             return
         with self.new.inserting_before(first[0]):
             for node in inputs:
-                alias = self.new.call_function(torch.ops.aten.alias.default, (node,))
+                alias = self._called(aten.alias.default, node, f"{node.name}_input")
                 self._mark(alias, 0, value_of(node))
                 node.replace_all_uses_with(alias, lambda user, alias=alias: user is not alias)

@@ -6,7 +6,6 @@ values, so that its schedules run whatever cuts are best.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from graphopt.analysis.gradient_order import Device
@@ -83,7 +82,7 @@ def split_at(module: fx.GraphModule, stage: dict[fx.Node, int]) -> None:
         module: what torch exported; it is changed.
         stage: of every function, as `graphopt.partitioning.relays.relayed` wants it.
     """
-    import torch.distributed.pipelining  # noqa: F401  (has the operator that marks a cut)
+    import torch.distributed.pipelining  # has the operator that marks a cut
 
     graph = relayed(module.graph, stage)
     number = 0
