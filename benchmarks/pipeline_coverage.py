@@ -1,7 +1,7 @@
 """Cuts at which stock ``torch.distributed.pipelining`` raises, and the same cuts with relays.
 
-Networks with skip connections are cut into four stages: the best ones by `split_policy`, and equal
-numbers of operators, which cuts inside of blocks. Each is trained for one step of eight
+Networks with skip connections are cut into four stages: the best ones for free transfers, and
+equal numbers of operators, which cuts inside of blocks. Each is trained for one step of eight
 micro-batches under four stock schedules: on four Gloo ranks, or on two with two stages each.
 "Stock" marks the same cuts in the same graph with torch's own ``pipe_split`` and nothing else. A
 step counts if all gradients equal those of the whole model. Nothing is timed; a step that takes
@@ -13,10 +13,9 @@ Run ``python -m benchmarks.pipeline_coverage``; the result goes to
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ SCHEDULES: Mapping[str, Callable[..., Any]] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero bubble": ScheduleInterleavedZeroBubble,
 }
-SINGLE = ("GPipe", "1F1B")
+SINGLE, SEVERAL = ("GPipe", "1F1B"), ("interleaved", "zero bubble")
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], int]] = {
     "U-Net": (lambda: UNet(width=8), 32),
     "FC-DenseNet": (lambda: FCDenseNet103((2, 3), 2, 4), 16),
@@ -103,35 +102,37 @@ def main() -> None:
     results: dict[str, object] = {}
     for model in MODELS:
         for cut in CUTS:
-            row = {
-                policy: {kind: _outcome(model, cut, policy, kind) for kind in SCHEDULES}
-                for policy in POLICIES
-            }
+            row: dict[str, dict[str, str]] = {"stock": {}, "with relays": {}}
+            for kind in SCHEDULES:
+                row["stock"] |= _outcomes(model, cut, "stock", (kind,))
+            for kinds in (SINGLE, SEVERAL):
+                row["with relays"] |= _outcomes(model, cut, "with relays", kinds)
             results[f"{model}, {cut}"] = row
             print(model, cut, row, flush=True)
     print("kept in", keep("pipeline_coverage", results).name)
 
 
-def _outcome(model: str, cut: str, policy: str, kind: str) -> str:
-    world = STAGES if kind in SINGLE else STAGES // 2
+def _outcomes(model: str, cut: str, policy: str, kinds: Sequence[str]) -> dict[str, str]:
+    """What becomes of a step under each schedule; all of the same number of ranks."""
+    world = STAGES if kinds[0] in SINGLE else STAGES // 2
     with tempfile.TemporaryDirectory() as folder:
-        args = (world, Path(folder), model, cut, policy, kind)
+        args = (world, Path(folder), model, cut, policy, kinds)
         context = mp.start_processes(_rank, args, world, join=False, start_method="fork")
         try:
             end = time.monotonic() + SECONDS
             while not context.join(timeout=max(end - time.monotonic(), 0)):
                 if time.monotonic() > end:
-                    return "does not end"
-        except mp.spawn.ProcessRaisedException as error:
-            return "raises: " + str(error).strip().splitlines()[-1]
+                    return dict.fromkeys(kinds, "does not end")
+        except mp.ProcessRaisedException as error:
+            return dict.fromkeys(kinds, "raises: " + str(error).strip().splitlines()[-1])
         finally:
             for process in context.processes:
                 process.kill()
-        return max(file.read_text() for file in Path(folder).glob("outcome*"))
+        return {k: max(f.read_text() for f in Path(folder).glob(f"{k} *")) for k in kinds}
 
 
 def _rank(
-    rank: int, world: int, folder: Path, model: str, cut: str, policy: str, kind: str
+    rank: int, world: int, folder: Path, model: str, cut: str, policy: str, kinds: Sequence[str]
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -145,17 +146,18 @@ def _rank(
     policy_of_cut = partial(POLICIES[policy], cut)
     pipe = pipeline(_made(model)[0], (x[:2],), split_policy=policy_of_cut)
     stages = [pipe.build_stage(n, torch.device("cpu")) for n in range(rank, STAGES, world)]
-    given = stages[0] if kind in SINGLE else stages
-    schedule = SCHEDULES[kind](given, MICRO_BATCHES, loss_fn=_loss)
-    schedule.step(*(x,) if rank == 0 else (), target=target if rank == world - 1 else None)
-    same = all(
-        parameter.grad is not None and torch.allclose(parameter.grad, wanted[name], 1e-3, 1e-5)
-        for stage in stages
-        for name, parameter in stage.submod.named_parameters()
-    )
-    (folder / f"outcome{rank}").write_text("trains" if same else "wrong gradients")
+    for kind in kinds:
+        schedule = SCHEDULES[kind](
+            stages[0] if kind in SINGLE else stages, MICRO_BATCHES, loss_fn=_loss
+        )
+        schedule.step(*(x,) if rank == 0 else (), target=target if rank == world - 1 else None)
+        same = True
+        for stage in stages:
+            for name, parameter in stage.submod.named_parameters():
+                found, parameter.grad = parameter.grad, None
+                same &= found is not None and torch.allclose(found, wanted[name], 1e-3, 1e-5)
+        (folder / f"{kind} {rank}").write_text("trains" if same else "wrong gradients")
     dist.barrier()
-    sys.stdout.flush()
 
 
 def _made(name: str) -> tuple[nn.Module, int]:

@@ -110,7 +110,11 @@ class ExportedProblem:
         found: dict[fx.Node, list[fx.Node]] = {}
         for node in self.host:
             for operand in _written(node):
-                found.setdefault(self._owner(operand), []).append(node)
+                owner = self._owner(operand)
+                found.setdefault(owner, []).append(node)
+                while owner.target is torch.ops.aten.dropout.default and not owner.args[2]:
+                    owner = self._owner(owner.all_input_nodes[0])  # it returns what it was given
+                    found.setdefault(owner, []).append(node)
         return found
 
     def _check(self) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from graphopt.analysis.gradient_order import Device
 from graphopt.errors import ArgumentError
+from graphopt.network.clusters import cluster
 from graphopt.partitioning.atoms import atoms_of
 from graphopt.partitioning.from_exported import ExportedProblem
 from graphopt.partitioning.objective import Objective
@@ -27,7 +28,7 @@ class SplitPolicy:
     """
 
     def __init__(
-        self, stages: int, objective: Objective, device: Device | None, link: Link | None
+        self, stages: int, objective: Objective, device: Device | None, link: Link
     ) -> None:
         self.stages, self.objective, self.device, self.link = stages, objective, device, link
         self.partition: Partition | None = None
@@ -58,7 +59,7 @@ def split_policy(
     objective: Objective | None = None,
     *,
     device: Device | None = None,
-    link: Link | None = None,
+    link: str = "10gbe",
 ) -> SplitPolicy:
     """The best stages, for ``pipeline(model, example, split_policy=split_policy(4))``.
 
@@ -70,9 +71,11 @@ def split_policy(
         stages: how many; none is empty.
         objective: what to minimise, and the limit of memory; by default the slowest stage.
         device: for the roofline; by default the assumed one of the kind that the model is on.
-        link: what connects the stages; by default transfers take no time.
+        link: a machine of `graphopt.network.clusters`, whose messages between ranks are assumed.
     """
-    return SplitPolicy(stages, objective or Objective(), device, link)
+    hop = cluster(link).hop(max(stages, 2))
+    between = Link(hop.per_byte, hop.latency)
+    return SplitPolicy(stages, objective or Objective(), device, between)
 
 
 def split_at(module: fx.GraphModule, stage: dict[fx.Node, int]) -> None:
