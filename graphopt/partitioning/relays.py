@@ -66,9 +66,12 @@ class _Relaying:
         self.last = max(stage.values())
         self.final = [n for n in self.nodes if n in graph.output_node().all_input_nodes]
         self.until: dict[fx.Node, int] = {}  # the last stage that needs a value
+        self.reads: set[tuple[fx.Node, int]] = set()  # memory, and a stage with an operator on it
         for node in stage:
             for operand in node.all_input_nodes:
                 self._need(operand, stage[node])
+                if self.memory.owner[node] is not self.memory.owner[operand]:
+                    self.reads.add((self.memory.owner[operand], stage[node]))
         for node in self.final:
             self._need(node, self.last)
         self.new = fx.Graph()
@@ -98,7 +101,9 @@ class _Relaying:
         for node in own:
             self.here[node] = self._copied(node, number, node.meta)
         for node in own:
-            if self.until.get(node, 0) > number and not self._can_be_sent(node):
+            sent = self.until.get(node, 0) > number
+            returned = sent or (number == self.last and node in self.final)
+            if (sent and not self._can_be_sent(node)) or (returned and self._is_read(node)):
                 self.here[node] = self._cloned(node, number)
         self.here |= passed
 
@@ -166,6 +171,14 @@ class _Relaying:
                 return False
             node = node.all_input_nodes[0]
         return True
+
+    def _is_read(self, node: fx.Node) -> bool:
+        """Whether the stage itself reads what it returns.
+
+        Where input gradients come before weight gradients, torch detaches in place what a stage has
+        returned, and autograd then refuses to use it for the latter.
+        """
+        return (self.memory.owner[node], self.stage[node]) in self.reads
 
     def _read_inputs_in_order(self) -> None:
         """The first stage is called with the inputs in the order in which it reads them."""
