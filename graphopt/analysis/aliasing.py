@@ -65,6 +65,16 @@ def storage_of(nodes: Iterable[fx.Node]) -> Storage:
     return Storage(owner, frozenset(views))
 
 
+def is_view(target: object) -> bool:
+    """Whether an operator returns an operand's memory, or a piece of a tuple, as it is."""
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    found = _aliased_argument(target)
+    return found is not None and not found[2]
+
+
 def _aliased(node: fx.Node) -> tuple[fx.Node | None, bool]:
     """The argument whose memory the result lies in, and whether the operator writes into it."""
     if not isinstance(node.target, torch._ops.OpOverload):

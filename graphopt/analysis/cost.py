@@ -8,7 +8,7 @@ that an unfused execution reads and writes, so they bound the traffic of a fused
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from graphopt.analysis.aliasing import storage
 from graphopt.graph import Graph, operator_name, value_of
 
 aten = torch.ops.aten
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments
 
 # Attention on the CPU has the same arithmetic as on the GPU, but no formula of its own.
 _SAME_FORMULA = {
@@ -97,41 +99,49 @@ def _strides(value: torch.Tensor) -> tuple[int, ...]:
     return value.stride() if value.layout is torch.strided else (1,) * value.dim()
 
 
+def call_cost(target: object, operands: Call, read: Sequence[object], value: object) -> Cost:
+    """The cost of one call that is no view.
+
+    Args:
+        target: the operator.
+        operands: positional and keyword arguments, as values.
+        read: the distinct ones among them, in order.
+        value: what it returns.
+    """
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    written = tensor_bytes(value)
+    total = sum(map(tensor_bytes, read))
+    if packet in _GATHERS:
+        whole = tensor_bytes(read[0])
+        total += min(written, whole) - whole
+    return Cost(_flops(packet, operands, value), total, written)
+
+
 def _cost(node: fx.Node) -> Cost:
-    written = tensor_bytes(value_of(node))
     sources = node.all_input_nodes
-    read = sum(tensor_bytes(value_of(source)) for source in sources)
-    if _packet(node) in _GATHERS:
-        whole = tensor_bytes(value_of(sources[0]))
-        read += min(written, whole) - whole
     bodies = [_body(node, s) for s in sources if s.op == "get_attr"]
     inner = [_total(body) for body in bodies if body is not None]
     if inner:
         # Which branch runs is only known at run time: the most expensive one is the bound.
         return max(inner, key=lambda c: (c.flops, c.bytes))
-    return Cost(_flops(node), read, written)
+    operands = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return call_cost(node.target, operands, [value_of(s) for s in sources], value_of(node))
 
 
-def _flops(node: fx.Node) -> int:
-    packet = _packet(node)
+def _flops(packet: Any, operands: Call, value: object) -> int:
+    args, kwargs = operands
     if packet in _DOT_PRODUCTS:
-        shape: torch.Size = value_of(node.all_input_nodes[0]).shape
+        shape: torch.Size = args[0].shape
         return 2 * math.prod(n for n in shape if type(n) is int)
     formula = cast(
         "Callable[..., int] | None", flop_registry.get(_SAME_FORMULA.get(packet, packet))
     )
     if formula is None:
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    values = map(value_of, (node, *node.all_input_nodes))
-    if any(type(n) is not int for v in values if isinstance(v, torch.Tensor) for n in v.shape):
+    tensors = (v for v in (value, *args, *kwargs.values()) if isinstance(v, torch.Tensor))
+    if any(type(n) is not int for v in tensors for n in v.shape):
         return 0  # it depends on data
-    return int(formula(*args, **kwargs, out_val=value_of(node)))
-
-
-def _packet(node: fx.Node) -> Any:
-    target = node.target
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return int(formula(*args, **kwargs, out_val=value))
 
 
 def _body(node: fx.Node, source: fx.Node) -> fx.GraphModule | None:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.analysis.aliasing import storage
-from graphopt.analysis.cost import cost
+from graphopt.analysis.cost import Cost, cost
 from graphopt.analysis.effects import Effect, effect_of, writes
 from graphopt.graph import Graph, phase_of, value_of
 from graphopt.plan import Phase, Role
@@ -115,17 +115,24 @@ def roofline(graph: Graph, device: Device | None = None) -> dict[fx.Node, float]
     costs, views = graph.get(cost).by_node, graph.get(storage).views
     result = {}
     for node in graph.operators:
-        kind, wide = _placed(node)
-        used = device or ASSUMED.get(kind, ASSUMED["cuda"])
-        flops = used.flops if wide else used.half_flops
-        spent = max(costs[node].flops / flops, costs[node].bytes / used.bandwidth)
-        result[node] = 0.0 if node in views else spent + used.overhead
+        spent = roofline_seconds(costs[node], value_of(node), device)
+        result[node] = 0.0 if node in views else spent
     return result
 
 
-def _placed(node: fx.Node) -> tuple[str, bool]:
-    """Device type of a node, and whether its floating-point results have 32 bits or more."""
-    value = value_of(node)
+def roofline_seconds(work: Cost, value: object, device: Device | None = None) -> float:
+    """Estimated seconds of one operator that returns `value`, its launch included.
+
+    Without `device`, it runs on the `ASSUMED` one of the kind that the value is on.
+    """
+    kind, wide = _placed(value)
+    used = device or ASSUMED.get(kind, ASSUMED["cuda"])
+    flops = used.flops if wide else used.half_flops
+    return max(work.flops / flops, work.bytes / used.bandwidth) + used.overhead
+
+
+def _placed(value: object) -> tuple[str, bool]:
+    """Device type of a result, and whether its floating-point parts have 32 bits or more."""
     parts = value if isinstance(value, tuple | list) else (value,)
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     if not tensors:

@@ -76,11 +76,13 @@ def check_step(
             hint="loss=torch.nn.functional.cross_entropy",
         )
     reduces = any(pass_.reduces for pass_ in pipeline.passes)
-    if owns and mesh.groups and mesh.sizes.get("dp", 1) > 1 and not reduces:
+    # Without a mesh, the ranks of a job are its dp.
+    dp = mesh.groups["dp"].size() if "dp" in mesh.groups else 1
+    if owns and dp > 1 and not reduces:
         raise ArgumentError(
-            f"no pass of {str(pipeline)!r} reduces gradients over the {mesh.sizes['dp']} ranks "
-            "of dp",
-            hint=f"passes='{pipeline},{_reducing()}'",
+            f"no pass of {str(pipeline)!r} reduces gradients over the {dp} ranks of dp",
+            hint=f"passes='{pipeline},{_reducing()}'; or mesh='pp={dp}', if these ranks are to "
+            "share the model",
         )
 
 
@@ -211,7 +213,7 @@ def mesh_of(mesh: object) -> Mesh:
         words = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ArgumentError(
             f"mesh says {words}, and this job has {world.size()} ranks",
-            hint="leave mesh out: a running job knows its size",
+            hint="start as many ranks as the mesh has, or leave mesh out if all of them are dp",
         )
     large = [name for name, size in sizes.items() if size > 1]
     if len(large) > 1:

@@ -21,7 +21,7 @@ from graphopt.runtime.engine.step import Step
 from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.part import MakeEngine, RuntimePart
 from graphopt.runtime.partition import flushed, whole
-from graphopt.runtime.partition.batch import MicroBatch, micro_batches
+from graphopt.runtime.partition.batch import MicroBatch, check_takes, micro_batches
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.local import accumulated
 from graphopt.runtime.partition.loss import MEAN, reduction_of
@@ -134,9 +134,12 @@ class Partition(RuntimePart[Stages]):
             )
             if not self._reductions:
                 warn_of_norms(owned.model(), [micro.examples for micro in batches])
+            if owned.loss is None:
+                check_takes(owned.model(), batches[0])
             if ranks is None:
-                part, _ = self._decided(owned, batches)
-                if part.schedule == NO_FLUSH:
+                owned.kind_of(batches[0].args, batches[0].kwargs)
+                # One rank and no number of stages: there are none, only micro-batches.
+                if self.stages is not None and self.stages.schedule == NO_FLUSH:
                     raise ArgumentError(
                         "a pipeline that is never drained needs ranks, and this is one process",
                         where="schedule=no_flush",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphopt.errors import ArgumentError
@@ -87,6 +88,24 @@ def micro_batches(
         target = args[-1] if has_target else None
         found.append(MicroBatch(args[:-1] if has_target else args, named, target, size))
     return found
+
+
+def check_takes(model: nn.Module, micro: MicroBatch) -> None:
+    """Whether a model with its own loss takes the items of a batch.
+
+    Raises:
+        ArgumentError: it does not; as a rule the last one is a target, and `loss` was forgotten.
+    """
+    try:
+        inspect.signature(model.forward).bind(*micro.args, **micro.kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"step was given {len(micro.args)} items, and {type(model).__name__} does not take "
+            f"them: {error}",
+            where="step",
+            hint="if the last item is a target: "
+            "optimize(..., loss=torch.nn.functional.cross_entropy)",
+        ) from None
 
 
 def _cuts(value: Any, examples: int) -> bool:

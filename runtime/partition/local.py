@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from graphopt.errors import ArgumentError
 from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.partition.batch import MicroBatch
 from graphopt.runtime.partition.loss import MEAN, loss_of
@@ -29,6 +30,13 @@ def accumulated(
             output = model(*micro.args, **micro.kwargs)
             factor = micro.examples / total if rule == MEAN else 1.0
             loss = loss_of(owned.loss, output, micro.target) * factor
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    "the loss has no gradient",
+                    where="loss",
+                    hint="let parameters require gradients, and compute the loss from the output, "
+                    "without detach() or item()",
+                )
             with torch._C._DisableAutocast():
                 loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach().to(torch.float32).reshape(()))

@@ -36,7 +36,7 @@ from tests.support.applying import GOLDEN, reasons, targets
     ids=str,
 )
 def test_generated_graphs(pass_: Flexpoint) -> None:
-    check_pass(pass_, max_examples=30)
+    check_pass(pass_, max_examples=20)
 
 
 def _applied(graph: Graph, pass_: Flexpoint | None = None) -> tuple[Outcome, list[Tensor]]:

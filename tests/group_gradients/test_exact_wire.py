@@ -18,7 +18,7 @@ from tests.support.models import batch, mlp
 from tests.support.ranks import on_ranks
 
 MICRO_BATCHES = 4
-STEPS = 20
+STEPS = 10
 
 
 def _train(model: Any, module: Any, rank: int, world: int) -> str:

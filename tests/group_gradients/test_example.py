@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+
+from tests.support.ranks import in_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -20,11 +24,10 @@ FOLDER = ROOT / "examples" / "data_parallel"
 LIMIT = 120.0  # seconds; a usual run takes about ten
 
 
-def _train(script: str, weights: Path) -> tuple[str, list[float], dict[str, Tensor]]:
-    """What rank 0 prints, the loss of each epoch, and rank 0's weights and buffers."""
+def _train(weights: Path) -> str:
+    """What ``torchrun train.py`` prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(FOLDER / script)]
-    command += ["--epochs", "2", "--steps", "3", "--save", str(weights)]
+    command += ["--nproc-per-node", "2", str(FOLDER / "train.py"), *_options(weights)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -39,15 +42,43 @@ def _train(script: str, weights: Path) -> tuple[str, list[float], dict[str, Tens
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
-        raise AssertionError(f"{script} hangs after printing:\n{printed}") from None
+        raise AssertionError(f"train.py hangs after printing:\n{printed}") from None
     assert process.returncode == 0, printed
-    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+),", printed, re.MULTILINE)]
-    return printed, losses, torch.load(weights)
+    return printed
+
+
+def _train_ddp(rank: int, port: int, weights: str, printed: str) -> None:
+    """A rank of ``torchrun train_ddp.py``; it is forked, as starting one takes longer than it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["train_ddp.py", *_options(Path(weights))]
+    sys.path.insert(0, str(FOLDER))
+    with Path(f"{printed}{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(FOLDER / "train_ddp.py"), run_name="__main__")
+
+
+def _options(weights: Path) -> list[str]:
+    return ["--epochs", "2", "--steps", "3", "--save", str(weights)]
+
+
+def _losses(printed: str) -> list[float]:
+    """Of each epoch."""
+    return [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+),", printed, re.MULTILINE)]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def test_both_scripts_train_alike(tmp_path: Path) -> None:
-    printed, losses, weights = _train("train.py", tmp_path / "graphopt.pt")
-    ddp_printed, ddp_losses, ddp_weights = _train("train_ddp.py", tmp_path / "ddp.pt")
+    mine, theirs = tmp_path / "graphopt.pt", tmp_path / "ddp.pt"
+    printed = _train(mine)
+    in_processes(2, _train_ddp, _free_port(), str(theirs), str(tmp_path / "printed"))
+    ddp_printed = (tmp_path / "printed0").read_text()
+    losses, ddp_losses = _losses(printed), _losses(ddp_printed)
+    weights, ddp_weights = torch.load(mine), torch.load(theirs)
     assert len(losses) == 2
     assert losses[1] < losses[0]
     torch.testing.assert_close(losses, ddp_losses, rtol=1e-4, atol=0)

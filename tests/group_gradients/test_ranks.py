@@ -58,8 +58,13 @@ def _like_ddp(rank: int, name: str, backend: str) -> None:
     assert plan == type(plan).from_json(plan.to_json())
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
+SLOW = pytest.param("conv", "inductor", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),  # the multilayer perceptron in inductor: with narrow wires
+    [*((name, "eager") for name in MODELS), ("tied", "inductor"), SLOW],
+)
 def test_like_ddp(name: str, backend: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _like_ddp, name, backend)
 

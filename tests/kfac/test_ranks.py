@@ -213,10 +213,12 @@ def test_equals_one_process_with_the_whole_batch(tmp_path: Path, world: int) -> 
     kept = (run.steps(12), _intervals(run.state))
     assert any(interval != [1, 1, 12] for interval in kept[1].values()), "no interval ever grew"
     torch.save(kept, tmp_path / "wanted")
-    fractions = (0, 0.5, 1) if world == 4 else (0, 1)
-    cases = [(SPEC % (fraction, "stale"), 1) for fraction in fractions]
-    cases += [(f"{spec},group_gradients", 1) for spec, _ in cases]
-    cases += [(SPEC % (0.5, "stale"), 2), (f"{SPEC % (0, 'stale')},group_gradients", 2)]
+    # Every fraction, with and without groups, and micro-batches with and without them.
+    none, half, all_ = (SPEC % (fraction, "stale") for fraction in (0, 0.5, 1))
+    cases = [(none, 1), (f"{all_},group_gradients", 1), (half, 2)]
+    if world == 4:
+        cases = [(none, 1), (half, 1), (all_, 1)]
+        cases += [(f"{half},group_gradients", 1), (f"{none},group_gradients", 2)]
     on_ranks(tmp_path, world, _equals_whole_batch, world, cases, str(tmp_path / "wanted"))
 
 

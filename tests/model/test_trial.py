@@ -25,9 +25,9 @@ from graphopt.model.caller import finally_all
 from graphopt.model.comparison import compare, same
 from graphopt.model.copies import StandIns
 from graphopt.model.trial import Trial
-from graphopt.testing import CORPUS, Layer, Scenario, Step, check_scenario
+from graphopt.testing import Layer, Scenario, Step, check_scenario
 from graphopt.testing.fuzz.around import AROUND
-from graphopt.testing.fuzz.observe import difference, state_of, surroundings
+from tests.support.observing import identities, traces
 
 # -- models that keep and change things ------------------------------------------------------------
 
@@ -78,33 +78,6 @@ class Cache:
     seen: dict[str, int] = field(default_factory=dict)
 
 
-def _state(model: nn.Module, *more: object) -> list[object]:
-    """All that could show a trace, as values and identities that can be compared."""
-    found: list[object] = [torch.get_rng_state().tolist(), random.getstate()]
-    found += [np.random.get_state()[1].tolist(), torch.is_grad_enabled()]
-    found += [torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()]
-    for module in model.modules():
-        found.append(type(module).__name__)
-        found += [] if module is model else [list(module.__dict__)]  # a controller may be there
-        for table in ("_parameters", "_buffers", "_modules"):
-            found.append(list(module.__dict__[table]))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found += [name, tensor.tolist(), tensor.requires_grad, tensor.is_leaf]
-        found.append(None if tensor.grad is None else tensor.grad.tolist())
-    for value in more:
-        assert isinstance(value, Tensor)
-        found += [value.tolist(), value.requires_grad, value.is_leaf, value.grad_fn is None]
-        found += [value._version, value.grad is None]
-    return found
-
-
-def _identities(model: nn.Module) -> list[int]:
-    """Which objects the modules hold, in their dictionaries and in containers."""
-    tables = [m.__dict__ for m in model.modules()]
-    tables += [t[n] for t in tables for n in ("_parameters", "_buffers", "_modules")]
-    return [id(value) for table in tables for value in table.values()]
-
-
 def _contents(value: Any) -> Any:
     """Containers as plain values, tensors by identity."""
     if isinstance(value, dict):
@@ -127,33 +100,23 @@ def _contents(value: Any) -> Any:
 # -- the property ----------------------------------------------------------------------------------
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("name", CORPUS)
-def test_a_first_call_changes_what_a_call_of_eager_changes(name: str) -> None:
-    found = []
-    for optimize in (lambda m: m, lambda m: graphopt.optimize(m, backend="eager")):
-        model, args, kwargs = CORPUS[name].make()
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
-        model = optimize(model)
-        before = _identities(model)
-        model(*args, **kwargs)
-        assert _identities(model) == before
-        found.append((_state(model, *tensors), state_of(model), surroundings()))
-    assert found[0][0] == found[1][0]
-    assert not difference(found[0][1], found[1][1])
-    assert not difference(found[0][2], found[1][2])
+KEEPS = (("Average", "Remembers"), ("History", "Momentum"), ("Carries", "Named", "Logs"))
+AROUNDS = [name for name in AROUND if name != "backward_hook"]
+USES = ["once", "checkpointed", "inference_mode", "itself", "autocast"]
 
 
-@pytest.mark.parametrize("around", [name for name in AROUND if name != "backward_hook"])
-@pytest.mark.parametrize("use", ["once", "checkpointed", "inference_mode", "itself", "autocast"])
+@pytest.mark.parametrize("around", AROUNDS)
+@pytest.mark.parametrize("use", USES)
 def test_a_first_call_of_what_keeps_things_changes_what_eager_changes(
     around: str, use: str
 ) -> None:
-    """Two or three layers that keep something, and what is around each of them."""
-    for kinds in (("Average", "Remembers"), ("History", "Momentum"), ("Carries", "Named", "Logs")):
-        layers = tuple(Layer(kind, around) for kind in kinds)
-        check_scenario(Scenario(layers, (Step(use, "nothing"),), output="tuple"))
+    """Two or three layers that keep something, and what is around each of them.
+
+    Every pair of a use, of surroundings and of layers occurs, and a third of all triples.
+    """
+    kinds = KEEPS[(AROUNDS.index(around) + USES.index(use)) % len(KEEPS)]
+    layers = tuple(Layer(kind, around) for kind in kinds)
+    check_scenario(Scenario(layers, (Step(use, "nothing"),), output="tuple"))
 
 
 def test_a_trial_puts_everything_back() -> None:
@@ -161,9 +124,9 @@ def test_a_trial_puts_everything_back() -> None:
     model, x = Stores(), torch.randn(3, 4)
     model(x)  # not empty
     names = set(model.names)
-    before = _state(model, x), _identities(model), _contents(vars(model))
+    before = traces(model, x), identities(model), _contents(vars(model))
     seen = [Trial(model, (x,), {}).observe(Stores.forward) for _ in range(2)]
-    assert (_state(model, x), _identities(model), _contents(vars(model))) == before
+    assert (traces(model, x), identities(model), _contents(vars(model))) == before
     assert model.names == names
     assert seen[0].values.keys() == seen[1].values.keys()
     for name, value in seen[0].values.items():
@@ -413,10 +376,10 @@ def test_what_a_raising_forward_has_changed_is_put_back() -> None:
             raise ValueError("the user's own")
 
     model, x = Raises(), torch.randn(3, 4)
-    before = _state(model, x), _identities(model), _contents(vars(model))
+    before = traces(model, x), identities(model), _contents(vars(model))
     with pytest.raises(ValueError, match="the user's own"):
         Trial(model, (x,), {}).observe(Raises.forward)
-    assert (_state(model, x), _identities(model), _contents(vars(model))) == before
+    assert (traces(model, x), identities(model), _contents(vars(model))) == before
 
 
 def test_an_interrupt_does_not_stop_what_puts_things_back() -> None:

@@ -276,7 +276,10 @@ def test_one_process_trains_on_micro_batches() -> None:
     torch.manual_seed(0)
     plain = Net()
     model = graphopt.optimize(
-        copy.deepcopy(plain), passes="partition{stages=2,microbatches=3}", loss=_loss
+        copy.deepcopy(plain),
+        passes="partition{stages=2,microbatches=3}",
+        loss=_loss,
+        backend="eager",
     )
     tokens = torch.randint(0, 16, (7, 3))
     loss = model.step(tokens, tokens)

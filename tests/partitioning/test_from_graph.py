@@ -31,6 +31,7 @@ from graphopt.testing.inputs import inputs_for
 from graphopt.testing.program import Instruction, Program, build
 from graphopt.testing.strategies import joint_graphs
 from graphopt.text import parse_graph
+from tests.support.captures import captured
 from tests.support.stages import assert_same_step
 
 
@@ -119,8 +120,7 @@ def test_generated_steps(graph: Graph) -> None:
 @pytest.mark.corpus
 @pytest.mark.parametrize("name", list(CORPUS))
 def test_corpus(name: str) -> None:
-    model, args, kwargs = CORPUS[name].make()
-    graph = capture(model, args, kwargs).graph
+    graph, _ = captured(name)
     problem = from_graph(graph)
     if name != "checkpointed":  # whose recomputed operators count twice
         _check_times(graph, problem)

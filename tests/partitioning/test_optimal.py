@@ -65,10 +65,9 @@ def test_equals_brute_force_of_eight_operators_and_a_limit_per_stage() -> None:
         )
 
 
-@pytest.mark.slow
 def test_equals_a_mixed_integer_program_on_200_graphs() -> None:
     for seed in range(200):
-        problem = random_problem(1000 + seed, 10)
+        problem = random_problem(1000 + seed, 8)
         stages, overlap = 2 + seed % 3, seed // 3 % 2 == 0
         objective = Objective(MINMAX, 4, overlap)
         solved = solve_milp(atoms_of(problem), stages, problem.link, objective)

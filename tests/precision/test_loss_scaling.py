@@ -15,6 +15,7 @@ from graphopt.errors import ArgumentError, StateError
 from graphopt.passes.precision import Precision
 from graphopt.testing import check_runtime
 from tests.precision.test_pass import QUICK
+from tests.support.ranks import forked
 
 SPEC = "cleanup,precision{format=fp16,cost=roofline}"
 
@@ -52,7 +53,9 @@ def _state(model: nn.Module, key: str) -> Tensor:
     return graphopt.state_dict(model)[f"precision/{key}"]
 
 
-def test_what_a_runtime_part_owes() -> None:
+@pytest.mark.distributed
+def test_what_a_runtime_part_owes(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked(monkeypatch)
     check_runtime([Precision(format="fp16", cost="roofline")])
 
 

@@ -1,4 +1,4 @@
-"""What an installed plugin is driven through; `tests/test_plugin_demo.py` runs it in processes.
+"""What an installed plugin is driven through; `tests/test_plugin_demo.py` runs it in a process.
 
 The oracle is eager PyTorch: hooks on the activations, and gradients divided by hand.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import graphopt
 from graphopt import registry
+from graphopt.cli.main import app
 from graphopt.errors import StateError
 from graphopt.model.surface import report
 from graphopt.pipeline import Pipeline
@@ -27,6 +30,7 @@ from tests.support.graphs import inference_graph, linear_graph
 from tests.support.ranks import on_ranks
 
 SPEC = "scale_by_peak{decay=0.5}"
+NET = f"{Path(__file__).with_name('models_for_cli.py')}:net"
 
 
 def net() -> nn.Module:
@@ -227,7 +231,40 @@ def on_two_ranks() -> None:
         on_ranks(Path(folder), 2, _on_rank)
 
 
-DRIVES = {f.__name__: f for f in (rewrites, trains, resumes, proves_itself, on_two_ranks)}
+def is_known_to_the_command_line() -> None:
+    """Listed with its origin, run, and asked why."""
+    listed = json.loads(_command("passes", "--json"))["passes"]
+    (entry,) = [p for p in listed if p["name"] == "scale_by_peak"]
+    assert entry["origin"] == "graphopt-demo 0.8"
+    assert [o["name"] for o in entry["options"]] == ["decay"]
+
+    spec = ["-p", "cleanup,scale_by_peak"]
+    assert "scales the gradients of" in _command("run", NET, *spec)
+    told = json.loads(_command("why", NET, "stem.weight", *spec, "--json"))
+    (found,) = [d for d in told["decisions"] if d["pass"] == "scale_by_peak"]
+    (applied,) = found["applied"]
+    assert "stem.weight" in applied["what"]
+
+
+def _command(*arguments: str) -> str:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+DRIVES = {
+    drive.__name__: drive
+    for drive in (
+        rewrites,  # first, as it sees that nothing of the package has been imported
+        is_known_to_the_command_line,
+        trains,
+        resumes,
+        proves_itself,
+        on_two_ranks,
+    )
+}
 
 if __name__ == "__main__":
-    DRIVES[sys.argv[1]]()
+    for name, drive in DRIVES.items():
+        print(name, flush=True)
+        drive()

@@ -78,11 +78,10 @@ def multiplications() -> Iterator[tuple[str, bool]]:
             for parts, chunk in ((None, int16_mm.EXACT_IN_INT32), (3, 64), (2, 128)):
                 found = int16_mm.int16_mm(a, b, parts=parts, chunk=chunk)
                 yield f"{m} x {k} x {n}, {tile}, {parts}, {chunk}", same(found, wanted)
-    for value in (-(2**15), 2**15 - 1, 128):
-        # More terms than int32 holds sums of, all of the same sign.
-        a, b = (torch.full(size, value, dtype=torch.int16) for size in ((1, 66_000), (66_000, 2)))
-        found = int16_mm.int16_mm(a, b)
-        yield f"all {value}", found.tolist() == [[66_000 * value * value] * 2]
+    # More terms than int32 holds sums of, all of the same sign.
+    values = torch.tensor([-(2**15), 2**15 - 1, 128], dtype=torch.int16)
+    found = int16_mm.int16_mm(values[:, None].repeat(1, 66_000), values.repeat(66_000, 1))
+    yield "long sums", same(found, 66_000 * values[:, None].long() * values.long())
 
 
 if __name__ == "__main__":

@@ -15,13 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import forkserver, parent_process, set_forkserver_preload
+from multiprocessing import forkserver, get_context, parent_process, set_forkserver_preload
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from graphopt.testing import runtime_check
 
 LIMIT = 240.0  # seconds for all ranks together, whatever they wait for
 
@@ -78,6 +82,14 @@ def _enter(
         work(rank, *args)
     finally:
         dist.destroy_process_group()
+
+
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks of `check_runtime` be forked from the server, too."""
+    _start_server()
+    context = get_context("forkserver")
+    found = SimpleNamespace(get_context=lambda _: context)
+    monkeypatch.setattr(runtime_check, "multiprocessing", found)
 
 
 # -- processes -------------------------------------------------------------------------------------

@@ -25,14 +25,15 @@ def random_stages(problem: Problem, stages: int, seed: int) -> dict[str, int]:
     """Any stages that a pipeline can run: a random order, cut at random places."""
     draw, atoms = random.Random(seed), atoms_of(problem)
     order: list[int] = []
+    done = 0
     while len(order) < len(atoms):
         ready = [
-            a
-            for a in range(len(atoms))
-            if a not in order
-            and all(b in order for b in range(len(atoms)) if atoms.before[a] >> b & 1)
+            atom
+            for atom, before in enumerate(atoms.before)
+            if not done >> atom & 1 and before & ~done == 0
         ]
         order.append(draw.choice(ready))
+        done |= 1 << order[-1]
     cuts = draw.sample(range(1, len(atoms)), stages - 1)
     return {
         problem.operators[operator].name: sum(place >= cut for cut in cuts)

@@ -142,7 +142,7 @@ class CountSteps(Pass):
 
 @pytest.mark.parametrize("pass_", [DropDetach(), RoundProducts(), CountSteps()], ids=repr)
 def test_passes_that_are_right(pass_: Pass) -> None:
-    check_pass(pass_, max_examples=100)
+    check_pass(pass_, max_examples=40)
 
 
 def test_the_graphs_to_try_can_be_given() -> None:

@@ -12,12 +12,14 @@ from graphopt.errors import ArgumentError
 from graphopt.testing import check_runtime
 from graphopt.testing.runtime_obligations import OBLIGATIONS
 from tests.support.methods import METHODS, write_methods
+from tests.support.ranks import forked
 
 KFAC = "kfac{damping=0.01,interval=1}"
 
 
 @pytest.fixture(autouse=True)
 def _methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked(monkeypatch)
     monkeypatch.syspath_prepend(write_methods(tmp_path / "methods"))
 
 
@@ -33,9 +35,8 @@ def tokens() -> tuple[nn.Module, tuple[Tensor, ...]]:
     )
 
 
-@pytest.mark.parametrize("spec", [KFAC, "right"])
-def test_methods_that_are_right(spec: str) -> None:
-    check_runtime(spec, ranks=False)
+def test_a_method_that_is_right() -> None:
+    check_runtime("right", ranks=False)
 
 
 @pytest.mark.parametrize("factory", [norm_and_dropout, tokens])
@@ -47,9 +48,9 @@ def test_methods_compose() -> None:
     check_runtime(f"right,{KFAC}", ranks=False)
 
 
-@pytest.mark.parametrize(
-    "spec", ["group_gradients{link=10gbe}", "group_gradients{link=10gbe,wire=int32}", KFAC]
-)
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("spec", ["group_gradients{link=10gbe,wire=int32}", KFAC])
 def test_methods_that_are_right_on_two_ranks(spec: str) -> None:
     check_runtime(spec)
 
@@ -92,10 +93,11 @@ def test_methods_that_are_wrong(name: str, obligation: str, sentence: str) -> No
     assert "\n" not in message
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_method_that_is_only_wrong_on_several_ranks() -> None:
-    check_runtime("is_alone", ranks=False)
     with pytest.raises(AssertionError) as failure:
-        check_runtime("is_alone")
+        check_runtime("is_alone")  # on one rank first
     message = str(failure.value)
     assert "'is_alone,group_gradients' fails 'ranks-stay-equal' on rank " in message
     assert "after 4 steps parameter '0.bias' of rank 1 is not rank 0's" in message

@@ -19,7 +19,7 @@ from graphopt.testing.fuzz.scenario import KINDS, OUTPUTS, REFUSED_KINDS
 from graphopt.testing.fuzz.uses import USES
 
 # 2,000 take about twenty minutes: python -m graphopt.testing.fuzz --examples 2000
-EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("GRAPHOPT_FUZZ_EXAMPLES", "20"))
 
 
 @pytest.mark.slow
@@ -64,8 +64,9 @@ def test_what_is_refused(kind: str) -> None:
 def test_every_use(use: str) -> None:
     layers = (Layer("Linear"), Layer("Normalised"), Layer("Drops"), Layer("CountsOnly"))
     steps = (Step("once"), Step(use, "nothing"), Step(use, "sgd", batch=2))
-    for output in OUTPUTS:
-        assert check_scenario(Scenario(layers, steps, output)).kind == "equal"
+    # Every form of output with some of them; the random scenarios put all together.
+    output = OUTPUTS[list(USES).index(use) % len(OUTPUTS)]
+    assert check_scenario(Scenario(layers, steps, output)).kind == "equal"
 
 
 @pytest.mark.parametrize("after", AFTER)
