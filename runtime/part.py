@@ -86,8 +86,9 @@ class RuntimePart(Generic[P]):
             part: what was decided.
             step: whose backward has run.
             gradients: of the parameters that have one, by name; of a step that ends, over all its
-                micro-batches. Replace entries; two gradients may be one tensor, or the tangent
-                itself, so that changes in place would show elsewhere.
+                micro-batches, and where it runs in stages, empty before. Replace entries; two
+                gradients may be one tensor, or the tangent itself, so that changes in place would
+                show elsewhere.
         """
 
     # -- saving and reporting ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from enum import StrEnum
 from operator import getitem
 from typing import cast
 
+import torch
 from torch import fx
 
 from graphopt.analysis.effects import writes
@@ -207,9 +208,11 @@ def in_two(backward: Half) -> tuple[Half, Half]:
     """A backward half as what the stage before waits for, and the rest.
 
     The first part computes what is sent; the second what remains, which are mostly gradients of
-    parameters. Where an operator writes in place, all is in the first part.
+    parameters. A convolution's backward becomes two, one of each. Where an operator writes in place,
+    all is in the first part.
     """
-    module, graph = backward.module, backward.module.graph
+    module = fx.GraphModule(backward.module, _convolutions_in_two(backward.module.graph))
+    graph = module.graph
     given = dict(zip(graph.find_nodes(op="placeholder"), backward.inputs, strict=True))
     returned = cast("Sequence[fx.Node]", graph.output_node().args[0])
     results = list(zip(backward.outputs, returned, strict=True))
@@ -228,6 +231,26 @@ def in_two(backward: Half) -> tuple[Half, Half]:
         cut_out(module, head, [n for n in inside if n in first], [*sent, *kept]),
         cut_out(module, tail, rest, late),
     )
+
+
+def _convolutions_in_two(graph: fx.Graph) -> fx.Graph:
+    """A copy in which no operator gives gradients of a convolution's input and of its weights."""
+    copy = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        made[node] = copy.node_copy(node, made.__getitem__)
+    for node in list(copy.nodes):
+        mask = node.args[-1] if node.target is torch.ops.aten.convolution_backward.default else ()
+        if not (mask and mask[0] and any(mask[1:])):
+            continue
+        with copy.inserting_after(node):
+            late = copy.node_copy(node)
+        node.args = (*node.args[:-1], [True, False, False])
+        late.args = (*late.args[:-1], [False, *mask[1:]])
+        for user in list(node.users):
+            if user.target is getitem and user.args[1] != 0:
+                user.replace_input_with(node, late)
+    return copy
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

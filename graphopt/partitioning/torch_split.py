@@ -24,14 +24,14 @@ class SplitPolicy:
     """A `split_policy` of ``torch.distributed.pipelining.pipeline``.
 
     Attributes:
-        partition: the stages of the last model that was split, with their certificate.
+        found: the stages of the last model that was split, with their certificate.
     """
 
     def __init__(
         self, stages: int, objective: Objective, device: Device | None, link: Link
     ) -> None:
         self.stages, self.objective, self.device, self.link = stages, objective, device, link
-        self.partition: Partition | None = None
+        self.found: Partition | None = None
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         """Cut what torch exported, in place.
@@ -49,8 +49,8 @@ class SplitPolicy:
                 where="stages",
                 hint=f"ask for at most {separate}, or give each operator a parameter of its own",
             )
-        self.partition = plan(exported.problem, self.stages, self.objective)
-        split_at(module, exported.stages(self.partition.assignment))
+        self.found = plan(exported.problem, self.stages, self.objective)
+        split_at(module, exported.stages(self.found.assignment))
         return module
 
 

@@ -61,17 +61,17 @@ def run(work: Work, line: Sequence[Action], tasks: Sequence[Task]) -> Ending:
             task.ends = last[stage].micro_batch == task.number
             work.forward(stage, task)
         elif kind in _PARTS:
-            step, shares, results = work.backward(stage, task, _PARTS[kind])
+            sums = gathered.setdefault(stage, Gathered())
+            adds = sums if sums.count and kind is not Kind.I else None
+            step, shares, results = work.backward(stage, task, _PARTS[kind], adds)
             if kind is Kind.I:
                 continue
-            gradients = gradients_of(results, step.parameters)
-            all_of_step = gathered.setdefault(stage, Gathered())
-            all_of_step.add(gradients)
+            sums.set(gradients_of(results, step.parameters))
             partials.setdefault(stage, Gathered()).add(shares)
             if not step.ends:
-                finish(work.session, task.engine, step, gradients)
+                finish(work.session, task.engine, step, {})
                 continue
-            ending.gradients.update(all_of_step.take())
+            ending.gradients.update(sums.take())
             ending.shares.update(partials[stage].take())
             ending.step = step
     return ending

@@ -16,6 +16,8 @@ from graphopt.plan import Phase, Plan, Role, Slot
 from graphopt.runtime.engine.build import stack
 from graphopt.runtime.engine.plain import PlainBackward, PlainForward
 from graphopt.runtime.engine.step import Backward, Compile, Half, Step
+from graphopt.runtime.partition.adding import SUM, adding
+from graphopt.runtime.partition.update import Gathered
 from graphopt.runtime.session import Session
 
 # Under which a step keeps what its backward reads; kinds are told apart, as names may be equal.
@@ -80,10 +82,13 @@ class Stage:
         self._forward = make(Half(order.module, slots, places))
         self._written = self._mutations(self._forward.returns)
         self.backward_ports = tuple(backwards)
-        make_backward = stack(
+        self._make_backward = stack(
             plan, session, "backward", partial(PlainBackward, compile, session, self._inputs)
         )
-        self._backwards: list[Backward] = [make_backward(self._half(b)) for b in backwards]
+        self._halves = [self._half(b) for b in backwards]
+        self._backwards: list[Backward] = [self._make_backward(h) for h in self._halves]
+        self._adding: dict[tuple[int, bool], Backward] = {}
+        self._in_place = plan.backend == "eager"
         self._written_late = [self._mutations(b.returns) for b in self._backwards]
         self._read_late = sorted(
             {
@@ -126,6 +131,7 @@ class Stage:
         tangents: Mapping[str, Tensor | None],
         received: Values,
         part: int = 0,
+        sums: Gathered | None = None,
     ) -> tuple[Values, Values, dict[Slot, Any]]:
         """The backward of one micro-batch, or one of its two parts.
 
@@ -134,12 +140,17 @@ class Stage:
             tangents: of the outputs of the step by name; used by the last stage.
             received: from the next stage, by name.
             part: of a backward in two.
+            sums: of gradients of earlier micro-batches, to which these are added: they are among
+                the results then.
 
         Returns:
             What the stage before gets; shares of gradients that several stages add up; and results
             of the step by slot.
         """
         step, half = flight.step, self._backwards[part]
+        if sums is not None:
+            half = self._summing(part, sums)
+            step.own.update({SUM.format(name=n): value for n, value in sums.values.items()})
         flight.held.setdefault(Kind.RECEIVED, {}).update(received)
         for kind, name in self._backward_finds[part]:
             step.own[_OWN.format(kind=kind, name=name)] = flight.held[kind][name]
@@ -160,6 +171,14 @@ class Stage:
         if part == len(self._backwards) - 1:
             flight.held, step.inputs = {}, {}
         return found[Kind.SENT], found[Kind.PARTIAL], of_step
+
+    def _summing(self, part: int, sums: Gathered) -> Backward:
+        """The backward that adds gradients to others, in their memory where that is nobody's."""
+        key = part, self._in_place and sums.owned
+        if key not in self._adding:
+            half = adding(self._halves[part], sums.values.keys(), in_place=key[1])
+            self._adding[key] = self._make_backward(half)
+        return self._adding[key]
 
     def _late(self, step: Step) -> Callable[[int], Tensor]:
         def at(index: int) -> Tensor:

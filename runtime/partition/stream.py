@@ -141,9 +141,10 @@ class Stream:
 
     def _backward(self, optimizer: Optimizer) -> Task:
         task = self._flying.popleft()
-        step, _, results = self.work.backward(self.stage, task)
-        gradients = gradients_of(results, step.parameters)
-        self._gathered.add(gradients)
+        sums = self._gathered if self._gathered.count else None
+        step, _, results = self.work.backward(self.stage, task, sums=sums)
+        self._gathered.set(gradients_of(results, step.parameters))
+        gradients: dict[str, Tensor] = {}
         self._examples += task.batch.examples
         if step.ends:
             gradients = self._gathered.take()

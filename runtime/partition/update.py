@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphopt.plan import Role, Slot
 from graphopt.runtime.engine.step import Step
-from graphopt.runtime.partition.engine import PipelineEngine
 from graphopt.runtime.session import Session
+
+if TYPE_CHECKING:
+    from graphopt.runtime.partition.engine import PipelineEngine
 
 
 @dataclass(eq=False)
@@ -27,26 +28,26 @@ class Gathered:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
-    _own: set[str] = field(default_factory=set)
+
+    @property
+    def owned(self) -> bool:
+        """Whether the sums lie in memory of their own; a first gradient may be a view."""
+        return self.count > 1
+
+    def set(self, sums: dict[str, Tensor]) -> None:
+        """The sums with one more micro-batch."""
+        self.values, self.count = sums, self.count + 1
 
     def add(self, found: Mapping[str, Tensor]) -> None:
-        """Add those of one more micro-batch."""
-        self.count += 1
-        mine = [name for name in found if name in self._own]
-        if mine:
-            torch._foreach_add_([self.values[n] for n in mine], [found[n] for n in mine])
+        """Add what one more micro-batch gave."""
+        sums = dict(self.values)
         for name, value in found.items():
-            if name in mine:
-                continue
-            if name not in self.values:  # it may share memory with something else
-                self.values[name] = value
-            else:
-                self.values[name] = self.values[name] + value
-                self._own.add(name)
+            sums[name] = sums[name] + value if name in sums else value
+        self.set(sums)
 
     def take(self) -> dict[str, Tensor]:
         """The sums; forgets them."""
-        found, self.values, self.count, self._own = self.values, {}, 0, set()
+        found, self.values, self.count = self.values, {}, 0
         return found
 
 

@@ -19,6 +19,7 @@ from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.loss import loss_of, tangents_of
 from graphopt.runtime.partition.messages import Arriving, Form, Messages
 from graphopt.runtime.partition.stage import InFlight, Stage
+from graphopt.runtime.partition.update import Gathered
 from graphopt.runtime.session import Session
 
 LOSS = Form((), (), torch.float32)
@@ -167,7 +168,7 @@ class Work:
             self._send(Phase.FORWARD, stage, task, sent)
 
     def backward(
-        self, stage: int, task: Task, part: int = 0
+        self, stage: int, task: Task, part: int = 0, sums: Gathered | None = None
     ) -> tuple[Step, dict[str, Any], dict[Slot, Any]]:
         """The backward of a micro-batch in a stage of this rank, or one of its parts.
 
@@ -181,7 +182,7 @@ class Work:
             received = self._take(Phase.BACKWARD, stage, task)
             # Its memory is used again, so the number is copied.
             task.loss = received.pop("").clone()
-        sent, partials, results = runner.backward(flight, task.tangents, received, part)
+        sent, partials, results = runner.backward(flight, task.tangents, received, part, sums)
         if part == 0:
             flight.sent = sent
             if stage:

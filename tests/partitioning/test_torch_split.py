@@ -169,7 +169,7 @@ def test_corpus(name: str) -> None:
     pipe = pipeline(model, args, kwargs, split_policy=policy)
     assert pipe.num_stages == stages
     assert not pipe.replicated_params
-    assert policy.partition is not None
+    assert policy.found is not None
     found = _run(pipe, *args, **kwargs)
     torch.testing.assert_close(tree_leaves(found), tree_leaves(wanted))
     parts = [pipe.get_stage_module(s) for s in range(stages)]
@@ -202,10 +202,10 @@ def test_the_certificate() -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     policy = split_policy(2)
     pipe = pipeline(model, (torch.randn(8, 32),), split_policy=policy)
-    assert policy.partition is not None
-    assert policy.partition.certificate is not None
-    assert policy.partition.certificate.gap == 0.0
-    assert [s.operators for s in policy.partition.stages] == [
+    assert policy.found is not None
+    assert policy.found.certificate is not None
+    assert policy.found.certificate.gap == 0.0
+    assert [s.operators for s in policy.found.stages] == [
         ("linear", "linear_1"),
         ("linear_2", "linear_3"),
     ]
