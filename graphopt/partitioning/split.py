@@ -208,8 +208,8 @@ def in_two(backward: Half) -> tuple[Half, Half]:
     """A backward half as what the stage before waits for, and the rest.
 
     The first part computes what is sent; the second what remains, which are mostly gradients of
-    parameters. A convolution's backward becomes two, one of each. Where an operator writes in place,
-    all is in the first part.
+    parameters. A convolution's backward becomes two, one of each. Where an operator writes in
+    place, all is in the first part.
     """
     module = fx.GraphModule(backward.module, _convolutions_in_two(backward.module.graph))
     graph = module.graph
