@@ -42,6 +42,7 @@ class Session:
         scaler: multiplies the loss before its backward (mixed precision).
         owned: what a part needs that runs whole steps; ``None`` where there is no such part.
         before_call: brings the model up to date before it is called, where a part has to.
+        handles: undo what parts have hung on the model and on the optimizer.
         trying: whether a step is tried, and leaves no trace.
     """
 
@@ -57,6 +58,7 @@ class Session:
         self.owned: OwnedStep | None = None
         self.before_call: Callable[[], None] | None = None
         self.trying = False
+        self.handles: list[Any] = []
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()

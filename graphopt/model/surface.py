@@ -144,6 +144,10 @@ def _plain_state(model: nn.Module, state: Any) -> Any:
     kept = {k: v for k, v in state.items() if k != KEY and not _same(v, ours.get(k))}
     if controller.own is not None and "forward" not in kept:
         kept["forward"] = controller.own
+    hooks = kept.get("_state_dict_pre_hooks", {})
+    own = {n: h for n, h in hooks.items() if not hasattr(h, "of_graphopt")}
+    if len(own) < len(hooks):
+        kept["_state_dict_pre_hooks"] = type(hooks)(own)
     return kept
 
 
@@ -193,6 +197,8 @@ def restore(model: nn.Module) -> None:
     controller = controller_of(model)
     if controller is None:
         return
+    for handle in controller.session.handles:
+        handle.remove()
     del model.__dict__[KEY]
     for name, method in controller.surface.items():
         if _same(model.__dict__.get(name), method):

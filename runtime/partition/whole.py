@@ -6,7 +6,9 @@ date when somebody looks: when the model is called, or its state or the optimize
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,17 @@ from torch._C._distributed_c10d import _broadcast_coalesced
 from torch.optim import Optimizer
 
 from graphopt.plan.partition import Stages
+from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.partition.messages import arriving
 from graphopt.runtime.ranks.ranks import Ranks
+
+if TYPE_CHECKING:
+    from graphopt.runtime.partition.steps import Steps
 
 
 def update_model(model: nn.Module, part: Stages, ranks: Ranks) -> None:
     """Give every rank the parameters and buffers of all stages; a collective along ``pp``."""
+    _all_here(ranks)
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     done: set[str] = set()
     for stage in part.stages:
@@ -31,6 +38,11 @@ def update_model(model: nn.Module, part: Stages, ranks: Ranks) -> None:
             what = f"the weights of stage {part.stages.index(stage)}"
             with torch.no_grad(), arriving(ranks, what):
                 _broadcast_coalesced(ranks.group.inner, values, 256 << 20, stage.rank)
+
+
+def _all_here(ranks: Ranks) -> None:
+    """Name the rank that does not take part, instead of waiting in a collective for ever."""
+    ranks.group.agreement.agree("the whole model, which all ranks along pp put together", "")
 
 
 def whole_state(
@@ -45,6 +57,7 @@ def whole_state(
         ranks: along ``pp``.
         own: the state that it gives.
     """
+    _all_here(ranks)
     mine = set(names_of(part, ranks.group.rank()))
     order = [p for group in optimizer.param_groups for p in group["params"]]
     names = {p: n for n, p in model.named_parameters()}
@@ -94,3 +107,34 @@ def joined(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def watched(owned: OwnedStep, steps: Steps, settle: Callable[[], None]) -> list[Any]:
+    """Have the model brought up to date before its state, or the optimizer's, is read.
+
+    Returns:
+        Handles that undo it.
+    """
+    model, optimizer = owned.model(), owned.optimizer
+    part, ranks = steps.part, steps.ranks
+    method = weakref.WeakMethod(settle)
+
+    def before(looked_at: object, *_: Any) -> None:
+        found = method()
+        if found is not None and looked_at in (owned.model(), optimizer):
+            found()
+
+    before.of_graphopt = True  # type: ignore[attr-defined]
+    handles = [model.register_state_dict_pre_hook(before)]  # type: ignore[no-untyped-call]
+    if optimizer is None:
+        return handles
+    return [
+        *handles,
+        optimizer.register_state_dict_pre_hook(before),
+        optimizer.register_state_dict_post_hook(
+            lambda optimizer, state: whole_state(owned.model(), optimizer, part, ranks, state)
+        ),
+        optimizer.register_load_state_dict_post_hook(
+            lambda optimizer: forget_others(owned.model(), optimizer, part, ranks.group.rank())
+        ),
+    ]

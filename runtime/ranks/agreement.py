@@ -5,6 +5,7 @@ A collective would hang where one rank does not take part, and that is what has 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,13 @@ from graphopt.errors import RankError
 
 # What `_verdict` writes when all is well.
 _EQUAL = b"equal"
+
+
+SAME_MODEL = "build the same model with the same passes on all ranks"
+# How long one waits for others without a word.
+PATIENCE = timedelta(seconds=20)
+
+log = logging.getLogger("graphopt")
 
 
 @dataclass
@@ -33,7 +41,13 @@ class Agreement:
     timeout: timedelta
     _counts: dict[str, int] = field(default_factory=dict)
 
-    def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
+    def agree(
+        self,
+        topic: str,
+        mine: str,
+        decide: Callable[[], str] = str,
+        hint: str = SAME_MODEL,
+    ) -> str:
         """Rank 0's decision, once `mine` was found equal on all ranks.
 
         Each rank compares with rank 0 and the last one to come publishes the verdict, so the store
@@ -56,16 +70,14 @@ class Agreement:
             self.store.set(f"{key}/verdict", verdict)
         verdict = self._get(key, f"{key}/verdict")
         if verdict != _EQUAL:
-            raise RankError(
-                verdict.decode(), hint="build the same model with the same passes on all ranks"
-            )
+            raise RankError(verdict.decode(), hint=hint)
         if self.rank == 0:
             self.store.set(f"{key}/decision", decide())
         return self._get(key, f"{key}/decision").decode()
 
     def _get(self, key: str, name: str) -> bytes:
         try:
-            self.store.wait([name], self.timeout)
+            self._wait(key, name)
         except RuntimeError as error:
             missing = [r for r in range(self.size) if not self.store.check([f"{key}/here/{r}"])]
             raise RankError(
@@ -75,6 +87,22 @@ class Agreement:
             ) from error
         found: bytes = self.store.get(name)
         return found
+
+    def _wait(self, key: str, name: str) -> None:
+        """Until a text is there; says once whom it waits for."""
+        patience = min(PATIENCE, self.timeout)
+        try:
+            self.store.wait([name], patience)
+        except RuntimeError:
+            if patience == self.timeout:
+                raise
+            absent = [r for r in range(self.size) if not self.store.check([f"{key}/here/{r}"])]
+            log.warning(
+                "waiting for %s to agree on %s",
+                ranks(absent) if absent else "another rank",
+                key.split("/")[0],
+            )
+            self.store.wait([name], self.timeout - patience)
 
     def tell(self, topic: str, mine: str) -> None:
         """Leave a text for rank 0, before a call of `agree` in which it decides by all of them."""

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _world
 
 from graphopt.errors import ArgumentError
 from graphopt.network.curve import Curve
-from graphopt.runtime.ranks.agreement import Agreement
+from graphopt.runtime.ranks.agreement import SAME_MODEL, Agreement
 from graphopt.runtime.ranks.channel import Channel
 from graphopt.runtime.ranks.link import measure_link
 from graphopt.runtime.ranks.link_cache import describe, find, keep
@@ -87,14 +87,16 @@ class Ranks:
         points, source, joining = json.loads(self._decisions["link", ""])
         return Curve(tuple((size, time) for size, time in points), source, joining)
 
-    def agree(self, topic: str, mine: str, decide: Callable[[], str]) -> str:
+    def agree(
+        self, topic: str, mine: str, decide: Callable[[], str], hint: str = SAME_MODEL
+    ) -> str:
         """Rank 0's decision, once `mine` was found equal on all ranks; else ``RankError``.
 
         What was agreed once holds: a rank that captures again, because only its batch has another
         shape, must not wait for the others.
         """
         if (topic, mine) not in self._decisions:
-            decision = self.group.agreement.agree(topic, mine, decide)
+            decision = self.group.agreement.agree(topic, mine, decide, hint)
             self._decisions[topic, mine] = decision
         return self._decisions[topic, mine]
 
