@@ -38,6 +38,9 @@ _HOMES = {
     "CaptureError": "graphopt.errors",
 }
 
+# Folders of functions that are called by their names there.
+_PACKAGES = ("optim", "study")
+
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return importlib.import_module(f"graphopt.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

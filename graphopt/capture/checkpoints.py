@@ -84,7 +84,7 @@ def noting_changes() -> Iterator[Changes]:
     generate = SideEffects.codegen_update_mutated
 
     def noting(effects: SideEffects, *args: Any, **kwargs: Any) -> None:
-        for variable in effects.id_to_variable.values():
+        for variable in list(effects.id_to_variable.values()):
             if effects.is_modified(variable) and not isinstance(variable.mutation_type, _NEW):
                 changes.objects.append(variable)
                 changes.kept += _kept(effects, variable)

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from graphopt import registry
 from graphopt.capture.flat import location
@@ -133,6 +133,12 @@ def made_optimizer(model: nn.Module, optimizer: object) -> Optimizer | None:
         raise ArgumentError(
             f"optimizer gives a {type(optimizer).__name__} and no torch.optim.Optimizer",
             hint="optimizer=torch.optim.SGD(model.parameters(), lr=0.1)",
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ArgumentError(
+            "LBFGS calls the model within its step, and a step in stages has one call",
+            where="optimizer",
+            hint="take an optimizer whose step() needs no closure",
         )
     own = set(model.parameters())
     for number, group in enumerate(optimizer.param_groups):

@@ -46,6 +46,8 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
             "optimized again",
             hint="optimize first and wrap forward afterwards, or remove the wrapper",
         )
+    if old is not None:
+        old.session.settle()  # stages of other ranks have newer weights
     # Raises for a bad plugin, so it comes before the model is touched.
     offered = session.methods()
     restore(model)
@@ -144,11 +146,17 @@ def _plain_state(model: nn.Module, state: Any) -> Any:
     kept = {k: v for k, v in state.items() if k != KEY and not _same(v, ours.get(k))}
     if controller.own is not None and "forward" not in kept:
         kept["forward"] = controller.own
-    hooks = kept.get("_state_dict_pre_hooks", {})
-    own = {n: h for n, h in hooks.items() if not hasattr(h, "of_graphopt")}
-    if len(own) < len(hooks):
-        kept["_state_dict_pre_hooks"] = type(hooks)(own)
+    for table in ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = kept.get(table, {})
+        own = {n: h for n, h in hooks.items() if not _of_graphopt(h)}
+        if len(own) < len(hooks):
+            kept[table] = type(hooks)(own)
     return kept
+
+
+def _of_graphopt(hook: object) -> bool:
+    """Whether a part has hung it on the model; torch wraps some hooks."""
+    return hasattr(getattr(hook, "hook", hook), "of_graphopt")
 
 
 def _same(value: object, method: types.MethodType | None) -> bool:
@@ -159,6 +167,7 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy as an optimized model with its own captures and its own pass state."""
     controller = controller_of(self)
     assert controller is not None
+    controller.session.settle()
     own = getattr(type(self), "__deepcopy__", None)
     if own is not None:
         plain: nn.Module = own(self, memo)

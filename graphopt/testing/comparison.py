@@ -29,7 +29,8 @@ def assert_same(
 
     Shapes and dtypes always agree; NaN equals NaN. ``"exact"`` wants bit-equality, ``"algorithm"``
     nothing else; between them the largest difference, relative to the largest finite magnitude of
-    the expected output, stays within the bound.
+    the expected output, stays within the bound; of an output that is 0 throughout, relative to that
+    of all outputs, since what cancels exactly in one order of sums may not in another.
 
     Args:
         expected: the outputs that are right.
@@ -52,9 +53,10 @@ def assert_same(
             )
     if numerics.kind == "algorithm":
         return
+    unit = max((_magnitude(value) for value in expected), default=0.0)
     factors = amplification or [1.0] * len(expected)
     differences = [
-        _Difference(name, want, have, 0.0 if numerics.bound == 0 else numerics.bound * factor)
+        _Difference(name, want, have, unit, 0.0 if not numerics.bound else numerics.bound * factor)
         for name, want, have, factor in zip(names, expected, actual, factors, strict=True)
         if not _bit_equal(want, have)
     ]
@@ -69,10 +71,11 @@ def assert_same(
         )
 
 
-def relative_error(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference, relative to the largest finite magnitude of `expected`.
+def relative_error(expected: Tensor, actual: Tensor, unit: float = 0.0) -> float:
+    """The largest difference, relative to the largest finite magnitude of `expected`, or to `unit`.
 
-    Infinite where one of them is NaN or infinite and the other differs from it.
+    `unit` is for values that are 0 throughout. Infinite where one of them is NaN or infinite and the
+    other differs from it.
     """
     if not expected.numel():
         return 0.0
@@ -83,7 +86,7 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
     if not bool(finite.any()):
         return 0.0
     difference = float((want - have)[finite].abs().max())
-    scale = float(want[finite].abs().max())
+    scale = float(want[finite].abs().max()) or unit
     return difference / scale if scale else (float("inf") if difference else 0.0)
 
 
@@ -101,16 +104,24 @@ def amplification_of(
     return [max(1.0, error / _ORDINARY_NOISE) for error in noise]
 
 
+def _magnitude(value: Tensor) -> float:
+    """The largest finite magnitude."""
+    known = _comparable(value)
+    known = known[torch.isfinite(known)]
+    return float(known.abs().max()) if known.numel() else 0.0
+
+
 @dataclass(frozen=True)
 class _Difference:
     name: str
     want: Tensor
     have: Tensor
+    unit: float
     allowed: float
 
     @property
     def error(self) -> float:
-        return relative_error(self.want, self.have)
+        return relative_error(self.want, self.have, self.unit)
 
     @property
     def place(self) -> str:

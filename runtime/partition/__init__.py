@@ -86,7 +86,8 @@ class Partition(RuntimePart[Stages]):
                         f"{name!r} is on rank {before[name]}, and this kind of call would have it "
                         f"on rank {stage.rank}",
                         where="stages",
-                        hint="drop incomplete batches, so that all steps have one kind of call",
+                        hint="keep the model in one mode while it trains, and drop incomplete "
+                        "batches, so that all steps have one kind of call",
                     )
 
     def _shared(self, part: Stages, name: str) -> bool:

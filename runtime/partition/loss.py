@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphopt.errors import ArgumentError
@@ -87,27 +87,84 @@ def reduction_of(
     """
     try:
         with torch.enable_grad():
-            _check_differentiable(loss_of(loss, outputs[0], targets[0]))
+            first = loss_of(loss, outputs[0], targets[0])
+            _check_differentiable(first)
+            _check_reads_outputs_only(first)
         if loss is None:
             return MEAN
         with torch.no_grad():
-            parts = [float(loss_of(loss, o, t)) for o, t in zip(outputs, targets, strict=True)]
-            whole = float(loss_of(loss, joined(outputs), target))
+            found = _rule(loss, outputs, targets, target)
+            # Micro-batches may be alike by chance; sorted by their targets they hardly are.
+            sizes = [_examples(t) for t in targets]
+            uneven = _sorted(target, sum(sizes))
+            pieces = [_piece(uneven, sum(sizes[:i]), n, sum(sizes)) for i, n in enumerate(sizes)]
+            _rule(loss, outputs, pieces, uneven, only=found)
     except ArgumentError:
         raise
     except Exception:  # many losses take some values only
         return MEAN
+    return found
+
+
+def _rule(
+    loss: Loss, outputs: Sequence[Any], targets: Sequence[Any], target: Any, only: str = ""
+) -> str:
+    parts = [float(loss_of(loss, o, t)) for o, t in zip(outputs, targets, strict=True)]
+    whole = float(loss_of(loss, joined(outputs), target))
     sizes = [_examples(t) for t in targets]
     mean = sum(p * n for p, n in zip(parts, sizes, strict=True)) / sum(sizes)
     for name, value in ((MEAN, mean), (SUM, sum(parts))):
-        if abs(value - whole) <= _CLOSE * max(abs(whole), abs(value)) or value != value:
+        close = abs(value - whole) <= _CLOSE * max(abs(whole), abs(value))
+        if name == (only or name) and (close or (value != value and whole != whole)):
             return name
     raise ArgumentError(
-        f"the loss of a batch is {whole:.4g}, and its micro-batches have a mean of {mean:.4g} and "
-        f"a sum of {sum(parts):.4g}, so it needs the whole batch at once",
+        f"the loss of a batch may be {whole:.4g} where its micro-batches have a mean of "
+        f"{mean:.4g} and a sum of {sum(parts):.4g}, so it needs the whole batch at once",
         where="loss",
-        hint="use a loss that is a mean or a sum over examples, or microbatches=1",
+        hint="use a loss that is a mean or a sum over examples (without ignored or weighted ones, "
+        "or with reduction='sum'), or microbatches=1",
     )
+
+
+def _sorted(target: Any, examples: int) -> Any:
+    """A target with its examples in the order of their values."""
+    leaves, form = tree_flatten(target)
+    rows = [v for v in leaves if isinstance(v, Tensor) and v.dim() and v.shape[0] == examples]
+    order = rows[0].reshape(examples, -1).double().mean(1).argsort()
+    found = (v[order] if any(v is row for row in rows) else v for v in leaves)
+    return tree_unflatten(list(found), form)
+
+
+def _piece(target: Any, start: int, count: int, examples: int) -> Any:
+    leaves, form = tree_flatten(target)
+    found = (
+        v[start : start + count]
+        if isinstance(v, Tensor) and v.dim() and v.shape[0] == examples
+        else v
+        for v in leaves
+    )
+    return tree_unflatten(list(found), form)
+
+
+def _check_reads_outputs_only(loss: Tensor) -> None:
+    """Whether no parameter is read beside the outputs: its gradient would be lost."""
+    queue: list[Any] = [loss.grad_fn]
+    seen = set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            raise ArgumentError(
+                f"the loss reads a parameter of shape {list(variable.shape)} itself, whose "
+                "gradient would be lost",
+                where="loss",
+                hint="compute such a penalty in the model's forward and return the loss there, or "
+                "use the optimizer's weight_decay; a loss with parameters belongs into the model",
+            )
+        queue.extend(parent for parent, _ in node.next_functions)
 
 
 def joined(outputs: Sequence[Any]) -> Any:

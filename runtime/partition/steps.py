@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from graphopt.errors import ArgumentError, RankError
@@ -85,6 +85,7 @@ class Steps:
             ArgumentError: see `Partition.step`.
             RankError: ranks were given different batches.
         """
+        _check_hooks(self.owned.model())
         given = (batch, kwargs)
         if self._work is not None:
             self._compare(self._work.messages, given)
@@ -200,6 +201,17 @@ class Steps:
         return torch.stack(losses).mean() if losses else None
 
 
+def _check_hooks(model: nn.Module) -> None:
+    """Gradients of stages do not pass through the parameters' own hooks."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ArgumentError(
+                f"{name!r} has a hook on its gradient, which steps in stages do not call",
+                where="step",
+                hint="remove the hook; with optimizer=None gradients are left in .grad",
+            )
+
+
 def sizes_of(batch: object) -> str:
     """Types and sizes of the tensors of a batch."""
     leaves = tree_flatten(batch)[0]
@@ -211,6 +223,6 @@ def fingerprint(batch: object) -> str:
     lines = []
     for leaf in tree_flatten(batch)[0]:
         if isinstance(leaf, Tensor):
-            sum_ = leaf.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
-            lines.append(f"{leaf.dtype} {list(leaf.shape)} {int(sum_)}")
+            values: Any = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            lines.append(f"{leaf.dtype} {list(leaf.shape)} {zlib.crc32(values):08x}")
     return "\n".join(lines)

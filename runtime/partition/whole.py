@@ -125,7 +125,11 @@ def watched(owned: OwnedStep, steps: Steps, settle: Callable[[], None]) -> list[
             found()
 
     before.of_graphopt = True  # type: ignore[attr-defined]
-    handles = [model.register_state_dict_pre_hook(before)]  # type: ignore[no-untyped-call]
+    handles = [
+        model.register_state_dict_pre_hook(before),  # type: ignore[no-untyped-call]
+        # Late gradients of old weights must not reach those that are loaded.
+        model.register_load_state_dict_pre_hook(before),  # type: ignore[no-untyped-call]
+    ]
     if optimizer is None:
         return handles
     return [

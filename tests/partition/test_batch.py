@@ -75,6 +75,34 @@ def test_how_losses_add_up() -> None:
         reduction_of(_contrastive, outputs, targets, whole)
 
 
+def test_a_rule_does_not_hold_by_chance() -> None:
+    outputs = [torch.rand(2, 2) for _ in range(2)]
+    targets = [torch.tensor([0, 1]), torch.tensor([0, 1])]  # balanced, as if weights were none
+    whole = torch.cat(targets)
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))
+    ignoring = nn.CrossEntropyLoss(ignore_index=0)
+    for loss in (weighted, ignoring):
+        with pytest.raises(ArgumentError, match="needs the whole batch at once"):
+            reduction_of(loss, _differentiable(outputs), targets, whole)
+    summed = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]), reduction="sum")
+    assert reduction_of(summed, _differentiable(outputs), targets, whole) == "sum"
+
+
+def _differentiable(outputs: list[Tensor]) -> list[Tensor]:
+    return [output.requires_grad_() for output in outputs]
+
+
+def test_a_loss_with_parameters_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+
+    def penalised(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target) + layer.weight.square().sum()
+
+    outputs, targets = _differentiable([torch.rand(2, 4)]), [torch.tensor([0, 1])]
+    with pytest.raises(ArgumentError, match=r"reads a parameter of shape \[4, 4\]"):
+        reduction_of(penalised, outputs, targets, targets[0])
+
+
 def test_where_a_loss_is() -> None:
     number = torch.ones((), requires_grad=True)
     assert loss_of(None, number, None) is number

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.errors import RankError
+from graphopt.errors import ArgumentError, RankError
 from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -27,10 +27,14 @@ def _trained() -> tuple[Any, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _optimize(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _optimize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    passes: str = "partition{microbatches=2}",
+) -> None:
     found: Any = graphopt.optimize(
         model,
-        passes="partition{microbatches=2}",
+        passes=passes,
         mesh="pp=2",
         loss=nn.functional.cross_entropy,
         optimizer=optimizer,
@@ -62,6 +66,39 @@ def _pickled(model: nn.Module) -> Any:
 
 def test_copies_are_of_one_rank(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _copies)
+
+
+def _looked_at(rank: int) -> None:
+    # Copies, and optimizing again, have what all ranks have trained.
+    model, optimizer = _trained()
+    twin = copy.deepcopy(model)
+    _trained()  # other messages in between
+    state = model.state_dict()
+    assert all(torch.equal(value, state[n]) for n, value in twin.state_dict().items())
+    model, optimizer = _trained()
+    _optimize(model, optimizer)
+    for name, value in model.state_dict().items():
+        torch.distributed.broadcast(other := value.clone(), 0)
+        assert torch.equal(other, value), name
+    # Nothing that was in flight reaches what is loaded.
+    model, optimizer = _trained()
+    saved = {n: t.clone() for n, t in model.state_dict().items()}
+    _optimize(model, optimizer, "partition{schedule=no_flush,microbatches=2}")
+    model.load_state_dict(saved)
+    assert all(torch.equal(value, saved[n]) for n, value in model.state_dict().items())
+    # Hooks on parameters would not be called.
+    model[0].weight.register_hook(lambda g: 2 * g)
+    with pytest.raises(ArgumentError, match=r"'0.weight' has a hook on its gradient"):
+        model.step(torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+
+
+def test_who_looks_sees_all_stages(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _looked_at)
+
+
+def test_optimizers_with_closures_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="LBFGS"):
+        graphopt.optimize(nn.Linear(2, 2), passes="partition", optimizer=torch.optim.LBFGS)
 
 
 def _alone(rank: int) -> None:
