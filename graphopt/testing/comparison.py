@@ -74,8 +74,8 @@ def assert_same(
 def relative_error(expected: Tensor, actual: Tensor, unit: float = 0.0) -> float:
     """The largest difference, relative to the largest finite magnitude of `expected`, or to `unit`.
 
-    `unit` is for values that are 0 throughout. Infinite where one of them is NaN or infinite and the
-    other differs from it.
+    `unit` is for values that are 0 throughout. Infinite where one of them is NaN or infinite and
+    the other differs from it.
     """
     if not expected.numel():
         return 0.0
