@@ -9,11 +9,15 @@ from itertools import count
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 # The suite tries the same examples every time; `make explore` tries new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=500)
 settings.load_profile("same")
+# Nor may they depend on which other tests a process has imported, whose constants would be tried.
+providers._get_local_constants = Constants
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker
     torch.set_num_threads(1)

@@ -53,7 +53,7 @@ def test_step_is_as_it_was_and_text_reads_back(graph: Graph, seed: int) -> None:
 def test_statistics_are_of_what_the_gradient_is_the_product_of() -> None:
     seen = 0
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(graph=joint_graphs(), seed=st.integers(0, 3))
     def property_holds(graph: Graph, seed: int) -> None:
         nonlocal seen
