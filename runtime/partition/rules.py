@@ -10,7 +10,7 @@ import torch
 
 from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.partition.batch import MicroBatch
-from graphopt.runtime.partition.engine import Visit
+from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.loss import reduction_of
 
 
@@ -48,10 +48,18 @@ class Rules:
 
     def _found(self, batches: Sequence[MicroBatch], batch: Sequence[Any]) -> str:
         owned, generator, outputs = self._owned, torch.Generator().manual_seed(0), []
+        visited = False
+
+        def made(engine: PipelineEngine, _: object) -> Sequence[Any]:
+            nonlocal visited
+            visited = True
+            return engine.made_up(generator)
+
         for micro in batches:
             kind = owned.kind_of(micro.args, micro.kwargs)
-            made = lambda engine, _: engine.made_up(generator)  # noqa: E731
             with owned.untouched(micro.args, micro.kwargs), self._visiting(made):
                 outputs.append(kind.call(owned.model(), *micro.args, **micro.kwargs))
         target = None if owned.loss is None else batch[-1]
-        return reduction_of(owned.loss, outputs, [micro.target for micro in batches], target)
+        targets = [micro.target for micro in batches]
+        # Without stages it is the model that has computed, and its backward reaches parameters.
+        return reduction_of(owned.loss, outputs, targets, target, made_up=visited)

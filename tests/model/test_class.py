@@ -191,6 +191,6 @@ def test_a_deleted_model_and_its_captures_are_freed() -> None:
     once()
     before, there = graphs(), set(vars(nn.modules.container))
     references = [once() for _ in range(3)]
-    assert graphs() == before
+    assert graphs() <= before
     assert all(reference() is None for reference in references)
     assert set(vars(nn.modules.container)) == there
