@@ -128,7 +128,7 @@ class Partition(RuntimePart[Stages]):
             if self._steps is None:
                 self._steps = Steps(self.session, owned, ranks)
             steps = self._steps
-            tasks = steps.tasks(self._rules, batches, batch, kwargs, self._decided)
+            tasks = steps.tasks(self._rules, batches, batch, kwargs, lambda: self.stages)
             self._hook(owned, steps)
             self._stale = True
             try:
@@ -136,10 +136,6 @@ class Partition(RuntimePart[Stages]):
             except BaseException as error:  # the others wait for messages of this step
                 self._broken = getattr(error, "message", None) or repr(error)
                 raise
-
-    def _decided(self) -> Stages:
-        assert self.stages is not None
-        return self.stages
 
     def _alone(
         self,

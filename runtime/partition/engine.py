@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from graphopt.errors import ArgumentError
 from graphopt.partitioning.place import Placement
-from graphopt.partitioning.split import Half, Kind, Split, in_two, split
+from graphopt.partitioning.split import Half, Kind, in_two, split
 from graphopt.plan import Plan, Role, Slot
 from graphopt.plan.partition import Stages
 from graphopt.runtime.engine.base import Engine
@@ -93,11 +93,6 @@ class PipelineEngine(Engine):
                 if name in once and (name, stage.rank) not in given
             )
         )
-
-    @property
-    def cut(self) -> Split:
-        """The halves of all stages."""
-        return self._split
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Outputs of the model for its flat inputs."""

@@ -70,7 +70,7 @@ class Steps:
         batches: Sequence[MicroBatch],
         batch: Sequence[Any],
         kwargs: Mapping[str, Any],
-        decided: Callable[[], Stages],
+        decided: Callable[[], Stages | None],
     ) -> list[Task]:
         """The micro-batches of a step; all that can be refused is, and nothing is sent.
 
@@ -91,7 +91,9 @@ class Steps:
             self._compare(self._work.messages, given)
         engine_of(self.owned.kind_of(batches[0].args, batches[0].kwargs))
         if self._work is None:
-            self.part = decided()
+            part = decided()
+            assert part is not None
+            self.part = part
             self.ranks.agree("batches", fingerprint(given), lambda: "", SAME_BATCH)
             self._work = Work(self.session, self.owned, Messages.of(self.ranks))
         if self.part.schedule == INTERLEAVED and len(batches) % self.part.ranks:

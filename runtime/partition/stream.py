@@ -55,11 +55,6 @@ class Stream:
         self._nominal = 0
         self.number = 0
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is in flight, and all gradients are used."""
-        return not self._flying and not self._gathered.count
-
     def check(self, optimizer: Optimizer | None) -> None:
         """Refuse an optimizer with which weights would be wrong, and tell it how late it is.
 
