@@ -16,7 +16,7 @@ import pytest
 from graphopt import registry
 
 ROOT = Path(__file__).parents[1]
-SEAMS = {"graphopt.passes": ROOT / "passes", "graphopt.runtime": ROOT / "runtime"}
+SEAMS = {f"graphopt.{name}": ROOT / name for name in ("examples", "passes", "runtime")}
 
 
 def _packages_in_tree() -> set[str]:
@@ -24,7 +24,7 @@ def _packages_in_tree() -> set[str]:
     for name, folder in {"graphopt": ROOT / "graphopt", **SEAMS}.items():
         for init in folder.rglob("__init__.py"):
             inside = init.parent.relative_to(folder).parts
-            if name == "graphopt" and inside[:1] in (("passes",), ("runtime",)):
+            if inside and f"{name}.{inside[0]}" in SEAMS:
                 continue
             found.add(".".join((name, *inside)))
     return found
@@ -36,7 +36,7 @@ def test_package_list_matches_the_tree() -> None:
 
 
 def test_seams_are_links_into_the_tree() -> None:
-    for name in ("passes", "runtime"):
+    for name in ("examples", "passes", "runtime"):
         link = ROOT / "graphopt" / name
         assert link.is_symlink()
         assert link.resolve() == (ROOT / name).resolve()

@@ -1,0 +1,1 @@
+"""Example programs; those that are packages are installed with graphopt (extra `examples`)."""

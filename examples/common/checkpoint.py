@@ -1,0 +1,72 @@
+"""One file that holds everything a run needs to go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.examples.common.errors import WorkloadError
+
+
+@dataclass
+class Checkpoint:
+    """Of one run.
+
+    Attributes:
+        settings: what must be equal when the run goes on.
+        finished: results of what has ended, by name.
+        current: name and state of the loop that was running, if any.
+    """
+
+    settings: dict[str, Any]
+    finished: dict[str, Any] = field(default_factory=dict)
+    current: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Replace the file as a whole: whoever reads it sees the old or the new state."""
+        part = path.with_suffix(".part")
+        torch.save(
+            {
+                "settings": self.settings,
+                "finished": self.finished,
+                "current": self.current,
+                "random": torch.get_rng_state(),
+            },
+            part,
+        )
+        os.replace(part, path)
+
+
+def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
+    """What an interrupted run of the same settings has left.
+
+    Raises:
+        WorkloadError: there is no file, it is not a checkpoint, or it has other settings.
+    """
+    if not path.exists():
+        raise WorkloadError(f"there is no checkpoint at {path}", "leave out --resume")
+    try:
+        state = torch.load(path, weights_only=True)
+        found = Checkpoint(state["settings"], state["finished"], state["current"])
+        random = state["random"]
+    except Exception as error:
+        raise WorkloadError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__})",
+            "remove it, or give another --output",
+        ) from error
+    for name in sorted({*settings, *found.settings}):
+        theirs, ours = found.settings.get(name), settings.get(name)
+        if theirs != ours:
+            raise WorkloadError(
+                f"the checkpoint {path} was made with {name} {theirs}, and this run has {ours}",
+                f"use --{name} {theirs}, or another --output"
+                if name != "workload"
+                else "give another --output",
+            )
+    torch.set_rng_state(random)
+    return found

@@ -1,0 +1,1 @@
+"""Deep Bayesian Filtering (Tarumi et al., arXiv 2405.18674)."""

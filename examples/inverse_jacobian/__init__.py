@@ -1,0 +1,1 @@
+"""Inverse problems with model-aware Jacobian regularisation (Amjad et al., arXiv 1901.11352)."""

@@ -1,0 +1,1 @@
+"""Materials from diffraction patterns by FC-DenseNet (Laanait et al., arXiv 1909.11150)."""

@@ -1,0 +1,1 @@
+"""Inverse problems with an unknown operator, by U-nets (del Álamo, 2023)."""
