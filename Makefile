@@ -8,10 +8,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick explore lint bench clean
+.PHONY: help demo test quick explore lint bench workloads clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ lint: $(STAMP) ## check style and types
 bench: $(STAMP) ## measure step times against PyTorch; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.pass_time
+
+workloads: $(STAMP) ## train the scientific workloads with three seeds, hold them against their criteria (an hour)
+	$(BIN)/python -m benchmarks.workloads
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

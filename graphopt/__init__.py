@@ -43,19 +43,47 @@ _PACKAGES = ("optim", "study")
 
 __all__ = ["__version__", *_HOMES]
 
-if TYPE_CHECKING:
-    from graphopt.api import optimize
-    from graphopt.calibration.record import Calibration
-    from graphopt.calibration.run import calibrate
-    from graphopt.errors import CaptureError, GraphoptError
-    from graphopt.graph import Graph, Level
-    from graphopt.model.checkpoint import load_state_dict, state_dict, use_scaler
-    from graphopt.model.report import Report
-    from graphopt.model.serving import serve
-    from graphopt.passbase import Applied, Declined, Outcome, Pass, PassContext
-    from graphopt.pipeline import Pipeline
-    from graphopt.plan import Plan, Role, Signature, Slot
-    from graphopt.text import parse_graph, print_graph
+if TYPE_CHECKING:  # the `as` says that they are public
+    from graphopt.api import optimize as optimize
+    from graphopt.calibration.record import Calibration as Calibration
+    from graphopt.calibration.run import calibrate as calibrate
+    from graphopt.errors import CaptureError as CaptureError
+    from graphopt.errors import GraphoptError as GraphoptError
+    from graphopt.graph import Graph as Graph
+    from graphopt.graph import Level as Level
+    from graphopt.model.checkpoint import (
+        load_state_dict as load_state_dict,
+    )
+    from graphopt.model.checkpoint import (
+        state_dict as state_dict,
+    )
+    from graphopt.model.checkpoint import (
+        use_scaler as use_scaler,
+    )
+    from graphopt.model.report import Report as Report
+    from graphopt.model.serving import serve as serve
+    from graphopt.passbase import (
+        Applied as Applied,
+    )
+    from graphopt.passbase import (
+        Declined as Declined,
+    )
+    from graphopt.passbase import (
+        Outcome as Outcome,
+    )
+    from graphopt.passbase import (
+        Pass as Pass,
+    )
+    from graphopt.passbase import (
+        PassContext as PassContext,
+    )
+    from graphopt.pipeline import Pipeline as Pipeline
+    from graphopt.plan import Plan as Plan
+    from graphopt.plan import Role as Role
+    from graphopt.plan import Signature as Signature
+    from graphopt.plan import Slot as Slot
+    from graphopt.text import parse_graph as parse_graph
+    from graphopt.text import print_graph as print_graph
 
 
 def __getattr__(name: str) -> object:

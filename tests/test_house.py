@@ -42,15 +42,19 @@ def test_seams_are_links_into_the_tree() -> None:
         assert link.resolve() == (ROOT / name).resolve()
 
 
-def test_wheel_holds_every_module_under_graphopt_only(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
-    )
+def build_wheel(folder: Path) -> Path:
+    """The wheel of this tree, made from a copy of it."""
+    source = folder / "source"
+    left_out = shutil.ignore_patterns(".*", "build", "results", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
+    subprocess.run([*command, "-w", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_every_module_under_graphopt_only(tmp_path: Path) -> None:
+    names = {n for n in zipfile.ZipFile(build_wheel(tmp_path)).namelist() if n.endswith(".py")}
     expected = {
         "/".join((*package.split("."), file.name))
         for package in _packages_in_tree()

@@ -1,4 +1,4 @@
-"""What the scientific workloads share: command line, training loop, checkpoints, figures, results."""
+"""What the workloads share: command line, training loop, checkpoints, figures, results."""
 
 from graphopt.examples.common.case import Case
 from graphopt.examples.common.checks import check_tensor

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphopt.examples.common.errors import WorkloadError
 
@@ -35,11 +36,21 @@ class Checkpoint:
                 "settings": self.settings,
                 "finished": self.finished,
                 "current": self.current,
-                "random": torch.get_rng_state(),
             },
             part,
         )
         os.replace(part, path)
+
+
+def random_state() -> list[Tensor]:
+    """Where the global random streams are: of the CPU, and of each GPU."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Put the streams there; GPUs that this machine lacks are left out."""
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:][: torch.cuda.device_count()])
 
 
 def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
@@ -53,7 +64,6 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
     try:
         state = torch.load(path, weights_only=True)
         found = Checkpoint(state["settings"], state["finished"], state["current"])
-        random = state["random"]
     except Exception as error:
         raise WorkloadError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__})",
@@ -68,5 +78,4 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
                 if name != "workload"
                 else "give another --output",
             )
-    torch.set_rng_state(random)
     return found

@@ -34,7 +34,7 @@ def panels(
     from cycler import cycler
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         "axes.edgecolor": GREY,
         "axes.labelcolor": GREY,
         "axes.titlecolor": GREY,

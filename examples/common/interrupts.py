@@ -26,10 +26,10 @@ class Interrupts:
             raise KeyboardInterrupt
         self._asked = True
 
-    def asked(self) -> bool:
+    def asked(self, device: torch.device) -> bool:
         """Whether to stop; the ranks of a job stop behind the same step."""
         if not dist.is_initialized():
             return self._asked
-        flag = torch.tensor(int(self._asked))
+        flag = torch.tensor(int(self._asked), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

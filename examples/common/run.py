@@ -1,8 +1,9 @@
-"""What a workload's `run` function is given: trainings that can be resumed, and a place for results."""
+"""What a workload is given to run: trainings that can be resumed, and a place for results."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import graphopt
-from graphopt.examples.common.checkpoint import Checkpoint
+from graphopt.examples.common.checkpoint import Checkpoint, random_state, set_random_state
 from graphopt.examples.common.interrupts import Interrupts
 from graphopt.examples.common.progress import Progress
 from graphopt.examples.common.results import Criterion, Results, Value
@@ -78,7 +79,8 @@ class Run:
         model.to(self.device)
         if self.backend == "none":
             return model
-        return graphopt.optimize(model, passes=passes, backend=self.backend, **options)
+        graphopt.optimize(model, passes=passes, backend=self.backend, **options)  # in place
+        return model
 
     def fit(
         self,
@@ -97,8 +99,8 @@ class Run:
             name: of this training; unique in the run.
             model: its weights after the last step are what counts.
             optimizer: of ``model``.
-            loss: of a step's number, a scalar; draws its batch from that number (see `generator`), so
-                that a resumed training sees what an uninterrupted one would.
+            loss: of a step's number, a scalar; draws its batch from that number (see `generator`),
+                so that a resumed training sees what an uninterrupted one would.
             steps: how many.
             scheduler: advanced after each step.
             clip: largest norm of the gradients of a step.
@@ -121,7 +123,13 @@ class Run:
         return self.loop(name, parts, step, steps)
 
     def loop(
-        self, name: str, parts: Sequence[Stateful], step: Callable[[int], Tensor], steps: int
+        self,
+        name: str,
+        parts: Sequence[Stateful],
+        step: Callable[[int], Tensor],
+        steps: int,
+        *,
+        enough: Callable[[float], bool] = lambda value: False,
     ) -> list[float]:
         """Call ``step`` with 0, 1, ... and keep what it returns; resumed where it was interrupted.
 
@@ -129,27 +137,35 @@ class Run:
             name: unique in the run.
             parts: everything that ``step`` changes, in the same order in every run.
             step: returns a scalar to be shown.
-            steps: how many.
+            steps: at most.
+            enough: of what a step returned; ends the loop behind it.
         """
         done = self._checkpoint.finished.get(name) or self._checkpoint.current.get(name)
         values: list[float] = []
         if done:
-            for part, state in zip(parts, done["parts"], strict=True):
-                part.load_state_dict(state)
+            for part, kept in zip(parts, done["parts"], strict=True):
+                part.load_state_dict(kept)
             values = list(done["values"])
+            set_random_state(done["random"])
         before = done["seconds"] if done else 0.0
         start = written = time.monotonic()
 
         def state() -> dict[str, Any]:
             seconds = before + time.monotonic() - start
-            return {"parts": [p.state_dict() for p in parts], "values": values, "seconds": seconds}
+            # Copies: the same model may be trained on under another name.
+            return {
+                "parts": [copy.deepcopy(part.state_dict()) for part in parts],
+                "values": list(values),
+                "seconds": seconds,
+                "random": random_state(),
+            }
 
         with self._interruptible(), Progress(self.console, name, steps, len(values)) as progress:
-            while len(values) < steps:
+            while len(values) < steps and not (values and enough(values[-1])):
                 values.append(float(step(len(values))))
                 progress.advance(values[-1])
                 late = time.monotonic() - written > _SECONDS_BETWEEN_CHECKPOINTS
-                stop = len(values) < steps and self._interrupts.asked()
+                stop = self._interrupts.asked(self.device)
                 if stop or (late and not dist.is_initialized()):
                     self._checkpoint.current = {name: state()}
                     self._write()
@@ -170,9 +186,12 @@ class Run:
         if name not in self._checkpoint.finished:
             start = time.monotonic()
             value = compute()
-            self._checkpoint.finished[name] = {"value": value, "seconds": time.monotonic() - start}
+            seconds = time.monotonic() - start
+            found = {"value": value, "seconds": seconds, "random": random_state()}
+            self._checkpoint.finished[name] = found
             self._write()
         found = self._checkpoint.finished[name]
+        set_random_state(found["random"])
         self.results.seconds[name] = found["seconds"]
         kept: T = found["value"]
         return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class Workload:
         console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
         interrupts = Interrupts()
         try:
+            _needs("matplotlib")  # before minutes of training, not at the figure
             device = _device(options.device)
             settings = {
                 "workload": self.name,
@@ -114,7 +116,7 @@ class Workload:
         parser.add_argument(
             "--output",
             type=Path,
-            help=f"folder of results.json, the figure and the checkpoint; default: results/{self.name}",
+            help=f"folder of results, figure and checkpoint; default: results/{self.name}",
         )
         parser.add_argument("--resume", action="store_true", help="go on from its checkpoint")
         return parser.parse_args(arguments)
@@ -132,11 +134,16 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise WorkloadError(f"{package} is not installed", "pip install 'graphopt[examples]'")
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise WorkloadError(f"device {name!r} cannot be used: {reason}", "--device cpu") from error
     if device.type not in ("cpu", "cuda"):

@@ -1,0 +1,75 @@
+"""All workloads: their pages, the table of criteria, and what a wheel holds of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.workloads import SEEDS, WORKLOADS
+from benchmarks.workloads_table import DOCUMENT, verdict, with_tables
+from tests.test_house import ROOT, build_wheel
+
+RESULTS = ROOT / "benchmarks" / "results" / "workloads.json"
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_workload_has_its_files_and_pages(name: str) -> None:
+    folder = ROOT / "examples" / name
+    for part in ("__init__.py", "model.py", "data.py", "train.py", "README.md"):
+        assert (folder / part).is_file()
+    workload = importlib.import_module(f"graphopt.examples.{name}.train").WORKLOAD
+    assert workload.name == name
+    text = (folder / "README.md").read_text()
+    assert f"python -m graphopt.examples.{name}.train" in text
+    assert f"docs/images/workload_{name}." in text
+    assert list((ROOT / "docs" / "images").glob(f"workload_{name}.*"))
+    assert f"(../examples/{name}/README.md)" in DOCUMENT.read_text()
+    assert (ROOT / "tests" / "examples" / f"test_{name}.py").is_file()
+
+
+def test_the_table_is_what_was_measured() -> None:
+    results = json.loads(RESULTS.read_text())["results"]
+    assert set(results) == set(WORKLOADS)
+    assert with_tables(DOCUMENT.read_text(), results) == DOCUMENT.read_text()
+    for workload in results.values():
+        assert list(workload["seeds"]) == [str(seed) for seed in SEEDS]
+        for seed, found in workload["seeds"].items():
+            assert found["settings"]["seed"] == int(seed)
+
+
+def test_a_criterion_holds_where_it_holds_with_each_seed() -> None:
+    good, bad = {"holds": True, "gate": True}, {"holds": False, "gate": True}
+    assert verdict([good, good, good]) == "holds"
+    assert verdict([good, bad, bad]) == "**fails** with 2"
+    assert verdict([{**bad, "gate": False}]) == "**fails** with 1 (for information)"
+    with pytest.raises(ValueError, match="no marks"):
+        with_tables("no table here", {})
+
+
+@pytest.mark.slow
+def test_workloads_run_from_a_wheel(tmp_path: Path) -> None:
+    """Away from the checkout, from nothing but what is installed."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+        wheel.extractall(site)
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(site)!r})
+for name in {WORKLOADS!r}:
+    module = importlib.import_module(f"graphopt.examples.{{name}}.train")
+    assert module.__file__.startswith({str(site)!r}), module.__file__
+    case = module.WORKLOAD.case(__import__("torch").device("cpu"))
+    case.loss(case.model(*case.inputs)).backward()
+    assert any(p.grad is not None for p in case.model.parameters())
+sys.argv = ["train", "--epochs", "1", "--output", {str(tmp_path / "out")!r}]
+importlib.import_module("graphopt.examples.noise_scale.train").WORKLOAD.main()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["torch"] == torch.__version__
