@@ -24,6 +24,7 @@ from graphopt.capture import checkpoints, scalars
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
+from graphopt.capture.derivatives import derivatives_inside
 from graphopt.capture.encoders import refusing_nested_encoders
 from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
 from graphopt.capture.frozen import refusing_frozen_values
@@ -178,6 +179,7 @@ def _dynamo_settings() -> Iterator[None]:
         messages_at_the_end(),
         cumulative_averages(),
         limited_deques(),
+        derivatives_inside(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

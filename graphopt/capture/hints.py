@@ -44,7 +44,8 @@ _HINTS = (
     ),
     (
         r"requires_grad_\(\)",
-        "call requires_grad_ outside of forward; detach() what shall get no gradient",
+        "call requires_grad_ outside of forward, or on a detach() that forward does not return; "
+        "detach() what shall get no gradient",
     ),
     (
         r"tp_iternext",
@@ -66,7 +67,8 @@ _HINTS = (
         "keep what is counted or recorded outside of what is checkpointed",
     ),
     (r"Unsafe side effect", "return what is recorded, instead of keeping it from inside of a hook"),
-    (r"autograd\.grad|backward\(\)", "differentiate by torch.func.grad"),
+    (r"consumed", "pass create_graph=True or retain_graph=True to autograd.grad"),
+    (r"autograd\.grad|backward\(\)", "differentiate by torch.func.grad or torch.autograd.grad"),
     (r"tp_iter", "pass a list or a tuple"),
     (r"(?i)pack_(padded_)?sequence|PackedSequence", _PAD),
     (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),

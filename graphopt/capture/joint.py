@@ -23,6 +23,7 @@ from torch._guards import tracing
 from graphopt.capture import writes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checkpoints import refuse_repeated_writes
+from graphopt.capture.derivatives import zeros_with_memory
 from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
@@ -62,6 +63,7 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
     graph = Graph(joint, signature, level)
     _settle(graph)
+    zeros_with_memory(graph)
     refuse_repeated_writes(graph)
     share_as_in_eager(graph, flat)
     round_as_in_eager(graph)

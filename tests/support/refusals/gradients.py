@@ -124,8 +124,14 @@ HOOKS = Refusal(
 )
 
 
-def forces(s: Small, h: Tensor) -> Tensor:
-    return h + torch.autograd.grad(h.square().sum(), h, create_graph=True)[0]
+def used_up(s: Small, h: Tensor) -> Tensor:
+    y = h.square()
+    return y * torch.autograd.grad(y.sum(), h)[0]
+
+
+def kept_graph(s: Small, h: Tensor) -> Tensor:
+    y = h.square()
+    return y * torch.autograd.grad(y.sum(), h, retain_graph=True)[0]
 
 
 def inner_backward(s: Small, h: Tensor) -> Tensor:
@@ -135,17 +141,17 @@ def inner_backward(s: Small, h: Tensor) -> Tensor:
 
 DIFFERENTIATES = Refusal(
     "differentiates",
-    "differentiates inside of itself, by `autograd.grad` or `backward()`",
-    "graphs hold the functional form only",
-    "`torch.func.grad`",
+    "calls `backward()` inside of itself; returns what `autograd.grad` has used up",
+    "gradients of parameters come from the backward of the call",
+    "`torch.autograd.grad` with `create_graph=True` or `retain_graph=True`, `torch.func.grad`",
     (
         Example(
             "grad",
-            small(forces),
-            r"autograd\.grad",
+            small(used_up),
+            "consumed",
             "torch.autograd.grad(",
-            r"torch\.func\.grad",
-            way=Way(small(lambda s, h: h + torch.func.grad(lambda v: v.square().sum())(h))),
+            "retain_graph=True",
+            way=Way(small(kept_graph), same=False),
         ),
         Example(
             "backward",
@@ -153,6 +159,10 @@ DIFFERENTIATES = Refusal(
             r"backward\(\)",
             "h.sum().backward",
             r"torch\.func\.grad",
+            way=Way(
+                small(lambda s, h: h + torch.autograd.grad(h.sin().sum(), h, create_graph=True)[0]),
+                same=False,
+            ),
         ),
     ),
 )
@@ -173,8 +183,9 @@ _MARKED = "^call requires_grad_ outside of forward"
 
 MAKES = Refusal(
     "makes",
-    "makes parameters, layers or tensors with `requires_grad=True`, or calls `requires_grad_()`",
-    "a graph has no leaves of autograd of its own",
+    "makes parameters, layers or tensors with `requires_grad=True`; calls `requires_grad_()`, but on a "
+    "`detach()` that it does not return",
+    "no leaf of autograd comes out of a graph",
     "make them in `__init__` or pass them; `detach()`",
     (
         Example(
