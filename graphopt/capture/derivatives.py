@@ -1,6 +1,6 @@
 """Derivatives that forward takes: by ``torch.autograd.grad``, and in forward mode.
 
-What ``torch.autograd.grad`` is taken of may depend on a leaf of forward's own (``x.detach().requires_grad_()``).
+What is differentiated may depend on a leaf of forward's own (``x.detach().requires_grad_()``).
 AOTAutograd differentiates a graph with respect to its inputs only, so such a leaf may not come out
 of the graph; what also depends on inputs or parameters may.
 

@@ -183,8 +183,8 @@ _MARKED = "^call requires_grad_ outside of forward"
 
 MAKES = Refusal(
     "makes",
-    "makes parameters, layers or tensors with `requires_grad=True`; calls `requires_grad_()`, but on a "
-    "`detach()` that it does not return",
+    "makes parameters, layers or tensors with `requires_grad=True`; calls `requires_grad_()`, "
+    "but on a `detach()` that it does not return",
     "no leaf of autograd comes out of a graph",
     "make them in `__init__` or pass them; `detach()`",
     (
