@@ -43,7 +43,7 @@ def largest_difference(run: Run) -> dict[str, float]:
 def double_backward(
     network: nn.Module, operator: Tensor, y: Tensor, x: Tensor, probe: Tensor, *, forward: bool
 ) -> list[Tensor]:
-    """Gradients of error plus 0.1 of the penalty by `torch.autograd.grad` twice, and by nothing else.
+    """Gradients of error plus 0.1 of the penalty, by `torch.autograd.grad` and nothing else.
 
     Forward mode is had from reverse mode by differentiating the pulled-back u twice: J w is the
     derivative of ⟨Jᵀu, w⟩ with respect to u.

@@ -3,7 +3,8 @@
 Measurements are ``y = A x + noise`` with ``A`` of shape (m, d) and m < d. A network Ψ of R^m to
 R^d is trained on a few pairs (x, y). How much worse it is on new data is bounded by the Lipschitz
 constant of Ψ, or, since new measurements come from the operator too, of Ψ∘A. The penalty is the
-squared Frobenius norm of the Jacobian of either, estimated by one random probe per sample: E‖(J_Ψ A)ᵀ v‖² = E‖J_Ψ A w‖² = ‖J_Ψ A‖_F² for standard normal v and w.
+squared Frobenius norm of the Jacobian of either, estimated by one random probe per sample:
+E‖(J_Ψ A)ᵀ v‖² = E‖J_Ψ A w‖² = ‖J_Ψ A‖_F² for standard normal v and w.
 
 References: Amjad, Lyu and Rodrigues, "Deep Learning for Inverse Problems: Bounds and Regularizers"
 (arXiv:1901.11352).
@@ -69,5 +70,5 @@ class JacobianPenalised(nn.Module):
 
 
 def squared_error(x: Tensor, truth: Tensor) -> Tensor:
-    """Squared distance of images (batch, d), averaged over the batch; images have values in [0, 1]."""
+    """Squared distance of images (batch, d) with values in [0, 1], averaged over the batch."""
     return (x - truth).square().sum(dim=1).mean()

@@ -117,6 +117,7 @@ def _train(
     measured = problem.training.measured.to(run.device)
 
     def loss(step: int) -> Tensor:
+        penalty: Tensor
         generator = run.generator(step)
         x, y = images, measured
         if len(images) > BATCH:
@@ -124,10 +125,9 @@ def _train(
             x, y = images[chosen], measured[chosen]
         if isinstance(model, JacobianPenalised):
             probe = torch.randn(x.shape, generator=generator).to(run.device)
-            reconstruction, penalty = model(y, probe)
-            return squared_error(reconstruction, x) + strength * penalty
-        reconstruction = model(y)
-        return squared_error(reconstruction, x)
+            found, penalty = model(y, probe)
+            return squared_error(found, x) + strength * penalty
+        return squared_error(model(y), x)
 
     run.fit(name, model, optimizer, loss, UPDATES_PER_EPOCH * run.epochs)
 
