@@ -24,7 +24,7 @@ UPDATES_PER_EPOCH = 100
 BATCH = 100
 RATE = 1e-3
 # Of problems with so many training images, this many are drawn, and errors averaged over them.
-DRAWS = {50: 2, 100: 2, 400: 1}
+DRAWS = {50: 2, 100: 1, 400: 1}
 STRENGTHS = {
     "none": (0.0,),
     "weight decay": (0.01, 0.03, 0.1),

@@ -77,10 +77,11 @@ def field(places: Tensor, generator: torch.Generator) -> Tensor:
     check_tensor("places", places, (None, 2))
     week = torch.arange(WEEKS, dtype=torch.float32)[None]
     east, north = places[:, :1], places[:, 1:]
-    year = 2 * torch.pi * week / YEAR
-    annual = (1.0 + 0.5 * torch.sin(0.5 * year)) * torch.sin(year + 2.0 * east + 1.0 * north)
-    local = 0.5 * east * torch.cos(2 * torch.pi * week / 4.0 + 3.0 * north)
-    trend = 0.8 * (north - 0.5) * week / WEEKS
-    travelling = 0.5 * torch.sin(2 * torch.pi * (week / 30.0 - east))
+    turn = 2 * torch.pi
+    size = 1.0 + 0.5 * torch.sin(turn * week / WEEKS + 3.0 * north)
+    annual = size * torch.sin(turn * week / YEAR + 3.0 * east + 2.0 * north)
+    local = 0.8 * east * torch.cos(turn * week / 4.0 + 3.0 * north)
+    trend = 1.5 * (north - 0.5) * week / WEEKS
+    travelling = 0.6 * torch.sin(turn * (week / 26.0 - east - north))
     noise = NOISE * torch.randn(len(places), WEEKS, generator=generator)
     return annual + local + trend + travelling + noise

@@ -111,7 +111,8 @@ def _map_ensemble(
 
     run.fit(name, ensemble, optimizer, loss, steps, scheduler=_cosine(optimizer, steps))
     with torch.no_grad():
-        means = ensemble(at.inputs.to(run.device), at.values.to(run.device))[1]
+        places, unused = at.inputs.to(run.device), at.values.to(run.device)
+        means = ensemble.mapped(list(ensemble.stacked), places, unused)[1]
     return means.cpu(), ensemble.noise().cpu()
 
 
@@ -170,7 +171,7 @@ WORKLOAD = Workload(
     case=case,
     epochs=30,
     long_epochs=250,
-    backend="inductor",
+    backend="eager",
 )
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_captured_gradients_are_those_of_double_backward(route: Route) -> None:
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-5, atol=1e-6)
     (only,) = report(model).specialisations
     assert only.level == "joint"
-    assert only.verification.outcome == "bit-equal"
+    assert only.verification.result == "bit-equal"
 
 
 def test_gradients_of_the_case_are_those_of_eager() -> None:
