@@ -39,7 +39,7 @@ def draw(path: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         left.minorticks_off()
         left.set(xlabel="training images", ylabel="squared error per test image")
         left.grid(visible=True)
-        left.legend()
+        left.legend(loc="lower left")
         for method in _METHODS[:-1]:
             of_method = [row for row in tables["trainings"] if row["method"] == method]
             right.scatter(

@@ -12,6 +12,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 import graphopt
+from graphopt.capture import capture
 from graphopt.examples.common import WorkloadError
 from graphopt.examples.spatiotemporal.data import Samples, field, make_split, with_validation
 from graphopt.examples.spatiotemporal.model import (
@@ -130,6 +131,36 @@ def test_members_of_an_ensemble_are_what_they_are_alone(route: str) -> None:
         torch.testing.assert_close(stacked, alone, rtol=1e-4, atol=1e-4)
     (only,) = report(ensemble).specialisations
     assert only.level == "joint"
+
+
+def test_vmap_becomes_batched_products_however_many_particles() -> None:
+    inputs, values = _samples()
+    sizes, products = [], []
+    for count in (2, 5):
+        found = capture(Ensemble(_fields(count)), (inputs, values), {}).graph
+        sizes.append(len(found.nodes))
+        targets = [node.target for node in found.nodes]
+        products.append(targets.count(torch.ops.aten.bmm.default))
+        assert torch.ops.aten.addmm.default not in targets
+    assert sizes[0] == sizes[1]
+    assert products[0] == products[1] >= 8  # 3 forward; 3 for weights and 2 for hidden, backward
+
+
+def test_an_ensemble_is_a_network_of_batched_products() -> None:
+    """The same means by `torch.bmm` on stacked weights, without `vmap`."""
+    fields, (inputs, values) = _fields(3), _samples()
+    hidden = torch.stack([own._features(inputs) for own in fields])
+    for layer in range(3):
+        weight = torch.stack([own.weights[layer] for own in fields])
+        bias = torch.stack([own.biases[layer] for own in fields])[:, None]
+        scale = torch.stack([own.layer_scale[layer] for own in fields])[:, None, None]
+        product = torch.bmm(hidden, weight.mT) / math.sqrt(weight.shape[2]) + bias
+        hidden = torch.nn.functional.softplus(scale) * product
+        if layer < 2:
+            share = torch.stack([own.activation for own in fields])[:, None, None].sigmoid()
+            hidden = share * torch.nn.functional.elu(hidden) + (1 - share) * hidden.tanh()
+    means = Ensemble(fields)(inputs, values)[1]
+    torch.testing.assert_close(means, hidden[..., 0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_bound_is_that_of_scipy() -> None:
