@@ -33,7 +33,7 @@ def draw(
             _station(axis, places[index], training, test, prediction)
             axis.set(title=title, xlabel="week", ylabel="value")
         filled.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
-        names = [str(row["model"]).replace(" (mean of 8)", "") for row in rows]
+        names = [str(row["model"]).partition(" (")[0] for row in rows]
         bars = scores.barh(
             names, [row["mis"] for row in rows], color=[COLOURS[2], COLOURS[0]] + [GREY] * 5
         )
