@@ -130,13 +130,13 @@ def modes(model: KPairwise, words: Tensor) -> tuple[Tensor, Tensor]:
             break
         old = states[neuron, columns]
         states[neuron, columns] = torch.where(best > 0, 1 - old, old)
-    found, counts = states.unique(dim=1, return_counts=True)
+    found, counts = torch.unique(states, dim=1, return_counts=True)
     order = counts.argsort(descending=True)
     return found[:, order], counts[order].double() / words.shape[1]
 
 
 def calibration(odds: Tensor, words: Tensor, bins: int = 20) -> tuple[Tensor, Tensor]:
-    """Mean log-odds and fraction of spikes in bins of equally many predictions, shape [bins] each."""
+    """Mean log-odds and fraction of spikes in bins of equal size, shape [bins] each."""
     order = odds.flatten().argsort()
     parts = zip(odds.flatten()[order].chunk(bins), words.flatten()[order].chunk(bins), strict=True)
     means = torch.tensor([[float(x.mean()), float(y.mean())] for x, y in parts])

@@ -113,7 +113,7 @@ def covariance(model: KPairwise, words: Tensor) -> Tensor:
     first, second = torch.triu_indices(len(words), len(words), 1, device=words.device)
     levels = torch.arange(1, model.last + 1, device=words.device)[:, None]  # none if pairwise
     mean, square = torch.zeros(()), torch.zeros(())
-    for part in words.split(4000, 1):
+    for part in torch.split(words, 4000, 1):
         level = -(part.sum(0).clamp(max=model.last) == levels).to(part.dtype)
         rows = torch.cat([part, part[first] * part[second], level])
         mean = mean + rows.sum(1).double().cpu() / words.shape[1]

@@ -1,7 +1,7 @@
 r"""The K-pairwise maximum entropy model of a neural population, and one sweep of Gibbs sampling.
 
-A word s of zeros and ones says which of N neurons spiked in a time bin, and K = Σ s_i how many. Among
-all distributions with given means, pairwise moments and P(K), the one of largest entropy is
+A word s of zeros and ones says which of N neurons spiked in a time bin, and K = Σ s_i how many.
+Among all distributions with given means, pairwise moments and P(K), the one of largest entropy is
 
 .. math:: P(s) = Z^{-1} \exp\{Σ_i h_i s_i + Σ_{i<j} J_{ij} s_i s_j - V_K\} = Z^{-1} e^{-E(s)}.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ def _compare(
     alone = Independent(train)
     data, split = analysis.synchrony(test), analysis.synchrony(train)
     judged = {
-        f.name: run.once(f"{f.name}, samples", lambda f=f: f.judge(test))
-        for f in (pairwise, synchronous)
+        fitted.name: run.once(f"{fitted.name}, samples", functools.partial(fitted.judge, test))
+        for fitted in (pairwise, synchronous)
     }
     judged["pseudo-likelihood alone"] = run.once(
         "early, samples", lambda: _early(synchronous, test)
