@@ -230,7 +230,7 @@ WORKLOAD = Workload(
     "K-pairwise maximum entropy models of synchronous neural populations.",
     run,
     case,
-    epochs=60,
+    epochs=40,
     long_epochs=200,
 )
 
