@@ -50,7 +50,7 @@ def distribution(neurons: int, last: int, parameters: Array) -> Exact:
     energies = -features(words, last) @ parameters
     log_z = float(np.logaddexp.reduce(-energies))
     p = np.exp(-energies - log_z)
-    entropy = float(p @ (energies + log_z)) / np.log(2)
+    entropy = float(p @ (energies + log_z) / np.log(2))
     synchrony = np.bincount(words.sum(1).astype(int), p, neurons + 1).astype(float)
     return Exact(parameters, entropy, log_z, energies, synchrony)
 
