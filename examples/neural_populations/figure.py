@@ -29,13 +29,12 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def _synchrony(axis: Any, data: Any, models: Mapping[str, Any]) -> None:
-    shown = 26
     for colour, (name, p) in zip(
         (COLOURS[3], COLOURS[1], COLOURS[0], GREY), models.items(), strict=True
     ):
         style = ":" if colour == GREY else "-"
-        axis.semilogy(p[:shown], style, color=colour, label=name)
-    axis.semilogy(data[:shown], "o", color=COLOURS[2], markersize=4, label="test words")
+        axis.semilogy(p, style, color=colour, label=name)
+    axis.semilogy(data, "o", color=COLOURS[2], markersize=4, label="test words")
     axis.set_ylim(3e-5, 1)
     axis.set_xlabel("spikes in a bin, K")
     axis.set_ylabel("probability P(K)")

@@ -100,9 +100,7 @@ def _compare(
         fitted.name: run.once(f"{fitted.name}, samples", functools.partial(fitted.judge, test))
         for fitted in (pairwise, synchronous)
     }
-    judged["pseudo-likelihood alone"] = run.once(
-        "early, samples", lambda: _early(synchronous, test)
-    )
+    judged["first stage alone"] = run.once("early, samples", lambda: _early(synchronous, test))
     spread = analysis.triplets(train) - analysis.triplets(test)
     independent = {
         "entropy": alone.entropy,
@@ -111,13 +109,13 @@ def _compare(
     }
     for name, found in {"independent": independent, **judged}.items():
         run.row(
-            "models",
+            "models: bits, and error of third moments",
             model=name,
-            js_bits=analysis.jensen_shannon(found["synchrony"], data),
-            silence=float(found["synchrony"][0]),
-            entropy_bits=found["entropy"],
-            test_bits_per_word=found["bits"],
-            triplet_error=found.get("triplets", float("nan")),
+            js=analysis.jensen_shannon(found["synchrony"], data),
+            p_silence=float(found["synchrony"][0]),
+            entropy=found["entropy"],
+            test_bits=found["bits"],
+            triplets=found.get("triplets", float("nan")),
         )
         run.value(f"entropy of {name}, bits", found["entropy"])
     js = {n: analysis.jensen_shannon(f["synchrony"], data) for n, f in judged.items()}
@@ -158,7 +156,7 @@ def _predict(
         odds = fitted.model(test)
         loss[fitted.name] = float(F.binary_cross_entropy_with_logits(odds, test)) / analysis.LN2
     for name, bits in loss.items():
-        run.row("a neuron from the rest", model=name, loss_millibits_per_bin=1000 * bits)
+        run.row("a neuron from the rest", model=name, millibits_per_bin=1000 * bits)
     run.require(
         "a neuron from the rest: loss, K-pairwise / pairwise",
         loss["K-pairwise"] / loss["pairwise"],
