@@ -56,14 +56,13 @@ class Fitted:
         """Entropy, log Z, P(K), likelihood and correlations, all by sampling."""
         samples, test = self.sample(0), test.to(self.run.device)
         entropy, log_z = analysis.entropy(self.model, samples)
-        found, own, data = moments(samples), analysis.triplets(samples), analysis.triplets(test)
-        pairs = found.pairs - moments(test).pairs
+        own, data = analysis.triplets(samples), analysis.triplets(test)
         return {
             "entropy": entropy,
             "log_z": log_z,
             "synchrony": analysis.synchrony(samples),
             "bits": analysis.bits_per_word(self.model, log_z, test),
-            "pairs": float(pairs.norm() / moments(test).pairs.norm()),
+            "pairs": float((moments(samples).pairs - moments(test).pairs).norm()),
             "triplets": float((own - data).norm() / data.norm()),
         }
 
@@ -102,7 +101,7 @@ def _compare(
     }
     judged["first stage alone"] = run.once("early, samples", lambda: _early(synchronous, test))
     spread = analysis.triplets(train) - analysis.triplets(test)
-    independent = {
+    independent = {  # all its third central moments vanish
         "entropy": alone.entropy,
         "synchrony": alone.synchrony(),
         "bits": float(alone.bits(test).sum(0).mean()),
@@ -115,7 +114,7 @@ def _compare(
             p_silence=float(found["synchrony"][0]),
             entropy=found["entropy"],
             test_bits=found["bits"],
-            triplets=found.get("triplets", float("nan")),
+            triplets=found.get("triplets", 1.0),
         )
         run.value(f"entropy of {name}, bits", found["entropy"])
     js = {n: analysis.jensen_shannon(f["synchrony"], data) for n, f in judged.items()}
@@ -125,6 +124,13 @@ def _compare(
     run.value("P(silence) of test words", float(data[0]))
     run.value(
         "triplet error of training words", float(spread.norm() / analysis.triplets(test).norm())
+    )
+    noise = float((moments(train).pairs - moments(test).pairs).norm())
+    run.require(
+        "pairwise moments: distance to test words, K-pairwise / training words",
+        judged["K-pairwise"]["pairs"] / noise,
+        at_most=1.1,
+        gate=False,
     )
     a, b, c = independent, judged["pairwise"], judged["K-pairwise"]
     run.require("JS of P(K), K-pairwise / pairwise", js["K-pairwise"] / js["pairwise"], at_most=0.3)
