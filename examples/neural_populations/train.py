@@ -36,9 +36,9 @@ class Fitted:
     def __init__(self, run: Run, name: str, train: Tensor, last: int, stream: int) -> None:
         self.run, self.name, self.stream = run, name, stream
         self.model = KPairwise(len(train), last)
-        passes = 5 * run.epochs  # batches of half an epoch
+        steps = 10 * run.epochs  # minibatches are a tenth of the words
         fit.fit_pseudo_likelihood(
-            run, f"{name}, pseudo-likelihood", self.model, train, passes, stream
+            run, f"{name}, pseudo-likelihood", self.model, train, steps, stream
         )
         self.early = self.model.vector()
         self.states = fit.fit_moments(
@@ -234,7 +234,7 @@ WORKLOAD = Workload(
     "K-pairwise maximum entropy models of synchronous neural populations.",
     run,
     case,
-    epochs=40,
+    epochs=20,
     long_epochs=200,
 )
 
