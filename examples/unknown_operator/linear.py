@@ -1,4 +1,4 @@
-"""Linear estimators: one that learns a matrix from the pairs, one that is told the operator."""
+"""Linear estimators: two that learn a matrix or a filter from the pairs, one that is told T."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ class Dense:
         return estimate.view(observed.shape)
 
 
+class Filter:
+    """A circular convolution by least squares: linear, but the same at all places, as the U-net is.
+
+    Args:
+        train: pairs that determine it.
+    """
+
+    def __init__(self, train: Pairs) -> None:
+        y, f = (torch.fft.rfft(t.double()) for t in train)
+        self.gain = (y.conj() * f).mean((0, 1)) / y.abs().square().mean((0, 1))
+
+    def __call__(self, observed: Tensor) -> Tensor:
+        """Estimates, shape [count, 1, POINTS]."""
+        return _filtered(observed, self.gain)
+
+
 class Wiener:
     r"""The best linear estimator of stationary signals, for a known operator and spectrum.
 
@@ -62,6 +78,9 @@ class Wiener:
 
     def __call__(self, observed: Tensor) -> Tensor:
         """Estimates, shape [count, 1, POINTS]."""
-        spectrum = torch.fft.rfft(observed.double()) * self.gain
-        estimate: Tensor = torch.fft.irfft(spectrum, n=POINTS)
-        return estimate
+        return _filtered(observed, self.gain)
+
+
+def _filtered(observed: Tensor, gain: Tensor) -> Tensor:
+    estimate: Tensor = torch.fft.irfft(torch.fft.rfft(observed.double()) * gain, n=POINTS)
+    return estimate

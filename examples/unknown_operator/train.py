@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.examples.common import COLOURS, GREY, Case, Run, Workload, panels
 from graphopt.examples.unknown_operator.data import Pairs, draw, signals
-from graphopt.examples.unknown_operator.linear import Dense, Wiener, mean_square
+from graphopt.examples.unknown_operator.linear import Dense, Filter, Wiener, mean_square
 from graphopt.examples.unknown_operator.model import UNet
 
 SIZES = (8, 32, 128, 512, 2048)
@@ -84,7 +84,8 @@ def run(run: Run) -> None:
     torch.manual_seed(run.seed)
     start = UNet()
     model = run.optimize(UNet())
-    dense, unet, shown = [], [], {"f": test.signal[0, 0], "T f + noise": test.observed[0, 0]}
+    dense, filtered, unet = [], [], []
+    shown = {"f": test.signal[0, 0], "T f + noise": test.observed[0, 0]}
     for size in SIZES:
         pairs = Pairs(everything.observed[:size], everything.signal[:size])
         linear = Dense(pairs, validation)
@@ -92,13 +93,15 @@ def run(run: Run) -> None:
         train(run, f"U-net, n = {size}", model, pairs, validation)
         found = estimate(model, test.observed.to(run.device)).cpu()
         dense.append(mean_square(linear(test.observed), test.signal))
+        filtered.append(mean_square(Filter(pairs)(test.observed), test.signal))
         unet.append(mean_square(found, test.signal))
         run.row(
             "mean squared error",
             n=size,
             dense=dense[-1],
+            filter=filtered[-1],
             unet=unet[-1],
-            wiener_known_operator=oracle,
+            wiener=oracle,
             identity=identity,
         )
         shown["U-net"] = found[0, 0]
@@ -108,14 +111,21 @@ def run(run: Run) -> None:
             run.require(f"n = {size}: U-net / dense", a / b, at_most=0.7)
         if size >= 128:
             run.require(f"n = {size}: U-net / Wiener with known T", a / oracle, at_most=1.05)
+    run.require(
+        f"n = {SIZES[-1]}: U-net / learned filter",
+        unet[-1] / filtered[-1],
+        at_most=0.8,
+        gate=False,
+    )
     growth = max(b / a for a, b in itertools.pairwise(unet))
     run.require("U-net: largest growth of the error from one n to the next", growth, at_most=1.05)
-    draw_figure(run.output / "figure.svg", dense, unet, oracle, identity, shown)
+    draw_figure(run.output / "figure.svg", dense, filtered, unet, oracle, identity, shown)
 
 
 def draw_figure(
     path: Path,
     dense: list[float],
+    filtered: list[float],
     unet: list[float],
     oracle: float,
     identity: float,
@@ -125,6 +135,7 @@ def draw_figure(
     with panels(path, 1, 2, height=3.6) as axes:
         axis = axes[0, 0]
         axis.loglog(SIZES, dense, "o-", color=COLOURS[1], label="dense linear")
+        axis.loglog(SIZES, filtered, "o-", color=COLOURS[3], label="learned filter")
         axis.loglog(SIZES, unet, "o-", color=COLOURS[0], label="U-net")
         axis.axhline(oracle, color=COLOURS[2], linestyle="--", label="Wiener, T known")
         axis.axhline(identity, color=GREY, linestyle=":", label="observation itself")

@@ -27,7 +27,7 @@ from graphopt.examples.unknown_operator.data import (
     draw,
     signals,
 )
-from graphopt.examples.unknown_operator.linear import Dense, Wiener, mean_square
+from graphopt.examples.unknown_operator.linear import Dense, Filter, Wiener, mean_square
 from graphopt.examples.unknown_operator.model import UNet
 from graphopt.examples.unknown_operator.train import case, estimate, train
 from graphopt.model.surface import report
@@ -88,6 +88,8 @@ def test_dense_is_ridge_regression_and_approaches_wiener() -> None:
     wiener = mean_square(Wiener(train_.signal)(test.observed), test.signal)
     many = mean_square(Dense(train_, validation)(test.observed), test.signal)
     assert wiener < many < 1.03 * wiener
+    learnt = mean_square(Filter(train_)(test.observed), test.signal)
+    assert learnt == pytest.approx(wiener, rel=0.01)
     assert mean_square(few(test.observed), test.signal) > 3 * wiener
 
 
