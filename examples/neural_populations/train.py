@@ -66,10 +66,11 @@ class Fitted:
             "triplets": float((own - data).norm() / data.norm()),
         }
 
-    def heat(self) -> tuple[Tensor, Tensor]:
+    def heat(self, sweeps: int) -> list[Tensor]:
         """Temperatures and heat capacities."""
         noise = self.run.generator(self.stream + 300_000)
-        return analysis.heat_capacity(self.model, self.sweep, self.states, noise)
+        found = analysis.heat_capacity(self.model, self.sweep, self.states, noise, sweeps=sweeps)
+        return list(found)
 
 
 def run(run: Run) -> None:
@@ -82,7 +83,7 @@ def run(run: Run) -> None:
     figure["models"] = _compare(run, pairwise, synchronous, words.train, words.test)
     figure["calibration"] = _predict(run, pairwise, synchronous, words.train, words.test)
     figure["heat"] = _enumerate(run, words.train[:FEW])
-    found = run.once("K-pairwise, heat capacity", lambda: list(synchronous.heat()))
+    found = run.once("K-pairwise, heat capacity", lambda: synchronous.heat(400))
     silence = run.results.values["entropy of K-pairwise, bits"]
     error = analysis.integrated_entropy(found[0], found[1]) / float(silence) - 1
     run.require("40 neurons: entropy by heat, relative error", abs(error), at_most=0.02, gate=False)
@@ -179,7 +180,7 @@ def _enumerate(run: Run, train: Tensor) -> dict[str, Tensor]:
     last = fit.last_resolved(train)
     few = Fitted(run, "14 neurons", train, last, 3)
     found = run.once("14 neurons, samples", lambda: few.judge(train))
-    temperatures, capacity = run.once("14 neurons, heat capacity", lambda: list(few.heat()))
+    temperatures, capacity = run.once("14 neurons, heat capacity", lambda: few.heat(2000))
     pairs = FEW * (FEW - 1) // 2
     precision = torch.zeros(FEW + pairs + last, dtype=torch.float64)
     precision[FEW:] = fit.POTENTIAL_PRECISION / WORDS
