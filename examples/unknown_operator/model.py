@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Convolutions(nn.Sequential):
-    """Two circular convolutions of width 5, each with a ReLU.
+    """Two circular convolutions of width 5, each with a GELU.
 
     Args:
         inputs: channels that come in.
@@ -19,7 +19,7 @@ class Convolutions(nn.Sequential):
         def layer(incoming: int) -> nn.Conv1d:
             return nn.Conv1d(incoming, outputs, 5, padding=2, padding_mode="circular")
 
-        super().__init__(layer(inputs), nn.ReLU(), layer(outputs), nn.ReLU())
+        super().__init__(layer(inputs), nn.GELU(), layer(outputs), nn.GELU())
 
 
 class UNet(nn.Module):

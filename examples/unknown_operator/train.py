@@ -20,7 +20,7 @@ BATCH = 32
 CHECK = 64  # pairs of an evaluation, of validation in all
 _TEST = 2048
 _STEPS_PER_EPOCH = 100
-_RATE = 4e-3
+_RATE = 8e-3
 
 
 class Best:
