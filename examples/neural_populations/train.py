@@ -70,7 +70,7 @@ class Fitted:
         """Temperatures and heat capacities."""
         noise = self.run.generator(self.stream + 300_000)
         found = analysis.heat_capacity(self.model, self.sweep, self.states, noise, sweeps=sweeps)
-        return list(found)
+        return [values.cpu() for values in found]
 
 
 def run(run: Run) -> None:
