@@ -173,7 +173,7 @@ class Run:
                 if stop:
                     raise KeyboardInterrupt
         self._checkpoint.finished[name] = state()
-        self._checkpoint.current = {}
+        self._checkpoint.current.pop(name, None)  # that of another name is still to come
         self.results.seconds[name] = self._checkpoint.finished[name]["seconds"]
         self._write()
         return values

@@ -12,7 +12,8 @@ def gradient_sources(graph: Graph) -> tuple[tuple[int, ...], ...]:
     """For each ``GRAD`` output, in order, the positions of the tangents that reach it.
 
     A reduced gradient counts as the rank's own: what else its message carries does not matter.
-    Eager leaves ``.grad`` alone where no tangent arrives; the runtime needs this to do the same.
+    Eager leaves ``.grad`` alone where no tangent arrives; the runtime needs this to do the same. A
+    gradient that is a constant, as that of an empty tensor is, arrives with any of them.
     """
     reach: dict[fx.Node, frozenset[int]] = {}
     tangents = [
@@ -25,10 +26,11 @@ def gradient_sources(graph: Graph) -> tuple[tuple[int, ...], ...]:
     for node in graph.nodes:
         if node not in reach:
             reach[node] = frozenset().union(*(reach[n] for n in node.all_input_nodes))
+    every = frozenset(range(len(tangents)))
     outputs = list(zip(graph.signature.outputs, graph.outputs, strict=True))
     local = {slot.name: node for slot, node in outputs if slot.role is Role.LOCAL}
     return tuple(
-        tuple(sorted(reach[local.get(slot.name, node)]))
+        tuple(sorted(reach[local.get(slot.name, node)] or every))
         for slot, node in outputs
         if slot.role is Role.GRAD
     )

@@ -188,6 +188,27 @@ def hoist_of(model: nn.Module) -> Any:
 # -- backends --------------------------------------------------------------------------------------
 
 
+class Appending(nn.Module):
+    """Its gradient by ``more``, which is empty, depends on no tangent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.more = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.cat([self.scale, self.more])
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_gradient_of_an_empty_parameter_is_empty(backend: str) -> None:
+    model = graphopt.optimize(Appending(), backend=backend)
+    model(torch.ones(2, 3)).sum().backward()
+    assert model.scale.grad is not None
+    assert model.scale.grad.tolist() == [2, 2, 2]
+    assert model.more.grad is not None
+    assert model.more.grad.shape == (0,)
+
+
 class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()

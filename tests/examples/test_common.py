@@ -109,6 +109,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, backend: 
     assert _results(broken) == _results(whole)
 
 
+def test_a_resumed_training_repeats_no_step(tmp_path: Path) -> None:
+    options = ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        _workload(interrupt_at=STOP).main(options)
+    # Interrupted again if it came to this step again.
+    _workload(interrupt_at=STOP).main([*options, "--resume"])
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     _workload().main(["--output", str(tmp_path)])
     before = _results(tmp_path)
