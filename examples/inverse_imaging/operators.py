@@ -1,0 +1,53 @@
+"""Coded blur with missing pixels, its adjoint, and conjugate gradients on batches of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def blur(x: Tensor, kernel: Tensor) -> Tensor:
+    """Circular correlation of pictures (batch, 1, height, width) with an odd square kernel."""
+    half = kernel.shape[-1] // 2
+    return F.conv2d(F.pad(x, (half,) * 4, mode="circular"), kernel[None, None])
+
+
+def observe(x: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
+    """A x: blurred, then kept where ``mask`` (height, width) is 1 and zero elsewhere."""
+    return mask * blur(x, kernel)
+
+
+def adjoint(y: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
+    """A^T y, of the size of y (batch, 1, height, width)."""
+    return blur(mask * y, kernel.flip(0, 1))
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], target: Tensor, start: Tensor, iterations: int
+) -> Tensor:
+    """Solve ``apply(x) = target`` for a symmetric positive definite ``apply``, per sample.
+
+    Args:
+        apply: linear, from and to (batch, 1, height, width).
+        target: the right-hand side.
+        start: a first guess.
+        iterations: how many; gradients flow through all of them.
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+
+    tiny = torch.finfo(target.dtype).tiny  # a solved sample has a residual of zero
+    x, residual = start, target - apply(start)
+    direction, size = residual, dot(residual, residual)
+    for _ in range(iterations):
+        applied = apply(direction)
+        length = size / (dot(direction, applied) + tiny)
+        x = x + length * direction
+        residual = residual - length * applied
+        size, before = dot(residual, residual), size
+        direction = residual + size / (before + tiny) * direction
+    return x
