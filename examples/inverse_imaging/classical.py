@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from graphopt.examples.inverse_imaging.operators import adjoint, conjugate_gradients, observe
 
 
-def smoothed(y: Tensor, kernel: Tensor, mask: Tensor, weight: float) -> Tensor:
+def smoothed(y: Tensor, transfer: Tensor, mask: Tensor, weight: float) -> Tensor:
     """The minimiser of ||Ax - y||^2 + weight ||grad x||^2."""
 
     def normal(x: Tensor) -> Tensor:
         rough = 4 * x
         for axis in (2, 3):
             rough = rough - x.roll(1, axis) - x.roll(-1, axis)
-        return adjoint(observe(x, kernel, mask), kernel, mask) + weight * rough
+        return adjoint(observe(x, transfer, mask), transfer, mask) + weight * rough
 
-    back = adjoint(y, kernel, mask)
+    back = adjoint(y, transfer, mask)
     return conjugate_gradients(normal, back, back, 100)
 
 
 @torch.no_grad()
 def plug_and_play(
     y: Tensor,
-    kernel: Tensor,
+    transfer: Tensor,
     mask: Tensor,
     denoiser: nn.Module,
     weight: float,
@@ -36,7 +36,7 @@ def plug_and_play(
 
     Args:
         y: observations (batch, 1, height, width).
-        kernel: of the blur.
+        transfer: of the blur, see `operators.blur`.
         mask: of the observed pixels.
         denoiser: a network for white noise of one strength.
         weight: rho, of the coupling.
@@ -45,9 +45,9 @@ def plug_and_play(
     """
 
     def normal(x: Tensor) -> Tensor:
-        return adjoint(observe(x, kernel, mask), kernel, mask) + weight * x
+        return adjoint(observe(x, transfer, mask), transfer, mask) + weight * x
 
-    back = adjoint(y, kernel, mask)
+    back = adjoint(y, transfer, mask)
     x = z = back if start is None else start
     dual = torch.zeros_like(back)
     for _ in range(iterations):

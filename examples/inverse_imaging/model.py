@@ -5,7 +5,8 @@ r"""Networks for y = A x + noise that use A in different ways.
     x <- (A^T A + lambda I)^{-1} (A^T y + lambda D(x))
 
 with one denoiser D and one lambda for all steps, the inverse by conjugate gradients; A is an input.
-Kernels are (size, size), masks (height, width), pictures (batch, 1, height, width) in [0, 1].
+Transfer functions are complex (height, width // 2 + 1), masks (height, width), pictures
+(batch, 1, height, width) in [0, 1].
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class MoDL(nn.Module):
         self.denoiser, self.steps, self.iterations = denoiser, steps, iterations
         self.log_weight = nn.Parameter(torch.tensor(weight).log())
 
-    def forward(self, y: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, y: Tensor, transfer: Tensor, mask: Tensor) -> Tensor:
         weight = self.log_weight.exp()
 
         def normal(x: Tensor) -> Tensor:
-            return adjoint(observe(x, kernel, mask), kernel, mask) + weight * x
+            return adjoint(observe(x, transfer, mask), transfer, mask) + weight * x
 
-        back = adjoint(y, kernel, mask)
+        back = adjoint(y, transfer, mask)
         x = conjugate_gradients(normal, back, torch.zeros_like(back), self.iterations)
         for _ in range(self.steps):
             x = conjugate_gradients(normal, back + weight * self.denoiser(x), x, self.iterations)
@@ -103,8 +104,8 @@ class BackProjectionUNet(nn.Module):
         super().__init__()
         self.unet = UNet(channels)
 
-    def forward(self, y: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = self.unet(adjoint(y, kernel, mask) / mask.mean())
+    def forward(self, y: Tensor, transfer: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.unet(adjoint(y, transfer, mask) / mask.mean())
         return found
 
 
@@ -123,8 +124,8 @@ class DeepImagePrior(nn.Module):
         """The reconstruction for the input z (1, channels, height, width)."""
         return torch.sigmoid(self.unet(z))
 
-    def forward(self, z: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
-        return observe(self.picture(z), kernel, mask)
+    def forward(self, z: Tensor, transfer: Tensor, mask: Tensor) -> Tensor:
+        return observe(self.picture(z), transfer, mask)
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def blur(x: Tensor, kernel: Tensor) -> Tensor:
-    """Circular correlation of pictures (batch, 1, height, width) with an odd square kernel."""
-    half = kernel.shape[-1] // 2
-    return F.conv2d(F.pad(x, (half,) * 4, mode="circular"), kernel[None, None])
+def blur(x: Tensor, transfer: Tensor) -> Tensor:
+    """Circular convolution of pictures (batch, 1, height, width).
+
+    Args:
+        x: the pictures.
+        transfer: Fourier transform of the kernel, complex (height, width // 2 + 1).
+    """
+    blurred: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
+    return blurred
 
 
-def observe(x: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
+def observe(x: Tensor, transfer: Tensor, mask: Tensor) -> Tensor:
     """A x: blurred, then kept where ``mask`` (height, width) is 1 and zero elsewhere."""
-    return mask * blur(x, kernel)
+    return mask * blur(x, transfer)
 
 
-def adjoint(y: Tensor, kernel: Tensor, mask: Tensor) -> Tensor:
+def adjoint(y: Tensor, transfer: Tensor, mask: Tensor) -> Tensor:
     """A^T y, of the size of y (batch, 1, height, width)."""
-    return blur(mask * y, kernel.flip(0, 1))
+    return blur(mask * y, transfer.conj())
 
 
 def conjugate_gradients(

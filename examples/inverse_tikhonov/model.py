@@ -69,12 +69,20 @@ class InverseNetwork(nn.Module):
         weight: applied to centred observations, (observed, inputs).
         cells: size of the output.
         hidden: units of the hidden layer; 0 is an affine network.
+        activation: of the hidden layer.
     """
 
     centre: Tensor
     weight: Tensor
 
-    def __init__(self, observations: Tensor, weight: Tensor, cells: int, hidden: int) -> None:
+    def __init__(
+        self,
+        observations: Tensor,
+        weight: Tensor,
+        cells: int,
+        hidden: int,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:
         super().__init__()
         self.register_buffer("centre", observations.mean(0))
         self.register_buffer("weight", weight)
@@ -82,7 +90,7 @@ class InverseNetwork(nn.Module):
         self.layers = nn.Sequential()
         if hidden:
             self.layers.append(nn.Linear(inputs, hidden, dtype=dtype))
-            self.layers.append(nn.ReLU())
+            self.layers.append(activation())
         self.layers.append(nn.Linear(hidden or inputs, cells, dtype=dtype))
 
     def forward(self, y: Tensor) -> Tensor:

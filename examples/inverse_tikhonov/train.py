@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from graphopt.examples.common import Case, Run, Workload
 from graphopt.examples.inverse_tikhonov import baselines
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Objective]] = {"nDNN": NDNN, "mcDNN": McDNN, "TNet": TNe
 HIDDEN = 200
 SAMPLES, SIZES, COPIES = 20, (10, 20, 100), 20
 HEAT_SAMPLES, SIDE = 50, 10
+RECIPES = (Recipe(None, 10.0), Recipe(10.0, 3.0, nn.Tanh))
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Setting:
             weight = scaling(data.y)
         else:
             weight = whitening(data.y, recipe.ridge * self.noise**2)
-        network = InverseNetwork(data.y, weight, data.u.shape[1], hidden)
+        network = InverseNetwork(data.y, weight, data.u.shape[1], hidden, recipe.activation)
         return kind(network, self.problem, self.prior, self.noise)
 
 
@@ -145,9 +147,9 @@ def run_networks(
     data = setting.train[:samples]
     chosen: dict[str, Objective] = {}
     for name, kind in METHODS.items():
-        recipes = [Recipe(None, 10.0), Recipe(10.0, 3.0)]
+        recipes = RECIPES
         if kind is NDNN:  # noise that large may be good for TNet only
-            recipes.append(Recipe(None, 1.0))
+            recipes = (*RECIPES, Recipe(None, 1.0))
         scores = []
         for recipe in recipes:
             objective = setting.objective(kind, data, HIDDEN, recipe)
@@ -232,7 +234,7 @@ def case(device: torch.device) -> Case:
     setting = heat(torch.Generator().manual_seed(0)).cast(device, torch.float32)
     torch.manual_seed(0)
     data = setting.train
-    objective = setting.objective(TNet, data, HIDDEN, Recipe(10.0, 3.0))
+    objective = setting.objective(TNet, data, HIDDEN, RECIPES[1])
     return Case(objective.to(device), (data.y, data.u), lambda loss: loss)
 
 

@@ -20,10 +20,12 @@ class Recipe:
     Attributes:
         ridge: noise variances added before inputs are whitened; None scales them only.
         spread: the noise that is added to observations in each step, in noise deviations.
+        activation: of the hidden layer.
     """
 
     ridge: float | None
     spread: float
+    activation: type[nn.Module] = nn.GELU
 
 
 class Best:
