@@ -49,7 +49,7 @@ class MoDL(nn.Module):
     """
 
     def __init__(
-        self, denoiser: nn.Module, steps: int = 5, iterations: int = 6, weight: float = 0.05
+        self, denoiser: nn.Module, steps: int = 5, iterations: int = 6, weight: float = 0.2
     ) -> None:
         super().__init__()
         self.denoiser, self.steps, self.iterations = denoiser, steps, iterations

@@ -30,6 +30,7 @@ from graphopt.examples.inverse_imaging.model import (
 
 BATCH = 8
 NEW = 3
+STREAM = 10**6  # of random numbers, behind those of the steps
 DENOISED = 0.05  # deviation of the noise that the denoiser of plug-and-play removes
 PRIOR_CROPS, PRIOR_STEPS = 5, 200
 SMOOTHING = (0.01, 0.03, 0.1, 0.3)
@@ -70,7 +71,7 @@ class Data:
 
 def load(run: Run) -> Data:
     """Operators and noise follow the seed; pictures and their split do not."""
-    generator = run.generator(10**6)
+    generator = run.generator(STREAM)
     parts = (load_pictures(TRAIN, 60), load_pictures(HELD_OUT, 12), load_pictures(TEST, 8))
     train, held_out, test = (part.to(run.device) for part in parts)
     operators = [draw_operator(generator).to(run.device) for _ in range(1 + NEW)]
@@ -88,12 +89,10 @@ def batch(run: Run, data: Data, step: int) -> tuple[Tensor, torch.Generator]:
     return data.train[rows.to(run.device)].flip(axes), generator
 
 
-def train_reconstruction(
-    run: Run, name: str, model: nn.Module, data: Data, steps: int, rate: float
-) -> None:
+def train_reconstruction(run: Run, name: str, model: nn.Module, data: Data, steps: int) -> None:
     """Supervised: observations by the first operator, squared error of the picture."""
     run.optimize(model)
-    optimizer = torch.optim.Adam(model.parameters(), rate)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def loss(step: int) -> Tensor:
@@ -128,7 +127,9 @@ class PriorFits:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._model = DeepImagePrior()
-        self._z = 0.1 * torch.rand(1, 16, SIZE, SIZE, generator=run.generator(3)).to(run.device)
+        self._z = 0.1 * torch.rand(1, 16, SIZE, SIZE, generator=run.generator(STREAM + 1)).to(
+            run.device
+        )
         run.optimize(self._model)
         self._start = {k: v.clone() for k, v in self._model.state_dict().items()}
 
@@ -138,7 +139,8 @@ class PriorFits:
         optimizer = torch.optim.Adam(self._model.parameters(), 3e-3)
 
         def loss(_: int) -> Tensor:
-            return (self._model(self._z, *operator) - y).square().sum() / operator.mask.sum()
+            seen: Tensor = self._model(self._z, *operator)
+            return (seen - y).square().sum() / operator.mask.sum()
 
         self._run.fit(name, self._model, optimizer, loss, PRIOR_STEPS)
         with torch.no_grad():
@@ -147,11 +149,14 @@ class PriorFits:
 
 def main(run: Run) -> None:
     """Train, reconstruct everything, compare, draw."""
+    torch.manual_seed(run.seed)  # also when resumed, so that networks start as they did
     data = load(run)
-    unet, modl, denoiser = BackProjectionUNet(16), MoDL(Denoiser(16)), Denoiser(16)
-    train_reconstruction(run, "U-Net", unet, data, 100 * run.epochs, 2e-3)
-    train_reconstruction(run, "MoDL", modl, data, 50 * run.epochs, 4e-3)
+    unet, denoiser = BackProjectionUNet(16), Denoiser(16)
     train_denoiser(run, denoiser, data, 150 * run.epochs)
+    modl = MoDL(Denoiser(16))
+    modl.denoiser.load_state_dict(denoiser.state_dict())  # goes on from where plug-and-play is
+    train_reconstruction(run, "MoDL", modl, data, 60 * run.epochs)
+    train_reconstruction(run, "U-Net", unet, data, 100 * run.epochs)
 
     def plugged(y: Tensor, operator: Operator, rho: float) -> Tensor:
         start = smoothed(y, *operator, smoothing)
@@ -163,6 +168,7 @@ def main(run: Run) -> None:
     trained, seen = data.operators[0], data.held_out_seen
     smoothing = max(SMOOTHING, key=lambda weight: score(smoothed(seen, *trained, weight)))
     rho = max(COUPLING, key=lambda weight: score(plugged(seen, trained, weight)))
+    run.value("MoDL lambda", float(modl.log_weight.detach().exp()))
     run.value("smoothing weight", smoothing)
     run.value("plug-and-play rho", rho)
     with torch.no_grad():

@@ -81,4 +81,5 @@ def draw(
             )
         third.set_xscale("log")
         third.margins(0.4)
+        third.set_ylim(0, 1.3 * max(errors["Gauss-Newton"], errors["TNet"]))
         third.set(xlabel="ms per inversion", ylabel="relative error", title="heat conduction")
