@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -156,7 +157,8 @@ class Run:
                     written = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
-        self._checkpoint.finished[name] = state()
+        # A copy, since the next loop may go on with the same model.
+        self._checkpoint.finished[name] = copy.deepcopy(state())
         self._checkpoint.current = {}
         self.results.seconds[name] = self._checkpoint.finished[name]["seconds"]
         self._write()

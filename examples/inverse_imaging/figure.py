@@ -16,28 +16,25 @@ def draw(
     truth: Tensor,
     seen: Sequence[Tensor],
     found: Mapping[str, Sequence[Tensor]],
-    crops: int = 2,
 ) -> None:
     """Write the figure.
 
     Args:
         path: of the file.
-        truth: crops (crops, 1, height, width).
+        truth: crops (crops, 1, height, width); the two of most contrast are shown.
         seen: their observations by the trained and by a new operator.
         found: reconstructions by method, for both operators.
-        crops: how many are shown per operator.
     """
+    places = truth.std((1, 2, 3)).topk(2).indices.tolist()
     titles = ["truth", "observed", *found]
-    with panels(path, 2 * crops, len(titles), width=11.0, height=1.75) as axes:
+    with panels(path, 4, len(titles), width=11.0, height=1.75) as axes:
         for row in axes:
             for axis in row:
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
         for operator, label in enumerate(("trained A", "new A")):
-            for crop in range(crops):
-                # From the middle: the last crops are of text, which every method finds hard.
-                place = (len(truth) - crops) // 2 + crop
-                row = axes[operator * crops + crop]
+            for crop, place in enumerate(places):
+                row = axes[2 * operator + crop]
                 row[0].set_ylabel(label)
                 pictures = [truth, seen[operator], *(p[operator] for p in found.values())]
                 for axis, picture in zip(row, pictures, strict=True):

@@ -69,20 +69,12 @@ class InverseNetwork(nn.Module):
         weight: applied to centred observations, (observed, inputs).
         cells: size of the output.
         hidden: units of the hidden layer; 0 is an affine network.
-        activation: of the hidden layer.
     """
 
     centre: Tensor
     weight: Tensor
 
-    def __init__(
-        self,
-        observations: Tensor,
-        weight: Tensor,
-        cells: int,
-        hidden: int,
-        activation: type[nn.Module] = nn.GELU,
-    ) -> None:
+    def __init__(self, observations: Tensor, weight: Tensor, cells: int, hidden: int) -> None:
         super().__init__()
         self.register_buffer("centre", observations.mean(0))
         self.register_buffer("weight", weight)
@@ -90,7 +82,7 @@ class InverseNetwork(nn.Module):
         self.layers = nn.Sequential()
         if hidden:
             self.layers.append(nn.Linear(inputs, hidden, dtype=dtype))
-            self.layers.append(activation())
+            self.layers.append(nn.GELU())
         self.layers.append(nn.Linear(hidden or inputs, cells, dtype=dtype))
 
     def forward(self, y: Tensor) -> Tensor:
@@ -142,15 +134,15 @@ class Objective(nn.Module):
         self.noise, self.alpha = noise, alpha
 
     def misfit(self, v: Tensor, y: Tensor) -> Tensor:
-        """1/2 ||y - G(u)||^2 / sigma^2, mean over the batch."""
+        """1/2 ||y - G(u)||^2 / sigma^2, per sample (batch,)."""
         return _half_square((y - self.problem(self.prior.colour(v))) / self.noise)
 
-    def loss(self, y: Tensor, u: Tensor) -> Tensor:
-        """Mean over pairs y (batch, observed) and u (batch, cells)."""
+    def losses(self, y: Tensor, u: Tensor) -> Tensor:
+        """Per pair (batch,) of y (batch, observed) and u (batch, cells)."""
         raise NotImplementedError
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
-        return self.loss(y, u)
+        return self.losses(y, u).mean()
 
     def invert(self, y: Tensor) -> Tensor:
         """The parameter u (batch, cells) that the network finds for y."""
@@ -161,14 +153,14 @@ class Objective(nn.Module):
 class NDNN(Objective):
     """Regression on true parameters; knows neither G nor the noise."""
 
-    def loss(self, y: Tensor, u: Tensor) -> Tensor:
+    def losses(self, y: Tensor, u: Tensor) -> Tensor:
         return _half_square(self.network(y) - self.prior.whiten(u))
 
 
 class McDNN(Objective):
     """Regression that also has to explain the observation."""
 
-    def loss(self, y: Tensor, u: Tensor) -> Tensor:
+    def losses(self, y: Tensor, u: Tensor) -> Tensor:
         v: Tensor = self.network(y)
         return _half_square(v - self.prior.whiten(u)) + self.alpha * self.misfit(v, y)
 
@@ -176,13 +168,13 @@ class McDNN(Objective):
 class TNet(Objective):
     """The Tikhonov functional; true parameters do not enter."""
 
-    def loss(self, y: Tensor, _u: Tensor) -> Tensor:
+    def losses(self, y: Tensor, _u: Tensor) -> Tensor:
         v: Tensor = self.network(y)
         return self.misfit(v, y) + self.alpha * _half_square(v)
 
 
 def _half_square(x: Tensor) -> Tensor:
-    return 0.5 * x.square().sum(1).mean()
+    return 0.5 * x.square().sum(1)
 
 
 def _eye(size: int) -> Tensor:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from graphopt.examples.common import Case, Run, Workload
 from graphopt.examples.inverse_tikhonov import baselines
@@ -40,7 +39,7 @@ HIDDEN = 200
 SAMPLES, SIZES, COPIES = 20, (10, 20, 100), 20
 HEAT_SAMPLES, SIDE = 50, 10
 STREAM = 10**6  # of random numbers, behind those of the steps
-RECIPES: tuple[Recipe, ...] = (Recipe(None, 10.0), Recipe(10.0, 3.0, nn.Tanh))
+RECIPES: tuple[Recipe, ...] = (Recipe(None, 10.0), Recipe(10.0, 3.0))
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Setting:
             weight = scaling(data.y)
         else:
             weight = whitening(data.y, recipe.ridge * self.noise**2)
-        network = InverseNetwork(data.y, weight, data.u.shape[1], hidden, recipe.activation)
+        network = InverseNetwork(data.y, weight, data.u.shape[1], hidden)
         return kind(network, self.problem, self.prior, self.noise)
 
 

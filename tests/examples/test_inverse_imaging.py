@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.examples.common import WorkloadError
-from graphopt.examples.inverse_imaging import data as data_module
+from graphopt.examples.common import Run, WorkloadError
+from graphopt.examples.common.checkpoint import Checkpoint, read_checkpoint
+from graphopt.examples.common.interrupts import Interrupts
+from graphopt.examples.common.results import Results
+from graphopt.examples.inverse_imaging import train
 from graphopt.examples.inverse_imaging.classical import plug_and_play, psnr, smoothed
 from graphopt.examples.inverse_imaging.data import (
     HELD_OUT,
@@ -30,7 +35,6 @@ from graphopt.examples.inverse_imaging.model import (
     MoDL,
 )
 from graphopt.examples.inverse_imaging.operators import adjoint, conjugate_gradients, observe
-from graphopt.examples.inverse_imaging.train import case
 from graphopt.model.controller import controller_of
 from graphopt.model.surface import report
 
@@ -168,6 +172,34 @@ def test_deep_image_prior_fits_the_observation_only() -> None:
     assert not model(z, transfer, mask)[0, 0][mask == 0].any()
 
 
+def _run(checkpoint: Checkpoint, folder: Path) -> Run:
+    return Run(
+        checkpoint=checkpoint,
+        results=Results("inverse_imaging", {"seed": 0, "epochs": 1}),
+        output=folder,
+        device=torch.device("cpu"),
+        backend="none",
+        console=Console(quiet=True),
+        interrupts=Interrupts(),
+    )
+
+
+def test_a_resumed_run_finds_every_picture_of_the_prior_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One network is fitted to observation after observation; each keeps its own weights."""
+    monkeypatch.setattr(train, "PRIOR_STEPS", 3)
+    operator = draw_operator(torch.Generator().manual_seed(0))
+    seen = [torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32)]
+    fits = train.PriorFits(_run(Checkpoint({}), tmp_path))
+    before = [fits(str(number), y, operator) for number, y in enumerate(seen)]
+    fits = train.PriorFits(_run(read_checkpoint(tmp_path / "checkpoint.pt", {}), tmp_path))
+    after = [fits(str(number), y, operator) for number, y in enumerate(seen)]
+    assert not torch.equal(before[0], before[1])
+    for ours, theirs in zip(after, before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def _gradients(found: object, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     loss = found.loss(model(*inputs))  # type: ignore[attr-defined]
     loss.backward()
@@ -175,7 +207,7 @@ def _gradients(found: object, model: nn.Module, inputs: tuple[Tensor, ...]) -> l
 
 
 def test_the_step_of_the_case_is_one_exact_graph() -> None:
-    found = case(torch.device("cpu"))
+    found = train.case(torch.device("cpu"))
     expected = _gradients(found, copy.deepcopy(found.model), found.inputs)
     model = graphopt.optimize(found.model, passes=found.passes, backend="eager")
     seen = _gradients(found, model, found.inputs)
@@ -206,4 +238,4 @@ def test_loaders_name_what_is_wrong() -> None:
     with pytest.raises(WorkloadError, match=r"bad holds 1 values .* first at \[3, 4\]"):
         cut(bad, "bad")
     with pytest.raises(WorkloadError, match=r"nowhere\.png does not exist"):
-        data_module.load_pictures(("nowhere.png",))
+        load_pictures(("nowhere.png",))
