@@ -1,0 +1,159 @@
+"""Reconstructing crystals from electron diffraction, data-parallel and in lower precision."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from graphopt.examples.common import Case, Run, Workload, WorkloadError
+from graphopt.examples.materials_imaging.baselines import ridge
+from graphopt.examples.materials_imaging.data import DEFOCUS, Specimens, make_specimens
+from graphopt.examples.materials_imaging.figure import draw
+from graphopt.examples.materials_imaging.model import (
+    huber_loss,
+    predict,
+    relative_error,
+    small_net,
+)
+from graphopt.examples.materials_imaging.peaks import match
+
+TRAIN, VALIDATION, TEST, BATCH = 1200, 64, 128, 16
+RATE = 3e-3
+SHORT = 40  # steps of the trainings in each format
+# On a processor without fast products in 16 bits nothing would be lowered for its measured times.
+LOWER = "precision{{cost=roofline,format={format}}}"
+
+
+def train(run: Run, name: str, data: Specimens, steps: int, lower: str = "") -> nn.Module:
+    """Train a network; in a job each rank takes its share of every batch.
+
+    Args:
+        run: with the seed.
+        name: of the training.
+        data: to train on.
+        steps: how many.
+        lower: format of the operators that `precision` lowers; empty for none of them.
+
+    Returns:
+        The trained network.
+    """
+    torch.manual_seed(run.seed)
+    ranks, rank = _job()
+    passes = ["cleanup"]
+    if lower:
+        passes.append(LOWER.format(format=lower))
+    if ranks > 1:
+        passes += ["schedule", "group_gradients"]
+    model = run.optimize(small_net(), passes=",".join(passes))
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    scheduler = OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.2)
+
+    def loss(number: int) -> Tensor:
+        epoch, position = divmod(number, TRAIN // BATCH)
+        order = torch.randperm(TRAIN, generator=run.generator(10 + epoch))
+        batch = order[BATCH * position : BATCH * (position + 1)]
+        mine = batch[rank::ranks].to(run.device)
+        return huber_loss(model(data.patterns[mine]), data.potential[mine])
+
+    run.fit(name, model, optimizer, loss, steps, scheduler=scheduler)
+    return model
+
+
+def run(run: Run) -> None:
+    """Train on focused patterns, on the negative control, and briefly in each format."""
+    ranks, _ = _job()
+    if BATCH % ranks:
+        raise WorkloadError(f"{ranks} ranks cannot share {BATCH} specimens evenly", "use 2 ranks")
+    data, validation, test = _specimens(run, DEFOCUS)
+    wrong, _, wrong_test = _specimens(run, -DEFOCUS)
+    mean = float(data.potential.mean())
+    steps = math.ceil(run.epochs * TRAIN / BATCH)
+
+    def error(model: nn.Module, specimens: Specimens) -> float:
+        return relative_error(predict(model, specimens.patterns), specimens.potential, mean)
+
+    linear = run.once("ridge", lambda: ridge(data, validation, test))
+    model = train(run, "FC-DenseNet", data, steps)
+    predicted = run.once("predictions", lambda: predict(model, test.patterns).cpu())
+    ours = relative_error(predicted.to(run.device), test.potential, mean)
+    control_model = train(run, "negative control", wrong, steps)
+    control = run.once("control", lambda: error(control_model, wrong_test))
+    atoms = match(predicted, test.atoms)
+    true = match(test.potential, test.atoms)
+
+    for name, value in (
+        ("mean of training", 1.0),
+        ("ridge regression", linear["test"]),
+        ("FC-DenseNet", ours),
+        ("FC-DenseNet, opposite defocus", control),
+    ):
+        run.row("reconstruction", method=name, relative_error=value)
+    short = min(SHORT, steps)
+    for lower in ("", "bf16", "fp16"):
+        if run.backend == "none" and lower:
+            continue
+        name = lower or "fp32"
+        lowered = train(run, f"{short} steps in {name}", data, short, lower)
+        found = run.once(f"error after {short} steps in {name}", lambda m=lowered: error(m, test))
+        run.row("formats", format=name, steps=short, relative_error=found)
+
+    run.value("ranks", ranks)
+    run.value("peaks that are atoms", atoms.precision)
+    run.value("atoms found in the true potential", true.recall)
+    run.require("relative error", ours, at_most=0.40)
+    run.require("relative error over that of ridge regression", ours / linear["test"], at_most=0.65)
+    run.require("relative error with the opposite defocus", control, at_least=0.95)
+    run.require("atoms with a peak within 1 px", atoms.recall, at_least=0.90)
+    if run.backend != "none":
+        plain, *others = (row["relative_error"] for row in run.results.tables["formats"])
+        for name, value in zip(("bf16", "fp16"), others, strict=True):
+            run.require(
+                f"relative error in {name} minus that in fp32, after {short} steps",
+                float(value) - float(plain),
+                at_most=0.02,
+            )
+    if run.first:
+        draw(run.output / "figure.svg", test, predicted)
+
+
+def case(device: torch.device) -> Case:
+    """A training step."""
+    torch.manual_seed(0)
+    data = make_specimens(BATCH, torch.Generator().manual_seed(0)).to(device)
+    return Case(
+        small_net().to(device),
+        (data.patterns - data.patterns.mean(0),),
+        lambda predicted: huber_loss(predicted, data.potential),
+    )
+
+
+def _job() -> tuple[int, int]:
+    """How many ranks there are, and which this is."""
+    if not dist.is_initialized():
+        return 1, 0
+    return dist.get_world_size(), dist.get_rank()
+
+
+def _specimens(run: Run, defocus: float) -> list[Specimens]:
+    """For training, validation and test; the same crystals for every defocus, patterns centred."""
+    sizes = (TRAIN, VALIDATION, TEST)
+    parts = [make_specimens(size, run.generator(i), defocus) for i, size in enumerate(sizes)]
+    centre = parts[0].patterns.mean(0)
+    return [part.centred(centre).to(run.device) for part in parts]
+
+
+WORKLOAD = Workload(
+    name="materials_imaging",
+    title="Crystals from electron diffraction with an FC-DenseNet, data-parallel.",
+    run=run,
+    case=case,
+    epochs=6,
+    long_epochs=60,
+)
+
+if __name__ == "__main__":
+    WORKLOAD.main()
