@@ -135,4 +135,5 @@ def _smooth(noise: Tensor, radius: float = 4.0) -> Tensor:
     kx = torch.fft.rfftfreq(noise.shape[-1])
     response = torch.exp(-2 * (math.pi * radius) ** 2 * (kx.square() + ky.square()))
     smooth = torch.fft.irfft2(torch.fft.rfft2(noise) * response, s=noise.shape[-2:])
-    return smooth / smooth.std((-2, -1), keepdim=True)
+    scaled: Tensor = smooth / smooth.std((-2, -1), keepdim=True)
+    return scaled

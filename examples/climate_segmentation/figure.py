@@ -37,7 +37,7 @@ def draw(path: Path, test: Fields, shown: Mapping[str, Shown]) -> None:
     with panels(path, 2, 3, height=2.7) as axes:
         for axis, name in zip(axes[0], names[:3], strict=True):
             _map(axis, test, chosen, shown[name].predicted)
-            axis.set_title(f"weights: {name.removesuffix(' weights')}")
+            axis.set_title(name if "weights" in name else f"weights {name}")
         axes[0, 0].set_ylabel("latitude (grid points)")
         _bars(axes[1, 0], names[:3], [shown[n].early.recall[CYCLONE] for n in names[:3]])
         axes[1, 0].set_title("cyclone recall after 1/4 of training")
@@ -45,7 +45,7 @@ def draw(path: Path, test: Fields, shown: Mapping[str, Shown]) -> None:
         axes[1, 1].set_title("cyclone IoU at the end")
         for name, label in ((names[1], "synchronous"), (names[3], "gradients 1 step late")):
             axes[1, 2].semilogy(_mean(shown[name].losses), label=label)
-        axes[1, 2].set_title("weights: 1/sqrt(f)")
+        axes[1, 2].set_title(f"weights {names[1]}")
         axes[1, 2].set_xlabel("step")
         axes[1, 2].set_ylabel("loss (mean of 8 steps)")
         axes[1, 2].legend()
@@ -53,7 +53,7 @@ def draw(path: Path, test: Fields, shown: Mapping[str, Shown]) -> None:
 
 def _map(axis: Any, test: Fields, chosen: int, predicted: Tensor) -> None:
     truth = test.labels[chosen].cpu().numpy()
-    axis.imshow(test.values[chosen, 0].cpu().numpy(), origin="lower", cmap="Greys", alpha=0.6)
+    axis.imshow(test.values[chosen, 0].cpu().numpy(), origin="lower", cmap="Greys", vmax=4)
     for index, colour in ((1, COLOURS[0]), (2, COLOURS[4])):
         found = (predicted[chosen] == index).cpu().numpy()
         if found.any():

@@ -57,6 +57,6 @@ def predict(model: nn.Module, fields: Fields, batch: int = 16) -> Tensor:
     """The most likely class of every point, [n, height, width], in evaluation mode."""
     training = model.training
     model.eval()
-    found = [model(values).argmax(1) for values in fields.values.split(batch)]
+    found = [model(values).argmax(1) for values in torch.split(fields.values, batch)]
     model.train(training)
     return torch.cat(found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphopt.examples.materials_imaging.data import Specimens
 from graphopt.examples.materials_imaging.model import relative_error
 
-PENALTIES = tuple(10.0**power for power in range(-4, 5))
+PENALTIES = tuple(10.0**power for power in range(-5, 4))
 
 
 def ridge(train: Specimens, validation: Specimens, test: Specimens) -> dict[str, float]:

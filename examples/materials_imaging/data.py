@@ -42,7 +42,7 @@ class Specimens:
 
     Attributes:
         patterns: [n, 16, 32, 32]: the fourth roots of intensities, by scan position, moved so that
-            the scan position is where it is in the specimen.
+            the scan position is where it is in the specimen; `prepared` for a reconstruction.
         potential: [n, 1, 32, 32], radians.
         atoms: [n, 200, 2], row and column of every atom, pixels; outside of the picture where there
             are fewer.
@@ -57,9 +57,17 @@ class Specimens:
         check_tensor("potential", self.potential, (len(self.patterns), 1, SIZE, SIZE))
         check_tensor("atoms", self.atoms, (len(self.patterns), _MOST_ATOMS, 2))
 
-    def centred(self, centre: Tensor) -> Specimens:
-        """The same with ``centre``, [16, 32, 32], taken from the patterns."""
-        return Specimens(self.patterns - centre, self.potential, self.atoms)
+    def prepared(self, centre: Tensor, scale: float) -> Specimens:
+        """The same with patterns in units of their contrast, and zero outside of the disc.
+
+        What is outside of the disc are single electrons, whose fourth roots are mostly noise.
+
+        Args:
+            centre: mean of patterns in training, [16, 32, 32].
+            scale: what they are divided by.
+        """
+        patterns = (self.patterns - centre) * discs() / scale
+        return Specimens(patterns, self.potential, self.atoms)
 
     def to(self, device: torch.device) -> Specimens:
         """The same on another device."""
@@ -76,7 +84,7 @@ def make_specimens(count: int, generator: Generator, defocus: float = DEFOCUS) -
     """
     potential, atoms = make_crystals(count, generator)
     parts = [
-        record(part, generator, defocus) for part in potential.split(64)
+        record(part, generator, defocus) for part in torch.split(potential, 64)
     ]  # the waves of 64 crystals take 8 MB
     return Specimens(torch.cat(parts), potential[:, None], atoms)
 
@@ -131,11 +139,7 @@ def record(potential: Tensor, generator: Generator, defocus: float = DEFOCUS) ->
     counts = torch.poisson(DOSE * intensity, generator=generator)
     patterns = (counts / DOSE * SIZE**2) ** 0.25
     shifted = torch.fft.fftshift(patterns, dim=(-2, -1))
-    moved = [
-        # The middle of the camera goes to the scan position.
-        torch.roll(shifted[:, p], (row - SIZE // 2, column - SIZE // 2), (-2, -1))
-        for p, (row, column) in enumerate(scan_positions())
-    ]
+    moved = [_to_position(shifted[:, p], place) for p, place in enumerate(scan_positions())]
     return torch.stack(moved, 1)
 
 
@@ -151,7 +155,14 @@ def probe(defocus: float) -> Tensor:
     k = _frequencies()
     spectrum = (k < APERTURE**2) * torch.exp(-1j * math.pi * defocus * k)
     wave = torch.fft.ifft2(spectrum)
-    return wave / wave.abs().square().sum().sqrt()
+    normed: Tensor = wave / wave.abs().square().sum().sqrt()
+    return normed
+
+
+def discs() -> Tensor:
+    """Where the beam falls without a specimen, as patterns are moved: [16, 32, 32], 0 or 1."""
+    disc = torch.fft.fftshift(_frequencies() < APERTURE**2).float()
+    return torch.stack([_to_position(disc, place) for place in scan_positions()])
 
 
 def propagate(potential: Tensor, defocus: float) -> Tensor:
@@ -166,7 +177,13 @@ def propagate(potential: Tensor, defocus: float) -> Tensor:
     return wave
 
 
+def _to_position(pattern: Tensor, place: tuple[int, int]) -> Tensor:
+    """Move the middle of the camera to a scan position."""
+    return torch.roll(pattern, (place[0] - SIZE // 2, place[1] - SIZE // 2), (-2, -1))
+
+
 def _frequencies() -> Tensor:
     """The squares of all spatial frequencies, [32, 32]."""
     k = torch.fft.fftfreq(SIZE)
-    return k[:, None] ** 2 + k[None] ** 2
+    square: Tensor = k[:, None] ** 2 + k[None] ** 2
+    return square

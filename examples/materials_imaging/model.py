@@ -73,6 +73,6 @@ def predict(model: nn.Module, patterns: Tensor, batch: int = 16) -> Tensor:
     """Potentials of all specimens, [n, 1, height, width], in evaluation mode."""
     training = model.training
     model.eval()
-    found = [model(part) for part in patterns.split(batch)]
+    found = [model(part) for part in torch.split(patterns, batch)]
     model.train(training)
     return torch.cat(found)

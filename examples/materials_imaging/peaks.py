@@ -82,5 +82,5 @@ def match(pictures: Tensor, atoms: Tensor, reach: float = 1.0) -> Found:
 
 
 def _inside(places: NDArray[np.floating], margin: float) -> NDArray[np.bool_]:
-    inside: NDArray[np.bool_] = ((places >= margin) & (places <= SIZE - 1 - margin)).all(1)
-    return inside
+    inside = (places >= margin) & (places <= SIZE - 1 - margin)
+    return np.logical_and(inside[:, 0], inside[:, 1])
