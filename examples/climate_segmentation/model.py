@@ -57,7 +57,7 @@ def class_weights(labels: Tensor, weighting: Weighting) -> Tensor:
     """
     frequencies = torch.bincount(labels.flatten(), minlength=len(CLASSES)) / labels.numel()
     power = {"none": 0.0, "1/sqrt(f)": -0.5, "1/f": -1.0}[weighting]
-    weights = frequencies**power
+    weights = torch.where(frequencies > 0, frequencies**power, 0.0)
     return weights / (weights * frequencies).sum()
 
 

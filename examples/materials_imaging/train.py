@@ -22,9 +22,9 @@ from graphopt.examples.materials_imaging.model import (
 )
 from graphopt.examples.materials_imaging.peaks import match
 
-TRAIN, VALIDATION, TEST, BATCH = 320, 64, 128, 16
-RATE = 4e-3
-SHORT = 40  # steps of the trainings in each format
+TRAIN, VALIDATION, TEST, BATCH = 1200, 64, 128, 16
+RATE = 3e-3
+SHORT = 50  # steps of the trainings in each format
 # On a processor without fast products in 16 bits nothing would be lowered for its measured times.
 LOWER = "precision{{cost=roofline,format={format}}}"
 
@@ -65,13 +65,13 @@ def train(run: Run, name: str, data: Specimens, steps: int, lower: str = "") -> 
 
 
 def run(run: Run) -> None:
-    """Train on focused patterns, on the negative control, and briefly in each format."""
+    """Train, hold against linear reconstruction and the opposite defocus, and compare formats."""
     ranks, _ = _job()
     if BATCH % ranks:
         raise WorkloadError(f"{ranks} ranks cannot share {BATCH} specimens evenly", "use 2 ranks")
     recorded = _specimens(run, DEFOCUS)
     data, validation, test = _prepared(run, recorded)
-    wrong, _, wrong_test = _prepared(run, _specimens(run, -DEFOCUS))
+    *_, opposite = _prepared(run, _specimens(run, -DEFOCUS))
     mean = float(data.potential.mean())
     steps = math.ceil(run.epochs * TRAIN / BATCH)
 
@@ -83,8 +83,8 @@ def run(run: Run) -> None:
     model = train(run, "FC-DenseNet", data, steps)
     predicted = run.once("predictions", lambda: predict(model, test.patterns).cpu())
     ours = relative_error(predicted.to(run.device), test.potential, mean)
-    control_model = train(run, "negative control", wrong, steps)
-    control = run.once("control", lambda: error(control_model, wrong_test))
+    # Whoever only knew what crystals look like would do as well with any patterns.
+    control = run.once("control", lambda: error(model, opposite))
     atoms = match(predicted, test.atoms)
     true = match(test.potential, test.atoms)
 
@@ -93,12 +93,14 @@ def run(run: Run) -> None:
         ("ridge regression, patterns as recorded", linear["test"]),
         ("ridge regression, patterns within the disc", in_disc["test"]),
         ("FC-DenseNet", ours),
-        ("FC-DenseNet, opposite defocus", control),
+        ("FC-DenseNet, given patterns of the opposite defocus", control),
     ):
         run.row("reconstruction", method=name, relative_error=value)
     short = min(SHORT, steps)
     in_format: dict[str, float] = {}
-    for name in ("fp32", "bf16", "fp16") if run.backend != "none" else ():
+    # The backward of a convolution in float16 takes fifty times as long as in float32 on a CPU.
+    formats = ("fp32", "bf16", "fp16") if run.device.type == "cuda" else ("fp32", "bf16")
+    for name in formats if run.backend != "none" else ():
         lower = "" if name == "fp32" else name
         lowered = train(run, f"{short} steps in {name}", data, short, lower)
         in_format[name] = run.once(
@@ -117,7 +119,7 @@ def run(run: Run) -> None:
         at_most=1.0,
         gate=False,
     )
-    run.require("relative error with the opposite defocus", control, at_least=0.95)
+    run.require("relative error given the opposite defocus", control, at_least=0.95)
     run.require("atoms with a peak within 1 px", atoms.recall, at_least=0.90)
     for name in list(in_format)[1:]:
         run.require(
@@ -166,8 +168,8 @@ WORKLOAD = Workload(
     title="Crystals from electron diffraction with an FC-DenseNet, data-parallel.",
     run=run,
     case=case,
-    epochs=27,
-    long_epochs=150,
+    epochs=13,
+    long_epochs=60,
 )
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from graphopt.examples.materials_imaging.data import (
     DEFOCUS,
     DISTANCE,
     Specimens,
+    discs,
     make_crystals,
     make_specimens,
     probe,
@@ -98,6 +99,18 @@ def test_without_a_crystal_the_camera_sees_the_aperture() -> None:
     seen = torch.roll(patterns[9], (16 - row, 16 - column), (0, 1)) > 0
     assert torch.equal(seen, inside)
     assert 0.9 < int(inside.sum()) / (math.pi * (32 * APERTURE) ** 2) < 1.1
+
+
+def test_prepared_patterns_are_contrast_within_the_disc() -> None:
+    data = make_specimens(8, generator())
+    centre = data.patterns.mean(0)
+    prepared = data.prepared(centre, 0.5).patterns
+    inside = discs().bool().expand_as(prepared)
+    assert not prepared[~inside].any()
+    torch.testing.assert_close(prepared[inside], 2 * (data.patterns - centre)[inside])
+    position = scan_positions().index((12, 12))
+    rows, columns = discs()[position].nonzero().double().mean(0).tolist()
+    assert (rows, columns) == pytest.approx((12, 12))
 
 
 def test_crystals_have_their_atoms_at_their_peaks() -> None:
