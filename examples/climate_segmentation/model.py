@@ -49,8 +49,8 @@ def class_weights(labels: Tensor, weighting: Weighting) -> Tensor:
 
     Args:
         labels: [n, height, width], integers.
-        weighting: ``1/f`` makes all classes count alike, however rare; Kurth et al. found that too
-            much and trained with ``1/sqrt(f)``.
+        weighting: ``1/f`` makes all classes count alike, however rare; ``1/sqrt(f)`` lies between
+            that and no weights.
 
     Returns:
         [classes], float32.
