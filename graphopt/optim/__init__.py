@@ -5,6 +5,7 @@ SP-NGD (Osawa et al., arXiv 2002.06015): schedules, regularisers and their setti
 its authors' code, github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
 For late gradients it is the update rules of pipelined backpropagation (Kosson et al., arXiv
 2003.11666) and Adaptive Braking (Venigalla et al., arXiv 2007.01397).
+`LARC` limits the step of each layer.
 """
 
 from graphopt.optim.delay import (
@@ -17,6 +18,7 @@ from graphopt.optim.delay import (
 from graphopt.optim.delayed_nadam import delayed_nadam
 from graphopt.optim.delayed_sgd import DelayedSGD
 from graphopt.optim.erasing import random_erasing
+from graphopt.optim.larc import LARC
 from graphopt.optim.mixup import RunningMixup
 from graphopt.optim.quadratic import DelayedQuadratic
 from graphopt.optim.rescaling import rescale_weights
@@ -25,6 +27,7 @@ from graphopt.optim.settings import SP_NGD, SpNgdSettings
 from graphopt.optim.smoothing import Smoother
 
 __all__ = [
+    "LARC",
     "SP_NGD",
     "DelayedQuadratic",
     "DelayedSGD",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, StateError
 from graphopt.optim import DelayedSGD
 
 
@@ -61,6 +62,39 @@ class ConstantDelay:
         """Apply the gradients under way."""
         while self._waiting:
             self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the gradients under way, beside the state of the optimizer."""
+        waiting = [[g if g is None else g.clone() for g in due] for due in self._waiting]
+        return {"optimizer": self.optimizer.state_dict(), "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved.
+
+        Raises:
+            StateError: it has more gradients under way than the delay, or for other parameters.
+        """
+        parameters = self._parameters()
+        shapes = [p.shape for p in parameters]
+        waiting: list[list[Tensor | None]] = state["waiting"]
+        for due in waiting:
+            fit = len(due) == len(shapes) and all(
+                g is None or g.shape == shape for g, shape in zip(due, shapes, strict=True)
+            )
+            if not fit or len(waiting) > self.delay:
+                raise StateError(
+                    f"{len(waiting)} saved gradients of {len(due)} parameters do not fit a delay "
+                    f"of {self.delay} and {len(shapes)} parameters",
+                    hint="load the state into a training of the same model and delay",
+                )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._waiting = deque(
+            [
+                g if g is None else g.to(p.device, copy=True)
+                for g, p in zip(due, parameters, strict=True)
+            ]
+            for due in waiting
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, StateError
 from graphopt.optim import DelayedSGD
 from graphopt.study import ConstantDelay
 
@@ -96,3 +96,29 @@ def test_bad_delays_are_refused() -> None:
         ConstantDelay(torch.optim.SGD(model.parameters()), -1)
     with pytest.raises(ArgumentError, match="expects a delay of 3 where it is 4"):
         ConstantDelay(DelayedSGD(model.parameters(), delay=3), 4)
+
+
+def test_a_resumed_training_goes_on_bit_for_bit() -> None:
+    models = [network(), network()]
+    trainings = [ConstantDelay(torch.optim.Adam(m.parameters(), lr=0.1), 2) for m in models]
+    for number in range(8):
+        if number == 3:
+            state = trainings[1].state_dict()
+            trainings[1] = ConstantDelay(torch.optim.Adam(models[1].parameters(), lr=0.1), 2)
+            trainings[1].load_state_dict(state)
+        for model, training in zip(models, trainings, strict=True):
+            training.step(closures(model, 8)[number])
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, models), strict=True))
+
+
+def test_the_state_of_another_training_is_refused() -> None:
+    model = network()
+    training = ConstantDelay(torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    for closure in closures(model, 2):
+        training.step(closure)
+    state = training.state_dict()
+    with pytest.raises(StateError, match="delay of 1"):
+        ConstantDelay(torch.optim.SGD(network().parameters(), lr=0.1), 1).load_state_dict(state)
+    other = torch.optim.SGD(nn.Linear(3, 4).parameters(), lr=0.1)
+    with pytest.raises(StateError, match="2 parameters"):
+        ConstantDelay(other, 2).load_state_dict(state)
