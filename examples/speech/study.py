@@ -1,0 +1,144 @@
+"""The networks that are compared, how they are trained, and what is required of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.examples.common import Run
+from graphopt.examples.speech.data import BANDS, SYMBOLS, Corpus, in_order_of_length, shuffled
+from graphopt.examples.speech.decoding import greedy, word_error_rate
+from graphopt.examples.speech.figure import draw
+from graphopt.examples.speech.model import DeepSpeech, ctc
+
+BATCH = 32
+RATE = 6e-3
+"""Of Adam at the start; chosen on validation data of another language, and good for all."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network and its training.
+
+    Attributes:
+        title: as tables and figures have it.
+        options: of `DeepSpeech`.
+        sorted_first: whether the first epoch goes from short to long utterances (SortaGrad).
+    """
+
+    title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sorted_first: bool = True
+
+
+FULL = Variant("3 layers")
+NO_NORM = Variant("3 layers, no normalisation", {"norm": False})
+SHALLOW = Variant("1 layer", {"layers": 1})
+WIDE = Variant("1 layer, as many weights", {"layers": 1, "hidden": 103})
+SHUFFLED = Variant("3 layers, no SortaGrad", sorted_first=False)
+FORWARD = Variant("3 forward layers", {"bidirectional": False})
+AHEAD = Variant("3 forward layers, look-ahead", {"bidirectional": False, "ahead": 8})
+VARIANTS = (FULL, NO_NORM, SHALLOW, WIDE, SHUFFLED, FORWARD, AHEAD)
+
+
+def study(run: Run, training: Corpus, test: Corpus) -> None:
+    """Train all variants and compare their word error rates."""
+    errors: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    models: dict[str, DeepSpeech] = {}
+    for variant in VARIANTS:
+        title = variant.title
+        model = models[title] = network(variant, run.seed)
+        losses[title] = train(run, variant, model, training)
+        texts = run.once(f"{title}: texts", functools.partial(recognise, model, test, run.device))
+        errors[title] = word_error_rate(texts, test.texts)
+        run.row(
+            "word error rates",
+            network=title,
+            weights=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            loss=sum(losses[title][-20:]) / 20,
+            word_error_rate=errors[title],
+            seconds=run.results.seconds[title],
+        )
+    _require(run, errors)
+    full = plain_copy(FULL, models[FULL.title])
+    run.value("largest hidden unit (a clip at 20 would leave it)", largest_unit(full, test))
+    if run.first:
+        torch.save(
+            {"options": dict(FULL.options), "model": full.state_dict()}, run.output / "model.pt"
+        )
+        draw(run.output / "figure.svg", full, test, losses, errors, len(training) // BATCH)
+
+
+def _require(run: Run, errors: Mapping[str, float]) -> None:
+    def ratio(a: Variant, b: Variant) -> float:
+        # A network that gets every word right still leaves a finite ratio.
+        return errors[a.title] / max(errors[b.title], 1e-4)
+
+    run.require("3 layers / 1 layer, word error rates", ratio(FULL, SHALLOW), at_most=0.5)
+    run.require("with / without normalisation", ratio(FULL, NO_NORM), at_most=0.4)
+    run.require("forward with look-ahead / both directions", ratio(AHEAD, FULL), at_most=2.0)
+    run.require("forward with look-ahead / without", ratio(AHEAD, FORWARD), at_most=0.999)
+    run.require("3 layers / 1 of as many weights", ratio(FULL, WIDE), at_most=0.999, gate=False)
+    run.require("with SortaGrad / without", ratio(FULL, SHUFFLED), at_most=0.999, gate=False)
+
+
+def network(variant: Variant, seed: int) -> DeepSpeech:
+    """The variant with the weights that it begins with."""
+    torch.manual_seed(seed)
+    return DeepSpeech(BANDS, len(SYMBOLS), **variant.options)
+
+
+def train(run: Run, variant: Variant, model: DeepSpeech, data: Corpus) -> list[float]:
+    """Adam with a rate that falls linearly to zero: the loss of each step."""
+    optimized = run.optimize(model).train()
+    per_epoch = len(data) // BATCH
+    steps = run.epochs * per_epoch
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    @functools.lru_cache(1)
+    def order(epoch: int) -> list[Tensor]:
+        if epoch == 0 and variant.sorted_first:
+            return in_order_of_length(data.lengths, BATCH)
+        return shuffled(data.lengths, BATCH, run.generator(epoch))
+
+    def loss(step: int) -> Tensor:
+        epoch, number = divmod(step, per_epoch)
+        features, lengths, targets, sizes = data.batch(order(epoch)[number], run.device)
+        return ctc(optimized(features, lengths), lengths, targets, sizes)
+
+    return run.fit(variant.title, model, optimizer, loss, steps, scheduler=scheduler, clip=5.0)
+
+
+def recognise(model: torch.nn.Module, data: Corpus, device: torch.device) -> list[str]:
+    """What a network understands; all utterances as one batch."""
+    model.eval()
+    with torch.no_grad():
+        found = model(data.features.to(device), data.lengths.to(device))
+    return greedy(found.cpu(), data.lengths, SYMBOLS)
+
+
+def plain_copy(variant: Variant, trained: DeepSpeech) -> DeepSpeech:
+    """The same network on the CPU, in inference mode, and not optimized."""
+    copy = DeepSpeech(BANDS, len(SYMBOLS), **variant.options)
+    copy.load_state_dict(trained.state_dict())
+    return copy.eval()
+
+
+def largest_unit(model: DeepSpeech, data: Corpus) -> float:
+    """The largest output of a recurrence in a direction."""
+    largest = [0.0]
+    for layer in model.recurrent:
+        assert isinstance(layer.cells, torch.nn.RNN)
+        layer.cells.register_forward_hook(
+            lambda _module, _inputs, outputs: largest.append(float(outputs[0].max()))
+        )
+    with torch.no_grad():
+        model(data.features, data.lengths)
+    return max(largest)
