@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import http.client
+import importlib.util
 import json
 import multiprocessing
 import platform
@@ -132,13 +133,18 @@ def running(path: Path) -> Iterator[dict[str, int]]:
 
 
 def compare(path: Path, seconds: float) -> list[Row]:
-    """A row for each load and rule; the servers take turns."""
+    """A row for each load and rule; the servers take turns.
+
+    Raises:
+        WorkloadError: there is no network, or no web server.
+    """
+    if importlib.util.find_spec("uvicorn") is None:
+        raise WorkloadError("uvicorn is not installed", "pip install 'graphopt[serving]'")
     said = Utterances.of(server.load(path))
     rows: list[Row] = []
     with running(path) as ports:
-        for rule, port in ports.items():
+        for port in ports.values():
             measure(port, 4, said, 0.5)  # the first requests of a server are slow
-            del rule
         for speakers in SPEAKERS:
             for rule, port in ports.items():
                 found = measure(port, speakers, said, seconds)

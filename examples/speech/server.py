@@ -25,6 +25,9 @@ from graphopt.runtime.serving import Application, Dispatcher
 BUCKET = FRAMES[-1]
 """What utterances are padded to: all requests to one dispatcher have one shape."""
 
+CAPACITY = 256
+"""Requests that may wait; more are told to come again."""
+
 _LENGTH = struct.Struct("<i")
 
 
@@ -55,7 +58,7 @@ def dispatcher(model: DeepSpeech, sizes: Sequence[int]) -> Dispatcher:
     graphopt.optimize(model, backend="eager")
     draw = torch.Generator().manual_seed(0)
     example = (torch.randn(BUCKET, BANDS, generator=draw), torch.tensor(BUCKET // 2))
-    return graphopt.serve(model, example, sizes=sizes)
+    return graphopt.serve(model, example, sizes=sizes, capacity=CAPACITY)
 
 
 def encode_request(features: Tensor, length: int) -> bytes:
