@@ -37,7 +37,7 @@ def draw(
         per_epoch: steps.
     """
     names = list(losses)
-    with panels(path, 2, 2, height=2.9) as axes:
+    with panels(path, 2, 2, width=9.6, height=2.9) as axes:
         _utterance(axes[0, 0], axes[1, 0], model, test)
         learning, bars = axes[0, 1], axes[1, 1]
         for colour, name in zip(COLOURS, names, strict=True):
@@ -50,7 +50,8 @@ def draw(
             bars.text(100 * errors[name], rank, f" {100 * errors[name]:.1f}", va="center")
         learning.set(xlabel="epoch", ylabel="CTC loss (nats per character)", yscale="log")
         bars.set(xlabel="word error rate on test data (%)")
-        bars.set_yticks(range(len(names)), names)
+        bars.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+        bars.tick_params(axis="y", labelsize=8)
         bars.invert_yaxis()
         bars.margins(x=0.12)
 
@@ -64,7 +65,7 @@ def _utterance(spectrum: Any, spikes: Any, model: DeepSpeech, test: Corpus) -> N
         found = model(features, lengths)
     seconds = length * MILLISECONDS / 1000
     spectrum.imshow(
-        features[0].T,
+        features[0].T.numpy(),
         aspect="auto",
         origin="lower",
         cmap="magma",
@@ -85,4 +86,4 @@ def _utterance(spectrum: Any, spikes: Any, model: DeepSpeech, test: Corpus) -> N
         spikes.text(at[i], 1.04, letter, ha="center", fontsize=8)
     spikes.set(xlabel="time (s)", ylabel="probability", xlim=(0, seconds), ylim=(0, 1.15))
     spikes.set_title(f"understood: {greedy(found, lengths, SYMBOLS)[0]}")
-    spikes.legend(loc="center right")
+    spikes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.42))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import graphopt
-from graphopt.examples.common import WorkloadError
+from graphopt.examples.common import Workload, WorkloadError
 from graphopt.examples.speech import server
 from graphopt.examples.speech.data import (
     BANDS,
@@ -27,11 +28,13 @@ from graphopt.examples.speech.data import (
 from graphopt.examples.speech.decoding import collapse, edit_distance, greedy, word_error_rate
 from graphopt.examples.speech.formants import Language, formants
 from graphopt.examples.speech.model import DeepSpeech, SequenceNorm, ctc, valid
+from graphopt.examples.speech.serve import RULES, SPEAKERS, draw
+from graphopt.examples.speech.study import VARIANTS, study
 from graphopt.examples.speech.train import case
 from graphopt.model.surface import report
 
 Array = NDArray[np.float64]
-VARIANTS = [
+NETWORKS = [
     {},
     {"norm": False},
     {"layers": 1, "channels": (3, 2)},
@@ -137,7 +140,7 @@ def batch(*lengths: int, frames: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", NETWORKS)
 def test_the_network_is_the_one_of_the_paper(options: dict, training: bool) -> None:
     model = small(**options).train(training)
     expected_from = copy.deepcopy(model)
@@ -157,7 +160,7 @@ def test_running_averages_are_of_valid_frames() -> None:
     torch.testing.assert_close(norm.variance, 0.75 + 0.25 * rows.var(0, unbiased=False))
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", NETWORKS)
 def test_an_utterance_is_understood_the_same_alone_and_in_a_batch(options: dict) -> None:
     model = small(**options).float().eval()
     features, lengths = batch(24, 7, 16, 1)
@@ -168,7 +171,7 @@ def test_an_utterance_is_understood_the_same_alone_and_in_a_batch(options: dict)
         assert (together[i, : len(alone)] - alone).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", NETWORKS)
 def test_padding_changes_no_gradient(options: dict) -> None:
     features, lengths = batch(11, 7)
     targets, sizes = torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1])
@@ -374,6 +377,28 @@ def test_a_server_names_the_network_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"no")
     with pytest.raises(WorkloadError, match="holds no network"):
         server.load(tmp_path / "model.pt")
+
+
+def test_a_study_leaves_what_can_be_served(tmp_path: Path) -> None:
+    data = formants("data", 32, 0, 1, words=1)
+    workload = Workload("speech", "", lambda run: study(run, data, data), case, 1, 1, "none")
+    workload.main(["--output", str(tmp_path)])
+    found = json.loads((tmp_path / "results.json").read_text())
+    rows = found["tables"]["word error rates"]
+    assert [row["network"] for row in rows] == [variant.title for variant in VARIANTS]
+    weights = {row["network"]: row["weights"] for row in rows}
+    assert abs(weights["1 layer, as many weights"] / weights["3 layers"] - 1) < 0.02
+    assert len(found["criteria"]) == 6
+    assert "said: " in (tmp_path / "figure.svg").read_text()
+    model = server.load(tmp_path / "model.pt")
+    assert not model.training
+    rows = [
+        {"speakers": n, "rule": rule, "median_ms": 2.0 * n, "percentile_98_ms": 3.0 * n}
+        for n in SPEAKERS
+        for rule in RULES
+    ]
+    draw(tmp_path / "latency.svg", rows)
+    assert "Batch Dispatch, median" in (tmp_path / "latency.svg").read_text()
 
 
 # -- training -------------------------------------------------------------------------------------
