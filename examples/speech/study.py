@@ -17,6 +17,9 @@ from graphopt.examples.speech.figure import draw
 from graphopt.examples.speech.model import DeepSpeech, ctc
 
 BATCH = 32
+EVALUATED = 160
+"""Utterances in a batch of the evaluation."""
+
 RATE = 6e-3
 """Of Adam at its highest; chosen on validation data of another language, and good for all."""
 
@@ -123,11 +126,16 @@ def train(run: Run, variant: Variant, model: DeepSpeech, data: Corpus) -> list[f
 
 
 def recognise(model: torch.nn.Module, data: Corpus, device: torch.device) -> list[str]:
-    """What a network understands; all utterances as one batch."""
+    """What a network understands."""
     model.eval()
-    with torch.no_grad():
-        found = model(data.features.to(device), data.lengths.to(device))
-    return greedy(found.cpu(), data.lengths, SYMBOLS)
+    texts: list[str] = []
+    for features, lengths in zip(
+        torch.split(data.features, EVALUATED), torch.split(data.lengths, EVALUATED), strict=True
+    ):
+        with torch.no_grad():
+            found = model(features.to(device), lengths.to(device))
+        texts += greedy(found.cpu(), lengths, SYMBOLS)
+    return texts
 
 
 def plain_copy(variant: Variant, trained: DeepSpeech) -> DeepSpeech:
