@@ -36,6 +36,7 @@ class Workload:
         epochs: of a run on two cores.
         long_epochs: of a run on a GPU.
         backend: of graphopt, by default.
+        command: what Python runs, where it is not ``graphopt.examples.NAME.train``.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Workload:
     epochs: int
     long_epochs: int
     backend: str = "eager"
+    command: str | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Run as a command; exits with 2 after bad input and with 130 when interrupted."""
@@ -99,7 +101,7 @@ class Workload:
         return self.epochs if device.type == "cpu" else self.long_epochs
 
     def _parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        command = f"python -m graphopt.examples.{self.name}.train"
+        command = f"python -m {self.command or f'graphopt.examples.{self.name}.train'}"
         parser = argparse.ArgumentParser(prog=command, description=self.title, allow_abbrev=False)
         parser.add_argument(
             "--epochs",
