@@ -34,9 +34,7 @@ class EnsembleSettings:
 
 def ensemble_grid(members: tuple[int, ...]) -> Iterator[EnsembleSettings]:
     """The settings that are tried on validation data."""
-    for values in itertools.product(
-        members, (0.98, 1.0, 1.02, 1.05), (0.0, 0.01, 0.03, 0.1), (True, False)
-    ):
+    for values in itertools.product(members, (1.0, 1.02, 1.05), (0.0, 0.01, 0.03), (True, False)):
         yield EnsembleSettings(*values)
 
 
@@ -47,7 +45,7 @@ def ensemble_kalman(
     generator: torch.Generator,
     forecast: int = 0,
 ) -> Tensor:
-    """Means of an ensemble Kalman filter that knows the system, the noise and the first distribution.
+    """Means of an ensemble Kalman filter that knows the system and how trajectories begin.
 
     Args:
         system: what is observed.
@@ -61,7 +59,7 @@ def ensemble_kalman(
     """
     batch, times, seen = observations.shape
     count = settings.members
-    members = system.start(batch * count, generator).unflatten(0, (batch, count))
+    members = system.start(batch * count, generator).reshape(batch, count, -1)
     means = []
     for time in range(times + forecast):
         if time:
@@ -107,7 +105,7 @@ def _stochastic(members: Tensor, predicted: Tensor, targets: Tensor, noise: floa
 
 
 def _square_root(members: Tensor, predicted: Tensor, target: Tensor, noise: float) -> Tensor:
-    """The mean is moved; anomalies shrink to the posterior covariance (Whitaker and Hamill 2002)."""
+    """The mean moves; anomalies shrink to the posterior spread (Whitaker and Hamill 2002)."""
     gain, variance = _gain(members, predicted, noise)
     mean, center = members.mean(1, keepdim=True), predicted.mean(1, keepdim=True)
     reduced = 1 / (1 + (noise**2 / (variance + noise**2)).sqrt())
@@ -139,7 +137,7 @@ def particle_filter(
         Mean states of shape (B, T + forecast, d), in units of the scale.
     """
     batch, times, _ = observations.shape
-    state = system.start(batch * particles, generator).unflatten(0, (batch, particles))
+    state = system.start(batch * particles, generator).reshape(batch, particles, -1)
     means = []
     for time in range(times + forecast):
         if time:

@@ -17,12 +17,12 @@ FORCING = 8.0
 
 
 def pendulum(state: Tensor) -> Tensor:
-    """Time derivative of (θ, ω), rad and rad/s: θ¨ = −9.8 sin θ."""
+    """Time derivative of (θ, ω), rad and rad/s: θ¨ = -9.8 sin θ."""
     return torch.stack([state[..., 1], -GRAVITY_OVER_LENGTH * state[..., 0].sin()], -1)
 
 
 def lorenz96(state: Tensor) -> Tensor:
-    """Time derivative of a ring of cells: ẋᵢ = (xᵢ₊₁ − xᵢ₋₂) xᵢ₋₁ − xᵢ + F."""
+    """Time derivative of a ring of cells: ẋᵢ = (xᵢ₊₁ - xᵢ₋₂) xᵢ₋₁ - xᵢ + F."""
     ahead, behind, two_behind = state.roll(-1, -1), state.roll(1, -1), state.roll(2, -1)
     return (ahead - two_behind) * behind - state + FORCING
 
@@ -82,7 +82,7 @@ PENDULUM = System(
     "pendulum",
     pendulum,
     _pendulum_start,
-    lambda state: state[..., :1].sin(),  # two angles in (−π, π) have this sine
+    lambda state: state[..., :1].sin(),  # two angles in (-π, π) have this sine
     0.3,
     0.06,
     3,

@@ -1,14 +1,16 @@
 """The deep Bayesian filter: a Gaussian filter in a latent space where the dynamics are linear.
 
-Tarumi, Fukuda and Maeda (arXiv 2405.18674). The latent state h has the dynamics h' = A h + N(0, Q). A
-network reads an observation as a Gaussian r(h|o) = N(f(o), (G(o)⁻¹ + V⁻¹)⁻¹), the posterior under a
-virtual prior N(0, V). Then p(o|h) is r(h|o) divided by that prior, and filtering stays in closed form:
+Tarumi, Fukuda and Maeda (arXiv 2405.18674). The latent state h has the dynamics h' = A h + N(0, Q).
+Networks read an observation as a Gaussian r(h|o) = N(f(o), (G(o)⁻¹ + V⁻¹)⁻¹), the posterior under a
+virtual prior N(0, V). Then p(o|h) is r(h|o) divided by that prior, and filtering has a closed form:
 
     predict   μ⁻ = A μ,   Σ⁻ = A Σ Aᵀ + Q
     update    Σ⁻¹ = (Σ⁻)⁻¹ + G⁻¹,   Σ⁻¹μ = (Σ⁻)⁻¹μ⁻ + (G⁻¹ + V⁻¹) f
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +32,15 @@ VIRTUAL_PRIOR_PRECISION = 1e-8
 def mlp(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
     """A perceptron with ``depth`` hidden layers."""
     sizes = [inputs, *[width] * depth]
-    hidden = [
-        layer
-        for n, m in zip(sizes, sizes[1:], strict=False)
-        for layer in (nn.Linear(n, m), nn.SiLU())
-    ]
+    hidden = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.SiLU())]
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
 class DeepBayesianFilter(nn.Module):
     """Filters observations of a nonlinear system; one call takes a few time steps.
 
-    A is block-diagonal: K planes, each turned by its angle and scaled by exp(growth) per time step. The
-    networks compute in float32, the recursion in float64.
+    A is block-diagonal: K planes, each turned by its angle and scaled by exp(growth) per time step.
+    The networks compute in float32, the recursion in float64.
 
     Args:
         observed: numbers in one observation.
@@ -130,6 +128,12 @@ class DeepBayesianFilter(nn.Module):
             belief = predict(belief, transition, noise)
         return self.decode(torch.cat(means, -2))
 
+    def loss(self, priors: Belief, posteriors: Belief, states: Tensor, noise: Tensor) -> Tensor:
+        """The negative ELBO per trajectory; see `forward`."""
+        error = (states - self.decode(samples(posteriors, noise))) * (-self.log_error).exp()
+        unlikely = 0.5 * error.square() + self.log_error
+        return (divergence(posteriors, priors).sum() + unlikely.sum()) / len(states)
+
     def forward(
         self,
         observations: Tensor,
@@ -148,15 +152,11 @@ class DeepBayesianFilter(nn.Module):
             covariance: of that belief, (2, 2, B, K).
 
         Returns:
-            −ELBO per trajectory, Σₜ KL(q(hₜ|o₁..ₜ) ‖ q(hₜ|o₁..ₜ₋₁)) − E log p(zₜ|hₜ) with one draw
+            -ELBO per trajectory, Σₜ KL(q(hₜ|o₁..ₜ) ‖ q(hₜ|o₁..ₜ₋₁)) - E log p(zₜ|hₜ) with one draw
             of h and without the constant, and mean and covariance of the next belief.
         """
         priors, posteriors, following = self.filter(observations, Belief(mean, covariance))
-        decoded = self.decode(samples(posteriors, noise))
-        error = (states - decoded) * (-self.log_error).exp()
-        unlikely = 0.5 * error.square() + self.log_error
-        loss = divergence(posteriors, priors).sum() + unlikely.sum()
-        return loss / len(observations), following.mean, following.covariance
+        return self.loss(priors, posteriors, states, noise), following.mean, following.covariance
 
 
 def _planes(flat: Tensor) -> Tensor:
@@ -174,13 +174,12 @@ def negative_elbo(
 ) -> Tensor:
     """The loss of whole trajectories, ``steps`` time steps per call of the model.
 
-    Gradients flow through all of them. All calls are of one kind, so that the model is compiled once and
-    the number of its operators does not depend on the length of trajectories.
+    Gradients flow through all of them. All calls are of one kind: the model is compiled once, and
+    the size of its graph does not depend on the length of trajectories.
     """
-    total = observations.new_zeros((), dtype=noise.dtype)
-    for chunk in zip(
-        observations.split(steps, 1), states.split(steps, 1), noise.split(steps, 2), strict=True
-    ):
+    parts = (torch.split(t, steps, -2) for t in (observations, states, noise))
+    total = noise.new_zeros(())
+    for chunk in zip(*parts, strict=True):
         loss, *before = model(*chunk, *before)
         total = total + loss
     return total / observations.shape[1]

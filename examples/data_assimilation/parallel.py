@@ -44,7 +44,7 @@ def compose(first: Element, second: Element) -> Element:
     """The one element that is ``first`` and then ``second``."""
     between = Belief(first.offset, first.noise)
     offset, noise = apply(between, second)
-    # Γ = (C⁻¹ + J)⁻¹, so that (I + CJ)⁻¹ = I − ΓJ.
+    # Γ = (C⁻¹ + J)⁻¹, so that (I + CJ)⁻¹ = I - ΓJ.
     gamma = update(between, second.precision, second.information).covariance
     seen = matmul(second.precision, first.transition)
     kept = first.transition - matmul(gamma, seen)

@@ -1,8 +1,8 @@
 """The Gaussian filter of a latent state that is a set of independent planes, in closed form.
 
-The latent state h consists of K planes (2-vectors) that evolve independently, so that every matrix is
-2 x 2 and every inverse is scalar algebra. Tensors carry the plane's components first: vectors have the
-shape (2, ..., K), matrices (2, 2, ..., K).
+The latent state h consists of K planes (2-vectors) that evolve independently, so that every matrix
+is 2 x 2 and every inverse is scalar algebra. Tensors carry the components of planes first: vectors
+have the shape (2, ..., K), matrices (2, 2, ..., K).
 
 An observation enters by its precision J and its information η, precision times observed value.
 """
@@ -43,7 +43,7 @@ def determinant(matrix: Tensor) -> Tensor:
 
 
 def adjugate(matrix: Tensor) -> Tensor:
-    """det(M) M⁻¹ of symmetric 2 x 2 matrices, which is linear: tr(M) I − M."""
+    """det(M) M⁻¹ of symmetric 2 x 2 matrices, which is linear: tr(M) I - M."""
     eye = torch.eye(2, dtype=matrix.dtype, device=matrix.device)
     trace = matrix[0, 0] + matrix[1, 1]
     return eye.reshape(2, 2, *[1] * trace.dim()) * trace - matrix

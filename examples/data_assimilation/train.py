@@ -1,8 +1,7 @@
-"""Deep Bayesian filtering of a pendulum of which only a noisy sine is seen, against filters that know it."""
+"""Deep Bayesian filtering of a pendulum, against filters that know its equations."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +93,15 @@ class Batches:
         if epoch != self._epoch:
             generator = self._run.generator(1000 + epoch)
             drawn = trajectories(self._system, STEPS_PER_EPOCH * BATCH, TIMES, generator)
-            self._observations = drawn.observations.float().split(BATCH)
-            self._states = drawn.states.float().split(BATCH)
+            self._observations = torch.split(drawn.observations.float(), BATCH)
+            self._states = torch.split(drawn.states.float(), BATCH)
             self._epoch = epoch
         device = self._run.device
         return self._observations[index].to(device), self._states[index].to(device)
 
 
-def train_filter(run: Run, setting: Setting) -> tuple[DeepBayesianFilter, list[float]]:
-    """A deep Bayesian filter trained on pairs of states and observations, and its losses."""
+def train_filter(run: Run, setting: Setting) -> DeepBayesianFilter:
+    """A deep Bayesian filter trained on pairs of states and observations."""
     model = setting.model()
     run.optimize(model)
     steps = run.epochs * STEPS_PER_EPOCH
@@ -121,8 +120,8 @@ def train_filter(run: Run, setting: Setting) -> tuple[DeepBayesianFilter, list[f
         return negative_elbo(model, observations, states, noise, before, STEPS_PER_CALL)
 
     name = f"{setting.system.name}: deep Bayesian filter"
-    losses = run.fit(name, model, optimizer, loss, steps, scheduler=scheduler, clip=10.0)
-    return model, losses
+    run.fit(name, model, optimizer, loss, steps, scheduler=scheduler, clip=10.0)
+    return model
 
 
 def train_memoryless(run: Run, setting: Setting) -> nn.Module:
@@ -136,7 +135,8 @@ def train_memoryless(run: Run, setting: Setting) -> nn.Module:
 
     def loss(step: int) -> Tensor:
         observations, states = batches(step)
-        return (model(observations) - states).square().mean()
+        error: Tensor = model(observations) - states
+        return error.square().mean()
 
     name = f"{setting.system.name}: memoryless network"
     run.fit(name, model, optimizer, loss, steps, scheduler=scheduler)
@@ -146,7 +146,7 @@ def train_memoryless(run: Run, setting: Setting) -> nn.Module:
 def known_filters(run: Run, setting: Setting, seen: Tensor) -> dict[str, Tensor]:
     """Estimates of the filters that know the system, tuned on validation data."""
     system = setting.system
-    validation = trajectories(system, 128, TIMES, run.generator(1))
+    validation = trajectories(system, 256, TIMES, run.generator(1))
 
     def ensemble() -> dict[str, Any]:
         tuned = tuned_ensemble(system, validation, setting.members, run.seed)
@@ -154,7 +154,8 @@ def known_filters(run: Run, setting: Setting, seen: Tensor) -> dict[str, Tensor]
         return {"estimates": found, "settings": tuned}
 
     def particles() -> Tensor:
-        jitter = tuned_jitter(system, validation, setting.particles, run.seed)
+        few = Trajectories(validation.states[:48], validation.observations[:48])
+        jitter = tuned_jitter(system, few, setting.particles, run.seed)
         return particle_filter(system, seen, setting.particles, jitter, run.generator(3), LEAD)
 
     tuned = run.once(f"{system.name}: {ENSEMBLE}", ensemble)
@@ -171,7 +172,7 @@ def compare(run: Run, setting: Setting, *, gate: bool) -> None:
     name = setting.system.name
     test = trajectories(setting.system, 256, TIMES + LEAD, run.generator(4))
     seen, states = test.observations[:, :TIMES], test.states
-    model, losses = train_filter(run, setting)
+    model = train_filter(run, setting)
     memoryless = train_memoryless(run, setting)
     small = seen.float().to(run.device)
     with torch.no_grad():
@@ -190,7 +191,7 @@ def compare(run: Run, setting: Setting, *, gate: bool) -> None:
         run.row(f"{name}: RMSE", method=method, filtered=errors[method], forecast=ahead[method])
     still = estimates[DEEP][:, TIMES - 1 : TIMES].expand(-1, LEAD, -1)
     ahead[PERSISTENCE] = rmse(still, states[:, TIMES:])
-    run.row(f"{name}: RMSE", method=PERSISTENCE, filtered=math.nan, forecast=ahead[PERSISTENCE])
+    run.row(f"{name}: RMSE", method=PERSISTENCE, filtered="", forecast=ahead[PERSISTENCE])
 
     for other, most in ((ENSEMBLE, 0.75), (MEMORYLESS, 0.5)):
         ratio = errors[DEEP] / errors[other]
