@@ -75,15 +75,18 @@ def linear_gaussian(planes: int, seed: int) -> tuple[LinearSystem, DeepBayesianF
         a[np.ix_([k, planes + k], [k, planes + k])] = [[cos, -sin], [sin, cos]]
     center, log_precision = (nn.Linear(seen, size, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        model.angle.copy_(torch.from_numpy(angle))
-        model.growth.copy_(torch.from_numpy(growth))
+        model.recursion.angle.copy_(torch.from_numpy(angle))
+        model.recursion.growth.copy_(torch.from_numpy(growth))
         center.weight.copy_(torch.from_numpy(inverse / (w + VIRTUAL_PRIOR_PRECISION)[:, None]))
         center.bias.zero_()
         log_precision.weight.zero_()
         log_precision.bias.copy_(torch.from_numpy(np.log(w)))
-    model.center, model.log_precision = nn.Sequential(center), nn.Sequential(log_precision)
+    model.evidence.center = nn.Sequential(center)
+    model.evidence.log_precision = nn.Sequential(log_precision)
     eye = np.eye(size)
-    return LinearSystem(a, model.noise_variance * eye, h, r, INITIAL_VARIANCE * eye), model
+    return LinearSystem(
+        a, model.recursion.noise_variance * eye, h, r, INITIAL_VARIANCE * eye
+    ), model
 
 
 def largest_difference(planes: int, times: int, seed: int) -> float:
@@ -92,7 +95,7 @@ def largest_difference(planes: int, times: int, seed: int) -> float:
     observations = system.simulate(times, np.random.default_rng(seed + 1))
     means, covariances = system.filter(observations)
     with torch.no_grad():
-        _, after, _ = model.filter(torch.from_numpy(observations)[None], model.initial(1))
+        after, _ = model.filter(torch.from_numpy(observations)[None])
     mean = after.mean[:, 0].transpose(0, 1).flatten(1).numpy()  # (T, 2 K)
     dense = np.zeros_like(covariances)
     for k in range(planes):

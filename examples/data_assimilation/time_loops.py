@@ -9,6 +9,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,26 +20,22 @@ from torch._higher_order_ops.scan import scan
 from graphopt.api import optimize
 from graphopt.errors import GraphoptError
 from graphopt.examples.data_assimilation.data import PENDULUM, trajectories
-from graphopt.examples.data_assimilation.model import DeepBayesianFilter, negative_elbo
+from graphopt.examples.data_assimilation.model import DeepBayesianFilter
 from graphopt.examples.data_assimilation.parallel import Element, beliefs_in_parallel
 from graphopt.examples.data_assimilation.recursion import (
     Belief,
-    beliefs_in_sequence,
     predict,
     update,
 )
 from graphopt.examples.data_assimilation.train import BATCH, ONE_PENDULUM, TIMES
 from graphopt.model.surface import report
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 class InParallel(DeepBayesianFilter):
     """All time steps at once, without a loop."""
 
-    def filter(self, observations: Tensor, before: Belief) -> tuple[Belief, Belief, Belief]:
-        precision, information = self.evidence(observations)
-        transition, noise = (part.unsqueeze(2) for part in self.dynamics())
+    def beliefs(self, precision: Tensor, information: Tensor) -> tuple[Belief, Belief]:
+        transition, noise = (part.unsqueeze(2) for part in self.recursion.dynamics())
         elements = Element(
             precision,
             information,
@@ -46,19 +43,17 @@ class InParallel(DeepBayesianFilter):
             torch.zeros_like(information),
             noise.expand_as(precision),
         )
-        first = Belief(*(part.unsqueeze(-2) for part in before))
-        beliefs = beliefs_in_parallel(first, elements)
+        start = Belief(*(part.unsqueeze(-2) for part in self.initial(precision.shape[2])))
+        beliefs = beliefs_in_parallel(start, elements)
         priors = Belief(*(part[..., :-1, :] for part in beliefs))
-        following = Belief(*(part[..., -1, :] for part in beliefs))
-        return priors, update(priors, precision, information), following
+        return priors, Belief(*(part[..., -1, :] for part in beliefs))
 
 
 class InScan(DeepBayesianFilter):
     """The loop as one higher-order operator that holds the graph of a time step."""
 
-    def filter(self, observations: Tensor, before: Belief) -> tuple[Belief, Belief, Belief]:
-        precision, information = self.evidence(observations)
-        transition, noise = self.dynamics()
+    def beliefs(self, precision: Tensor, information: Tensor) -> tuple[Belief, Belief]:
+        transition, noise = self.recursion.dynamics()
 
         def step(
             carry: tuple[Tensor, ...], seen: tuple[Tensor, ...]
@@ -67,103 +62,70 @@ class InScan(DeepBayesianFilter):
             return tuple(following), tuple(part.clone() for part in carry)
 
         evidence = (precision.movedim(-2, 0), information.movedim(-2, 0))
-        following, priors = scan(step, tuple(before), evidence)
-        before_each = Belief(*(part.movedim(0, -2) for part in priors))
-        return before_each, update(before_each, precision, information), Belief(*following)
+        following, priors = scan(step, tuple(self.initial(precision.shape[2])), evidence)
+        return Belief(*(part.movedim(0, -2) for part in priors)), Belief(*following)
 
 
-class Recursion(nn.Module):
-    """Only the recursion of some time steps; the networks are elsewhere."""
+class Cell(nn.Module):
+    """Networks, recursion and loss of a few time steps."""
 
     def __init__(self, model: DeepBayesianFilter) -> None:
         super().__init__()
-        self.model = model
+        self.evidence, self.recursion = model.evidence, model.recursion
+        self.likelihood = model.likelihood
 
     def forward(
-        self, precision: Tensor, information: Tensor, mean: Tensor, covariance: Tensor
-    ) -> tuple[Tensor, ...]:
-        before, following = beliefs_in_sequence(
-            Belief(mean, covariance), *self.model.dynamics(), precision, information
-        )
-        return *before, *following
+        self, observations: Tensor, states: Tensor, noise: Tensor, mean: Tensor, covariance: Tensor
+    ) -> tuple[Tensor, Belief]:
+        precision, information = self.evidence(observations)
+        priors, following = self.recursion(precision, information, mean, covariance)
+        return self.likelihood(priors, precision, information, states, noise), following
 
 
-class Evidence(nn.Module):
-    """The networks that read observations, for all time steps at once."""
+class InCells(DeepBayesianFilter):
+    """All that belongs to a few time steps in one call."""
 
-    def __init__(self, model: DeepBayesianFilter) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, observed: int, states: int, **options: Any) -> None:
+        super().__init__(observed, states, **options)
+        self.cell = Cell(self)
 
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.evidence(observations)
-
-
-class Loss(nn.Module):
-    """What follows the recursion, for all time steps at once."""
-
-    def __init__(self, model: DeepBayesianFilter) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        precision: Tensor,
-        information: Tensor,
-        states: Tensor,
-        noise: Tensor,
-        mean: Tensor,
-        covariance: Tensor,
-    ) -> Tensor:
-        prior = Belief(mean, covariance)
-        posterior = update(prior, precision, information)
-        return self.model.loss(prior, posterior, states, noise)
+    def forward(self, observations: Tensor, states: Tensor, noise: Tensor) -> Tensor:
+        before = self.initial(len(observations))
+        calls = (torch.split(part, self.steps, -2) for part in (observations, states, noise))
+        losses = []
+        for chunk in zip(*calls, strict=True):
+            loss, before = self.cell(*chunk, *before)
+            losses.append(loss)
+        return torch.stack(losses).mean()
 
 
-def whole(model: DeepBayesianFilter, backend: str, steps: int) -> tuple[Step, list[nn.Module]]:
-    """A training step by one model that takes ``steps`` time steps per call."""
-    if backend != "none":
-        optimize(model, backend=backend)
-
-    def step(observations: Tensor, states: Tensor, noise: Tensor) -> Tensor:
-        return negative_elbo(model, observations, states, noise, model.initial(BATCH), steps)
-
-    return step, [model]
+def whole(model: DeepBayesianFilter) -> list[nn.Module]:
+    """The training step is one graph."""
+    return [model]
 
 
-def in_three(model: DeepBayesianFilter, backend: str, steps: int) -> tuple[Step, list[nn.Module]]:
-    """A training step whose networks see all times at once; only the recursion is in calls."""
-    evidence, recursion, loss = Evidence(model), Recursion(model), Loss(model)
-    parts: list[nn.Module] = [evidence, recursion, loss]
-    if backend != "none":
-        for part in parts:
-            optimize(part, backend=backend)
-
-    def step(observations: Tensor, states: Tensor, noise: Tensor) -> Tensor:
-        precision, information = evidence(observations)
-        belief = list(model.initial(BATCH))
-        before = []
-        calls = (torch.split(part, steps, -2) for part in (precision, information))
-        for seen in zip(*calls, strict=True):
-            mean, covariance, *belief = recursion(*seen, *belief)
-            before.append((mean, covariance))
-        priors = [torch.cat(part, -2) for part in zip(*before, strict=True)]
-        value: Tensor = loss(precision, information, states, noise, *priors)
-        return value / TIMES
-
-    return step, parts
+def in_three(model: DeepBayesianFilter) -> list[nn.Module]:
+    """The recursion has a graph of its own, of some time steps."""
+    return [model.evidence, model.recursion, model.likelihood]
 
 
-Make = Callable[[DeepBayesianFilter, str, int], tuple[Step, list[nn.Module]]]
-FORMS: dict[str, tuple[type[DeepBayesianFilter], Make, int]] = {
+def in_cells(model: DeepBayesianFilter) -> list[nn.Module]:
+    """All that belongs to some time steps is one graph."""
+    assert isinstance(model, InCells)
+    return [model.cell]
+
+
+Parts = Callable[[DeepBayesianFilter], list[nn.Module]]
+FORMS: dict[str, tuple[type[DeepBayesianFilter], Parts, int]] = {
     "unrolled": (DeepBayesianFilter, whole, TIMES),
-    "cell of 1 step": (DeepBayesianFilter, whole, 1),
-    "cell of 3 steps": (DeepBayesianFilter, whole, 3),
-    "cell of 5 steps": (DeepBayesianFilter, whole, 5),
-    "cell of 10 steps": (DeepBayesianFilter, whole, 10),
-    "networks outside, cell of 5 steps": (DeepBayesianFilter, in_three, 5),
-    "in parallel": (InParallel, whole, TIMES),
+    "recursion, 1 step per call": (DeepBayesianFilter, in_three, 1),
+    "recursion, 3 steps per call": (DeepBayesianFilter, in_three, 3),
+    "recursion, 5 steps per call": (DeepBayesianFilter, in_three, 5),
+    "recursion, 10 steps per call": (DeepBayesianFilter, in_three, 10),
+    "everything, 1 step per call": (InCells, in_cells, 1),
+    "everything, 5 steps per call": (InCells, in_cells, 5),
     "scan operator": (InScan, whole, TIMES),
+    "in parallel": (InParallel, whole, TIMES),
 }
 
 
@@ -175,27 +137,30 @@ def cpu_seconds() -> float:
 
 def measure(form: str, backend: str, repeat: int) -> tuple[int, float, float]:
     """Nodes of graphs, CPU seconds of the first step, median CPU milliseconds of later ones."""
-    kind, make, steps = FORMS[form]
+    kind, parts, steps = FORMS[form]
     torch.manual_seed(0)
     setting = ONE_PENDULUM
-    model = kind(1, 2, planes=setting.planes, width=setting.width, fastest=setting.fastest)
-    step, optimized = make(model, backend, steps)
+    model = kind(
+        1, 2, planes=setting.planes, width=setting.width, fastest=setting.fastest, steps=steps
+    )
+    optimized = parts(model) if backend != "none" else []
+    for part in optimized:
+        optimize(part, backend=backend)
     drawn = trajectories(PENDULUM, BATCH, TIMES, torch.Generator().manual_seed(0))
     noise = torch.randn(2, BATCH, TIMES, model.planes, dtype=torch.float64)
     batch = drawn.observations.float(), drawn.states.float(), noise
 
     def once() -> float:
         start = time.process_time()
-        step(*batch).backward()  # type: ignore[no-untyped-call]
+        loss: Tensor = model(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
         return 1000 * (time.process_time() - start)
 
     start = cpu_seconds()
     once()
     first = cpu_seconds() - start
     later = sorted(once() for _ in range(repeat))
-    nodes = 0
-    if backend != "none":
-        nodes = sum(s.steps[-1].nodes_after for m in optimized for s in report(m).specialisations)
+    nodes = sum(s.steps[-1].nodes_after for m in optimized for s in report(m).specialisations)
     return nodes, first, later[repeat // 2]
 
 

@@ -26,14 +26,13 @@ from graphopt.examples.data_assimilation.data import (
 )
 from graphopt.examples.data_assimilation.figure import draw
 from graphopt.examples.data_assimilation.kalman import largest_difference
-from graphopt.examples.data_assimilation.model import DeepBayesianFilter, mlp, negative_elbo
+from graphopt.examples.data_assimilation.model import DeepBayesianFilter, mlp
 
 BATCH = 64
 TIMES = 60
 LEAD = 20  # time steps of the forecast
-STEPS_PER_CALL = 5
 STEPS_PER_EPOCH = 50
-EPOCHS, LONG_EPOCHS = 50, 1000
+EPOCHS, LONG_EPOCHS = 40, 1000
 LORENZ_FROM = 200  # epochs from which on the second system is run, too
 
 DEEP = "deep Bayesian filter"
@@ -103,7 +102,8 @@ class Batches:
 def train_filter(run: Run, setting: Setting) -> DeepBayesianFilter:
     """A deep Bayesian filter trained on pairs of states and observations."""
     model = setting.model()
-    run.optimize(model)
+    for part in (model.evidence, model.recursion, model.likelihood):
+        run.optimize(part)  # the loop over time is outside: see time_loops.py
     steps = run.epochs * STEPS_PER_EPOCH
     optimizer = torch.optim.Adam(model.parameters(), setting.rate)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -115,9 +115,8 @@ def train_filter(run: Run, setting: Setting) -> DeepBayesianFilter:
         observations, states = batches(step)
         shape = (2, BATCH, TIMES, setting.planes)
         noise = torch.randn(shape, generator=run.generator(500_000 + step), dtype=torch.float64)
-        before = model.initial(BATCH)
-        noise = noise.to(run.device)
-        return negative_elbo(model, observations, states, noise, before, STEPS_PER_CALL)
+        value: Tensor = model(observations, states, noise.to(run.device))
+        return value
 
     name = f"{setting.system.name}: deep Bayesian filter"
     run.fit(name, model, optimizer, loss, steps, scheduler=scheduler, clip=10.0)
@@ -212,14 +211,13 @@ def assimilate(run: Run) -> None:
 
 
 def case(device: torch.device) -> Case:
-    """One call of the pendulum's training: the filter over five time steps of a batch."""
+    """The pendulum's training on the time steps of one call of the recursion, as one graph."""
     torch.manual_seed(0)
     model = ONE_PENDULUM.model().to(device)
-    drawn = trajectories(PENDULUM, BATCH, STEPS_PER_CALL, torch.Generator().manual_seed(0))
-    noise = torch.randn(2, BATCH, STEPS_PER_CALL, model.planes, dtype=torch.float64, device=device)
-    observations, states = drawn.observations.float(), drawn.states.float()
-    inputs = (observations.to(device), states.to(device), noise, *model.initial(BATCH))
-    return Case(model, inputs, lambda outputs: outputs[0])
+    drawn = trajectories(PENDULUM, BATCH, model.steps, torch.Generator().manual_seed(0))
+    noise = torch.randn(2, BATCH, model.steps, model.planes, dtype=torch.float64, device=device)
+    batch = drawn.observations.float().to(device), drawn.states.float().to(device)
+    return Case(model, (*batch, noise), lambda loss: loss)
 
 
 WORKLOAD = Workload(
