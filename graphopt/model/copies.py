@@ -105,5 +105,20 @@ def _stand_in(tensor: Tensor, copy: Tensor) -> StandIn:
         if tensor.grad_fn is not None:
             # In eager the forward may change it in place; a leaf it may not.
             with torch.enable_grad():
-                value = copy.clone()
+                value = _alike(copy)
     return StandIn(value, copy, (_storage(copy), copy._version, value._version))
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    """A clone with the tensor's strides, which generated code relies on."""
+    clone = tensor.clone()
+    if clone.is_sparse or clone.is_nested or clone.stride() == tensor.stride():
+        return clone
+    if any(
+        stride == 0 < size - 1 for size, stride in zip(tensor.size(), tensor.stride(), strict=True)
+    ):
+        return tensor.view_as(tensor)  # expanded: nothing may write to it
+    empty = torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return empty.copy_(tensor)

@@ -219,6 +219,36 @@ def test_what_has_no_lazy_copy_has_a_real_one(tensor: Tensor) -> None:
     assert same(*dense)
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda t: t[:, 1:2],
+        lambda t: t[..., -1],
+        lambda t: t.transpose(0, 1),
+        lambda t: t[:, :1].expand(-1, 3, -1),
+    ],
+    ids=["slice", "select", "transposed", "expanded"],
+)
+def test_a_stand_in_for_a_computed_input_keeps_its_strides(cut: Callable[[Tensor], Tensor]) -> None:
+    tensor = cut(torch.randn(4, 3, 2, requires_grad=True) * 2)
+    stand_ins = StandIns()
+    stand_ins.make([tensor])
+    found = stand_ins.of(tensor)
+    assert found is not None
+    assert found.value.stride() == tensor.stride()
+    assert same(found.value, tensor)
+    (gradient,) = torch.autograd.grad(found.value.sum(), found.leaf)
+    assert same(gradient, torch.ones_like(tensor))
+
+
+@pytest.mark.slow
+def test_generated_code_takes_slices_of_what_was_computed() -> None:
+    model = graphopt.optimize(nn.Linear(2, 2), backend="inductor")
+    whole = torch.randn(4, 3, 2, requires_grad=True) * 2
+    for part in whole.split(1, 1):
+        assert torch.allclose(model(part), nn.functional.linear(part, model.weight, model.bias))
+
+
 # -- what surrounds the call -----------------------------------------------------------------------
 
 
