@@ -21,11 +21,11 @@ def draw(
 
     Args:
         path: of the file.
-        truth: crops (crops, 1, height, width); the two of most contrast are shown.
+        truth: crops (crops, 1, height, width); the middle and the last are shown.
         seen: their observations by the trained and by a new operator.
         found: reconstructions by method, for both operators.
     """
-    places = truth.std((1, 2, 3)).topk(2).indices.tolist()
+    places = (len(truth) // 2, len(truth) - 1)
     titles = ["truth", "observed", *found]
     with panels(path, 4, len(titles), width=11.0, height=1.75) as axes:
         for row in axes:

@@ -1,1 +1,1 @@
-"""mcDNN and TNet: networks as Tikhonov solvers (Nguyen and Bui-Thanh, arXiv 2105.12033)."""
+"""mcDNN and TNet: networks that solve Tikhonov problems (Nguyen et al., arXiv 2105.12033)."""

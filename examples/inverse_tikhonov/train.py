@@ -182,6 +182,8 @@ def run_deconvolution(run: Run) -> Deblurred:
     ratio = _ratios(run, "deconvolution")
     run.require("deconvolution, 20 samples: TNet / Tikhonov", ratio["TNet"], at_most=1.25)
     run.require("deconvolution, 20 samples: nDNN / Tikhonov", ratio["nDNN"], at_least=1.4)
+    affine = _ratios(run, "affine")[f"affine nDNN {SAMPLES}"]
+    run.require("deconvolution, 20 samples: affine nDNN / Tikhonov", affine, at_least=1.4)
     with torch.no_grad():
         curves = {n: o.invert(setting.test.y[:1])[0].cpu().numpy() for n, o in networks.items()}
     curves["Tikhonov"] = classic[0].numpy()
