@@ -75,7 +75,7 @@ def _utterance(spectrum: Any, spikes: Any, model: DeepSpeech, test: Corpus) -> N
     spectrum.set_title(f"said: {test.texts[number]}")
     at = (np.arange(found.shape[1]) + 0.5) * STRIDE * MILLISECONDS / 1000
     probabilities = found[0].exp().numpy()
-    spikes.plot(at, probabilities[:, 0], color=GREY, linewidth=0.8, label="blank")
+    spikes.plot(at, probabilities[:, 0], color=GREY, linewidth=0.8)
     for symbol in range(1, len(SYMBOLS)):
         if probabilities[:, symbol].max() > 0.2:
             colour = COLOURS[symbol % len(COLOURS)]
@@ -85,5 +85,4 @@ def _utterance(spectrum: Any, spikes: Any, model: DeepSpeech, test: Corpus) -> N
         letter = SYMBOLS[best[i]].replace(" ", "␣")
         spikes.text(at[i], 1.04, letter, ha="center", fontsize=8)
     spikes.set(xlabel="time (s)", ylabel="probability", xlim=(0, seconds), ylim=(0, 1.15))
-    spikes.set_title(f"understood: {greedy(found, lengths, SYMBOLS)[0]}")
-    spikes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.42))
+    spikes.set_title(f"understood: {greedy(found, lengths, SYMBOLS)[0]} (grey: blank)")

@@ -36,6 +36,9 @@ from graphopt.examples.speech.model import DeepSpeech
 ONE, BATCHES = "one at a time", "Batch Dispatch"
 RULES: Mapping[str, tuple[int, ...]] = {ONE: (1,), BATCHES: (1, 2, 4, 8, 16, 32)}
 SPEAKERS = (1, 8, 16, 32, 64)
+ROUNDS = 3
+"""Each server meets each load so often, in turns."""
+
 THINKING = 0.25
 """Mean of the pause between an answer and the next utterance, seconds; exponential."""
 
@@ -156,29 +159,32 @@ def compare(path: Path, seconds: float) -> list[Row]:
     if importlib.util.find_spec("uvicorn") is None:
         raise WorkloadError("uvicorn is not installed", "pip install 'graphopt[serving]'")
     said = Utterances.of(server.load(path))
-    rows: list[Row] = []
+    rounds: dict[tuple[int, str], list[Speaker]] = {}
     with running(path) as ports:
         for port in ports.values():
             measure(port, 4, said, 0.5)  # the first requests of a server are slow
-        for speakers in SPEAKERS:
-            for rule, port in ports.items():
-                found = measure(port, speakers, said, seconds)
-                latencies = 1000 * np.array([x for speaker in found for x in speaker.latencies])
-                median, late = np.quantile(latencies, [0.5, 0.98])
-                rows.append(
-                    {
-                        "speakers": speakers,
-                        "rule": rule,
-                        "answers": len(latencies),
-                        "median_ms": round(float(median), 2),
-                        "percentile_98_ms": round(float(late), 2),
-                        "worst_error": max(speaker.worst for speaker in found),
-                        "worst_log_error": max(speaker.worst_log for speaker in found),
-                        "misread": sum(speaker.misread for speaker in found),
-                    }
-                )
-                print(*(f"{name} {value}" for name, value in rows[-1].items()), sep=", ")
-    return rows
+        for _ in range(ROUNDS):
+            for speakers in SPEAKERS:
+                for rule, port in ports.items():
+                    found = measure(port, speakers, said, seconds / ROUNDS)
+                    rounds.setdefault((speakers, rule), []).extend(found)
+    return [row(speakers, rule, found) for (speakers, rule), found in rounds.items()]
+
+
+def row(speakers: int, rule: str, found: list[Speaker]) -> Row:
+    """What the speakers of one load met with one rule."""
+    latencies = 1000 * np.array([x for speaker in found for x in speaker.latencies])
+    median, late = np.quantile(latencies, [0.5, 0.98])
+    return {
+        "speakers": speakers,
+        "rule": rule,
+        "answers": len(latencies),
+        "median_ms": round(float(median), 2),
+        "percentile_98_ms": round(float(late), 2),
+        "worst_error": max(speaker.worst for speaker in found),
+        "worst_log_error": max(speaker.worst_log for speaker in found),
+        "misread": sum(speaker.misread for speaker in found),
+    }
 
 
 def draw(path: Path, rows: list[Row]) -> None:
@@ -186,13 +192,13 @@ def draw(path: Path, rows: list[Row]) -> None:
     with panels(path, width=7.0) as axes:
         plot = axes[0, 0]
         for colour, rule in zip(("C1", "C0"), RULES, strict=True):
-            own = [row for row in rows if row["rule"] == rule]
-            x = [row["speakers"] for row in own]
+            own = [each for each in rows if each["rule"] == rule]
+            x = [each["speakers"] for each in own]
             for quantity, style, name in (
                 ("percentile_98_ms", "s--", "98th percentile"),
                 ("median_ms", "o-", "median"),
             ):
-                y = [row[quantity] for row in own]
+                y = [each[quantity] for each in own]
                 plot.plot(x, y, style, color=colour, markersize=4, label=f"{rule}, {name}")
         plot.set(xlabel="speakers", ylabel="latency (ms)", xscale="log", yscale="log")
         plot.set_xticks(SPEAKERS, SPEAKERS)
@@ -213,8 +219,10 @@ def main() -> None:
     except WorkloadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    worst = max(float(row["worst_error"]) for row in rows)
-    misread = sum(int(row["misread"]) for row in rows)
+    for each in rows:
+        print(*(f"{name} {value}" for name, value in each.items()), sep=", ")
+    worst = max(float(each["worst_error"]) for each in rows)
+    misread = sum(int(each["misread"]) for each in rows)
     options.output.mkdir(parents=True, exist_ok=True)
     draw(options.output / "latency.svg", rows)
     record = {
