@@ -71,7 +71,7 @@ class Speaker:
     Attributes:
         latencies: from sending a request to having its answer.
         worst: error of a probability.
-        worst_log: error of a log-probability; those of unlikely symbols are around -20.
+        worst_log: error of a log-probability; unlikely symbols have -50.
         misread: answers that decode to another text.
         error: what ended it early.
     """
