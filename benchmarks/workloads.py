@@ -47,6 +47,20 @@ RANKS = {"materials_imaging": 2}
 def main() -> None:
     """Run what was asked for, then write results, figures and tables."""
     options = _options()
+    if not options.collect:
+        _train_all(options)
+    path = RESULTS / "workloads.json"
+    kept = json.loads(path.read_text())["results"] if path.exists() else {}
+    found = {name: dict(_collected(name, options.output)) for name in options.names}
+    results = {name: (kept | found)[name] for name in WORKLOADS if name in kept | found}
+    keep("workloads", results)
+    for name in options.names:
+        for figure in (options.output / f"{name}-0").glob("figure.*"):
+            shutil.copy(figure, IMAGES / f"workload_{name}{figure.suffix}")
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), results))
+
+
+def _train_all(options: argparse.Namespace) -> None:
     alone = [name for name in options.names if name in RANKS]
     beside = [name for name in options.names if name not in RANKS]
     start = time.monotonic()
@@ -57,16 +71,6 @@ def main() -> None:
         for seed in SEEDS:
             _train(name, seed, options)
     print(f"all trainings: {time.monotonic() - start:.0f} s", flush=True)
-
-    path = RESULTS / "workloads.json"
-    kept = json.loads(path.read_text())["results"] if path.exists() else {}
-    found = {name: dict(_collected(name, options.output)) for name in options.names}
-    results = {name: (kept | found)[name] for name in WORKLOADS if name in kept | found}
-    keep("workloads", results)
-    for name in options.names:
-        for figure in (options.output / f"{name}-0").glob("figure.*"):
-            shutil.copy(figure, IMAGES / f"workload_{name}{figure.suffix}")
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), results))
 
 
 def _train(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -133,6 +137,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "workloads")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--collect", action="store_true", help="what is there; train nothing")
     options = parser.parse_args()
     options.names = options.names or list(WORKLOADS)
     options.output = options.output.absolute()

@@ -127,7 +127,7 @@ def train_network(
         value: Tensor = objective(
             data.y + spread * objective.noise * noise.to(data.y.device), data.u
         )
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step()
         scheduler.step()
         if number % 20 == 19 or number == steps - 1:

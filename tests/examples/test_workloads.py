@@ -36,7 +36,7 @@ def test_a_workload_has_its_files_and_pages(name: str) -> None:
 
 def test_the_table_is_what_was_measured() -> None:
     results = json.loads(RESULTS.read_text())["results"]
-    assert set(results) == set(WORKLOADS)
+    assert list(results) == [name for name in WORKLOADS if name in results]
     assert with_tables(DOCUMENT.read_text(), results) == DOCUMENT.read_text()
     for workload in results.values():
         assert list(workload["seeds"]) == [str(seed) for seed in SEEDS]
