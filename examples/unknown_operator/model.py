@@ -17,7 +17,12 @@ class Convolutions(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         def layer(incoming: int) -> nn.Conv1d:
-            return nn.Conv1d(incoming, outputs, 5, padding=2, padding_mode="circular")
+            made = nn.Conv1d(incoming, outputs, 5, padding=2, padding_mode="circular")
+            # PyTorch's own start shrinks signals from layer to layer; some nets then stay linear.
+            nn.init.kaiming_normal_(made.weight, nonlinearity="relu")
+            assert made.bias is not None
+            nn.init.zeros_(made.bias)
+            return made
 
         super().__init__(layer(inputs), nn.GELU(), layer(outputs), nn.GELU())
 

@@ -167,7 +167,7 @@ WORKLOAD = Workload(
     "U-nets that invert an operator known only from pairs.",
     run,
     case,
-    epochs=9,
+    epochs=8,
     long_epochs=60,
 )
 
