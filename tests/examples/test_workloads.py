@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.workloads import SEEDS, WORKLOADS
 from benchmarks.workloads_table import DOCUMENT, verdict, with_tables
@@ -68,8 +67,9 @@ for name in {WORKLOADS!r}:
     case = module.WORKLOAD.case(__import__("torch").device("cpu"))
     case.loss(case.model(*case.inputs)).backward()
     assert any(p.grad is not None for p in case.model.parameters())
-sys.argv = ["train", "--epochs", "1", "--output", {str(tmp_path / "out")!r}]
-importlib.import_module("graphopt.examples.noise_scale.train").WORKLOAD.main()
+    try:
+        module.WORKLOAD.main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["torch"] == torch.__version__
