@@ -120,9 +120,9 @@ class Likelihood(nn.Module):
 class DeepBayesianFilter(nn.Module):
     """Filters observations of a nonlinear system.
 
-    The networks see all times at once; only the recursion is a loop, of calls that all have one form.
-    Compiled for itself, its graph has a size that does not depend on the length of trajectories. The
-    networks compute in float32, the recursion in float64.
+    The networks see all times at once; only the recursion is a loop, of calls that have one form.
+    Compiled for itself, its graph has a size that does not depend on how long trajectories are.
+    The networks compute in float32, the recursion in float64.
 
     Args:
         observed: numbers in one observation.

@@ -252,6 +252,7 @@ def test_all_calls_of_the_recursion_share_one_graph() -> None:
     assert not report(model.recursion).plain
 
 
+@pytest.mark.slow
 def test_a_loop_is_captured_as_one_operator() -> None:
     torch.manual_seed(0)
     model = InScan(1, 2, planes=2, width=8)
