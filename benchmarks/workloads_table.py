@@ -16,7 +16,7 @@ def with_tables(text: str, results: Mapping[str, Any]) -> str:
     """The document with the criteria of ``results`` between its marks.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: the marks are missing, or seeds of one workload have different criteria.
     """
     if not _MARKED.search(text):
         raise ValueError("the document has no marks for the criteria")
@@ -30,6 +30,9 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     for name, workload in results.items():
         seeds = list(workload["seeds"].values())
         title = f"[`{name}`](../examples/{name}/README.md)"
+        claims = [[(c["name"], c["relation"], c["bound"]) for c in s["criteria"]] for s in seeds]
+        if any(claim != claims[0] for claim in claims):
+            raise ValueError(f"the seeds of {name} were run with different criteria: run it again")
         for number, criterion in enumerate(seeds[0]["criteria"]):
             same = [seed["criteria"][number] for seed in seeds]
             values = ", ".join(_number(c["value"]) for c in same)

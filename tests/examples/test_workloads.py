@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,18 @@ def test_a_criterion_holds_where_it_holds_with_each_seed() -> None:
     assert verdict([{**bad, "gate": False}]) == "**fails** with 1 (for information)"
     with pytest.raises(ValueError, match="no marks"):
         with_tables("no table here", {})
+
+
+def test_results_of_different_criteria_make_no_table() -> None:
+    def found(bound: float) -> dict[str, Any]:
+        criterion = {"name": "error", "value": 1.0, "relation": "<=", "bound": bound, "gate": True}
+        return {"criteria": [{**criterion, "holds": True}], "seconds": {}}
+
+    text = DOCUMENT.read_text()
+    same = {"speech": {"seeds": {"0": found(2), "1": found(2)}}}
+    assert "| error | ≤ 2 | 1, 1 | holds |" in with_tables(text, same)
+    with pytest.raises(ValueError, match="speech were run with different criteria"):
+        with_tables(text, {"speech": {"seeds": {"0": found(2), "1": found(3)}}})
 
 
 @pytest.mark.slow
