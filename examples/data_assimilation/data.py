@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,8 +127,3 @@ def trajectories(
     seen = system.observe(path)
     error = torch.randn(seen.shape, generator=generator, dtype=seen.dtype)
     return Trajectories(path / system.scale, seen + system.noise * error)
-
-
-def climatology(states: Tensor) -> float:
-    """Root mean squared deviation from the mean: the error of knowing no observation."""
-    return math.sqrt(float((states - states.mean((0, 1))).square().mean()))
