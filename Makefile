@@ -41,7 +41,7 @@ bench: $(STAMP) ## measure step times against PyTorch; writes benchmarks/results
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.pass_time
 
-workloads: $(STAMP) ## train the scientific workloads with three seeds, hold them against their criteria (an hour)
+workloads: $(STAMP) ## train the scientific workloads with three seeds, hold them against their criteria
 	$(BIN)/python -m benchmarks.workloads
 
 clean: ## remove the virtual environment and caches

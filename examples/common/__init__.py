@@ -1,5 +1,6 @@
 """What the workloads share: command line, training loop, checkpoints, figures, results."""
 
+from graphopt.examples.common.best import Best
 from graphopt.examples.common.case import Case
 from graphopt.examples.common.checks import check_tensor
 from graphopt.examples.common.errors import WorkloadError
@@ -11,6 +12,7 @@ from graphopt.examples.common.workload import Workload
 __all__ = [
     "COLOURS",
     "GREY",
+    "Best",
     "Case",
     "Criterion",
     "Run",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.examples.common import Run
+from graphopt.examples.common import Best, Run
 from graphopt.examples.inverse_tikhonov.data import Pairs
 from graphopt.examples.inverse_tikhonov.model import Objective, TNet
 
@@ -24,34 +23,6 @@ class Recipe:
 
     ridge: float | None
     spread: float
-
-
-class Best:
-    """The weights that did best so far."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.value = float("inf")
-        self._model = model
-        self._weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def offer(self, value: float) -> None:
-        """Keep the present weights if they are better (lower)."""
-        if value < self.value:
-            self.value = value
-            for name, p in self._model.named_parameters():
-                self._weights[name].copy_(p.detach())
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give the model its best weights."""
-        for name, p in self._model.named_parameters():
-            p.copy_(self._weights[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "weights": self._weights}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self._weights = state["value"], state["weights"]
 
 
 def relative_error(found: Tensor, u: Tensor) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.examples.common import COLOURS, GREY, Case, Run, Workload, panels
+from graphopt.examples.common import COLOURS, GREY, Best, Case, Run, Workload, panels
 from graphopt.examples.unknown_operator.data import Pairs, draw, signals
 from graphopt.examples.unknown_operator.linear import Dense, Filter, Wiener, mean_square
 from graphopt.examples.unknown_operator.model import UNet
@@ -21,26 +20,6 @@ CHECK = 64  # pairs of an evaluation, of validation in all
 _TEST = 2048
 _STEPS_PER_EPOCH = 100
 _RATE = 8e-3
-
-
-class Best:
-    """The weights with the lowest validation error so far."""
-
-    def __init__(self) -> None:
-        self.error = float("inf")
-        self.weights: dict[str, Any] = {}
-
-    def offer(self, error: float, model: nn.Module) -> None:
-        """Keep a copy of the weights if they are better."""
-        if error < self.error:
-            self.error = error
-            self.weights = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"error": self.error, "weights": self.weights}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.error, self.weights = state["error"], state["weights"]
 
 
 @torch.no_grad()
@@ -54,7 +33,7 @@ def train(run: Run, name: str, model: nn.Module, pairs: Pairs, validation: Pairs
     steps, check = _STEPS_PER_EPOCH * run.epochs, max(1, run.epochs // 3) * 10
     optimizer = torch.optim.Adam(model.parameters(), lr=_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best = Best()
+    best = Best(model)
     pairs, held = Pairs(*(t.to(run.device) for t in pairs)), validation.observed.to(run.device)
 
     def step(number: int) -> Tensor:
@@ -66,11 +45,11 @@ def train(run: Run, name: str, model: nn.Module, pairs: Pairs, validation: Pairs
         optimizer.step()
         decay.step()
         if (number + 1) % check == 0 or number == steps - 1:
-            best.offer(mean_square(estimate(model, held).cpu(), validation.signal), model)
+            best.offer(mean_square(estimate(model, held).cpu(), validation.signal))
         return loss.detach()
 
     run.loop(name, [model, optimizer, decay, best], step, steps)
-    model.load_state_dict(best.weights)
+    best.restore()
 
 
 def run(run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from graphopt.examples.climate_segmentation.train import case
 from graphopt.examples.common import WorkloadError
 from graphopt.model.surface import report
 from graphopt.study import ConstantDelay
+from tests.examples.contract import one_exact_graph
 from tests.support.ranks import on_ranks
 
 ORDERS: tuple[Order, ...] = ("norm_first", "conv_first")
@@ -248,16 +248,7 @@ def test_loaders_refuse_by_name() -> None:
 
 
 def test_gradients_through_graphopt_are_those_of_eager_in_one_graph() -> None:
-    taken = case(torch.device("cpu"))
-    plain = copy.deepcopy(taken.model)
-    taken.loss(plain(*taken.inputs)).backward()
-    model = graphopt.optimize(taken.model, passes=taken.passes, backend="eager")
-    taken.loss(model(*taken.inputs)).backward()
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    (specialisation,) = report(model).specialisations
-    assert (specialisation.level, specialisation.verification.result) == ("joint", "bit-equal")
-    assert "plain PyTorch" not in model.explain()
+    one_exact_graph(case(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("order", ORDERS)

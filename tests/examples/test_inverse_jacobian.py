@@ -22,6 +22,7 @@ from graphopt.examples.inverse_jacobian.model import (
 )
 from graphopt.examples.inverse_jacobian.train import case
 from graphopt.model.surface import report
+from tests.examples.contract import one_exact_graph
 
 ROUTES: list[Route] = ["vjp", "jvp", "autograd"]
 each_route = pytest.mark.parametrize("route", ROUTES)
@@ -107,16 +108,7 @@ def test_captured_gradients_are_those_of_double_backward(route: Route) -> None:
 
 
 def test_gradients_of_the_case_are_those_of_eager() -> None:
-    found = case(torch.device("cpu"))
-    model = graphopt.optimize(copy.deepcopy(found.model), passes=found.passes, backend="eager")
-    for own in (model, found.model):
-        found.loss(own(*found.inputs)).backward()
-    for ours, theirs in zip(model.parameters(), found.model.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert torch.equal(ours.grad, theirs.grad)
-    (only,) = report(model).specialisations
-    assert only.level == "joint"
+    one_exact_graph(case(torch.device("cpu")))
 
 
 def test_a_penalised_training_ends_with_a_smaller_jacobian_and_test_error() -> None:

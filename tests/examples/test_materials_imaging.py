@@ -37,7 +37,7 @@ from graphopt.examples.materials_imaging.model import (
 )
 from graphopt.examples.materials_imaging.peaks import find_peaks, match
 from graphopt.examples.materials_imaging.train import case
-from graphopt.model.surface import report
+from tests.examples.contract import one_exact_graph
 from tests.support.ranks import on_ranks
 
 
@@ -179,16 +179,7 @@ def test_published_net() -> None:
 
 
 def test_gradients_through_graphopt_are_those_of_eager_in_one_graph() -> None:
-    taken = case(torch.device("cpu"))
-    plain = copy.deepcopy(taken.model)
-    taken.loss(plain(*taken.inputs)).backward()
-    model = graphopt.optimize(taken.model, passes=taken.passes, backend="eager")
-    taken.loss(model(*taken.inputs)).backward()
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    (specialisation,) = report(model).specialisations
-    assert (specialisation.level, specialisation.verification.result) == ("joint", "bit-equal")
-    assert "plain PyTorch" not in model.explain()
+    one_exact_graph(case(torch.device("cpu")))
 
 
 def _trained(model: nn.Module, data: Specimens, steps: int) -> list[float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from graphopt.examples.common import WorkloadError
 from graphopt.examples.noise_scale.data import checked, digits
 from graphopt.examples.noise_scale.model import exact_noise, fit_hyperbola, mlp, two_batch_noise
 from graphopt.examples.noise_scale.train import case
-from graphopt.model.surface import report
+from tests.examples.contract import one_exact_graph
 
 
 def test_exact_noise_is_that_of_gradients_one_by_one() -> None:
@@ -70,14 +68,7 @@ def test_noise_grows_in_a_short_training() -> None:
 
 def test_gradients_are_those_of_eager() -> None:
     torch.manual_seed(0)
-    found = case(torch.device("cpu"))
-    model = graphopt.optimize(copy.deepcopy(found.model), backend="eager")
-    for own in (model, found.model):
-        found.loss(own(*found.inputs)).backward()
-    for ours, theirs in zip(model.parameters(), found.model.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    assert len(report(model).specialisations) == 1
-    assert not report(model).plain
+    one_exact_graph(case(torch.device("cpu")))
 
 
 def test_bad_data_is_named() -> None:

@@ -32,6 +32,7 @@ from graphopt.examples.spatiotemporal.scores import (
 )
 from graphopt.examples.spatiotemporal.train import case
 from graphopt.model.surface import report
+from tests.examples.contract import one_exact_graph
 
 FEATURES = Features((2, 1, 0), (52.0, 4.0), 2)
 SCALE = torch.tensor([104.0, 1.0, 1.0])
@@ -236,16 +237,7 @@ def test_a_short_training_halves_the_error() -> None:
 
 
 def test_gradients_of_the_case_are_those_of_eager() -> None:
-    found = case(torch.device("cpu"))
-    model = graphopt.optimize(copy.deepcopy(found.model), passes=found.passes, backend="eager")
-    for own in (model, found.model):
-        found.loss(own(*found.inputs)).backward()
-    for ours, theirs in zip(model.parameters(), found.model.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert torch.equal(ours.grad, theirs.grad)
-    (only,) = report(model).specialisations
-    assert only.level == "joint"
+    one_exact_graph(case(torch.device("cpu")))
 
 
 def test_splits_share_no_sample() -> None:

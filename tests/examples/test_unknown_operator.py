@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import graphopt
 from graphopt.examples.common import Run, WorkloadError
 from graphopt.examples.common.checkpoint import Checkpoint
 from graphopt.examples.common.interrupts import Interrupts
@@ -30,7 +28,7 @@ from graphopt.examples.unknown_operator.data import (
 from graphopt.examples.unknown_operator.linear import Dense, Filter, Wiener, mean_square
 from graphopt.examples.unknown_operator.model import UNet
 from graphopt.examples.unknown_operator.train import case, estimate, train
-from graphopt.model.surface import report
+from tests.examples.contract import one_exact_graph
 
 
 def _matrix() -> np.ndarray:
@@ -128,17 +126,7 @@ def test_short_training_beats_the_observation(tmp_path: Path) -> None:
 
 
 def test_gradients_are_those_of_pytorch() -> None:
-    made = case(torch.device("cpu"))
-    plain = copy.deepcopy(made.model)
-    model = graphopt.optimize(made.model, passes=made.passes, backend="eager")
-    for each in (plain, model):
-        made.loss(each(*made.inputs)).backward()
-    for (name, a), b in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-        assert a.grad is not None
-        assert torch.equal(a.grad, b[1].grad), name
-    captured = report(model)
-    assert len(captured.specialisations) == 1
-    assert not captured.plain
+    one_exact_graph(case(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
