@@ -31,7 +31,6 @@ from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import (
     ADAMW,
     KFAC,
-    METHODS,
     MUON,
     SGD_MOMENTUM,
     Run,
@@ -160,7 +159,7 @@ def measure(
         warnings.simplefilter(
             "ignore", RuntimeWarning
         )  # a learning rate that is too large is to be expected
-        for method in METHODS:
+        for method in rates:
             chosen[method], tuning[method] = tune(task, method, rates[method], tuning_seeds)
             print(f"{task.name}: {method} at {chosen[method]:g}", file=sys.stderr, flush=True)
     runs = {seed: together(task, chosen, seed) for seed in seeds}
@@ -173,7 +172,7 @@ def measure(
             method: summary(
                 task, chosen[method], rates[method], {seed: runs[seed][method] for seed in seeds}
             )
-            for method in METHODS
+            for method in rates
         },
     }
 

@@ -1,4 +1,4 @@
-"""What the overlap benchmark trains: one compute-light, two convolutional, one tied model."""
+"""What the overlap benchmark trains: one compute-light, three convolutional, one tied model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import ResNet18
+from graphopt.examples.materials_imaging.data import make_specimens
+from graphopt.examples.materials_imaging.model import huber_loss, small_net
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,19 @@ def _tokens(model: nn.Module) -> Case:
     return Case(model, (tokens,), lambda out: F.cross_entropy(out.flatten(0, 1), tokens.flatten()))
 
 
+def _specimens(model: nn.Module) -> Case:
+    data = make_specimens(4, torch.Generator().manual_seed(torch.initial_seed()))
+    data = data.prepared(data.patterns.mean(0), 0.1)
+    return Case(model, (data.patterns,), lambda out: huber_loss(out, data.potential))
+
+
 # The model is built first, from a seed that all ranks share, then the batch, from a seed per rank.
 _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Case]]] = {
     "mlp": (MLP, lambda m: Case(m, (torch.randn(128, 1024),), lambda out: out.square().mean())),
     "resnet18": (ResNet18, lambda m: _images(m, 16)),
     "densenet": (DenseNet121, lambda m: _images(m, 8)),
     "transformer": (Transformer, _tokens),
+    "fc_densenet": (small_net, _specimens),
 }
 MODELS = tuple(_MODELS)
 

@@ -3,7 +3,8 @@
 One step is forward and backward at the size that the workload trains with. Alternating runs in one
 process; medians of paired ratios with bootstrap intervals; first calls in seconds. Run
 ``python -m benchmarks.workload_steps [NAME ...]`` on an otherwise idle machine. The results go to
-``benchmarks/results/workload_steps_<device>.json``; workloads that were not named keep theirs.
+``benchmarks/results/workload_steps_<device>.json``, those of a CPU into ``docs/workloads.md``;
+workloads that were not named keep theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 import graphopt
 from benchmarks.harness import RESULTS, alternate, keep, milliseconds, ratio
 from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads_table import DOCUMENT, with_steps
 from graphopt.examples.common import Case
 from graphopt.model.surface import report
 
@@ -97,7 +99,10 @@ def main(names: list[str]) -> None:
         workload = importlib.import_module(f"graphopt.examples.{name}.train").WORKLOAD
         results[name] = measure(workload.case(device))
         print(name, json.dumps(results[name], indent=1), flush=True)
-        keep(f"workload_steps_{device.type}", {n: results[n] for n in WORKLOADS if n in results})
+        results = {n: results[n] for n in WORKLOADS if n in results}
+        keep(f"workload_steps_{device.type}", results)
+    if device.type == "cpu":
+        DOCUMENT.write_text(with_steps(DOCUMENT.read_text(), results))
 
 
 if __name__ == "__main__":

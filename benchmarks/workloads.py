@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, keep
-from benchmarks.workloads_table import DOCUMENT, with_tables
+from benchmarks.workloads_table import DOCUMENT, with_criteria
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -57,7 +57,7 @@ def main() -> None:
     for name in options.names:
         for figure in (options.output / f"{name}-0").glob("figure.*"):
             shutil.copy(figure, IMAGES / f"workload_{name}{figure.suffix}")
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), results))
+    DOCUMENT.write_text(with_criteria(DOCUMENT.read_text(), results))
 
 
 def _train_all(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The tables of ``docs/workloads.md``, from the results of ``benchmarks.workloads``."""
+"""The tables of ``docs/workloads.md``: criteria, and steps against PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,22 +9,52 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "workloads.md"
-_MARKED = re.compile(r"(<!-- criteria -->\n).*?(<!-- end of criteria -->)", re.DOTALL)
 
 
-def with_tables(text: str, results: Mapping[str, Any]) -> str:
-    """The document with the criteria of ``results`` between its marks.
+def with_criteria(text: str, results: Mapping[str, Any]) -> str:
+    """The document with the criteria that ``benchmarks.workloads`` has found.
 
     Raises:
         ValueError: the marks are missing, or seeds of one workload have different criteria.
     """
-    if not _MARKED.search(text):
-        raise ValueError("the document has no marks for the criteria")
-    table = "\n".join(_lines(results))
-    return _MARKED.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+    return _between_marks(text, "criteria", _criteria(results))
 
 
-def _lines(results: Mapping[str, Any]) -> Iterator[str]:
+def with_steps(text: str, results: Mapping[str, Any]) -> str:
+    """The document with what ``benchmarks.workload_steps`` has found.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    return _between_marks(text, "steps", _steps(results))
+
+
+def _between_marks(text: str, name: str, lines: Iterator[str]) -> str:
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"the document has no marks for the {name}")
+    table = "\n".join(lines)
+    return marked.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+
+
+def _steps(results: Mapping[str, Any]) -> Iterator[str]:
+    kinds = ("pytorch", "compile", "graphopt eager", "graphopt inductor", "graphopt auto")
+    yield (
+        "| ms of a step | PyTorch | `torch.compile` | graphopt, eager | inductor | auto "
+        "| auto / the better of PyTorch's | first call, s: `torch.compile` | auto |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, found in results.items():
+        steps = " | ".join(_number(found["milliseconds"][kind]) for kind in kinds)
+        over, first = found["auto over the better"], found["first call, s"]
+        interval = f"{over['median']:.2f} [{over['low']:.2f}, {over['high']:.2f}]"
+        yield (
+            f"| `{name}` | {steps} | {interval} | {first['compile']:.1f} "
+            f"| {first['graphopt auto']:.1f} |"
+        )
+
+
+def _criteria(results: Mapping[str, Any]) -> Iterator[str]:
     yield "| workload | criterion | bound | seeds 0, 1, 2 | |"
     yield "|---|---|---|---|---|"
     for name, workload in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,25 @@ class Checkpoint:
             part,
         )
         os.replace(part, path)
+
+
+def check_readable(name: str, value: object) -> None:
+    """Refuse a value that could be written, but that no resumed run could read.
+
+    Raises:
+        TypeError: it holds more than numbers, texts, tensors, lists and dicts, such as a NumPy
+            scalar.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            f"{name!r} returns more than numbers, texts, tensors, lists and dicts, which --resume "
+            "could not read; convert it, as by float()"
+        ) from error
 
 
 def random_state() -> list[Tensor]:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import graphopt
-from graphopt.examples.common.checkpoint import Checkpoint, random_state, set_random_state
+from graphopt.examples.common.checkpoint import (
+    Checkpoint,
+    check_readable,
+    random_state,
+    set_random_state,
+)
 from graphopt.examples.common.interrupts import Interrupts
 from graphopt.examples.common.progress import Progress
 from graphopt.examples.common.results import Criterion, Results, Value
@@ -182,11 +187,15 @@ class Run:
         """The value of ``compute``: numbers, texts, tensors, lists and dicts; kept for `--resume`.
 
         For what is not trained step by step, such as a baseline.
+
+        Raises:
+            TypeError: the value is of another kind.
         """
         if name not in self._checkpoint.finished:
             start = time.monotonic()
             value = compute()
             seconds = time.monotonic() - start
+            check_readable(name, value)
             found = {"value": value, "seconds": seconds, "random": random_state()}
             self._checkpoint.finished[name] = found
             self._write()

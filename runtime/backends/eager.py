@@ -13,6 +13,7 @@ from torch import fx
 
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
+from graphopt.runtime.backends.pieces import write_in_place
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.halves import copy_graph, split
 from graphopt.runtime.engine.step import Executable
@@ -49,6 +50,7 @@ def boxed(module: fx.GraphModule) -> Executable:
 
     The module becomes the executable's own: its calling convention is changed.
     """
+    write_in_place(module.graph)
     module.graph.set_codegen(fx.graph._BoxedCodeGen())
     code = module.graph.python_code("self")
     bound: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,3 +213,14 @@ def test_figures_are_transparent_and_reproducible(tmp_path: Path, suffix: str) -
     if suffix == "svg":
         assert b"time (s)" in first  # text, not outlines
         assert b"ffffff" not in first
+
+
+def test_a_baseline_that_could_not_be_resumed_is_refused(tmp_path: Path) -> None:
+    def run(run: Run) -> None:
+        run.once("numpy", lambda: {"loss": np.float64(4.0)})
+
+    with pytest.raises(TypeError, match="'numpy' returns more than numbers"):
+        Workload("made_up", "Made up.", run, _case, epochs=2, long_epochs=20).main(
+            ["--output", str(tmp_path)]
+        )
+    assert not (tmp_path / "checkpoint.pt").exists()

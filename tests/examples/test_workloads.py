@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.workloads import SEEDS, WORKLOADS
-from benchmarks.workloads_table import DOCUMENT, verdict, with_tables
+from benchmarks.workloads_table import DOCUMENT, verdict, with_criteria, with_steps
 from tests.test_house import ROOT, build_wheel
 
 RESULTS = ROOT / "benchmarks" / "results" / "workloads.json"
@@ -36,12 +36,19 @@ def test_a_workload_has_its_files_and_pages(name: str) -> None:
 
 def test_the_table_is_what_was_measured() -> None:
     results = json.loads(RESULTS.read_text())["results"]
-    assert list(results) == [name for name in WORKLOADS if name in results]
-    assert with_tables(DOCUMENT.read_text(), results) == DOCUMENT.read_text()
+    assert list(results) == list(WORKLOADS)
+    assert with_criteria(DOCUMENT.read_text(), results) == DOCUMENT.read_text()
     for workload in results.values():
         assert list(workload["seeds"]) == [str(seed) for seed in SEEDS]
         for seed, found in workload["seeds"].items():
             assert found["settings"]["seed"] == int(seed)
+
+
+def test_the_steps_are_what_was_measured() -> None:
+    results = json.loads((RESULTS.parent / "workload_steps_cpu.json").read_text())["results"]
+    assert list(results) == list(WORKLOADS)
+    assert with_steps(DOCUMENT.read_text(), results) == DOCUMENT.read_text()
+    assert {found["captured as"] for found in results.values()} == {"1 graph, 0 plain"}
 
 
 def test_a_criterion_holds_where_it_holds_with_each_seed() -> None:
@@ -50,7 +57,7 @@ def test_a_criterion_holds_where_it_holds_with_each_seed() -> None:
     assert verdict([good, bad, bad]) == "**fails** with 2"
     assert verdict([{**bad, "gate": False}]) == "**fails** with 1 (for information)"
     with pytest.raises(ValueError, match="no marks"):
-        with_tables("no table here", {})
+        with_criteria("no table here", {})
 
 
 def test_results_of_different_criteria_make_no_table() -> None:
@@ -60,9 +67,9 @@ def test_results_of_different_criteria_make_no_table() -> None:
 
     text = DOCUMENT.read_text()
     same = {"speech": {"seeds": {"0": found(2), "1": found(2)}}}
-    assert "| error | ≤ 2 | 1, 1 | holds |" in with_tables(text, same)
+    assert "| error | ≤ 2 | 1, 1 | holds |" in with_criteria(text, same)
     with pytest.raises(ValueError, match="speech were run with different criteria"):
-        with_tables(text, {"speech": {"seeds": {"0": found(2), "1": found(3)}}})
+        with_criteria(text, {"speech": {"seeds": {"0": found(2), "1": found(3)}}})
 
 
 @pytest.mark.slow
