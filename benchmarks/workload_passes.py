@@ -31,7 +31,8 @@ from graphopt.examples.climate_segmentation import train as climate
 from graphopt.examples.common import Case
 from graphopt.examples.materials_imaging import train as materials
 from graphopt.examples.unknown_operator import train as operator
-from graphopt.examples.unknown_operator.data import draw
+from graphopt.examples.unknown_operator.data import draw, signals
+from graphopt.examples.unknown_operator.linear import Wiener, mean_square
 from graphopt.examples.unknown_operator.model import UNet
 
 NAME = "workload_passes"
@@ -103,6 +104,7 @@ def kfac() -> dict[str, Any]:
 def _operator() -> Task:
     pairs = draw("training pairs", PAIRS, torch.Generator().manual_seed(1))
     test = draw("test pairs", 1024, torch.Generator().manual_seed(3))
+    wiener = Wiener(signals(20_000, torch.Generator().manual_seed(4)))
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
@@ -116,9 +118,9 @@ def _operator() -> Task:
         batches=batches,
         loss=F.mse_loss,
         evaluate=lambda m: float(F.mse_loss(operator.estimate(m, test.observed), test.signal)),
-        target=0.010,
+        target=mean_square(wiener(test.observed), test.signal),
         rising=False,
-        steps=600,
+        steps=300,
         every=10,
         # The loss is a mean over the points of a signal; see `examples.kfac_language_model`.
         kfac=f"cleanup,kfac{{damping={1e-3 / test.signal.shape[-1]}}}",
