@@ -86,7 +86,7 @@ class Workload:
             "backend": options.backend or self.backend,
         }
         checkpoint = Checkpoint(dict(settings))
-        with _alone(arguments.folder(output), first):
+        with _alone(output, first):
             if options.resume:
                 checkpoint = read_checkpoint(output / "checkpoint.pt", settings)
             arguments.join(device)
@@ -143,7 +143,7 @@ def _alone(output: Path, first: bool) -> Iterator[None]:
         yield
         return
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with FileLock(arguments.folder(output) / ".lock", timeout=0):
             yield
     except Timeout as error:
         raise WorkloadError(f"another run writes to {output}", "give another --output") from error
