@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from graphopt.examples.common import check_tensor
+from graphopt.examples.common import check_count, check_labels, check_tensor
 
 HEIGHT, WIDTH = 48, 72
 CHANNELS = ("q", "u", "v", "p", "T", "qu", "qv", "speed")
@@ -40,7 +40,7 @@ class Fields:
 
     def __post_init__(self) -> None:
         check_tensor("fields", self.values, (None, len(CHANNELS), HEIGHT, WIDTH))
-        check_tensor("labels", self.labels, (len(self.values), HEIGHT, WIDTH))
+        check_labels("labels", self.labels, (len(self.values), HEIGHT, WIDTH), len(CLASSES))
 
     def to(self, device: torch.device) -> Fields:
         """The same on another device."""
@@ -54,6 +54,7 @@ def make_fields(count: int, generator: Generator) -> Fields:
         count: how many, above zero.
         generator: on the CPU.
     """
+    check_count("fields", count)
     latitude = torch.linspace(-1, 1, HEIGHT)[:, None].expand(HEIGHT, WIDTH)  # south to north
     base = _smooth(torch.randn(count, 5, HEIGHT, WIDTH, generator=generator))
     q, u, v, p, temperature = (0.5 * base).unbind(1)

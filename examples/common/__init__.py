@@ -2,7 +2,7 @@
 
 from graphopt.examples.common.best import Best
 from graphopt.examples.common.case import Case
-from graphopt.examples.common.checks import check_tensor
+from graphopt.examples.common.checks import check_count, check_labels, check_tensor
 from graphopt.examples.common.errors import WorkloadError
 from graphopt.examples.common.figure import COLOURS, GREY, panels
 from graphopt.examples.common.results import Criterion
@@ -18,6 +18,8 @@ __all__ = [
     "Run",
     "Workload",
     "WorkloadError",
+    "check_count",
+    "check_labels",
     "check_tensor",
     "panels",
 ]

@@ -30,17 +30,21 @@ class Checkpoint:
     current: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Replace the file as a whole: whoever reads it sees the old or the new state."""
+        """Replace the file as a whole: whoever reads it sees the old or the new state.
+
+        Raises:
+            WorkloadError: it cannot be written.
+        """
         part = path.with_suffix(".part")
-        torch.save(
-            {
-                "settings": self.settings,
-                "finished": self.finished,
-                "current": self.current,
-            },
-            part,
-        )
-        os.replace(part, path)
+        state = {"settings": self.settings, "finished": self.finished, "current": self.current}
+        try:
+            torch.save(state, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save raises either
+            raise WorkloadError(
+                f"{path} cannot be written: {str(error).splitlines()[0]}",
+                "see to it that its folder exists and has room",
+            ) from error
 
 
 def check_readable(name: str, value: object) -> None:
@@ -86,7 +90,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         found = Checkpoint(state["settings"], state["finished"], state["current"])
     except Exception as error:
         raise WorkloadError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__})",
+            f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})",
             "remove it, or give another --output",
         ) from error
     for name in sorted({*settings, *found.settings}):

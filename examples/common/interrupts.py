@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -25,6 +26,8 @@ class Interrupts:
         if not self.inside or self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        # The first step may compile for a minute.
+        os.write(2, b"stopping behind this step; once more stops at once\n")
 
     def asked(self, device: torch.device) -> bool:
         """Whether to stop; the ranks of a job stop behind the same step."""

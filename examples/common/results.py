@@ -26,7 +26,8 @@ class Criterion:
         value: the number.
         relation: ``<=`` or ``>=``.
         bound: what the number is held against.
-        gate: the workload counts as failed where this does not hold; others are for information.
+        gate: part of what the workload promises; others are for information. What fails is shown
+            as failed, and the program ends like any other that has run to its end.
     """
 
     name: str

@@ -56,14 +56,13 @@ class Run:
         results: Results,
         output: Path,
         device: torch.device,
-        backend: str,
         console: Console,
         interrupts: Interrupts,
     ) -> None:
         self.seed = int(results.settings["seed"])
         self.epochs = int(results.settings["epochs"])
         self.device = device
-        self.backend = backend
+        self.backend = str(results.settings["backend"])
         self.output = output
         self.results = results
         self.console = console

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.examples.common import check_tensor
+from graphopt.examples.common import check_count, check_tensor
 
 Dynamics = Callable[[Tensor], Tensor]
 GRAVITY_OVER_LENGTH = 9.8  # 1/s²
@@ -112,14 +112,17 @@ class Trajectories:
     observations: Tensor
 
     def __post_init__(self) -> None:
-        check_tensor("states", self.states, (None, None, None))
-        check_tensor("observations", self.observations, (*self.states.shape[:2], None))
+        real = (torch.float32, torch.float64)
+        check_tensor("states", self.states, (None, None, None), real)
+        check_tensor("observations", self.observations, (*self.states.shape[:2], None), real)
 
 
 def trajectories(
     system: System, count: int, times: int, generator: torch.Generator
 ) -> Trajectories:
     """Draw trajectories of ``times`` observations each."""
+    check_count("trajectories", count)
+    check_count("times", times)
     states = [system.start(count, generator)]
     for _ in range(times - 1):
         states.append(system.advance(states[-1]))

@@ -20,6 +20,7 @@ from torch._higher_order_ops.scan import scan
 
 from graphopt.api import optimize
 from graphopt.errors import GraphoptError
+from graphopt.examples.common.arguments import positive
 from graphopt.examples.data_assimilation.data import PENDULUM, trajectories
 from graphopt.examples.data_assimilation.model import DeepBayesianFilter
 from graphopt.examples.data_assimilation.parallel import Element, beliefs_in_parallel
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS)[1:])
     parser.add_argument("--backend", nargs="+", default=["none", "eager", "inductor"])
-    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--repeat", type=positive, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()

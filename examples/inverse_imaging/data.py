@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.examples.common import WorkloadError, check_tensor
+from graphopt.examples.common import WorkloadError, check_count, check_tensor
 from graphopt.examples.inverse_imaging.operators import observe
 
 SIZE = 32
@@ -48,6 +48,8 @@ class Operator(NamedTuple):
 
 def draw_operator(generator: torch.Generator, kept: float = 0.7) -> Operator:
     """A coded blur (8 of 7 x 7 cells are open) of which a share ``kept`` of the pixels is seen."""
+    if not 0 < kept <= 1:
+        raise WorkloadError(f"a share of {kept} of the pixels is kept", "give one above 0, up to 1")
     kernel, mask = torch.zeros(49), torch.zeros(SIZE * SIZE)
     kernel[torch.randperm(49, generator=generator)[:8]] = 1 / 8
     mask[torch.randperm(len(mask), generator=generator)[: int(kept * len(mask))]] = 1.0
@@ -73,6 +75,10 @@ def load_pictures(files: tuple[str, ...], per_picture: int | None = None) -> Ten
     from skimage.color import rgb2gray
     from skimage.io import imread
 
+    if not files:
+        raise WorkloadError("no files of pictures are given", "give names as in TEST")
+    if per_picture is not None:
+        check_count("crops per picture", per_picture)
     crops = []
     for name in files:
         path = Path(skimage.__file__).parent / "data" / name
@@ -89,6 +95,11 @@ def load_pictures(files: tuple[str, ...], per_picture: int | None = None) -> Ten
 def cut(picture: Tensor, name: str) -> Tensor:
     """Crops (crops, 1, 32, 32) of a grey picture (height, width) whose deviation is over 0.04."""
     check_tensor(name, picture, (None, None))
+    if min(picture.shape) < SIZE:
+        raise WorkloadError(
+            f"{name} has {picture.shape[0]} x {picture.shape[1]} pixels, and crops have {SIZE}",
+            "give a larger picture",
+        )
     tiles = picture.unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE).reshape(-1, 1, SIZE, SIZE)
     found = tiles[tiles.std((1, 2, 3)) > 0.04]
     return check_tensor(f"crops of {name} with contrast", found, (None, 1, SIZE, SIZE))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.examples.common import WorkloadError, check_tensor
+from graphopt.examples.common import WorkloadError, check_count, check_tensor
 
 PIXELS = 64
 MEASUREMENTS = 16
@@ -60,10 +60,11 @@ def make_problem(images: Tensor, count: int, generator: torch.Generator) -> Prob
     """
     check_images(images)
     largest = len(images) // 4
-    if not 0 < count <= largest:
+    if len(images) - largest <= VALIDATION:
         raise WorkloadError(
-            f"{count} training images of {len(images)}", f"take between 1 and {largest}"
+            f"{len(images)} images leave none to test on", f"take {4 * VALIDATION} or more"
         )
+    check_count(f"training images of {len(images)}", count, at_most=largest)
     operator = torch.randn(MEASUREMENTS, PIXELS, generator=generator) / MEASUREMENTS**0.5
     noise = NOISE * torch.randn(len(images), MEASUREMENTS, generator=generator)
     order = torch.randperm(len(images), generator=generator)

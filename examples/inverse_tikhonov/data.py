@@ -33,8 +33,9 @@ class Pairs:
 
 def load_pairs(u: Tensor, y: Tensor) -> Pairs:
     """Check parameters (samples, cells) and their observations (samples, observed)."""
-    check_tensor("parameters", u, (None, None))
-    return Pairs(u, check_tensor("observations", y, (len(u), None)))
+    real = (torch.float32, torch.float64)
+    check_tensor("parameters", u, (None, None), real)
+    return Pairs(u, check_tensor("observations", y, (len(u), None), real))
 
 
 def draw_pairs(

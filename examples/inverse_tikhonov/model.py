@@ -100,7 +100,7 @@ def whitening(observations: Tensor, ridge: float = 0.0) -> Tensor:
     """What gives observations (samples, observed) an identity covariance, after adding ``ridge``.
 
     Directions without any variance are dropped. Then the best affine network is unique, and its
-    loss is so well conditioned that LBFGS finds it to rounding.
+    loss is so well conditioned that conjugate gradients find it to rounding.
     """
     centred = observations - observations.mean(0)
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(observations))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from graphopt.examples.common import check_tensor
+from graphopt.examples.common import WorkloadError, check_count, check_tensor
 
 SIZE = 32
 GRID = 4
@@ -82,6 +82,7 @@ def make_specimens(count: int, generator: Generator, defocus: float = DEFOCUS) -
         generator: on the CPU; the crystals do not depend on the defocus.
         defocus: z, pixels squared; its opposite is the negative control.
     """
+    check_count("crystals", count)
     potential, atoms = make_crystals(count, generator)
     parts = [
         record(part, generator, defocus) for part in torch.split(potential, 64)
@@ -133,6 +134,9 @@ def record(potential: Tensor, generator: Generator, defocus: float = DEFOCUS) ->
     Returns:
         [n, 16, 32, 32], see `Specimens`.
     """
+    check_tensor("potential", potential, (None, SIZE, SIZE))
+    if not math.isfinite(defocus):
+        raise WorkloadError(f"a defocus of {defocus}", "give it in pixels squared")
     wave = propagate(potential, defocus)
     intensity = torch.fft.fft2(wave).abs().square()
     intensity = intensity / intensity.sum((-2, -1), keepdim=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.examples.common import WorkloadError, check_tensor
+from graphopt.examples.common import WorkloadError, check_count, check_tensor
 
 MEAN_RATE = 0.055  # spikes per bin
 _SPREAD = 0.5  # of the logarithm of rates
@@ -64,6 +64,7 @@ def population(
         strength: of the shared input. With 1 the mean correlation of spikes is 0.035, with 2.35
             it is 0.10.
     """
+    check_count("words", words)
     if not 0 <= strength * (_LOCAL + _COMMON) < 1:
         raise WorkloadError(f"strength {strength} leaves no own noise", "give one below 3")
     places = torch.rand(neurons, 2, generator=generator, dtype=torch.float64)

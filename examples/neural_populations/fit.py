@@ -49,7 +49,7 @@ def fit_pseudo_likelihood(
 ) -> list[float]:
     """Minimise the loss above by Adam, on random minibatches of training words."""
     with torch.no_grad():
-        model.fields.copy_(torch.logit(words.mean(1)))
+        model.fields.copy_(torch.logit(words.mean(1), eps=0.5 / words.shape[1]))
     run.optimize(model)
     words = words.to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=_ADAM_RATE)

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from graphopt.examples.common import check_tensor
+from graphopt.examples.common import check_labels, check_tensor
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -22,4 +22,4 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         WorkloadError: empty, of another shape, NaN.
     """
     images = check_tensor("images", images, (None, 64))
-    return images, check_tensor("labels", labels, (len(images),))
+    return images, check_labels("labels", labels, (len(images),), 10)

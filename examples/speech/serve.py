@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from graphopt.examples.common import WorkloadError, panels
+from graphopt.examples.common.arguments import folder, positive
 from graphopt.examples.speech import server
 from graphopt.examples.speech.formants import formants
 from graphopt.examples.speech.model import DeepSpeech
@@ -212,19 +213,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m graphopt.examples.speech.serve")
     parser.add_argument("--model", type=Path, default=Path("results/speech/model.pt"))
     parser.add_argument("--output", type=Path, default=Path("results/speech"))
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
+    parser.add_argument("--seconds", type=positive, default=5, help="of each load")
     options = parser.parse_args()
     try:
+        output = folder(options.output)  # before minutes of measuring
         rows = compare(options.model, options.seconds)
     except WorkloadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     for each in rows:
         print(*(f"{name} {value}" for name, value in each.items()), sep=", ")
     worst = max(float(each["worst_error"]) for each in rows)
     misread = sum(int(each["misread"]) for each in rows)
-    options.output.mkdir(parents=True, exist_ok=True)
-    draw(options.output / "latency.svg", rows)
+    draw(output / "latency.svg", rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
@@ -234,9 +237,9 @@ def main() -> None:
         "worst_error": worst,
         "rows": rows,
     }
-    (options.output / "serving.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "serving.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"probabilities within {worst:.1e} of one utterance alone, {misread} other texts")
-    print(f"wrote {options.output}/serving.json")
+    print(f"wrote {output}/serving.json")
     if misread or not worst < 1e-5:
         sys.exit("error: an answer is not the one to this utterance alone")
 

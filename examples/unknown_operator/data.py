@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.examples.common import check_tensor
+from graphopt.examples.common import check_count, check_tensor
 
 POINTS = 128
 NOISE = 0.1  # standard deviation
@@ -70,6 +70,7 @@ def blur(signal: Tensor) -> Tensor:
 
 def draw(name: str, count: int, generator: torch.Generator) -> Pairs:
     """Draw signals and their observations."""
+    check_count(name, count)
     signal = signals(count, generator)
     noise = NOISE * torch.randn(signal.shape, generator=generator)
     return checked(name, Pairs(blur(signal) + noise, signal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from graphopt.examples.common import (
     Run,
     Workload,
     WorkloadError,
+    check_count,
+    check_labels,
     check_tensor,
     panels,
 )
@@ -136,12 +139,16 @@ def _refused(arguments: list[str], workload: Workload | None = None) -> None:
     ("arguments", "says"),
     [
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--epochs", "0"], "'0' is not a number above zero"),
-        (["--epochs", "-1"], "expected one argument|'-1' is not a number above zero"),
-        (["--seed", "one"], "'one' is not zero or a number above it"),
+        (["--epochs", "0"], "'0' is not a whole number above zero"),
+        (["--epochs", "1.5"], "'1.5' is not a whole number above zero"),
+        (["--epochs", "-1"], "expected one argument|'-1' is not a whole number above zero"),
+        (["--seed", "one"], "'one' is not a whole number from 0 to 2147483647"),
+        (["--seed", "99999999999999999999"], "is not a whole number from 0 to 2147483647"),
         (["--backend", "fast"], "invalid choice: 'fast'"),
-        (["--device", "abacus"], "device 'abacus' cannot be used"),
-        (["--device", "meta"], "device 'meta' is neither cpu nor cuda"),
+        (["--device", "abacus"], "device 'abacus' is none of cpu, cuda and cuda:N"),
+        (["--device", "meta"], "device 'meta' is none of cpu, cuda and cuda:N"),
+        (["--output", ""], "the path is empty"),
+        (["--output", __file__], "is a file, not a folder"),
         (["--output", "/proc/made_up"], "cannot write to the folder /proc/made_up"),
         (["--output", "/dev/null"], "cannot write to the folder /dev/null"),
     ],
@@ -172,12 +179,64 @@ def test_checkpoints_of_others_are_refused(
     assert "made with seed 0, and this run has 1" in capsys.readouterr().err
     _refused([*options, "--epochs", "1"])
     assert "made with epochs 2, and this run has 1" in capsys.readouterr().err
+    _refused([*options, "--backend", "none"])
+    assert "made with backend eager, and this run has none" in capsys.readouterr().err
     _refused(options, _workload(name="other"))
     assert "made with workload made_up" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == kept
     (tmp_path / "checkpoint.pt").write_bytes(kept[:1000])
     _refused(options)
-    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "is no checkpoint, or is cut off or damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_starts_again_leaves_nothing_of_the_former(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _workload().main(["--output", str(tmp_path)])
+
+    def run(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    broken = Workload("made_up", "Made up.", run, _case, epochs=2, long_epochs=20)
+    with pytest.raises(SystemExit) as stopped:
+        broken.main(["--output", str(tmp_path), "--seed", "5"])
+    assert stopped.value.code == 130
+    assert "interrupted before the first checkpoint" in capsys.readouterr().out
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(run: Run) -> None:
+        _refused(["--output", str(tmp_path)])  # another, meanwhile
+
+    Workload("made_up", "Made up.", run, _case, epochs=2, long_epochs=20).main(
+        ["--output", str(tmp_path)]
+    )
+    assert f"another run writes to {tmp_path}" in capsys.readouterr().err
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_folder_that_goes_away_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+
+    def run(run: Run) -> None:
+        shutil.rmtree(folder)
+        run.once("baseline", lambda: 1.0)
+
+    workload = Workload("made_up", "Made up.", run, _case, epochs=2, long_epochs=20)
+    _refused(["--output", str(folder)], workload)
+    assert "checkpoint.pt cannot be written" in capsys.readouterr().err
+
+
+def test_a_job_that_cannot_be_joined_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    _refused(["--output", str(tmp_path)])
+    assert "RANK is set, but the job cannot be joined" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_trained_on_is_named() -> None:
@@ -189,9 +248,27 @@ def test_data_that_cannot_be_trained_on_is_named() -> None:
         check_tensor("images", good, (None,))
     with pytest.raises(WorkloadError, match="images is empty"):
         check_tensor("images", good[:0], (None, 4))
+    with pytest.raises(WorkloadError, match="images is of float64, expected float32"):
+        check_tensor("images", good.double(), (None, 4))
+    with pytest.raises(WorkloadError, match="images is of type ndarray, expected a tensor"):
+        check_tensor("images", good.numpy(), (None, 4))  # type: ignore[arg-type]
     good[1, 2], good[2, 0] = torch.nan, torch.inf
     with pytest.raises(WorkloadError, match=r"2 values that are NaN or .* first at \[1, 2\]"):
         check_tensor("images", good, (None, 4))
+
+
+def test_labels_and_counts_that_cannot_be_trained_on_are_named() -> None:
+    labels = torch.tensor([0, 2, 1])
+    assert check_labels("labels", labels, (3,), 3) is labels
+    with pytest.raises(WorkloadError, match="labels go from 0 to 2, expected 0 to 1"):
+        check_labels("labels", labels, (3,), 2)
+    with pytest.raises(WorkloadError, match="labels is of float32, expected int64"):
+        check_labels("labels", labels.float(), (3,), 3)
+    assert check_count("fields", 2) == 2
+    with pytest.raises(WorkloadError, match=r"0 fields\n  try: take 1 or more"):
+        check_count("fields", 0)
+    with pytest.raises(WorkloadError, match=r"7 images\n  try: take between 1 and 5"):
+        check_count("images", 7, at_most=5)
 
 
 def test_criteria() -> None:

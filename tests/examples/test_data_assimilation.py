@@ -271,13 +271,12 @@ def test_a_loop_is_captured_as_one_operator() -> None:
 
 
 def test_a_short_training_learns(tmp_path: Path) -> None:
-    settings = {"workload": "data_assimilation", "seed": 0, "epochs": 1}
+    settings = {"workload": "data_assimilation", "seed": 0, "epochs": 1, "backend": "none"}
     run = Run(
         checkpoint=Checkpoint(dict(settings)),
         results=Results("data_assimilation", settings),
         output=tmp_path,
         device=torch.device("cpu"),
-        backend="none",
         console=Console(quiet=True),
         interrupts=Interrupts(),
     )

@@ -173,10 +173,9 @@ def test_deep_image_prior_fits_the_observation_only() -> None:
 def _run(checkpoint: Checkpoint, folder: Path) -> Run:
     return Run(
         checkpoint=checkpoint,
-        results=Results("inverse_imaging", {"seed": 0, "epochs": 1}),
+        results=Results("inverse_imaging", {"seed": 0, "epochs": 1, "backend": "none"}),
         output=folder,
         device=torch.device("cpu"),
-        backend="none",
         console=Console(quiet=True),
         interrupts=Interrupts(),
     )

@@ -38,10 +38,9 @@ NOISE, ALPHA = 0.1, 0.7
 def _run(folder: Path) -> Run:
     return Run(
         checkpoint=Checkpoint({}),
-        results=Results("inverse_tikhonov", {"seed": 0, "epochs": 1}),
+        results=Results("inverse_tikhonov", {"seed": 0, "epochs": 1, "backend": "eager"}),
         output=folder,
         device=torch.device("cpu"),
-        backend="eager",
         console=Console(quiet=True),
         interrupts=Interrupts(),
     )

@@ -68,13 +68,12 @@ def _histogram(samples: Tensor) -> np.ndarray:
 
 
 def _run(tmp_path: Path) -> Run:
-    settings = {"seed": 0, "epochs": 1}
+    settings = {"seed": 0, "epochs": 1, "backend": "none"}
     return Run(
         checkpoint=Checkpoint(settings),
         results=Results("test", settings),
         output=tmp_path,
         device=torch.device("cpu"),
-        backend="none",
         console=Console(quiet=True),
         interrupts=Interrupts(),
     )

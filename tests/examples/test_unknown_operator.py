@@ -104,13 +104,12 @@ def test_unet_turns_with_the_circle() -> None:
 
 def test_short_training_beats_the_observation(tmp_path: Path) -> None:
     """From 32 pairs; 100 steps; and what is kept is the best on validation pairs."""
-    settings = {"seed": 0, "epochs": 1}
+    settings = {"seed": 0, "epochs": 1, "backend": "none"}
     run = Run(
         checkpoint=Checkpoint(settings),
         results=Results("test", settings),
         output=tmp_path,
         device=torch.device("cpu"),
-        backend="none",
         console=Console(quiet=True),
         interrupts=Interrupts(),
     )
