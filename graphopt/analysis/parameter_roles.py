@@ -114,10 +114,10 @@ def _read(reader: fx.Node, operand: fx.Node, readers: Readers) -> tuple[RoleName
     kind = kind_of(reader)
     if kind in LOOKUPS and reader.args[0] is operand:
         return "embedding", "looked up by index"
-    if reader in readers.fixed:
-        return "other", "a weight is computed from it"
     if kind in PRODUCTS:
         return _product(reader, operand, readers)
+    if reader in readers.fixed:
+        return "other", "a weight is computed from it"
     if kind in NORMS:
         return "norm", "scale or shift of a norm"
     others = [o for o in reader.all_input_nodes if o is not operand]
