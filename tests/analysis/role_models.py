@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-M, C, E, H, N, B, R, O, U = (
+M, C, E, H, N, B, R, X, U = (
     *("matrix", "convolution", "embedding", "head", "norm"),
     *("bias", "rnn", "other", "unused"),
 )
@@ -15,7 +15,7 @@ M, C, E, H, N, B, R, O, U = (
 class Functional(nn.Module):
     """Raw parameters, their names say nothing; the norm is written out."""
 
-    roles = {"a": M, "b": B, "c": N, "d": N, "e": M, "f": O, "g": H, "h": B}
+    roles = {"a": M, "b": B, "c": N, "d": N, "e": M, "f": X, "g": H, "h": B}
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Gpt(nn.Module):
     roles = {
         **{"tokens.weight": E, "positions": B, "norm.weight": N, "norm.bias": N},
         **{"qkv.weight": M, "qkv.bias": B, "project.weight": M, "project.bias": B},
-        **{"scale": O, "up.weight": M, "up.bias": B, "down.weight": M, "down.bias": B},
+        **{"scale": X, "up.weight": M, "up.bias": B, "down.weight": M, "down.bias": B},
     }
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Recurrent(nn.Module):
     """An LSTM with a projection behind another kind of lookup, and its start."""
 
     roles = {
-        **{"table": E, "start": O, "lstm.weight_ih_l0": R, "lstm.weight_hh_l0": R},
+        **{"table": E, "start": X, "lstm.weight_ih_l0": R, "lstm.weight_hh_l0": R},
         **{"lstm.bias_ih_l0": B, "lstm.bias_hh_l0": B, "head.weight": H, "head.bias": B},
     }
 

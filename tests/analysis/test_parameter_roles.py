@@ -82,7 +82,8 @@ NAMES = {
         (r"(bias|cls_token|position_embeddings|token|positions)$", "bias"),
         (r"bias_[ih]h_l\d(_reverse)?$", "bias"),
         (r"(lstm|gru)\.", "rnn"),
-        (r"(embeddings?|embed_tokens|wte|wpe|shared|bag|positions|attention_bias)\.weight$", "embedding"),
+        (r"(embeddings?|embed_tokens|wte|wpe|shared|bag)\.weight$", "embedding"),
+        (r"(positions|attention_bias)\.weight$", "embedding"),
         (r"(head|output|classifier|lm_head|left|right)\.weight$", "head"),
         (r"(patches|projection)\.weight$", "convolution"),
         (r"weight$", "matrix"),
@@ -102,7 +103,8 @@ NAMES = {
     "running_statistics": [(r"bias", "bias"), (r"", "head")],
     "partly_frozen": [(r"frozen|unused", "unused"), (r"bias", "bias"), (r"", "head")],
     "parametrised": [(r"bias", "bias"), (r"original", "other"), (r"^4", "head")],
-    "custom_function": [(r"slope", "other"), (r"bias", "bias"), (r"layer", "matrix"), (r"", "head")],
+    "custom_function": [(r"slope", "other"), (r"bias", "bias"), (r"layer", "matrix"),
+                        (r"", "head")],
 }  # fmt: skip
 
 

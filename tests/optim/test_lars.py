@@ -138,7 +138,9 @@ def test_states_and_copies() -> None:
         q.grad = g
     twin.step()
     moved = [p.detach().clone() for p in params]
-    assert all(torch.equal(a, b) for a, b in zip(moved, twin.param_groups[0]["params"], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(moved, twin.param_groups[0]["params"], strict=True)
+    )
     buffers = [again.state[p]["momentum_buffer"] for p in params]
     assert all(bool(b.any()) for b in buffers)
 
