@@ -23,6 +23,8 @@ _GRADIENTS = frozenset(
     ("mm", "bmm", "convolution_backward", "embedding_dense_backward", "_embedding_bag_backward")
 )
 
+_LEARNED = "a learned input of a layer"
+
 RoleName = Literal[
     "matrix", "convolution", "embedding", "head", "norm", "bias", "rnn", "other", "unused"
 ]
@@ -72,7 +74,8 @@ def find_roles(graph: Graph) -> dict[str, ParameterRole]:
         kinds: dict[RoleName, str] = {}
         for role, reason in _roles(node, shape, uses[name], readers):
             kinds.setdefault(role, reason)
-        if len(kinds) > 1 and any(kind_of(u.node) in _GRADIENTS for u in uses[name]):
+        trained = any(kind_of(u.node) in _GRADIENTS for u in uses[name])
+        if trained and len(kinds) > 1 and kinds.get("other") != _LEARNED:
             kinds.pop("other", None)  # such as a penalty on the weight
         role = _together(kinds)
         matrix = None
@@ -90,6 +93,8 @@ def _together(kinds: dict[RoleName, str]) -> RoleName:
     """The role of a parameter from those of its uses."""
     if "embedding" in kinds:
         return "embedding"
+    if not kinds:  # returned as it is
+        return "other"
     others: list[RoleName] = [kind for kind in kinds if kind != "head"]
     if not others:
         return "head"
@@ -111,15 +116,17 @@ def _roles(
 
 
 def _read(reader: fx.Node, operand: fx.Node, readers: Readers) -> tuple[RoleName, str]:
-    kind = kind_of(reader)
-    if kind in LOOKUPS and reader.args[0] is operand:
+    kind, first = kind_of(reader), reader.args[0] is operand
+    if kind in LOOKUPS and first:
         return "embedding", "looked up by index"
+    if first and (kind in NORMS or kind == "convolution"):
+        return "other", _LEARNED
+    if kind in NORMS:
+        return "norm", "scale or shift of a norm"
     if kind in PRODUCTS:
         return _product(reader, operand, readers)
     if reader in readers.fixed:
         return "other", "a weight is computed from it"
-    if kind in NORMS:
-        return "norm", "scale or shift of a norm"
     others = [o for o in reader.all_input_nodes if o is not operand]
     if kind in ("add", "sub"):
         if any(readers.normalised(o) or _scales(o, readers) for o in others):

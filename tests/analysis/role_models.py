@@ -147,3 +147,29 @@ class Shared(nn.Module):
         x = x + (F.softmax(q @ k.T, -1) @ y) @ self.key.T
         penalty = 1e-3 * self.mix.weight.square().sum()
         return self.one(x), torch.sigmoid(self.two(x)), penalty
+
+
+class LearnedInputs(nn.Module):
+    """Parameters in the place of inputs, a scaled weight, and one that is returned."""
+
+    roles = {
+        **{"start": X, "conv.weight": C, "latents": X, "norm.weight": N, "norm.bias": N},
+        **{"weight": X, "scale": X, "mix": M, "head.weight": H, "head.bias": B, "back": X},
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.conv = (
+            nn.Parameter(torch.randn(1, 2, 4, 4)),
+            nn.Conv2d(2, 6, 3, bias=False),
+        )
+        self.latents, self.norm = nn.Parameter(torch.randn(3, 6)), nn.LayerNorm(6)
+        self.weight, self.scale = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.ones(6, 1))
+        self.mix, self.head = nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 2)
+        self.back = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(x + self.conv(self.start).mean((2, 3)))
+        x = torch.tanh(F.linear(x, self.weight * self.scale))
+        x = F.softmax(x @ self.norm(self.latents).T, -1) @ self.latents
+        return self.head(torch.tanh(self.mix @ x.T).T), self.back * 1

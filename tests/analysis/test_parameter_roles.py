@@ -34,6 +34,7 @@ def tokens(*shape: int) -> torch.Tensor:
         (models.Gpt, tokens(2, 6)),
         (models.Recurrent, tokens(5, 3)),
         (models.Shared, torch.randn(4, 6)),
+        (models.LearnedInputs, torch.randn(4, 6)),
     ],
 )
 def test_roles_are_those_written_beside_the_model(kind: Any, batch: torch.Tensor) -> None:
