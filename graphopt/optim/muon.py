@@ -170,7 +170,7 @@ class Muon(Optimizer):
                 gradient = gradients[i]
                 if group["nesterov"] and gradient is not None:
                     update = gradient.lerp(update, group["momentum"])
-                updates.append(as_matrices(update, views[i]))
+                updates.append(as_matrices(update.bfloat16(), views[i]))
             options = group["ns_coefficients"], group["ns_steps"], group["eps"]
             return orthogonalised_by_shape(updates, *options)
 

@@ -53,7 +53,7 @@ def orthogonalised_by_shape(
     """Many matrices, each [groups, rows, columns]; those of one shape are stacked."""
     results: list[Tensor | None] = [None] * len(matrices)
     for indices in _batches(matrices):
-        stacked = torch.cat([matrices[i].bfloat16() for i in indices])
+        stacked = torch.cat([matrices[i] for i in indices])
         found = orthogonalised(stacked, coefficients, steps, eps)
         parts = torch.split(found, [len(matrices[i]) for i in indices])
         for i, part in zip(indices, parts, strict=True):

@@ -13,11 +13,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import graphopt
 from graphopt.errors import RankError
 from graphopt.optim import Muon, muon
 from graphopt.optim.shares import longest_first
+from tests.support.pipelines import Residual, accumulated, data
 from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -126,6 +128,25 @@ def test_each_rank_has_its_share(tmp_path: Path) -> None:
 
 def test_the_same_gradients_make_the_same_steps(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _same_gradients)
+
+
+def _stages(rank: int) -> None:
+    """In stages, each rank steps the parameters that it has gradients of."""
+    torch.manual_seed(0)
+    plain: Any = Residual()
+    model: Any = copy.deepcopy(plain)
+    theirs, ours = (Muon(m, data(0, 4)[0], 0.02) for m in (plain, model))
+    graphopt.optimize(model, passes="partition", mesh="pp=2", loss=F.cross_entropy, optimizer=ours)
+    for step in range(3):
+        loss = model.step(*data(step, 16))
+        expected = accumulated(plain, F.cross_entropy, theirs, data(step, 16), 8)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_steps_in_stages(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _stages)
 
 
 @given(costs=st.lists(st.integers(0, 20), max_size=7), ranks=st.integers(1, 3))
