@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
+from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph, Level
@@ -199,6 +200,8 @@ class Compiler(Specialiser):
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
             check_kept(self.pipeline, sizes, captured.keeps[0], forward)
+        # Passes change the graph in place.
+        roles = find_roles(captured.graph) if captured.graph.level is Level.JOINT else {}
         trial = Trial(model, args, kwargs, session.trial)
         stages = Stages.of(captured.graph)
         compares = self.verify in ("eager", "full")
@@ -243,7 +246,7 @@ class Compiler(Specialiser):
             plan=plan,
             notes=captured.notes + features.note(features.features_of(captured.graph)),
         )
-        return Variant(built.call, built.engine, captured.holds, captured.failure, entry)
+        return Variant(built.call, built.engine, captured.holds, captured.failure, entry, roles)
 
     def _mismatched(self, error: MismatchError) -> Verification:
         """What is reported where the user lets a graph run that differs from eager."""

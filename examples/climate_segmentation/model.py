@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphopt.examples.climate_segmentation.data import CHANNELS, CLASSES
 from graphopt.examples.climate_segmentation.deeplab import DeepLab
 from graphopt.examples.climate_segmentation.tiramisu import Order, Tiramisu, kurth
+from graphopt.optim import frequency_weights
 
 Weighting = Literal["none", "1/sqrt(f)", "1/f"]
 
@@ -55,10 +56,8 @@ def class_weights(labels: Tensor, weighting: Weighting) -> Tensor:
     Returns:
         [classes], float32.
     """
-    frequencies = torch.bincount(labels.flatten(), minlength=len(CLASSES)) / labels.numel()
-    power = {"none": 0.0, "1/sqrt(f)": -0.5, "1/f": -1.0}[weighting]
-    weights = torch.where(frequencies > 0, frequencies**power, 0.0)
-    return weights / (weights * frequencies).sum()
+    power = {"none": 0.0, "1/sqrt(f)": 0.5, "1/f": 1.0}[weighting]
+    return frequency_weights(labels, len(CLASSES), power=power)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
 
@@ -29,6 +30,7 @@ class Variant:
         holds: whether a call is one that this variant was made for.
         failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
+        roles: what each parameter is, by name; empty where nothing is trained.
     """
 
     call: Callable[..., object]
@@ -36,6 +38,7 @@ class Variant:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     entry: Specialisation
+    roles: Mapping[str, ParameterRole] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
 """Training around the gradient: large batches, and gradients that arrive late.
 
-Plain PyTorch, for any model; nothing here needs a graph. For large batches it is the recipe of
-SP-NGD (Osawa et al., arXiv 2002.06015): schedules, regularisers and their settings. Details follow
+Plain PyTorch, for any model. For large batches it is the recipe of SP-NGD (Osawa et al., arXiv
+2002.06015): schedules, regularisers and their settings. Details follow
 its authors' code, github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
 For late gradients it is the update rules of pipelined backpropagation (Kosson et al., arXiv
 2003.11666) and Adaptive Braking (Venigalla et al., arXiv 2007.01397).
-`LARC` limits the step of each layer.
+`LARC` and `LARS` scale the step of each layer. `Muon` orthogonalises the updates of matrices; which
+parameters these are, and which have no weight decay, is read from the joint graph by
+`parameter_roles` and `groups`.
 """
 
+from graphopt.optim.class_weights import frequency_weights
 from graphopt.optim.delay import (
     accumulated_delay,
     alternating_delay,
@@ -18,19 +21,26 @@ from graphopt.optim.delay import (
 from graphopt.optim.delayed_nadam import delayed_nadam
 from graphopt.optim.delayed_sgd import DelayedSGD
 from graphopt.optim.erasing import random_erasing
+from graphopt.optim.groups import groups
 from graphopt.optim.larc import LARC
+from graphopt.optim.lars import LARS
 from graphopt.optim.mixup import RunningMixup
+from graphopt.optim.muon import Muon
 from graphopt.optim.quadratic import DelayedQuadratic
 from graphopt.optim.rescaling import rescale_weights
+from graphopt.optim.roles import ParameterRoles, parameter_roles
 from graphopt.optim.schedule import PolynomialDecay, polynomial_decay
 from graphopt.optim.settings import SP_NGD, SpNgdSettings
 from graphopt.optim.smoothing import Smoother
 
 __all__ = [
     "LARC",
+    "LARS",
     "SP_NGD",
     "DelayedQuadratic",
     "DelayedSGD",
+    "Muon",
+    "ParameterRoles",
     "PolynomialDecay",
     "RunningMixup",
     "Smoother",
@@ -38,6 +48,9 @@ __all__ = [
     "accumulated_delay",
     "alternating_delay",
     "delayed_nadam",
+    "frequency_weights",
+    "groups",
+    "parameter_roles",
     "pipelined_delay",
     "polynomial_decay",
     "random_erasing",

@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from graphopt.errors import ArgumentError
+from graphopt.optim.tensors import norm_of, refuse_sparse
 
 Group = dict[str, Any]
 
@@ -35,13 +35,16 @@ class LARC(Optimizer):
 
     Groups, state and ``state_dict`` are those of `optimizer`, which can be scheduled through either
     of the two. A tensor whose norm, or whose gradient's, is zero keeps the learning rate of its
-    group. Weight decay that a group decouples from the gradient (AdamW) is left to the optimizer.
+    group, and so do those of a group with ``adaptive=False``: `graphopt.optim.groups` makes such
+    groups of norms and biases. Weight decay that a group decouples from the gradient (AdamW) is
+    left to the optimizer.
 
     Args:
         optimizer: makes the steps.
         trust: largest ratio of the norms of a step of SGD and of the weights, above 0; 0.002 in the
             code of Kurth et al.
-        clip: limit the local rate by that of the group; without it, the local rate is taken (LARS).
+        clip: limit the local rate by that of the group; without it, the local rate is taken, as
+            LARS does within its schedule (`LARS` is its published form).
 
     Raises:
         ArgumentError: `trust` is not a positive number.
@@ -68,13 +71,19 @@ class LARC(Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ArgumentError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._scale(group)
+            refuse_sparse(group)
+        for group in self.param_groups:
+            if group.get("adaptive", True):
+                self._scale(group)
         self.optimizer.step()
         return loss
 
@@ -99,7 +108,7 @@ class LARC(Optimizer):
             gradient = weight.grad
             if gradient is None:
                 continue
-            size, slope = _norm(weight), _norm(gradient)
+            size, slope = norm_of(weight), norm_of(gradient)
             factor = self.trust * size / (slope + decay * size) / group["lr"]
             if self.clip:
                 factor = factor.clamp(max=1.0)
@@ -108,9 +117,3 @@ class LARC(Optimizer):
             if decay:
                 # The optimizer adds decay * w; with this it sees factor * (g + decay * w).
                 gradient.add_(weight * (sign * decay * (factor - 1)))
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm
