@@ -5,9 +5,12 @@ SP-NGD (Osawa et al., arXiv 2002.06015): schedules, regularisers and their setti
 its authors' code, github.com/tyohei/chainerkfac; where paper and code differ, both are offered.
 For late gradients it is the update rules of pipelined backpropagation (Kosson et al., arXiv
 2003.11666) and Adaptive Braking (Venigalla et al., arXiv 2007.01397).
-`LARC` limits the step of each layer.
+`LARC` limits the step of each layer. `RMSpropWarmup`, `SlowStart` and `linear_scaling` are how
+Akiba et al. (arXiv 1711.04325) begin with large batches, and `BatchSchedule` lets batches grow.
 """
 
+from graphopt.optim.batch_rules import Change
+from graphopt.optim.batch_schedule import BatchSchedule
 from graphopt.optim.delay import (
     accumulated_delay,
     alternating_delay,
@@ -24,24 +27,33 @@ from graphopt.optim.quadratic import DelayedQuadratic
 from graphopt.optim.rescaling import rescale_weights
 from graphopt.optim.schedule import PolynomialDecay, polynomial_decay
 from graphopt.optim.settings import SP_NGD, SpNgdSettings
+from graphopt.optim.slow_start import SlowStart, linear_scaling, slow_start
 from graphopt.optim.smoothing import Smoother
+from graphopt.optim.warmup import RMSpropWarmup, sgd_share
 
 __all__ = [
     "LARC",
     "SP_NGD",
+    "BatchSchedule",
+    "Change",
     "DelayedQuadratic",
     "DelayedSGD",
     "PolynomialDecay",
+    "RMSpropWarmup",
     "RunningMixup",
+    "SlowStart",
     "Smoother",
     "SpNgdSettings",
     "accumulated_delay",
     "alternating_delay",
     "delayed_nadam",
+    "linear_scaling",
     "pipelined_delay",
     "polynomial_decay",
     "random_erasing",
     "rescale_weights",
     "scale_to_batch",
+    "sgd_share",
+    "slow_start",
     "spike_compensation",
 ]
