@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +59,7 @@ def follow(now: int, wanted: float, *, hysteresis: float, rounding: Rounding) ->
 def _round(wanted: float, rounding: Rounding) -> int:
     """Down, to 1 at least; a number beyond all batches stays one that can be counted."""
     whole = int(max(1.0, min(wanted, 2.0**31)))
-    return whole if rounding == "whole" else 2 ** int(math.log2(whole))
+    return whole if rounding == "whole" else 1 << (whole.bit_length() - 1)
 
 
 def doubled(smallest: int, epochs: int, every: int) -> int:
@@ -71,4 +70,4 @@ def doubled(smallest: int, epochs: int, every: int) -> int:
         epochs: done.
         every: epochs between two doublings, at least 1.
     """
-    return smallest * 2 ** min(epochs // every, 31)
+    return smallest << min(epochs // every, 31)

@@ -50,7 +50,8 @@ class BatchSchedule:
 
     Args:
         model: what is trained; optimized or not.
-        smallest: micro-batches in a step, at least and at first.
+        smallest: micro-batches in a step, at least and at first; by default as few as can be
+            measured. If it is also the largest, the size is fixed.
         largest: at most. A step never has more than one pass over the data, if the loader has a
             length; `changes` says where that was the limit.
         double_every: epochs after which the size doubles; None to follow the noise scale.
@@ -92,7 +93,7 @@ class BatchSchedule:
         if smallest is None:
             smallest = needed + (needed == 3 and rounding == "powers")
         _check_sizes(smallest, largest, rounding)
-        if smallest < needed:
+        if smallest < needed and smallest < largest:
             raise ArgumentError(
                 f"smallest={smallest} leaves nothing to measure the noise scale by: it takes "
                 f"{needed} micro-batches with this model",

@@ -193,5 +193,5 @@ def _norm(tensor: Tensor) -> Tensor:
 def _sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros(())
-    first = norms[0]
-    return torch.stack([n.to(first.device, torch.float32) for n in norms]).square().sum()
+    device, dtype = norms[0].device, max((n.dtype for n in norms), key=lambda d: d.itemsize)
+    return torch.stack([n.to(device, dtype) for n in norms]).square().sum()

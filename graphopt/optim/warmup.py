@@ -56,8 +56,8 @@ class RMSpropWarmup(Optimizer):
 
     Each call of `step` is one optimizer step, and ``steps_per_epoch`` of them are an epoch. Once
     the transition is over, steps are those of `torch.optim.SGD` with ``foreach=True`` to the last
-    bit, and the mean squares are given free. Learning-rate schedulers work as with any optimizer; that of RMSprop is
-    ``rms_lr`` whatever they set, and a learning rate of 0 lets parameters rest. All arguments may
+    bit, and the mean squares are given free. Learning-rate schedulers work as with any optimizer;
+    they do not change ``rms_lr``, but a learning rate of 0 lets parameters rest. All arguments may
     differ between groups. Parameters whose ``grad`` is ``None`` are left alone.
 
     Args:
