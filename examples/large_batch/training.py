@@ -18,6 +18,7 @@ from graphopt.examples.large_batch.model import accuracy
 from graphopt.optim import BatchSchedule, Change, RMSpropWarmup, SlowStart, slow_start
 
 MICRO = 32  # examples in a micro-batch, over which BatchNorm takes its statistics
+DECAY = 5e-4  # of the weights
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def train(run: Run, name: str, recipe: Recipe, model: nn.Module, split: Split) -
 
 def _optimizer(recipe: Recipe, model: nn.Module, updates: int) -> Optimizer:
     if recipe.warmup is None:
-        return torch.optim.SGD(model.parameters(), recipe.rate, momentum=0.9)
+        return torch.optim.SGD(model.parameters(), recipe.rate, momentum=0.9, weight_decay=DECAY)
     center, period = recipe.warmup
     return RMSpropWarmup(
         model.parameters(),
@@ -125,6 +126,7 @@ def _optimizer(recipe: Recipe, model: nn.Module, updates: int) -> Optimizer:
         rms_lr=3e-3,
         center=center,
         period=period,
+        weight_decay=DECAY,
     )
 
 
