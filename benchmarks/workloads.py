@@ -38,6 +38,7 @@ WORKLOADS = (
     "inverse_imaging",
     "unknown_operator",
     "noise_scale",
+    "large_batch",
 )
 SEEDS = (0, 1, 2)
 # Data-parallel, as its paper trained it; its ranks take both cores.

@@ -7,9 +7,12 @@ For late gradients it is the update rules of pipelined backpropagation (Kosson e
 2003.11666) and Adaptive Braking (Venigalla et al., arXiv 2007.01397).
 `LARC` and `LARS` scale the step of each layer. `Muon` orthogonalises the updates of matrices; which
 parameters these are, and which have no weight decay, is read from the joint graph by
-`parameter_roles` and `groups`.
+`parameter_roles` and `groups`. `RMSpropWarmup`, `SlowStart` and `linear_scaling` are how Akiba et
+al. (arXiv 1711.04325) begin with large batches, and `BatchSchedule` lets batches grow.
 """
 
+from graphopt.optim.batch_rules import Change
+from graphopt.optim.batch_schedule import BatchSchedule
 from graphopt.optim.class_weights import frequency_weights
 from graphopt.optim.delay import (
     accumulated_delay,
@@ -31,18 +34,24 @@ from graphopt.optim.rescaling import rescale_weights
 from graphopt.optim.roles import ParameterRoles, parameter_roles
 from graphopt.optim.schedule import PolynomialDecay, polynomial_decay
 from graphopt.optim.settings import SP_NGD, SpNgdSettings
+from graphopt.optim.slow_start import SlowStart, linear_scaling, slow_start
 from graphopt.optim.smoothing import Smoother
+from graphopt.optim.warmup import RMSpropWarmup, sgd_share
 
 __all__ = [
     "LARC",
     "LARS",
     "SP_NGD",
+    "BatchSchedule",
+    "Change",
     "DelayedQuadratic",
     "DelayedSGD",
     "Muon",
     "ParameterRoles",
     "PolynomialDecay",
+    "RMSpropWarmup",
     "RunningMixup",
+    "SlowStart",
     "Smoother",
     "SpNgdSettings",
     "accumulated_delay",
@@ -50,11 +59,14 @@ __all__ = [
     "delayed_nadam",
     "frequency_weights",
     "groups",
+    "linear_scaling",
     "parameter_roles",
     "pipelined_delay",
     "polynomial_decay",
     "random_erasing",
     "rescale_weights",
     "scale_to_batch",
+    "sgd_share",
+    "slow_start",
     "spike_compensation",
 ]

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import Work
 
 from graphopt.errors import RankError
+from graphopt.grouping.noise_scale import NoiseScale
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.group_gradients.delayed import History
-from graphopt.runtime.group_gradients.noise_scale import NoiseScale
 from graphopt.runtime.ranks.ranks import Ranks
 
 # Steps between two measurements of gradient noise; each reads the gradients twice.
@@ -32,6 +32,7 @@ class Messages:
         step: number of reducing backward passes so far.
         noise: gradient noise scale; its batch is counted in examples.
         nonfinite: what was found in reduced gradients: step, group and parameter.
+        waiting_examples: of the micro-batches that wait for the next reduction.
         history: messages of the step before, where the plan delays results.
     """
 
@@ -44,6 +45,7 @@ class Messages:
         self.history = History(ranks.group.rank(), state)
         self._part: Reduction | None = None
         self._parameters: Mapping[str, Tensor] = {}
+        self.waiting_examples = 0
         self._examples = 1
         self._sent = 0
         self._local = self._reduced = 0.0
@@ -51,7 +53,8 @@ class Messages:
 
     def begin(self, part: Reduction, parameters: Mapping[str, Tensor], examples: int) -> None:
         """Start the messages of one backward pass of these parameters."""
-        self._part, self._parameters, self._examples = part, parameters, examples
+        self._part, self._parameters = part, parameters
+        self._examples, self.waiting_examples = examples + self.waiting_examples, 0
         self.step += 1
         self._sent = 0
         self._local = self._reduced = 0.0

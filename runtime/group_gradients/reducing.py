@@ -67,6 +67,8 @@ class Reducing:
             step.own[LOCAL] = local, self._presence
             return results
         if not step.ends:
+            if not self.session.trying:
+                self.messages.waiting_examples += step.examples
             return self._form("silent")(step, tangents, absent)
         before = self._take(step) if self.session.pending else None
         form = "reducing" if before is None else "accumulating"

@@ -90,6 +90,27 @@ def test_noise_scale(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _noise)
 
 
+def _noise_of_micro_batches(rank: int) -> None:
+    model: Any = graphopt.optimize(mlp(), passes="group_gradients", backend="eager")
+    with model.no_sync():
+        (model(batch("mlp", rank)).square().mean() / 2).backward()
+    (model(batch("mlp", 10 + rank)).square().mean() / 2).backward()
+    grads = []
+    for other in range(2):
+        plain = mlp()
+        for micro in (other, 10 + other):
+            (plain(batch("mlp", micro)).square().mean() / 2).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in plain.parameters()]).double())
+    local = float(sum(g.square().sum() for g in grads)) / 2
+    reduced = float((sum(grads) / 2).square().sum())
+    signal, noise = 2 * reduced - local, 2 * 12 * (local - reduced)  # two batches of twelve
+    assert model.noise_scale() == pytest.approx(noise / signal, rel=1e-4)
+
+
+def test_the_noise_scale_counts_the_examples_of_all_micro_batches(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _noise_of_micro_batches)
+
+
 def _shapes_of_one_rank_only(rank: int) -> None:
     model: Any = graphopt.optimize(mlp(), backend="eager")
     sizes = [(6, 6), (4, 6), (6, 2)]

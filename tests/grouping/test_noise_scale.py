@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import ArgumentError
-from graphopt.runtime.group_gradients.noise_scale import NoiseScale, estimate
+from graphopt.grouping.noise_scale import NoiseScale, estimate
 
 RANKS, BATCH, SIZE = 8, 4, 20
 

@@ -3,11 +3,14 @@
 McCandlish et al., arXiv 1812.06162: B = tr(S) / |G|^2, where G is the true gradient and S the
 covariance of one example's gradient. Data-parallel training sees gradients of two batch sizes, one
 rank's and the mean over all ranks, and their squared norms are enough to estimate both terms.
+Micro-batches that one process accumulates do as well as ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from graphopt.errors import ArgumentError
 
@@ -107,6 +110,23 @@ class NoiseScale:
         if self._steps == 0 or self._gradient_squared <= 0:
             return None
         return max(0.0, self._trace) / self._gradient_squared
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and averages, as numbers."""
+        return {
+            "steps": self._steps,
+            "trace": self._trace,
+            "gradient_squared": self._gradient_squared,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; `decay` stays as it is.
+
+        Raises:
+            KeyError: it is no state of a `NoiseScale`.
+        """
+        self._steps, self._trace = int(state["steps"]), float(state["trace"])
+        self._gradient_squared = float(state["gradient_squared"])
 
     @property
     def _weight(self) -> float:
