@@ -1,8 +1,8 @@
 """Which batch norms evaluate with the statistics of the last steps: decided by the pass.
 
 The forward returns two values per use of a norm, its batch's mean and ``1 / sqrt(var + eps)``, as
-``AUX`` results. How many values a channel has is part of their names and not of the plan part: ranks
-must agree on plan parts, and the last batch of one of them may be smaller.
+``AUX`` results. How many values a channel has is part of their names and not of the plan part:
+ranks must agree on plan parts, and the last batch of one of them may be smaller.
 """
 
 from __future__ import annotations

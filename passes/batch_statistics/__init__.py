@@ -26,12 +26,12 @@ from graphopt.plan.batch_statistics import INVERSE, MEAN, Norm, Norms, Statistic
 class BatchStatistics(Pass):
     """Let batch norms evaluate with the statistics of the last steps, over all ranks.
 
-    When a step ends, the buffers of running statistics are set to the mean and the unbiased variance
-    of everything that the norm has seen in the last steps: all micro-batches, on all ranks, each
-    value counted once. So `eval()`, `state_dict()` and export need nothing else. The modules'
-    `momentum` is ignored; batches are still counted. Training is the same, bit for bit, because a
-    norm in training does not read these buffers. A call without a backward, and calls within a step,
-    renew the buffers as the module says; the end of the next step sets them again.
+    When a step ends, the buffers of running statistics are set to mean and unbiased variance of all
+    that the norm has seen in the last steps: all micro-batches, on all ranks, each value counted
+    once. So `eval()`, `state_dict()` and export need nothing else. The modules' `momentum` is
+    ignored; batches are still counted. Training is the same, bit for bit, because a norm in
+    training does not read these buffers. A call without a backward, and calls within a step, renew
+    the buffers as the module says; the end of the next step sets them again.
 
     Attributes:
         last: how many steps are taken together, those with other weights included.
@@ -74,7 +74,7 @@ class BatchStatistics(Pass):
 
     def _applied(self, site: Site) -> Applied:
         steps = "the last step" if self.last == 1 else f"the last {self.last} steps"
-        values = sum(values_per_channel(use) or 0 for use in site.uses)
+        values = sum(values_per_channel(use) for use in site.uses)
         return Applied(
             site.name,
             f"evaluates with the statistics of {steps}, whatever its momentum",
@@ -90,7 +90,7 @@ def _norm(site: Site) -> Norm:
 def _results(graph: Graph, site: Site) -> dict[Slot, fx.Node]:
     found = {}
     for number, use in enumerate(site.uses):
-        values = values_per_channel(use) or 0
+        values = values_per_channel(use)
         for index, what in ((1, MEAN), (2, INVERSE)):
             found[Statistic(what, number, values, site.mean).slot] = _item(graph, use, index)
     return found

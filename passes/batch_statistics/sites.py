@@ -1,7 +1,8 @@
-"""Batch norms of a training step: which normalise by their batch, and what holds their statistics."""
+"""Batch norms of a training step: which can be served, and in which buffers."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,13 +69,10 @@ class Site:
     uses: list[fx.Node] = field(default_factory=list)
 
 
-def values_per_channel(norm: fx.Node) -> int | None:
-    """How many values a norm takes the statistics of a channel from; ``None`` if data decide it."""
+def values_per_channel(norm: fx.Node) -> int:
+    """How many values a norm takes the statistics of a channel from."""
     shape = value_of(norm.all_input_nodes[0]).shape
-    sizes = [size for dimension, size in enumerate(shape) if dimension != 1]
-    if any(type(size) is not int for size in sizes):
-        return None
-    return int(torch.Size(sizes).numel())
+    return math.prod(size for dimension, size in enumerate(shape) if dimension != 1)
 
 
 def epsilon(norm: fx.Node) -> float:
@@ -177,9 +175,6 @@ class _Finder:
         return self._buffers[node] if isinstance(node, fx.Node) else ""
 
     def _obstacle(self, site: Site) -> Declined | None:
-        if any(values_per_channel(use) is None for use in site.uses):
-            detail = "how many values a channel has depends on data"
-            return Declined(site.name, "size-depends-on-data", detail)
         if (least := min(map(epsilon, site.uses))) <= 0:
             detail = "without an epsilon a variance of 0 cannot be told from the operator's results"
             return Declined(site.name, "no-epsilon", detail, {"eps": least})

@@ -83,18 +83,13 @@ class BatchStatistics(RuntimePart[Norms]):
         if not self.session.trying:
             self._buffers.update(buffers)
             self._norms.update({norm.mean: norm for norm in part.norms})
-        before = {
-            key.removeprefix(_WAITING): self.state.pop(key)
-            for key in list(self.state)
-            if key.startswith(_WAITING)
-        }
-        if before:
-            only = [self._norms[name] for name in sorted(before.keys() & self._norms.keys())]
-            only = [norm for norm in only if norm.mean not in layout.starts]
-            whole = Layout((*layout.norms, *only))
-            moments, layout = joined(moments, layout, before, whole), whole
+        earlier = self._earlier()
+        if earlier:
+            others = [self._norms[name] for name in sorted(earlier.keys() - layout.starts.keys())]
+            whole = Layout((*layout.norms, *others))
+            moments, layout = joined(moments, layout, earlier, whole), whole
         if not step.ends:
-            pieces = moments.split(layout.widths)
+            pieces = torch.split(moments, layout.widths)
             for norm, piece in zip(layout.norms, pieces, strict=True):
                 self.state[_WAITING + norm.mean] = piece.clone()
             return
@@ -106,13 +101,25 @@ class BatchStatistics(RuntimePart[Norms]):
         if known.norms:
             self._renew(part.last, known)
 
+    def _earlier(self) -> dict[str, Tensor]:
+        """Moments of earlier micro-batches of this step by norm, which are taken.
+
+        Of norms that no call since a resumption has used there are no buffers to set.
+        """
+        found = {}
+        for key in [key for key in self.state if key.startswith(_WAITING)]:
+            moments, name = self.state.pop(key), key.removeprefix(_WAITING)
+            if name in self._norms:
+                found[name] = moments
+        return found
+
     def _renew(self, last: int, layout: Layout, newest: Tensor | None = None) -> None:
         """Let one step in and the oldest go, and set the buffers to what there is now."""
         device = self._buffers[layout.norms[0].mean][0].device
         rings = torch.cat([self._ring(norm, last, device) for norm in layout.norms], dim=1)
         if newest is not None:
             rings = torch.cat([newest.to(device)[None], rings[:-1]])
-            pieces = rings.split(layout.widths, dim=1)
+            pieces = torch.split(rings, layout.widths, dim=1)
             for norm, piece in zip(layout.norms, pieces, strict=True):
                 self.state[_RING + norm.mean] = piece
         pairs = [self._buffers[norm.mean] for norm in layout.norms]
@@ -170,9 +177,7 @@ class BatchStatistics(RuntimePart[Norms]):
                         )
         expected = {_RING + norm.mean for part in parts for norm in part.norms}
         if rings and expected and not expected & saved.keys():
-            raise StateError(
-                f"the saved state lacks 'batch_statistics/{min(expected)}'", hint=hint
-            )
+            raise StateError(f"the saved state lacks 'batch_statistics/{min(expected)}'", hint=hint)
 
     def notes(self) -> tuple[str, ...]:
         """From how much the norms evaluate."""

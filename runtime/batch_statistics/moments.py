@@ -54,8 +54,8 @@ class Layout:
         count, total, squares = moments[self._places]
         mean = total / count.clamp(min=1)
         var = (squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)
-        pairs = zip(mean.split(self._channels), var.split(self._channels), strict=True)
-        return [tensor for pair in pairs for tensor in pair]
+        split = (torch.split(value, self._channels) for value in (mean, var))
+        return [tensor for pair in zip(*split, strict=True) for tensor in pair]
 
 
 class Taking:
@@ -109,18 +109,17 @@ class Taking:
                 setattr(self, name, getattr(self, name).to(device))
 
 
-def joined(own: Tensor, layout: Layout, others: Mapping[str, Tensor], whole: Layout) -> Tensor:
-    """Moments with those of earlier micro-batches, in a layout that begins like theirs.
+def joined(own: Tensor, layout: Layout, earlier: Mapping[str, Tensor], whole: Layout) -> Tensor:
+    """Moments of this micro-batch and of earlier ones.
 
     Args:
         own: in `layout`.
         layout: of this micro-batch.
-        others: of earlier ones, by norm.
+        earlier: by norm.
         whole: `layout`, and behind it the norms that only earlier ones have used.
     """
-    pieces = dict(zip((n.mean for n in layout.norms), own.split(layout.widths), strict=True))
-    found = []
-    for norm in whole.norms:
-        present = [p[norm.mean] for p in (pieces, others) if norm.mean in p]
-        found.append(sum(p.to(own.device) for p in present))
-    return torch.cat([piece for piece in found if isinstance(piece, Tensor)])
+    moments = torch.nn.functional.pad(own, (0, sum(whole.widths) - len(own)))
+    for name, found in earlier.items():
+        start = whole.starts[name]
+        moments[start : start + len(found)] += found.to(own.device)
+    return moments
