@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,7 @@ class BatchStatistics(RuntimePart[Norms]):
         super().__init__(session)
         self._norms: dict[str, Norm] = {}
         self._buffers: Buffers = {}
+        self._rings: tuple[Tensor, dict[str, Tensor]] = torch.zeros(0), {}
 
     def forward(self, part: Norms, plan: Plan, below: MakeForward) -> MakeForward:
         """Take the statistics off."""
@@ -115,22 +117,34 @@ class BatchStatistics(RuntimePart[Norms]):
 
     def _renew(self, last: int, layout: Layout, newest: Tensor | None = None) -> None:
         """Let one step in and the oldest go, and set the buffers to what there is now."""
-        device = self._buffers[layout.norms[0].mean][0].device
-        rings = torch.cat([self._ring(norm, last, device) for norm in layout.norms], dim=1)
+        rings = self._together(last, layout)
         if newest is not None:
-            rings = torch.cat([newest.to(device)[None], rings[:-1]])
-            pieces = torch.split(rings, layout.widths, dim=1)
-            for norm, piece in zip(layout.norms, pieces, strict=True):
-                self.state[_RING + norm.mean] = piece
+            rings = torch.cat([newest.to(rings.device)[None], rings[:-1]])
+            keys = [_RING + norm.mean for norm in layout.norms]
+            pieces = dict(zip(keys, torch.split(rings, layout.widths, dim=1), strict=True))
+            self.state.update(pieces)
+            self._rings = rings, pieces
         pairs = [self._buffers[norm.mean] for norm in layout.norms]
         targets = [buffer for pair in pairs for buffer in pair]
         torch._foreach_copy_(targets, layout.statistics(rings.sum(dim=0)))
 
-    def _ring(self, norm: Norm, last: int, device: torch.device) -> Tensor:
-        found = self.state.get(_RING + norm.mean)
-        if found is None:
-            return torch.zeros(last, width(norm), dtype=torch.float64, device=device)
-        return found.to(device)
+    def _together(self, last: int, layout: Layout) -> Tensor:
+        """The rings of some norms side by side, on the device of the model."""
+        device = self._buffers[layout.norms[0].mean][0].device
+        keys = [_RING + norm.mean for norm in layout.norms]
+        rings, pieces = self._rings
+        # As a step has left them they lie so already; a loaded state does not.
+        if list(pieces) == keys and all(self.state.get(k) is p for k, p in pieces.items()):
+            return rings.to(device)
+        found = [self.state.get(key) for key in keys]
+        empty = partial(torch.zeros, dtype=torch.float64, device=device)
+        return torch.cat(
+            [
+                empty(last, elements) if ring is None else ring.to(device)
+                for ring, elements in zip(found, layout.widths, strict=True)
+            ],
+            dim=1,
+        )
 
     def _over_ranks(self, moments: Tensor, layout: Layout) -> Tensor:
         ranks = self.session.ranks.get("dp")

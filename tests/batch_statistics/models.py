@@ -41,6 +41,12 @@ def net() -> Net:
     return Net().double()
 
 
+def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Layers and an example batch, for `check_runtime`."""
+    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3)]
+    return nn.Sequential(*layers).double(), (torch.randn(8, 4, dtype=torch.float64),)
+
+
 def batch(seed: int, size: int = 6) -> Tensor:
     """Images whose mean and spread differ from batch to batch."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from graphopt.errors import RankError
-from tests.batch_statistics.models import batch, check, net, optimized, seen, sgd, train
-from tests.support.ranks import on_ranks
+from graphopt.testing import check_runtime
+from tests.batch_statistics.models import batch, check, net, optimized, seen, sgd, small, train
+from tests.support.ranks import forked, on_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -153,3 +154,8 @@ def _other_norms(rank: int) -> None:
 
 def test_ranks_with_other_norms_are_told(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _other_norms)
+
+
+def test_runtime_obligations(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked(monkeypatch)
+    check_runtime("batch_statistics{last=3}", model=small)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import StateError
-from graphopt.testing.runtime_check import check_runtime
 from tests.batch_statistics.models import SPEC, batch, check, net, optimized, seen, sgd, train
 
 
@@ -126,6 +125,33 @@ def test_a_call_without_backward_counts_in_no_step() -> None:
     check(model, steps)
 
 
+def test_averages_over_a_whole_data_set_are_those_of_pytorch() -> None:
+    model = optimized(net())
+    train(model, sgd(model), [batch(0)])
+    plain = net()
+    plain.load_state_dict(model.state_dict())
+    for one in (plain, model):
+        torch.optim.swa_utils.update_bn([batch(i) for i in range(3)], one)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+
+
+def test_two_calls_before_one_backward_are_two_steps() -> None:
+    model = optimized(net(), f"{SPEC}{{last=2}}")
+    steps = [seen(model, [batch(0)]), seen(model, [batch(1)])]
+    (model(batch(0)).square().mean() + model(batch(1)).square().mean()).backward()
+    check(model, steps)
+
+
+def test_what_is_not_finite_leaves_again() -> None:
+    model = optimized(net())
+    model(batch(0) * float("nan")).mean().backward()
+    assert model.image.running_mean.isnan().all()
+    step = seen(model, [batch(1)])
+    model(batch(1)).mean().backward()
+    check(model, [step])
+
+
 def test_a_second_backward_of_one_forward_counts_once() -> None:
     model = optimized(net(), f"{SPEC}{{last=3}}")
     step = seen(model, [batch(0)])
@@ -186,16 +212,6 @@ def test_inductor() -> None:
 
 
 # -- state -----------------------------------------------------------------------------------------
-
-
-def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """For `check_runtime`."""
-    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3)]
-    return nn.Sequential(*layers).double(), (torch.randn(8, 4, dtype=torch.float64),)
-
-
-def test_runtime_obligations() -> None:
-    check_runtime("batch_statistics{last=3}", model=small, ranks=False)
 
 
 def test_a_run_that_was_saved_goes_on_within_a_step() -> None:
