@@ -1,0 +1,78 @@
+"""Which batch norms evaluate with the statistics of the last steps: decided by the pass.
+
+The forward returns two values per use of a norm, its batch's mean and ``1 / sqrt(var + eps)``, as
+``AUX`` results. How many values a channel has is part of their names and not of the plan part:
+ranks must agree on plan parts, and the last batch of one of them may be smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.plan.part import PlanPart
+from graphopt.plan.signature import Role, Slot
+
+_PASS = "batch_statistics"
+MEAN, INVERSE = "mean", "inverse"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One batch norm.
+
+    Attributes:
+        mean, var: its buffers.
+        channels: elements of each.
+        eps: what each of its uses in a forward adds to the variance.
+    """
+
+    mean: str
+    var: str
+    channels: int
+    eps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Norms(PlanPart):
+    """All of them.
+
+    Attributes:
+        norms: one per buffer of means.
+        last: over how many steps statistics are taken together.
+    """
+
+    name: ClassVar[str] = _PASS
+
+    norms: tuple[Norm, ...]
+    last: int
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What one ``AUX`` result is.
+
+    Attributes:
+        what: `MEAN` or `INVERSE`.
+        use: number of the use of its norm.
+        values: per channel that it was computed from.
+        norm: the norm's buffer of means.
+    """
+
+    what: str
+    use: int
+    values: int
+    norm: str
+
+    @property
+    def slot(self) -> Slot:
+        """Where the forward returns it."""
+        return Slot(Role.AUX, f"{_PASS}/{self.what}/{self.use}/{self.values}/{self.norm}")
+
+    @classmethod
+    def of(cls, slot: Slot) -> Statistic | None:
+        """The inverse of `slot`; ``None`` for anything else."""
+        if slot.role is not Role.AUX or not slot.name.startswith(f"{_PASS}/"):
+            return None
+        _, what, use, values, norm = slot.name.split("/", 4)
+        return cls(what, int(use), int(values), norm)
