@@ -20,7 +20,7 @@ import graphopt
 from benchmarks.harness import keep
 
 TRAINED = 1400
-# Examples per batch, learning rate, epochs; the rate grows by the square root or less.
+# Examples per batch, learning rate, epochs.
 SETTINGS = ((16, 0.05, 3), (64, 0.2, 4), (350, 0.8, 6), (1400, 1.0, 12))
 VARIANTS = {
     "moving averages": "cleanup",
