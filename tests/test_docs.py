@@ -40,6 +40,8 @@ WITH_PYTHON = [
     DELAYED,
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
+    DOCS / "large_batches.md",
+    DOCS / "optimizers.md",
     PIPELINE,
     DOCS / "precision.md",
     DOCS / "serving.md",
