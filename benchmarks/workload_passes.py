@@ -5,7 +5,7 @@
 - K-FAC: the U-net of `unknown_operator` against SGD and AdamW, all tuned by the same budget.
 
 Run ``python -m benchmarks.workload_passes [grouping|precision|kfac ...]`` on an otherwise idle
-machine (a quarter of an hour); the results go to ``benchmarks/results/workload_passes.json``, and
+machine (half an hour); the results go to ``benchmarks/results/workload_passes.json``, and
 rows that were not asked for stay.
 """
 
@@ -31,8 +31,7 @@ from graphopt.examples.climate_segmentation import train as climate
 from graphopt.examples.common import Case
 from graphopt.examples.materials_imaging import train as materials
 from graphopt.examples.unknown_operator import train as operator
-from graphopt.examples.unknown_operator.data import draw, signals
-from graphopt.examples.unknown_operator.linear import Wiener, mean_square
+from graphopt.examples.unknown_operator.data import draw
 from graphopt.examples.unknown_operator.model import UNet
 
 NAME = "workload_passes"
@@ -88,7 +87,7 @@ def _in_bfloat16(case: Case) -> dict[str, Any]:
 
 
 def kfac() -> dict[str, Any]:
-    """Steps and seconds until the U-net is as good as the Wiener filter that knows the operator."""
+    """Steps and seconds of the U-net to a test error of two thirds of the Wiener filter's."""
     task = _operator()
     rates = {
         SGD_MOMENTUM: (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -104,7 +103,6 @@ def kfac() -> dict[str, Any]:
 def _operator() -> Task:
     pairs = draw("training pairs", PAIRS, torch.Generator().manual_seed(1))
     test = draw("test pairs", 1024, torch.Generator().manual_seed(3))
-    wiener = Wiener(signals(20_000, torch.Generator().manual_seed(4)))
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
@@ -118,9 +116,9 @@ def _operator() -> Task:
         batches=batches,
         loss=F.mse_loss,
         evaluate=lambda m: float(F.mse_loss(operator.estimate(m, test.observed), test.signal)),
-        target=mean_square(wiener(test.observed), test.signal),
+        target=0.010,
         rising=False,
-        steps=300,
+        steps=600,
         every=10,
         # The loss is a mean over the points of a signal; see `examples.kfac_language_model`.
         kfac=f"cleanup,kfac{{damping={1e-3 / test.signal.shape[-1]}}}",

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from graphopt.examples.common import WorkloadError, check_tensor
+from graphopt.examples.common import WorkloadError, check_labels, check_tensor
 
 TRAIN = 1344  # 42 batches of 32
 
@@ -49,7 +49,7 @@ def split(
         WorkloadError: of another shape, too few, NaN.
     """
     pixels = check_tensor("images", pixels, (None, 1, 8, 8))
-    labels = check_tensor("labels", labels, (len(pixels),))
+    labels = check_labels("labels", labels, (len(pixels),), 10)
     if len(pixels) <= TRAIN:
         raise WorkloadError(
             f"{len(pixels)} images leave none to test on", f"pass more than {TRAIN}"
