@@ -297,7 +297,7 @@ def test_a_bad_state_changes_nothing(spoil: Callable[[dict[str, Any]], Any]) -> 
         ({"rounding": "up"}, "rounding='up'"),
         ({"decay": 1.0}, "decay=1.0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message) as caught:
