@@ -41,18 +41,19 @@ class Eager(Backend):
 def _inference(module: fx.GraphModule) -> Executable:
     hoisted = hoist(module)
     if hoisted is None:
-        return boxed(fx.GraphModule(module, copy_graph(module.graph)))
+        return boxed(module)
     return WhileUnchanged(boxed(hoisted.prologue), boxed(hoisted.main), hoisted.sources)
 
 
 def boxed(module: fx.GraphModule) -> Executable:
     """Call a module with a list that it empties, so that values die after their last use.
 
-    The module becomes the executable's own: its calling convention is changed.
+    The module stays as it is; others may make functions of its graph, too.
     """
-    write_in_place(module.graph)
-    module.graph.set_codegen(fx.graph._BoxedCodeGen())
-    code = module.graph.python_code("self")
+    graph = copy_graph(module.graph)
+    write_in_place(graph)
+    graph.set_codegen(fx.graph._BoxedCodeGen())
+    code = graph.python_code("self")
     bound: dict[str, Any] = {}
     # Generated code looks an operator up by four attributes and passes one more Python frame at
     # every call; in a small step that is felt. The kernels are bound here, once.

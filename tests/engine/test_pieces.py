@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
+from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.backends.pieces import write_in_place
 
 aten = torch.ops.aten
@@ -176,3 +177,16 @@ def _functional(function: Callable[[Tensor], object], x: Tensor) -> fx.GraphModu
 
 def _count(module: fx.GraphModule, target: object) -> int:
     return sum(node.target is target for node in module.graph.nodes)
+
+
+def test_the_module_stays_as_it_is() -> None:
+    """Others make functions of one graph, too: stages add their gradients up in a copy of it."""
+
+    def add(x: Tensor) -> Tensor:
+        y = x * 2
+        return y + x.sin()
+
+    module = make_fx(add)(torch.ones(3))
+    before = module.graph.python_code("self").src
+    assert torch.equal(boxed(module)([torch.ones(3)]), add(torch.ones(3)))
+    assert module.graph.python_code("self").src == before
