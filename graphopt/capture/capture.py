@@ -18,6 +18,7 @@ from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
+from graphopt.capture.sizes import NONE, Size, Varying
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
@@ -41,6 +42,8 @@ class Capture:
         failure: says which condition does not hold for a call.
         notes: what the user should know about how it was captured.
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
+        sizes: those that were to be symbols, and what became of them.
+        finish: to be called when passes and backend are done; `holds` then has what they ask, too.
     """
 
     graph: Graph
@@ -53,6 +56,8 @@ class Capture:
     failure: Callable[..., str]
     notes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    finish: Callable[[], None] = lambda: None
 
 
 def capture(
@@ -62,6 +67,7 @@ def capture(
     *,
     forward: Callable[..., object] | None = None,
     numbers: Iterable[str] = (),
+    varying: Varying = NONE,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -72,6 +78,7 @@ def capture(
         forward: the unbound ``forward`` to capture; by default the one of the model's class.
         numbers: those that shall be inputs of the graph, by where Dynamo finds them
             (``L['self'].steps``); all others are constants.
+        varying: sizes that shall be symbols of the graph; all others are constants.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -92,12 +99,13 @@ def capture(
             hint="call the model once outside of the checkpoint before",
         )
     with tracing_alone(), _drawing_nothing() as drawn, checkpoints.without_hooks():
-        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers)
+        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers, varying)
         if drawn() or flat.changes_objects:
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
         if checkpointed and (drawn() or flat.changes_objects):
             raise checkpoints.refusal(location(forward))
         graph, aliases, inputs, bind = _derived(flat, forward)
+        sizes = flat.settle()
     return Capture(
         graph=graph,
         aliases=aliases,
@@ -109,6 +117,8 @@ def capture(
         failure=flat.failure,
         notes=flat.notes,
         keeps=flat.keeps,
+        sizes=sizes,
+        finish=flat.finish,
     )
 
 

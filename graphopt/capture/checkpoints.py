@@ -31,6 +31,7 @@ from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.gradients import leaf_of
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph, Level, source_of
 from graphopt.plan import Role
@@ -209,7 +210,7 @@ def without_gradient(module: fx.GraphModule, inputs: Sequence[Tensor], fake_mode
     """
     if not torch.is_grad_enabled() or not any(_reentrant(n) for n in module.graph.nodes):
         return
-    leaves = [fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in inputs]
+    leaves = [leaf_of(fake_mode, value) for value in inputs]
     closed_over = {
         node
         for node, live in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)

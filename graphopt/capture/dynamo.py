@@ -20,13 +20,20 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._guards import CompileContext, TracingContext, compile_context
 from torch.utils._device import DeviceContext
 
-from graphopt.capture import checkpoints, scalars
+from graphopt.capture import checkpoints, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
 from graphopt.capture.derivatives import derivatives_inside
 from graphopt.capture.encoders import refusing_nested_encoders
-from graphopt.capture.flat import FlatForward, Runner, location, name_inputs, refused
+from graphopt.capture.flat import (
+    FlatForward,
+    Runner,
+    location,
+    name_inputs,
+    nothing_symbolic,
+    refused,
+)
 from graphopt.capture.frozen import refusing_frozen_values
 from graphopt.capture.guards import Guard
 from graphopt.capture.messages import messages_at_the_end
@@ -49,8 +56,17 @@ def by_dynamo(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     numbers: Iterable[str] = (),
+    varying: sizes.Varying = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
+
+    Args:
+        model: the model.
+        forward: its forward, unbound.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        numbers: those that shall be inputs of the graph.
+        varying: sizes that shall be symbols of the graph.
 
     Raises:
         CaptureError: it refuses, naming the user's source line.
@@ -58,17 +74,21 @@ def by_dynamo(
     bound = types.MethodType(forward, model)
     scope = getattr(forward, "__globals__", {})
     before = set(scope)
-    with _dynamo_settings(), scalars.as_inputs(numbers), checkpoints.noting_changes() as changes:
+    given, wanted = varying.stand_ins(args, kwargs)
+    guard = Guard(forward)
+    with (
+        _dynamo_settings(),
+        sizes.as_symbols(wanted) as found,
+        scalars.as_inputs(numbers),
+        checkpoints.noting_changes() as changes,
+    ):
         try:
             with _default_device():
-                output = fullgraph_capture(bound, args, kwargs)
+                output = fullgraph_capture(bound, *given)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
             raise refused(error, forward, model, (args, kwargs)) from error
-        try:
-            guard = Guard(_build_guards(output, forward), forward)
-        except Exception as error:
-            # Dynamo evaluates the sources of guards, and whatever that raises means: it cannot.
-            raise refused(error, forward) from error
+        if not wanted:
+            _build_guards(output, guard, forward)
     if output.backend_input is None:
         raise CaptureError(
             "forward runs no tensor operator, so there is nothing to capture",
@@ -78,7 +98,21 @@ def by_dynamo(
     backend_input = output.backend_input
     refuse_fast_paths(backend_input.graph_module, location(forward))
     f_globals = output.graph_capture_output.f_globals
-    _forget_globals(scope, before, backend_input.backend_id, guard)
+
+    shape_env, watches = backend_input.fake_mode.shape_env, []
+
+    def settle() -> tuple[sizes.Size, ...]:
+        with _dynamo_settings():
+            _build_guards(output, guard, forward)
+        _forget_globals(scope, before, backend_input.backend_id, guard)
+        watches.append(sizes.Watch(shape_env))
+        return sizes.sizes_of(shape_env, found)
+
+    def finish() -> None:
+        guard.late = watches.pop().found() if watches else guard.late
+
+    if not wanted:
+        _forget_globals(scope, before, backend_input.backend_id, guard)
 
     def bind_all(runner: Runner) -> Callable[..., object]:
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:
@@ -109,7 +143,9 @@ def by_dynamo(
     context = TracingContext(backend_input.fake_mode)
     return FlatForward(
         module=module,
-        slots=name_inputs(model, inputs, [_source_name(node) for node in placeholders]),
+        slots=name_inputs(
+            model, inputs, [sizes.name_of(n, found) or _source_name(n) for n in placeholders]
+        ),
         inputs=inputs,
         context=context,
         route="dynamo",
@@ -118,6 +154,8 @@ def by_dynamo(
         failure=guard.failure,
         changes_objects=bool(changes.objects),
         keeps=tuple(dict.fromkeys(changes.kept)),
+        settle=settle if wanted else nothing_symbolic,
+        finish=finish,
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 
@@ -200,10 +238,15 @@ def _default_device() -> Iterator[None]:
         yield
 
 
-def _build_guards(output: CaptureOutput, forward: Callable[..., object]) -> Any:
-    forget_lazy_properties(output.graph_capture_output.output_graph)
-    with compile_context(CompileContext(get_compile_id({}))):
-        return output.graph_capture_output.build_guards(forward.__code__).guard_manager
+def _build_guards(output: CaptureOutput, guard: Guard, forward: Callable[..., object]) -> None:
+    try:
+        forget_lazy_properties(output.graph_capture_output.output_graph)
+        with compile_context(CompileContext(get_compile_id({}))):
+            made = output.graph_capture_output.build_guards(forward.__code__)
+    except Exception as error:
+        # Dynamo evaluates the sources of guards, and whatever that raises means: it cannot.
+        raise refused(error, forward) from error
+    guard.manager = made.guard_manager
 
 
 def _source_name(placeholder: fx.Node) -> str:

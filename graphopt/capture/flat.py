@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 
 from graphopt.capture.hints import ZEROS, hint
+from graphopt.capture.sizes import Size
 from graphopt.errors import CaptureError
 from graphopt.plan import Role, Slot
 
 Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Bind = Callable[[Runner], Callable[..., object]]
+
+
+def nothing_symbolic() -> tuple[Size, ...]:
+    """What became of symbols where there are none."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,9 @@ class FlatForward:
     `slots` names the placeholders; parameters and buffers by qualified name, the rest by where they
     came from in the call. `changes_objects` says whether a call changes Python objects that it has
     not made itself; `keeps` which of them it gives tensors or numbers, as Dynamo names them.
+    Where sizes are symbols, they are whole numbers among the inputs; `settle` makes `holds`
+    complete once the graph is derived, and says what became of them, and `finish` once passes and
+    backend are done.
     """
 
     module: fx.GraphModule
@@ -36,10 +46,23 @@ class FlatForward:
     notes: tuple[str, ...]
     changes_objects: bool = False
     keeps: tuple[str, ...] = ()
+    settle: Callable[[], tuple[Size, ...]] = nothing_symbolic
+    finish: Callable[[], None] = lambda: None
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether some of the inputs are sizes."""
+        return any(slot.role is Role.SIZE for slot in self.slots)
+
+    @property
+    def fakes(self) -> tuple[Any, ...]:
+        """The inputs as Dynamo saw them, with symbols for sizes that vary."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return tuple(node.meta["example_value"] for node in placeholders)
 
 
 def name_inputs(
-    model: nn.Module, inputs: Sequence[Tensor], fallback: Sequence[str]
+    model: nn.Module, inputs: Sequence[Any], fallback: Sequence[str]
 ) -> tuple[Slot, ...]:
     """Role and name of every flat input, found by identity with the model's own tensors."""
     known = {id(t): Slot(Role.BUFFER, n) for n, t in model.named_buffers(remove_duplicate=True)}
@@ -52,7 +75,7 @@ def name_inputs(
             while name in taken:
                 name += "_"
             taken.add(name)
-            slot = Slot(Role.INPUT, name)
+            slot = Slot(Role.INPUT if isinstance(tensor, Tensor) else Role.SIZE, name)
         slots.append(slot)
     return tuple(slots)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphopt.analysis.aliasing import storage
 from graphopt.capture.flat import FlatForward
@@ -49,7 +51,7 @@ def _memories(flat: FlatForward) -> Mapping[str, int]:
     """Where eager's gradient of each input lies; empty where autograd cannot be asked."""
     mode = flat.context.fake_mode
     assert mode is not None
-    leaves = [mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in flat.inputs]
+    leaves = [leaf_of(mode, value) for value in (flat.fakes if flat.symbolic else flat.inputs)]
     try:
         with mode, torch.enable_grad():
             outputs: Sequence[object] = flat.module(*leaves)
@@ -64,8 +66,16 @@ def _memories(flat: FlatForward) -> Mapping[str, int]:
     return {
         slot.name: leaf.grad.untyped_storage()._cdata
         for slot, leaf in zip(flat.slots, leaves, strict=True)
-        if leaf.grad is not None
+        if isinstance(leaf, Tensor) and leaf.grad is not None
     }
+
+
+def leaf_of(mode: FakeTensorMode, value: Any) -> Any:
+    """A fake leaf like an input, real or fake; sizes stay."""
+    if not isinstance(value, Tensor):
+        return value
+    fake = value.detach() if isinstance(value, FakeTensor) else mode.from_tensor(value.detach())
+    return fake.requires_grad_(value.requires_grad)
 
 
 def _copy(graph: Graph, indices: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.nn.modules import module as of_all_modules
 
 from graphopt.capture.flat import first_line
+from graphopt.capture.sizes import Conditions
 
 
 class Guard:
@@ -19,8 +20,10 @@ class Guard:
     must be those that there were.
     """
 
-    def __init__(self, manager: Any, forward: Callable[..., object]) -> None:
-        self._manager = manager
+    manager: Any = None  # Dynamo's own
+    late: Conditions | None = None  # found after Dynamo's were built
+
+    def __init__(self, forward: Callable[..., object]) -> None:
         # The guards speak of the variables of the code itself, whatever function it wraps.
         self._signature = inspect.signature(forward, follow_wrapped=False)
         parameters = self._signature.parameters.values()
@@ -36,7 +39,8 @@ class Guard:
         variables = self._variables(args, kwargs)
         if variables is None or _hooks_on_all_modules() != self._hooks:
             return False
-        return bool(self._manager.check(variables))
+        holds = bool(self.manager.check(variables))
+        return holds and (self.late is None or self.late(variables))
 
     def failure(self, *args: object, **kwargs: object) -> str:
         """The first guard that does not hold for a call, as Dynamo words it."""
@@ -45,7 +49,9 @@ class Guard:
             return "the arguments do not fit"
         if _hooks_on_all_modules() != self._hooks:
             return "a hook on all modules was added or removed"
-        parts = self._manager.check_verbose(variables).verbose_code_parts
+        parts = self.manager.check_verbose(variables).verbose_code_parts
+        if not parts and self.late is not None and not self.late(variables):
+            return f"a pass or a backend holds for {self.late} only"
         return first_line(parts[0]) if parts else ""
 
     def _variables(

@@ -28,6 +28,7 @@ from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
+from graphopt.capture.sizes import tangents_like_outputs
 from graphopt.errors import CaptureError
 from graphopt.graph import KEPT_META, Graph, Level
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
@@ -81,6 +82,7 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         eager_dropout(),
         checks_without_order(),
         cumulative_averages(),
+        tangents_like_outputs(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -88,10 +90,9 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
             exported = aot_export_joint_with_descriptors(
                 stack,
                 module,
-                flat.inputs,
-                # Shapes are static. With a shape environment, tracing would go through Python
-                # decompositions (bilinear upsampling, recurrent layers) that eager does not run.
-                ignore_shape_env=True,
+                # What Dynamo saw has the symbols; otherwise shapes are static.
+                flat.fakes if flat.symbolic else flat.inputs,
+                ignore_shape_env=not flat.symbolic,
             )
         except Exception as error:
             if "share storage but are not differentiable views" in str(error):

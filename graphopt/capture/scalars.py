@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch._dynamo import pgo
 from torch._dynamo.variables import builder
 
+from graphopt.capture.sizes import is_size
 from graphopt.errors import CaptureError
 
 # Where a number and a tensor without dimensions are the same to eager.
@@ -43,13 +44,9 @@ def as_inputs(sources: Iterable[str]) -> Iterator[None]:
     if not wanted:
         yield
         return
-    honest = vars(builder)["process_automatic_dynamic"]
 
     def process(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
-        found = honest(tx, name, entry, **kwargs)
-        if name in wanted:
-            found.scalar = pgo.auto_dynamic
-        return found
+        return replace(entry, scalar=pgo.auto_dynamic) if name in wanted else entry
 
     patterns = ",".join(f"{re.escape(s)}$" for s in sorted(wanted) if "," not in s and ":" not in s)
     with ExitStack() as stack:
@@ -115,7 +112,7 @@ def take_out(module: fx.GraphModule) -> Outside | None:
     """
     graph = module.graph
     inputs = graph.find_nodes(op="placeholder")
-    numbers = [node for node in inputs if _is_number(node) or _is_boxed(node)]
+    numbers = [n for n in inputs if (_is_number(n) and not is_size(n)) or _is_boxed(n)]
     if not numbers:
         return None
     outside = _computed_with(numbers, graph)
@@ -192,7 +189,7 @@ def _check_arithmetic(user: fx.Node, number: fx.Node) -> None:
     targets = _METHODS if user.op == "call_method" else _ARITHMETIC
     tensors = [v for n in user.all_input_nodes if isinstance(v := _value(n), Tensor)]
     whole = isinstance(_value(number), torch.SymInt)
-    fits = all(v.dim() > 0 and (v.is_floating_point() or whole) for v in tensors)
+    fits = bool(tensors) and all(v.dim() > 0 and (v.is_floating_point() or whole) for v in tensors)
     plain = user.args and all(n not in user.kwargs.values() for n in [number])
     if user.target not in targets or not fits or not plain or number not in user.args:
         raise CaptureError(

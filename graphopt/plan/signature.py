@@ -12,12 +12,14 @@ class Role(StrEnum):
     ``LOCAL`` is the gradient of this rank's own batch, beside the reduced ``GRAD``: what a step of
     gradient accumulation that does not communicate returns. ``AUX`` is a value that a pass lets
     either half compute for its runtime part, and ``STATE`` a tensor that the part keeps between
-    steps; both are named ``"<pass>/<what>"``.
+    steps; both are named ``"<pass>/<what>"``. ``SIZE`` is a size of one of the call's tensors that
+    varies: a Python ``int``, and a symbol of the graph.
     """
 
     PARAM = "param"
     BUFFER = "buffer"
     INPUT = "input"
+    SIZE = "size"
     TANGENT = "tangent"
     STATE = "state"
     OUTPUT = "output"
@@ -34,7 +36,7 @@ class Phase(StrEnum):
     BACKWARD = "backward"
 
 
-INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT, Role.STATE})
+INPUT_ROLES = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.SIZE, Role.TANGENT, Role.STATE})
 OUTPUT_ROLES = frozenset({Role.OUTPUT, Role.GRAD, Role.LOCAL, Role.MUTATION, Role.AUX})
 
 
@@ -45,8 +47,9 @@ class Slot:
     Attributes:
         role: what it is.
         name: the qualified name of a parameter or buffer (``"layer1.conv.weight"``), the position
-            of a plain input, output or tangent (``"0"``), the name of a pass's state. A ``GRAD`` or
-            ``MUTATION`` output carries the name of the input it belongs to.
+            of a plain input, output or tangent (``"0"``), tensor and dimension of a size
+            (``"ids.1"``), the name of a pass's state. A ``GRAD`` or ``MUTATION`` output carries the
+            name of the input it belongs to.
         phase: the half of the step that produces (output) or first consumes (input) it.
     """
 

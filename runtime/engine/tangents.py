@@ -13,7 +13,7 @@ from torch import Tensor
 class Expected:
     """Geometry that a tangent must have, because the backward graph was traced for it.
 
-    Where a size depends on data, it is the one of the output that the forward has given.
+    Where a size is not known, it is the one of the output that the forward has given.
     """
 
     size: tuple[int, ...]
@@ -28,12 +28,18 @@ class Expected:
 
     @cached_property
     def known(self) -> bool:
-        """Whether no size depends on data."""
+        """Whether all sizes are those of every call."""
         return all(type(number) is int for number in (*self.size, *self.stride))
 
     def at(self, output: tuple[torch.Size, tuple[int, ...]]) -> Expected:
         """The geometry for an output of this size and these strides."""
-        return self if self.known else replace(self, size=tuple(output[0]), stride=output[1])
+        if self.known:
+            return self
+        size, stride = tuple(output[0]), output[1]
+        if any(s == 0 and n > 1 for n, s in zip(size, stride, strict=True)):
+            # No memory for so many different gradients: it was traced for a contiguous one.
+            stride = torch.empty(size, device="meta").stride()
+        return replace(self, size=size, stride=stride)
 
     def coerce(self, tangent: Tensor | None) -> Tensor:
         """The tangent in this geometry; zeros where there is none."""

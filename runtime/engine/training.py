@@ -60,10 +60,10 @@ class TrainingEngine(Engine):
         )
         # Only what receives a gradient passes through autograd; the rest rides along.
         self.differentiable = tuple(self._position[name] for _, name in grads)
+        read = {i: self.slots[i].role for kind, i in sources if kind == "input"}
+        self.sizes_read = tuple(i for i, role in read.items() if role is Role.SIZE)
         self.saved_inputs = tuple(
-            dict.fromkeys(
-                i for kind, i in sources if kind == "input" and self.slots[i].role is not Role.STATE
-            )
+            i for i, role in read.items() if role not in (Role.SIZE, Role.STATE)
         )
         self._parameters = tuple(
             (i, s.name) for i, s in enumerate(self.slots) if s.role is Role.PARAM and plan.parts
@@ -219,6 +219,7 @@ class _Node(torch.autograd.Function):
         ctx.step = engine.begin(values)
         outputs, saved = engine.run_forward(ctx.step, values)
         ctx.numbers = engine.part_numbers(saved)
+        ctx.sizes = {i: values[i] for i in engine.sizes_read}
         ctx.set_materialize_grads(False)
         ctx.kept, ctx.later = [], frozenset()
         ctx.save_for_backward(*saved, *(values[i] for i in engine.saved_inputs))
@@ -242,7 +243,7 @@ class _Node(torch.autograd.Function):
         tensors = _saved(ctx, engine.live(tangents))
         count = len(tensors) - len(engine.saved_inputs)
         step: Step = ctx.step
-        step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True))
+        step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True)) | ctx.sizes
         step.saved = tensors[:count]
         engine.join_numbers(step.saved, ctx.numbers)
         del tensors

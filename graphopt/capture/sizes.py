@@ -1,0 +1,262 @@
+"""Sizes of a call that vary: symbols of the graph, with the range for which it holds.
+
+Dynamo is told which dimensions of which tensors vary, by the tensors themselves. Each becomes a
+symbol of its own, also where two of them are equal by chance; what forward or its backward asks of
+a symbol becomes a guard. The sizes 0 and 1 are never symbols, since broadcasting treats them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+from torch._dynamo import pgo
+from torch._dynamo.source import TensorProperty, TensorPropertySource
+from torch._dynamo.variables import builder
+from torch._functorch._aot_autograd.schemas import MemoryFormatMeta
+from torch.fx.experimental import _config
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+
+Names = Mapping[int, str]
+"""What dimensions of one tensor are called."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size that was to be a symbol.
+
+    Attributes:
+        name: as the caller named it.
+        hint: the size in the captured call.
+        least: the smallest one for which the graph holds, as far as one number can say it.
+        most: the largest one; ``None`` where nothing limits it.
+        line: what fixed it to `hint`, where that is known and it is fixed.
+    """
+
+    name: str
+    hint: int
+    least: int
+    most: int | None
+    line: str = ""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the graph holds for one size only."""
+        return self.least == self.most
+
+    def __str__(self) -> str:
+        most = "" if self.most is None else self.most
+        return f"{self.name} = {self.hint}" if self.fixed else f"{self.name} {self.least}..{most}"
+
+
+@dataclass(frozen=True)
+class Varying:
+    """Which sizes of a call shall be symbols.
+
+    Attributes:
+        dimensions: names by the identity of a tensor of the call.
+    """
+
+    dimensions: Mapping[int, Names] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.dimensions)
+
+    def stand_ins(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Varying]:
+        """Arguments for Dynamo, and the same dimensions of their tensors.
+
+        A view is a tensor of its own there: else the size of the tensor that it is of would be
+        taken for a constant, and bound the sizes of the view.
+        """
+        made: dict[int, Tensor] = {}
+
+        def own(value: object) -> object:
+            if not isinstance(value, Tensor) or id(value) not in self.dimensions:
+                return value
+            if value.requires_grad or not value._is_view() or value.layout is not torch.strided:
+                return value
+            if id(value) not in made:
+                shape, stride = value.shape, value.stride()
+                copy = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+                made[id(value)] = copy.copy_(value)
+            return made[id(value)]
+
+        if not self:
+            return (args, kwargs), self
+        given = pytree.tree_map(own, (args, kwargs))
+        copies = {id(copy): self.dimensions[number] for number, copy in made.items()}
+        return given, Varying({**self.dimensions, **copies})
+
+
+NONE = Varying()
+
+
+@contextmanager
+def as_symbols(varying: Varying) -> Iterator[dict[str, Names]]:
+    """Let Dynamo make symbols of these sizes, and constants of all others.
+
+    Yields the names by where Dynamo finds their tensors (``L['ids']``).
+    """
+    found: dict[str, Names] = {}
+    if not varying:
+        yield found
+        return
+
+    def record(tx: Any, name: str, tensor: Tensor) -> pgo.FrameStateSizeEntry:
+        names = varying.dimensions.get(id(tensor), {})
+        if names:
+            found[name] = names
+        shape = tuple(
+            pgo.auto_dynamic if i in names and size > 1 else size
+            for i, size in enumerate(tensor.shape)
+        )
+        return pgo.FrameStateSizeEntry(pgo.auto_dynamic, shape, pgo.auto_unset)
+
+    def process(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
+        return entry  # as it is in this call, whatever it was in earlier ones
+
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=True))
+        # Sizes that are equal in one call need not be in the next one.
+        stack.enter_context(_config.patch(use_duck_shape=False))
+        stack.enter_context(mock.patch.object(builder, "record_automatic_dynamic", record))
+        stack.enter_context(mock.patch.object(builder, "process_automatic_dynamic", process))
+        yield found
+
+
+@contextmanager
+def tangents_like_outputs() -> Iterator[None]:
+    """Derive backwards for tangents with the strides of outputs, whatever sizes these have.
+
+    For symbolic sizes AOTAutograd would take contiguous ones, and a kernel that adds in another
+    order of memory rounds differently.
+    """
+    honest = MemoryFormatMeta.from_tensor
+
+    def from_tensor(tensor: Tensor, *args: Any) -> MemoryFormatMeta | None:
+        if not any(isinstance(n, torch.SymInt) for n in (*tensor.shape, *tensor.stride())):
+            return honest(tensor, *args)
+        if any(type(stride) is int and stride == 0 for stride in tensor.stride()):
+            return MemoryFormatMeta(memory_format=torch.contiguous_format)  # an expanded one
+        return MemoryFormatMeta(size=tensor.shape, stride=tensor.stride())
+
+    with mock.patch.object(MemoryFormatMeta, "from_tensor", from_tensor):
+        yield
+
+
+# -- symbols of a torch-level graph ----------------------------------------------------------------
+
+
+def _source(node: fx.Node) -> TensorPropertySource | None:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.SymInt):
+        return None
+    # As it was made: a symbol that turned out to equal another one is that other one now.
+    sources = value.node.shape_env.var_to_sources.get(value.node._expr, ())
+    return next((s for s in sources if isinstance(s, TensorPropertySource)), None)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether an input of a torch-level graph is a size (or stride) of a tensor."""
+    return _source(node) is not None
+
+
+def name_of(node: fx.Node, found: Mapping[str, Names]) -> str:
+    """What an input that is a size is called; ``""`` for other inputs and for strides."""
+    source = _source(node)
+    if source is None or source.prop is not TensorProperty.SIZE:
+        return ""
+    return found.get(source.base.name, {}).get(source.idx or 0, "")
+
+
+def sizes_of(shape_env: Any, found: Mapping[str, Names]) -> tuple[Size, ...]:
+    """What became of the sizes that were to be symbols, once nothing more is asked of them."""
+    sizes = {}
+    for symbol, sources in shape_env.var_to_sources.items():
+        for source in sources:
+            if not isinstance(source, TensorPropertySource):
+                continue
+            name = found.get(source.base.name, {}).get(source.idx or 0, "")
+            if source.prop is TensorProperty.SIZE and name:
+                sizes[name] = _size(shape_env, symbol, name)
+    return tuple(sizes.values())
+
+
+def _size(shape_env: Any, symbol: Any, name: str) -> Size:
+    bounds = shape_env.var_to_range[symbol]
+    now = shape_env.simplify(symbol)
+    hint = int(_values(shape_env)[symbol])
+    if now.is_number:
+        return Size(name, hint, hint, hint, _line(shape_env, symbol))
+    if now.is_Symbol and now is not symbol:
+        bounds = bounds & shape_env.var_to_range[now]
+    most = None if bounds.upper in (int_oo,) or bounds.upper > 2**62 else int(bounds.upper)
+    return Size(name, hint, int(bounds.lower), most)
+
+
+class Conditions:
+    """Conditions on sizes that were found after Dynamo's guards were built.
+
+    Args:
+        conditions: sympy relations, all of which must hold.
+        sources: for each of their symbols, Python code that reads it off a call's variables ``L``.
+    """
+
+    def __init__(self, conditions: Sequence[Any], sources: Mapping[Any, str]) -> None:
+        self._conditions = tuple(conditions)
+        symbols = {s for condition in conditions for s in condition.free_symbols}
+        self._read = {s: compile(sources[s], "<a size>", "eval") for s in symbols}
+
+    def __call__(self, variables: dict[str, object]) -> bool:
+        """Whether they hold for a call."""
+        scope = {"L": variables}
+        values = {symbol: eval(code, scope) for symbol, code in self._read.items()}
+        return all(bool(condition.xreplace(values)) for condition in self._conditions)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self._conditions))
+
+
+class Watch:
+    """What is asked of symbols from now on: by passes, and by backends that generate code.
+
+    Args:
+        shape_env: whose guards have been built just now.
+    """
+
+    def __init__(self, shape_env: Any) -> None:
+        self._shape_env = shape_env
+        self._known = len(shape_env.guards)
+        shape_env.frozen = False  # else it would forget what is asked
+
+    def found(self) -> Conditions | None:
+        """The conditions that came up, if any; nothing is watched any more."""
+        env = self._shape_env
+        conditions = [guard.expr for guard in env.guards[self._known :]]
+        env.freeze()
+        if not conditions:
+            return None
+        sources = {symbol: found[0].name for symbol, found in env.var_to_sources.items() if found}
+        return Conditions(conditions, sources)
+
+
+def _values(shape_env: Any) -> Mapping[Any, Any]:
+    found = getattr(shape_env, "backed_var_to_val", None)
+    return found if found is not None else shape_env.var_to_val  # type: ignore[no-any-return]
+
+
+def _line(shape_env: Any, symbol: Any) -> str:
+    """Where the last guard on a symbol comes from in the user's code."""
+    for guard in reversed(shape_env.guards):
+        if symbol in guard.expr.free_symbols and guard.sloc.maybe_user_loc:
+            return str(guard.sloc.maybe_user_loc)
+    return ""
