@@ -15,6 +15,7 @@ _HOMES = {
     "optimize": "graphopt.api",
     "calibrate": "graphopt.calibration.run",
     "Calibration": "graphopt.calibration.record",
+    "Dim": "graphopt.model.dimensions",
     "serve": "graphopt.model.serving",
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # the `as` says that they are public
     from graphopt.model.checkpoint import (
         use_scaler as use_scaler,
     )
+    from graphopt.model.dimensions import Dim as Dim
     from graphopt.model.report import Report as Report
     from graphopt.model.serving import serve as serve
     from graphopt.passbase import (

@@ -18,6 +18,7 @@ from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
+from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph, Level
 from graphopt.model import features
@@ -32,6 +33,7 @@ from graphopt.model.arguments import (
     split_example_inputs,
 )
 from graphopt.model.backend_choice import Built, choose
+from graphopt.model.dimensions import Declared, Dim
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
@@ -66,6 +68,7 @@ def optimize(
     on_mismatch: OnMismatch = "raise",
     loss: Callable[[Any, Any], Any] | None = None,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    dynamic: bool | Mapping[str, Mapping[int, str | Dim]] | None = None,
     dry_run: bool = False,
 ) -> M | Plan:
     """Optimize a model in place and return it.
@@ -73,7 +76,7 @@ def optimize(
     The model stays the same object of the same class with the same parameters, keys and signature;
     only this instance's forward is another one. Each kind of call (shapes, dtypes, training mode,
     grad mode, autocast, …) is captured once, when it first happens, and guarded afterwards. Numbers
-    that change from call to call become inputs of the graph where that can be.
+    and sizes that change from call to call become inputs of the graph where that can be.
 
     An error in a call is that call's: the model stays optimized, with its captures and the state of
     its passes, and a call that eager refuses too raises what eager raises.
@@ -104,6 +107,10 @@ def optimize(
             the last item of the batch; by default the output is, or has, the loss.
         optimizer: for passes that run whole steps: of the model's parameters, or what makes one of
             them; by default a step leaves gradients in ``.grad`` for one of yours.
+        dynamic: sizes of arguments that vary, by dimension: ``{"ids": {0: "batch", 1: "length"}}``,
+            with `graphopt.Dim` in place of a name for limits. They are symbols of the first graph.
+            By default, sizes become symbols when they have changed; ``False``: never, so that each
+            size has a graph of its own.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -130,7 +137,13 @@ def optimize(
     owns = [pass_ for pass_ in pipeline.passes if pass_.owns_step]
     check_step(model, loss, optimizer, pipeline, where)
     compiler = Compiler(
-        pipeline, where.sizes, backend, verify, fallback=fallback, on_mismatch=on_mismatch
+        pipeline,
+        where.sizes,
+        backend,
+        verify,
+        fallback=fallback,
+        on_mismatch=on_mismatch,
+        dynamic=Declared.of(dynamic, plain_forward(model)),
     )
     example = split_example_inputs(example_inputs)
     if dry_run:
@@ -194,9 +207,12 @@ class Compiler(Specialiser):
         kwargs: Mapping[str, Any],
         session: Session,
         numbers: frozenset[str] = frozenset(),
+        dimensions: Dimensions = NONE,
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call."""
-        captured = capture(model, args, kwargs, forward=forward, numbers=numbers)
+        captured = capture(
+            model, args, kwargs, forward=forward, numbers=numbers, dimensions=dimensions
+        )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
             check_kept(self.pipeline, sizes, captured.keeps[0], forward)
@@ -245,8 +261,19 @@ class Compiler(Specialiser):
             verification=verification,
             plan=plan,
             notes=captured.notes + features.note(features.features_of(captured.graph)),
+            sizes=captured.sizes,
         )
+        captured.finish()
         return Variant(built.call, built.engine, captured.holds, captured.failure, entry, roles)
+
+    def constant_sizes(self) -> str:
+        """See `Specialiser.constant_sizes`."""
+        static = [pass_.name for pass_ in self.pipeline.passes if not pass_.symbolic]
+        if static:
+            return f"the pass {static[0]!r} takes graphs of fixed sizes only"
+        if self.backend != "eager":
+            return f"backend={self.backend!r} takes graphs of fixed sizes only"
+        return ""
 
     def _mismatched(self, error: MismatchError) -> Verification:
         """What is reported where the user lets a graph run that differs from eager."""

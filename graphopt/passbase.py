@@ -179,6 +179,8 @@ class Pass:
             optimizer given to `optimize`.
         on_one_rank: whether it asks for the ranks of a job of one, too; a property where an option
             decides it.
+        symbolic: whether it takes graphs in which sizes of inputs are symbols. Where a pass of a
+            pipeline does not, each size has a graph of its own.
         idempotent: whether a second application, right after the first, changes nothing.
         source: the publication that the method comes from, if any.
     """
@@ -194,6 +196,7 @@ class Pass:
     reduces: ClassVar[bool] = False
     owns_step: ClassVar[bool] = False
     on_one_rank: ClassVar[bool] = False
+    symbolic: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from graphopt.analysis.hints import empty_at_hint
 from graphopt.graph import Graph, value_of
 from graphopt.plan import Role, Slot
 
@@ -25,12 +25,11 @@ def step_arguments(
     given, found = iter(inputs), []
     for slot, node in zip(graph.signature.inputs, graph.inputs, strict=True):
         if slot.role is not Role.TANGENT:
-            found.append(next(given).detach())
+            value = next(given)
+            found.append(value.detach() if isinstance(value, Tensor) else value)
             continue
         fake = value_of(node)
-        real = torch.empty_strided(
-            tuple(fake.shape), tuple(fake.stride()), dtype=fake.dtype, device=fake.device
-        )
+        real = empty_at_hint(fake)
         values = tangent(slot, fake)
         found.append(real.zero_() if values is None else real.copy_(values.detach()))
     return found

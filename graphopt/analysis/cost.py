@@ -17,6 +17,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from graphopt.analysis.aliasing import storage
+from graphopt.analysis.hints import at_hint, hint
 from graphopt.graph import Graph, operator_name, value_of
 
 aten = torch.ops.aten
@@ -83,11 +84,11 @@ def cost(graph: Graph) -> Costs:
 def tensor_bytes(value: object) -> int:
     """Bytes of all distinct elements in a (possibly nested) value; broadcast ones count once.
 
-    A size that depends on data counts as 1.
+    A symbolic size counts as in the captured call, one that depends on data as 1.
     """
     if isinstance(value, torch.Tensor):
-        sizes = zip(value.shape, _strides(value), strict=True)
-        known = (n for n, s in sizes if type(n) is int and (type(s) is not int or s != 0))
+        sizes = [(hint(n), s) for n, s in zip(value.shape, _strides(value), strict=True)]
+        known = (n for n, s in sizes if n is not None and (type(s) is not int or s != 0))
         return math.prod(known) * value.element_size()
     if isinstance(value, tuple | list):
         return sum(tensor_bytes(item) for item in value)
@@ -129,7 +130,8 @@ def _cost(node: fx.Node) -> Cost:
 
 
 def _flops(packet: Any, operands: Call, value: object) -> int:
-    args, kwargs = operands
+    args, kwargs = at_hint(operands)
+    value = at_hint(value)
     if packet in _DOT_PRODUCTS:
         shape: torch.Size = args[0].shape
         return 2 * math.prod(n for n in shape if type(n) is int)

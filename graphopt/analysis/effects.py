@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ops.numbers import number_function
+
 _KNOWN_NAMESPACES = frozenset({"aten", "prims"})
 _FROZEN = "graphopt::frozen"
 # Functional operators whose only purpose is a check.
@@ -58,7 +60,8 @@ def writes(node: fx.Node) -> bool:
 @cache
 def _effect(target: Callable[..., Any]) -> Effect:
     if not isinstance(target, torch._ops.OpOverload):
-        return Effect.PURE if target is operator.getitem else Effect.OPAQUE
+        pure = target is operator.getitem or number_function(target)
+        return Effect.PURE if pure else Effect.OPAQUE
     schema = target._schema
     if schema.is_mutable:
         return Effect.VISIBLE

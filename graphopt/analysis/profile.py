@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.hints import empty_at_hint, hint
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 
 
 def profile_graph(
-    graph: Graph, inputs: Sequence[Tensor] | None = None, rounds: int = 3
+    graph: Graph, inputs: Sequence[Tensor | int] | None = None, rounds: int = 3
 ) -> dict[fx.Node, float]:
     """Median seconds of every operator of `graph`, each run on its own, one after the other.
 
@@ -24,8 +25,9 @@ def profile_graph(
 
     Args:
         graph: the step; its operators run on the devices of their fake values.
-        inputs: one real tensor per input; by default random floats, and zeros for whole numbers,
-            which are valid as positions everywhere. They are copied, since the step may write.
+        inputs: one real tensor per input, or a number for a size; by default random floats, and
+            zeros for whole numbers, which are valid as positions everywhere. They are copied, since
+            the step may write.
         rounds: how many runs the median is over.
 
     Raises:
@@ -36,7 +38,7 @@ def profile_graph(
 
 def profile_in_turn(
     graphs: Sequence[Graph],
-    inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor | int] | None = None,
     rounds: int = 3,
     of_rounds: Callable[[Sequence[float]], float] = statistics.median,
 ) -> list[dict[fx.Node, float]]:
@@ -65,7 +67,7 @@ def profile_in_turn(
         for _ in range(rounds + 1):
             for graph, mine in zip(graphs, runs, strict=True):
                 stopwatch = _Stopwatch(graph.module)
-                stopwatch.run(*(tensor.clone() for tensor in inputs))
+                stopwatch.run(*map(_copy, inputs))
                 mine.append(stopwatch.seconds)
     return [
         {node: of_rounds([run[node] for run in mine[1:]]) for node in graph.operators}
@@ -100,15 +102,20 @@ def _on_gpu(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in flat)
 
 
-def _random(node: fx.Node) -> Tensor:
+def _copy(value: Tensor | int) -> Tensor | int:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _random(node: fx.Node) -> Tensor | int:
     fake = value_of(node)
+    if (size := hint(fake) if isinstance(fake, torch.SymInt) else None) is not None:
+        return size
     if not isinstance(fake, Tensor):
         raise ArgumentError("an input is not a tensor", where=node.name)
-    shape, stride = tuple(fake.shape), tuple(fake.stride())
-    real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
+    real = empty_at_hint(fake)
     if not (fake.dtype.is_floating_point or fake.dtype.is_complex):
         return real.zero_()
     # A fresh generator, so that two calls time the same numbers.
     generator = torch.Generator().manual_seed(0)
     # Not negative, since a buffer may be a variance.
-    return real.copy_(torch.rand(shape, generator=generator) + 0.5)
+    return real.copy_(torch.rand(real.shape, generator=generator) + 0.5)

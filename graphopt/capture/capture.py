@@ -18,7 +18,7 @@ from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
-from graphopt.capture.sizes import NONE, Size, Varying
+from graphopt.capture.sizes import NONE, Size, Dimensions
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
@@ -67,7 +67,7 @@ def capture(
     *,
     forward: Callable[..., object] | None = None,
     numbers: Iterable[str] = (),
-    varying: Varying = NONE,
+    dimensions: Dimensions = NONE,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -78,7 +78,7 @@ def capture(
         forward: the unbound ``forward`` to capture; by default the one of the model's class.
         numbers: those that shall be inputs of the graph, by where Dynamo finds them
             (``L['self'].steps``); all others are constants.
-        varying: sizes that shall be symbols of the graph; all others are constants.
+        dimensions: sizes that shall be symbols of the graph; all others are constants.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -99,7 +99,7 @@ def capture(
             hint="call the model once outside of the checkpoint before",
         )
     with tracing_alone(), _drawing_nothing() as drawn, checkpoints.without_hooks():
-        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers, varying)
+        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers, dimensions)
         if drawn() or flat.changes_objects:
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
         if checkpointed and (drawn() or flat.changes_objects):

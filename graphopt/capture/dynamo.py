@@ -56,7 +56,7 @@ def by_dynamo(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     numbers: Iterable[str] = (),
-    varying: sizes.Varying = sizes.NONE,
+    dimensions: sizes.Dimensions = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
 
@@ -66,7 +66,7 @@ def by_dynamo(
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         numbers: those that shall be inputs of the graph.
-        varying: sizes that shall be symbols of the graph.
+        dimensions: sizes that shall be symbols of the graph.
 
     Raises:
         CaptureError: it refuses, naming the user's source line.
@@ -74,7 +74,7 @@ def by_dynamo(
     bound = types.MethodType(forward, model)
     scope = getattr(forward, "__globals__", {})
     before = set(scope)
-    given, wanted = varying.stand_ins(args, kwargs)
+    given, wanted = dimensions.stand_ins(args, kwargs)
     guard = Guard(forward)
     with (
         _dynamo_settings(),

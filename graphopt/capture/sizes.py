@@ -57,21 +57,21 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Varying:
+class Dimensions:
     """Which sizes of a call shall be symbols.
 
     Attributes:
-        dimensions: names by the identity of a tensor of the call.
+        names: by the identity of a tensor of the call.
     """
 
-    dimensions: Mapping[int, Names] = field(default_factory=dict)
+    names: Mapping[int, Names] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.dimensions)
+        return bool(self.names)
 
     def stand_ins(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Varying]:
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Dimensions]:
         """Arguments for Dynamo, and the same dimensions of their tensors.
 
         A view is a tensor of its own there: else the size of the tensor that it is of would be
@@ -80,7 +80,7 @@ class Varying:
         made: dict[int, Tensor] = {}
 
         def own(value: object) -> object:
-            if not isinstance(value, Tensor) or id(value) not in self.dimensions:
+            if not isinstance(value, Tensor) or id(value) not in self.names:
                 return value
             if value.requires_grad or not value._is_view() or value.layout is not torch.strided:
                 return value
@@ -93,26 +93,26 @@ class Varying:
         if not self:
             return (args, kwargs), self
         given = pytree.tree_map(own, (args, kwargs))
-        copies = {id(copy): self.dimensions[number] for number, copy in made.items()}
-        return given, Varying({**self.dimensions, **copies})
+        copies = {id(copy): self.names[number] for number, copy in made.items()}
+        return given, Dimensions({**self.names, **copies})
 
 
-NONE = Varying()
+NONE = Dimensions()
 
 
 @contextmanager
-def as_symbols(varying: Varying) -> Iterator[dict[str, Names]]:
+def as_symbols(dimensions: Dimensions) -> Iterator[dict[str, Names]]:
     """Let Dynamo make symbols of these sizes, and constants of all others.
 
     Yields the names by where Dynamo finds their tensors (``L['ids']``).
     """
     found: dict[str, Names] = {}
-    if not varying:
+    if not dimensions:
         yield found
         return
 
     def record(tx: Any, name: str, tensor: Tensor) -> pgo.FrameStateSizeEntry:
-        names = varying.dimensions.get(id(tensor), {})
+        names = dimensions.names.get(id(tensor), {})
         if names:
             found[name] = names
         shape = tuple(

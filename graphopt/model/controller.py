@@ -15,8 +15,11 @@ from torch import nn
 
 from graphopt.capture import is_uninitialised
 from graphopt.capture.checkpoints import within_checkpoint
+from graphopt.capture.flat import first_line
 from graphopt.capture.lock import is_tracing, one_at_a_time
+from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import GraphoptError, RankError
+from graphopt.model.dimensions import Seen
 from graphopt.model.kinds import Kind, PlainKinds, kind_of
 from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
@@ -32,6 +35,8 @@ log = logging.getLogger("graphopt")
 
 # How many specialisations one model keeps; the least recently used one goes first.
 MAX_SPECIALISATIONS = 8
+
+_NO_NUMBERS: frozenset[str] = frozenset()
 
 # Where the controller lies in the model's own dictionary.
 KEY = "_graphopt"
@@ -67,6 +72,7 @@ class Controller:
         self.trained = False
         self.kinds = PlainKinds()
         self.varying = Varying()
+        self.seen = Seen(compiler.dynamic)
         self.notes: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
@@ -78,6 +84,8 @@ class Controller:
         """Run the variant whose conditions hold; make one where none does."""
         if self.session.before_call is not None:
             self.session.before_call()
+        if self.seen.declared.limited:
+            self.seen.declared.check(model, args, kwargs)
         for variant in self.variants:
             if variant.holds(model, *args, **kwargs):
                 if variant is not self.variants[0]:
@@ -124,7 +132,9 @@ class Controller:
         with one_at_a_time():
             reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
             causes = self._causes(model, args, kwargs)
+            self.seen.look(model, args, kwargs)
             variant = self._compile(model, args, kwargs, causes)
+            self.seen.captured(model, args, kwargs)
             self.made += 1
             with self._lock:
                 self.variants = (variant, *self.variants[: MAX_SPECIALISATIONS - 1])
@@ -148,12 +158,40 @@ class Controller:
         kwargs: Mapping[str, Any],
         causes: Sequence[Cause],
     ) -> Variant:
-        """With the numbers that change as inputs of the graph, where that can be done."""
-        make = self.compiler.compile
+        """With what changes as inputs of the graph, where that can be done."""
         tried = self.varying.to_try(causes)
+        dimensions = self.seen.symbols(model, args, kwargs)
+        constant = self.compiler.constant_sizes() if dimensions else ""
+        attempts = dict.fromkeys((tried, _NO_NUMBERS)) if dimensions and not constant else ()
+        for numbers in attempts:
+            try:
+                variant = self._make(model, args, kwargs, numbers, dimensions)
+            except RankError:
+                raise
+            except Exception as error:  # whatever it is, a static graph may do without
+                log.info("sizes cannot be symbols of the graph: %s", error)
+                constant = getattr(error, "message", "") or first_line(error)
+                continue
+            if tried:
+                self.varying.learn(tried, works=numbers == tried)
+            self.seen.made(variant.entry.sizes)
+            return variant
+        variant = self._compile_static(model, args, kwargs, tried)
+        if dimensions:
+            self.seen.refused(model, args, kwargs, constant)
+        return variant
+
+    def _compile_static(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tried: frozenset[str],
+    ) -> Variant:
+        """With these numbers as inputs of the graph, where that can be done; sizes are fixed."""
         if tried:
             try:
-                variant = make(model, self.plain, args, kwargs, self.session, tried)
+                variant = self._make(model, args, kwargs, tried)
             except RankError:
                 raise
             except GraphoptError as error:
@@ -162,7 +200,18 @@ class Controller:
             else:
                 self.varying.learn(tried, works=True)
                 return variant
-        return make(model, self.plain, args, kwargs, self.session)
+        return self._make(model, args, kwargs)
+
+    def _make(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        numbers: frozenset[str] = _NO_NUMBERS,
+        sizes: Dimensions = NONE,
+    ) -> Variant:
+        compile = self.compiler.compile
+        return compile(model, self.plain, args, kwargs, self.session, numbers, sizes)
 
     def _causes(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -221,7 +270,12 @@ class Controller:
         return replace(
             report,
             specialisations=tuple(v.entry for v in reversed(self.variants)),
-            notes=report.notes + self.session.notes() + self.notes,
+            notes=(
+                *report.notes,
+                *self.session.notes(),
+                *self.notes,
+                *self.seen.notes.values(),
+            ),
             plain=self.kinds.entries(),
         )
 

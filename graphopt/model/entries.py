@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graphopt.capture.sizes import Size
 from graphopt.pipeline.step import PassStep
 from graphopt.plan import Plan
 
@@ -63,6 +64,7 @@ class Specialisation:
         verification: how it was compared with eager.
         plan: what the runtime obeys.
         notes: what else the user should know.
+        sizes: those that vary, with the range that its graph holds for.
     """
 
     signature: str
@@ -74,6 +76,7 @@ class Specialisation:
     verification: Verification
     plan: Plan
     notes: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from graphopt.analysis.parameter_roles import ParameterRole
+from graphopt.capture.sizes import NONE, Dimensions
+from graphopt.model.dimensions import Declared
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
 
@@ -48,9 +50,11 @@ class Specialiser(ABC):
     Attributes:
         fallback: what happens to calls that cannot be captured.
         on_mismatch: what happens to calls whose graph computes something else than eager.
+        dynamic: which sizes of calls vary.
     """
 
     fallback: Fallback | None = None
+    dynamic: Declared = Declared()
     on_mismatch: OnMismatch = "raise"
 
     @abstractmethod
@@ -62,8 +66,13 @@ class Specialiser(ABC):
         kwargs: Mapping[str, Any],
         session: Session,
         numbers: frozenset[str] = frozenset(),
+        dimensions: Dimensions = NONE,
     ) -> Variant:
-        """The variant for one call, with these numbers as inputs of the graph."""
+        """The variant for one call, with these numbers and sizes as inputs of the graph."""
+
+    @abstractmethod
+    def constant_sizes(self) -> str:
+        """Why sizes cannot be inputs of graphs; empty if they can."""
 
     @abstractmethod
     def report(self, model: str) -> Report:

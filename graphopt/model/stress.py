@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.effects import writes
+from graphopt.analysis.hints import hint, hints, is_known
 from graphopt.graph import Graph
 from graphopt.model.comparison import same
 from graphopt.model.trial import Trial, cotangent
@@ -174,9 +175,7 @@ def _alike(left: Any, right: Any) -> bool:
 def _of_unknown_size(graph: Graph) -> bool:
     """Whether an input or tangent has a size that depends on data."""
     values = [node.meta["val"] for node in graph.inputs]
-    return any(
-        not isinstance(v, Tensor) or any(type(size) is not int for size in v.shape) for v in values
-    )
+    return any(not is_known(v) if isinstance(v, Tensor) else hint(v) is None for v in values)
 
 
 def _sends(graph: Graph) -> bool:
@@ -200,7 +199,9 @@ def _values(
     for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
         if slot.role is Role.TANGENT:
             fake = node.meta["val"]
-            real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cpu")
+            shape, stride = hints(fake.shape), hints(fake.stride())
+            assert shape is not None and stride is not None
+            real = torch.empty_strided(shape, stride, dtype=fake.dtype, device="cpu")
             values.append(real.copy_(cotangent(real, generator)).to(fake.device))
             continue
         if slot.role is Role.STATE:
@@ -223,8 +224,9 @@ class _Watched(fx.Interpreter):
         result = super().run_node(n)
         recorded = n.meta.get("val")
         if isinstance(recorded, Tensor) and isinstance(result, Tensor) and not self.untrue:
-            known = all(type(size) is int for size in recorded.shape)
-            alike = recorded.shape == result.shape and recorded.dtype == result.dtype
+            shape = hints(recorded.shape)
+            alike = shape == tuple(result.shape) and recorded.dtype == result.dtype
+            known = shape is not None
             self.untrue = f"the recorded form of node {n.name!r}" if known and not alike else ""
         return result
 
@@ -273,7 +275,9 @@ def _run(
     written = _written(graph)
     if kind is not _Watched:
         values = [tree_map_only(Tensor, _widened, value) for value in values]
-    given = [v.clone() if i in written else v for i, v in enumerate(values)]
+    given = [
+        v.clone() if i in written and isinstance(v, Tensor) else v for i, v in enumerate(values)
+    ]
     watched = kind(graph.module, graph=graph.fx)
     with torch.no_grad(), torch._C._DisableAutocast(), trial.same_random_numbers():
         results: Any = watched.run(*given)
