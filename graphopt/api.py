@@ -271,8 +271,9 @@ class Compiler(Specialiser):
         static = [pass_.name for pass_ in self.pipeline.passes if not pass_.symbolic]
         if static:
             return f"the pass {static[0]!r} takes graphs of fixed sizes only"
-        if self.backend != "eager":
-            return f"backend={self.backend!r} takes graphs of fixed sizes only"
+        for name in ("eager", "inductor") if self.backend == "auto" else (self.backend,):
+            if not getattr(registry.get(name, registry.BACKENDS), "symbolic", False):
+                return f"the backend {name!r} takes graphs of fixed sizes only"
         return ""
 
     def _mismatched(self, error: MismatchError) -> Verification:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
+from graphopt.analysis.fakes import keeping_symbols
 from graphopt.graph import KEPT_META, Graph, value_of
 
 
@@ -21,7 +22,8 @@ def emit(graph: Graph, target: OpOverload, *args: Any, like: fx.Node, **kwargs: 
     )
     node.meta = {key: like.meta[key] for key in KEPT_META if key in like.meta}
     values = fx.map_arg((args, kwargs), value_of)
-    node.meta["val"] = target(*values[0], **values[1])
+    with keeping_symbols(map(value_of, node.all_input_nodes)):
+        node.meta["val"] = target(*values[0], **values[1])
     return node
 
 

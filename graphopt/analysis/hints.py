@@ -56,8 +56,9 @@ def at_hint(values: Any) -> Any:
     return tree_map(one, values)
 
 
-def empty_at_hint(fake: Tensor) -> Tensor:
-    """A real tensor in the form of a fake one, on its device, whose values are anything."""
+def empty_at_hint(fake: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A real tensor in the form of a fake one, by default on its device; values are anything."""
     shape, stride = hints(fake.shape), hints(fake.stride())
-    assert shape is not None and stride is not None
-    return torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
+    assert shape is not None, fake.shape
+    assert stride is not None, fake.stride()
+    return torch.empty_strided(shape, stride, dtype=fake.dtype, device=device or fake.device)

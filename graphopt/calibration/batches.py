@@ -204,8 +204,9 @@ def _assembled(captured: Capture, run: Recorded, inputs: Sequence[Tensor]) -> li
     outputs = dict(run.outputs)
     for alias in captured.aliases:
         base = inputs[alias.input]
-        if alias.offset >= 0:
-            base = base.as_strided(alias.size, alias.stride, alias.offset)
+        if alias.is_view:
+            size, stride, offset = alias.geometry(inputs)
+            base = base.as_strided(size, stride, base.storage_offset() + offset)
         outputs[alias.output] = base.detach() if alias.detached else base
     return [outputs[i] for i in sorted(outputs)]
 

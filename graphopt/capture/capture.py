@@ -18,7 +18,7 @@ from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
-from graphopt.capture.sizes import NONE, Size, Dimensions
+from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role

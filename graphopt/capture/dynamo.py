@@ -20,6 +20,7 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._guards import CompileContext, TracingContext, compile_context
 from torch.utils._device import DeviceContext
 
+from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.capture import checkpoints, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
@@ -78,6 +79,7 @@ def by_dynamo(
     guard = Guard(forward)
     with (
         _dynamo_settings(),
+        symbolic_kernels() if wanted else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
         scalars.as_inputs(numbers),
         checkpoints.noting_changes() as changes,

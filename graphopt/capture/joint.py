@@ -20,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import tracing
 
+from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.capture import writes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checkpoints import refuse_repeated_writes
@@ -28,7 +29,7 @@ from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
-from graphopt.capture.sizes import tangents_like_outputs
+from graphopt.capture.sizes import in_terms_of, tangents_like_outputs
 from graphopt.errors import CaptureError
 from graphopt.graph import KEPT_META, Graph, Level
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
@@ -73,12 +74,14 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
 
 def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphModule, Any]:
     with (
+        # Around the stack, on which AOTAutograd leaves modes that are restored in order.
+        symbolic_kernels() if flat.symbolic else contextlib.nullcontext(),
         contextlib.ExitStack() as stack,
         tracing(flat.context),
         fx.traceback.preserve_node_meta(),
         # As in eager, a backward runs outside of autocast; forward has its casts in the graph.
         torch._functorch.config.patch(functionalize_rng_ops=False, backward_pass_autocast="off"),
-        eager_resampling(),
+        eager_resampling(symbolic=flat.symbolic),
         eager_dropout(),
         checks_without_order(),
         cumulative_averages(),
@@ -153,6 +156,8 @@ def _refuse_unsupported(metadata: Any, flat: FlatForward) -> None:
 
 def _aliases(joint: fx.GraphModule, metadata: Any) -> tuple[OutputAlias, ...]:
     nodes = _by_position(joint)
+    inputs = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
+    written = in_terms_of(inputs)
     aliases = []
     for position, info in enumerate(metadata.output_info):
         kind = info.output_type.name
@@ -160,9 +165,12 @@ def _aliases(joint: fx.GraphModule, metadata: Any) -> tuple[OutputAlias, ...]:
             aliases.append(OutputAlias(position, info.base_idx))
         elif kind == "alias_of_input":
             value = nodes[position].meta["val"]
-            view = (tuple(value.shape), tuple(value.stride()), int(value.storage_offset()))
+            # The input of another call may begin elsewhere in its own memory.
+            begin = value.storage_offset() - inputs[info.base_idx].storage_offset()
+            numbers = (value.shape, value.stride(), (begin,))
+            size, stride, (offset,) = (tuple(written(n) for n in part) for part in numbers)
             detached = metadata.input_info[info.base_idx].requires_grad and not info.requires_grad
-            aliases.append(OutputAlias(position, info.base_idx, *view, detached))
+            aliases.append(OutputAlias(position, info.base_idx, size, stride, offset, detached))
     return tuple(aliases)
 
 

@@ -218,11 +218,14 @@ _RESAMPLING = (
 
 
 @contextmanager
-def eager_resampling() -> Iterator[None]:
+def eager_resampling(*, symbolic: bool = False) -> Iterator[None]:
     """Keep upsampling as the operators that eager runs.
 
     Tracing prefers Python decompositions of these composite operators. They are written for code
     generators and round differently.
+
+    Args:
+        symbolic: whether sizes may be symbols, of which eager's composite would make numbers.
     """
     keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
     operators = [
@@ -236,11 +239,36 @@ def eager_resampling() -> Iterator[None]:
     try:
         for operator in operators:
             operator._dispatch_cache.clear()
-        yield
+        with ExitStack() as stack:
+            for operator in operators if symbolic else ():
+                if operator._overloadname == "vec":
+                    stack.enter_context(python_kernel(operator, _resampling(operator)))
+            yield
     finally:
         for operator, key, kernel in kernels:
             operator.py_kernels[key] = kernel
             operator._dispatch_cache.clear()
+
+
+def _resampling(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The composite that takes sizes or scales, as a call of the operator that takes both."""
+    target = operator.overloadpacket.default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        source, sizes = given["input"], given.get("output_size")
+        scales = given.get("scale_factors") or [None] * (source.dim() - 2)
+        if sizes is None:
+            sizes = [_scaled(n, s) for n, s in zip(source.shape[2:], scales, strict=True)]
+        corners = [given["align_corners"]] if "align_corners" in names else []
+        return target(source, sizes, *corners, *scales)
+
+    return kernel
+
+
+def _scaled(size: Any, scale: float) -> Any:
+    return size * int(scale) if scale == int(scale) else torch.sym_int(size * scale)
 
 
 # A check returns nothing, and must stay where nobody uses it.

@@ -7,12 +7,13 @@ a symbol becomes a guard. The sizes 0 and 1 are never symbols, since broadcastin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 import torch._dynamo
 from torch import Tensor, fx
@@ -23,6 +24,9 @@ from torch._functorch._aot_autograd.schemas import MemoryFormatMeta
 from torch.fx.experimental import _config
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+
+from graphopt.errors import CaptureError
 
 Names = Mapping[int, str]
 """What dimensions of one tensor are called."""
@@ -168,6 +172,32 @@ def _source(node: fx.Node) -> TensorPropertySource | None:
 def is_size(node: fx.Node) -> bool:
     """Whether an input of a torch-level graph is a size (or stride) of a tensor."""
     return _source(node) is not None
+
+
+def in_terms_of(inputs: Sequence[Any]) -> Callable[[Any], int | str]:
+    """What writes sizes of one graph as numbers, or as expressions of its inputs (``"8*n2"``).
+
+    Raises:
+        CaptureError: from what it returns, for a size that the inputs do not tell.
+    """
+    known: dict[Any, Any] = {}
+    for position, value in enumerate(inputs):
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            symbol = sympy.Symbol(f"n{position}", integer=True, positive=True)
+            known.setdefault(value.node.expr, symbol)
+
+    def written(size: Any) -> int | str:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        if not size.node.expr.free_symbols <= known.keys():
+            raise CaptureError(
+                "forward returns a view of an input whose size depends on data",
+                hint="return a clone of it",
+            )
+        expression = size.node.expr.xreplace(known)
+        return int(expression) if expression.is_number else PythonPrinter().doprint(expression)
+
+    return written
 
 
 def name_of(node: fx.Node, found: Mapping[str, Names]) -> str:

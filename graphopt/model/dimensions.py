@@ -1,4 +1,4 @@
-"""Dimensions of a model's arguments whose sizes vary: what the user says of them, and what was seen.
+"""Dimensions of arguments whose sizes vary: what the user says of them, and what was seen.
 
 A dimension is written as users see it: ``"ids.1"`` is the second one of the argument ``ids``, and
 ``"batch.mask.0"`` the first one of the tensor ``mask`` in the argument ``batch``.
@@ -167,6 +167,7 @@ class Seen:
         self.notes: dict[str, str] = {}
         self._declared: set[str] = set()
         self._varied: set[tuple[str, int]] = set()
+        self._pending: set[tuple[str, int]] = set()
         self._fixed: set[tuple[str, int]] = set()
         self._refused: set[Hashable] = set()
         self._calls: list[tuple[Hashable, Shapes]] = []
@@ -186,14 +187,12 @@ class Seen:
             if earlier == mode and (found := _differing(before, shapes))
         ]
         nearest = min(differences, key=len, default=frozenset())
-        if self.declared.automatic:
-            self._varied |= nearest
+        self._pending = set(nearest) if self.declared.automatic else set()
         return frozenset(f"{path}.{number}" for path, number in nearest)
 
-    def captured(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Note that a call was captured."""
+    def captured(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note that a call was captured: it was no mistake, and what differs in it varies."""
+        self._varied |= self._pending
         self._calls.append((kind_of(model, args, kwargs).mode, _shapes(model, args, kwargs)))
         del self._calls[:-_REMEMBERED]
 
@@ -209,7 +208,7 @@ class Seen:
                 said = self._said(path, tensor, number)
                 if said:
                     self._declared.add(f"{path}.{number}")
-                wanted = said or (path, number) in self._varied
+                wanted = said or (path, number) in self._varied | self._pending
                 if wanted and (path, number) not in self._fixed and tensor.shape[number] > 1:
                     names.setdefault(id(tensor), {})[number] = f"{path}.{number}"
         return Dimensions(names) if names else NONE

@@ -54,7 +54,7 @@ class Specialiser(ABC):
     """
 
     fallback: Fallback | None = None
-    dynamic: Declared = Declared()
+    dynamic: Declared = field(default_factory=Declared)
     on_mismatch: OnMismatch = "raise"
 
     @abstractmethod

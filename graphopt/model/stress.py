@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.effects import writes
-from graphopt.analysis.hints import hint, hints, is_known
+from graphopt.analysis.hints import empty_at_hint, hint, hints, is_known
 from graphopt.graph import Graph
 from graphopt.model.comparison import same
 from graphopt.model.trial import Trial, cotangent
@@ -199,9 +199,7 @@ def _values(
     for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
         if slot.role is Role.TANGENT:
             fake = node.meta["val"]
-            shape, stride = hints(fake.shape), hints(fake.stride())
-            assert shape is not None and stride is not None
-            real = torch.empty_strided(shape, stride, dtype=fake.dtype, device="cpu")
+            real = empty_at_hint(fake, "cpu")
             values.append(real.copy_(cotangent(real, generator)).to(fake.device))
             continue
         if slot.role is Role.STATE:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from types import CodeType
+from typing import Any
 
 
 class Role(StrEnum):
@@ -110,14 +115,39 @@ class OutputAlias:
     Attributes:
         output: position among the model's outputs.
         input: position among the graph's inputs.
-        size, stride, offset: geometry of the view; empty `size` and ``offset == -1`` for the input
-            itself.
+        size, stride, offset: geometry of the view, where the offset counts from the beginning of the
+            input; empty `size` and ``offset == -1`` for the input itself. A text is an expression of inputs that are sizes, by position (``"8*n2"``).
         detached: whether no gradient flows from it into the input.
     """
 
     output: int
     input: int
-    size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    offset: int = -1
+    size: tuple[int | str, ...] = ()
+    stride: tuple[int | str, ...] = ()
+    offset: int | str = -1
     detached: bool = False
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is another tensor than the input."""
+        return self.offset != -1
+
+    def geometry(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], int]:
+        """Size, stride and offset of the view in a call with these inputs of the graph."""
+        size, stride = ([_number(n, inputs) for n in part] for part in (self.size, self.stride))
+        return size, stride, _number(self.offset, inputs)
+
+
+_POSITION = re.compile(r"\bn(\d+)\b")
+
+
+@cache
+def _compiled(text: str) -> tuple[CodeType, tuple[int, ...]]:
+    return compile(text, "<a size>", "eval"), tuple(map(int, _POSITION.findall(text)))
+
+
+def _number(value: int | str, inputs: Sequence[Any]) -> int:
+    if not isinstance(value, str):
+        return value
+    code, positions = _compiled(value)
+    return int(eval(code, {"max": max, "min": min}, {f"n{i}": inputs[i] for i in positions}))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
+from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.errors import TextError
 from graphopt.graph import Graph, Level
-from graphopt.plan import Phase, Signature
+from graphopt.plan import Phase, Role, Signature
 from graphopt.text.elements import elements_of, restored
 from graphopt.text.lift import type_of
+from graphopt.text.made_sizes import Made
 from graphopt.text.names import operator_hint, operator_of
+from graphopt.text.sizes import Symbol
 from graphopt.text.source import Source
 from graphopt.text.syntax import (
     NONE,
@@ -30,6 +33,7 @@ from graphopt.text.syntax import (
     OpName,
     Program,
     Ref,
+    SizeType,
     Statement,
     SubGraph,
     TensorType,
@@ -40,7 +44,7 @@ from graphopt.text.writer import write_type
 
 def build_graph(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
     """The graph that a program means; errors point into `source`, the text it was read from."""
-    builder = _Builder(source, constants)
+    builder = _Builder(source, constants, program.symbols)
     frame = _Frame("")
     with _quiet():
         for statement in program.statements:
@@ -87,13 +91,17 @@ class _Frame:
 
 
 class _Builder:
-    def __init__(self, source: Source, constants: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, source: Source, constants: Mapping[str, Tensor], symbols: Sequence[Symbol]
+    ) -> None:
         self._source = source
         self._constants = constants
         # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
         self._fake = FakeTensorMode(
-            shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
+            shape_env=ShapeEnv(), static_shapes=not symbols, allow_non_fake_inputs=True
         )
+        self._sizes = Made(self._fake.shape_env, symbols)
+        self._kernels = symbolic_kernels if symbols else nullcontext
 
     def add(self, statement: Statement, frame: _Frame) -> None:
         """Append one line to a graph."""
@@ -108,7 +116,7 @@ class _Builder:
             if isinstance(what, Constant):
                 value = self._constant(statement, what, frame)
                 frame.attributes[what.target] = value
-                node.meta["val"] = self._fake.from_tensor(value)
+                node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
             elif what.body:
                 frame.attributes[what.target] = self._sub_graph(what, what.body, frame)
         if not isinstance(what, SubGraph):
@@ -116,17 +124,23 @@ class _Builder:
         frame.nodes[statement.name] = node
         _annotate(node, statement)
 
-    def _input(self, statement: Statement) -> Tensor:
-        type_ = statement.type
+    def _input(self, statement: Statement) -> Tensor | torch.SymInt | int:
+        type_, what = statement.type, statement.what
+        slot = what.slot if isinstance(what, Input) else None
+        if isinstance(type_, SizeType) and (slot is None or slot.role is Role.SIZE):
+            return self._sizes.number(type_.value)
+        if slot is not None and slot.role is Role.SIZE:
+            raise self._source.error(
+                statement.type_place, "a size must be a number", "write its symbol, as : int s0"
+            )
         if not isinstance(type_, TensorType):
             raise self._source.error(
                 statement.type_place, "an input must be a tensor", "write its type, as : f32[2,3]"
             )
+        shape, stride = self._sizes.numbers(type_.shape), self._sizes.numbers(type_.stride)
         try:
             with self._fake:
-                return torch.empty_strided(
-                    type_.shape, type_.stride, dtype=type_.dtype, device=type_.device
-                )
+                return torch.empty_strided(shape, stride, dtype=type_.dtype, device=type_.device)
         except (RuntimeError, TypeError) as error:
             raise self._source.error(
                 statement.type_place, f"torch cannot make such a tensor: {_first_line(error)}"
@@ -174,8 +188,9 @@ class _Builder:
         kwargs = {key: frame.argument(arg) for key, arg in what.kwargs.items()}
         node = frame.graph.create_node("call_function", target, args, kwargs, statement.name)
         try:
-            with self._fake, torch.no_grad():
-                node.meta["val"] = _restride(_run(target, node, frame.value), statement.type)
+            with self._fake, torch.no_grad(), self._kernels():
+                value = _run(target, node, frame.value)
+                node.meta["val"] = _restride(value, statement.type, self._sizes)
         except Exception as error:
             # Whatever a fake kernel raises, it means: not with these arguments.
             raise self._source.error(
@@ -185,9 +200,11 @@ class _Builder:
 
     def _check(self, statement: Statement, value: object) -> None:
         try:
-            actual = type_of(value, statement.name)
+            actual = type_of(value, statement.name, self._sizes.symbols)
         except TextError as error:
             raise self._source.error(statement.place, error.message) from error
+        if isinstance(statement.type, SizeType) and type(value) is int:
+            actual = SizeType(value)  # a symbol for which there is one number left
         if actual != statement.type:
             written = "nothing" if statement.type == NONE else write_type(statement.type)
             raise self._source.error(
@@ -216,21 +233,26 @@ def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], A
     return target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
 
-def _restride(value: Any, type_: Type) -> Any:
+def _restride(value: Any, type_: Type, sizes: Made) -> Any:
     """The value with the strides that are written, where the two differ in nothing that matters.
 
     The stride of a dimension of size one is arbitrary, and fake kernels differ in it between torch
     releases, and even by what else the process has imported; others look at it to choose the memory
-    format of their result.
+    format of their result. Symbolic sizes are written as the graph knows them, which may be simpler
+    than what one operator makes of its arguments.
     """
     if isinstance(value, tuple | list) and isinstance(type_, tuple) and len(value) == len(type_):
-        return type(value)(map(_restride, value, type_))
+        parts = zip(value, type_, strict=True)
+        return type(value)(_restride(part, kind, sizes) for part, kind in parts)
+    if isinstance(value, torch.SymInt) and isinstance(type_, SizeType):
+        written = sizes.number(type_.value)
+        return written if sizes.same(value, written) else value
     if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
         return value
-    if not all(type(size) is int for size in value.shape):
-        return value
-    sizes = zip(value.shape, value.stride(), type_.stride, strict=False)
-    if tuple(value.shape) != type_.shape or any(n > 1 and old != new for n, old, new in sizes):
+    if not all(type(size) is int for size in (*value.shape, *value.stride())):
+        return sizes.reshaped(value, type_)
+    pairs = zip(value.shape, value.stride(), type_.stride, strict=False)
+    if tuple(value.shape) != type_.shape or any(n > 1 and old != new for n, old, new in pairs):
         return value
     if value.stride() == type_.stride:
         return value

@@ -41,8 +41,12 @@ def _as_written(value: bool | int | float) -> bool | int | float:
 
 def restored(type_: TensorType, elements: Elements) -> Tensor:
     """The tensor that was written; raises ``ValueError`` for elements that do not fit the type."""
+    shape = tuple(size for size in type_.shape if isinstance(size, int))
+    stride = tuple(size for size in type_.stride if isinstance(size, int))
+    if len(shape) < len(type_.shape) or len(stride) < len(shape):
+        raise ValueError("a constant has no symbolic sizes")
     count = 1
-    for size in type_.shape:
+    for size in shape:
         count *= size
     if isinstance(elements, bytes):
         if len(elements) != count * type_.dtype.itemsize:
@@ -58,8 +62,8 @@ def restored(type_: TensorType, elements: Elements) -> Tensor:
             flat = torch.tensor(elements, dtype=type_.dtype)
         except (RuntimeError, OverflowError) as error:
             raise ValueError("a value does not fit this type") from error
-    result = torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype)
-    return result.copy_(flat.view(type_.shape))
+    result = torch.empty_strided(shape, stride, dtype=type_.dtype)
+    return result.copy_(flat.view(shape))
 
 
 def _python_types(dtype: torch.dtype) -> tuple[type, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 
 from graphopt.errors import TextError
 from graphopt.graph import Level
+from graphopt.text.sizes import Symbol
 from graphopt.text.source import Line, Source
 from graphopt.text.syntax import LAST_LINE, Place
 
@@ -77,3 +79,27 @@ def read_facts(line: Line) -> frozenset[str]:
     while not line.done:
         facts.add(line.string("a fact"))
     return frozenset(facts)
+
+
+def read_symbol(line: Line, known: Collection[str]) -> Symbol:
+    """A size that varies: ``symbol s0 = 9 from 2 to 512``."""
+    line.expect("symbol")
+    token = line.take("word", "the name of a symbol")
+    if not token.text.isidentifier() or token.text in known:
+        again = "is there twice" if token.text in known else "cannot name a symbol"
+        raise line.error(f"{token} {again}", at=token)
+    line.expect("=")
+    hint = _whole(line, "the size in the captured call")
+    line.expect("from")
+    least = _whole(line, "the smallest size")
+    most = _whole(line, "the largest size") if line.accept("to") else None
+    if not least <= hint or (most is not None and not hint <= most):
+        raise line.error(f"{hint} is not within its own range", at=token)
+    return Symbol(token.text, hint, least, most)
+
+
+def _whole(line: Line, what: str) -> int:
+    token = line.take("number", what)
+    if not token.text.isdecimal():
+        raise line.error(f"{what} is a whole number", at=token)
+    return int(token.text)

@@ -13,6 +13,7 @@ from graphopt.plan import Phase
 from graphopt.text.elements import inlined
 from graphopt.text.header import running_torch
 from graphopt.text.names import name_of
+from graphopt.text.sizes import Symbols
 from graphopt.text.syntax import (
     NONE,
     Body,
@@ -23,6 +24,7 @@ from graphopt.text.syntax import (
     OpName,
     Program,
     Ref,
+    SizeType,
     Statement,
     SubGraph,
     TensorType,
@@ -38,7 +40,8 @@ def lift_graph(graph: Graph, *, sources: bool = False) -> Program:
         raise TextError(
             "a forward-level graph has no text form", hint="print the joint graph derived from it"
         )
-    statements = _Lifter(graph, sources).statements(graph.module)
+    lifter = _Lifter(graph, sources)
+    statements = lifter.statements(graph.module)
     if len(graph.inputs) != len(graph.signature.inputs):
         raise TextError(
             f"the graph has {len(graph.inputs)} inputs, its signature {len(graph.signature.inputs)}"
@@ -53,13 +56,23 @@ def lift_graph(graph: Graph, *, sources: bool = False) -> Program:
         if not isinstance(node, fx.Node):
             raise TextError("an output is not a node of the graph", where=f"{slot}: {node!r}")
         outputs.append((slot, node.name))
-    return Program(graph.level.value, running_torch(), graph.facts, statements, tuple(outputs))
+    return Program(
+        graph.level.value,
+        running_torch(),
+        graph.facts,
+        statements,
+        tuple(outputs),
+        tuple(lifter.symbols.found),
+    )
 
 
 class _Lifter:
     def __init__(self, graph: Graph, sources: bool) -> None:
         self._slots = iter(graph.signature.inputs)
         self._sources = sources
+        self.symbols = Symbols()
+        for node in graph.inputs:
+            self.symbols.note(node.meta.get("val"))
         # Region numbers count up within a process; their order is all that means something.
         regions = {n.meta["ac_graph_id"] for n in graph.nodes if "ac_graph_id" in n.meta}
         self._regions = {region: rank for rank, region in enumerate(sorted(regions))}
@@ -103,7 +116,7 @@ class _Lifter:
         return Statement(
             name=node.name,
             what=what,
-            type=NONE if isinstance(what, SubGraph) else _type_of_node(node, value),
+            type=NONE if isinstance(what, SubGraph) else _type_of_node(node, value, self.symbols),
             phase=own,
             module=module_of(node),
             recompute=policy.name.lower() if policy is not None else "",
@@ -174,40 +187,46 @@ def _literal(value: Any, node: fx.Node) -> Literal:
     )
 
 
-def _type_of_node(node: fx.Node, value: object) -> Type:
+def _type_of_node(node: fx.Node, value: object, symbols: Symbols) -> Type:
     if value is None and "val" not in node.meta and not _returns_nothing(node):
         raise TextError(
             "a node without meta['val'] has no text form",
             where=node.name,
             hint="give every node that a pass makes its fake value",
         )
-    return type_of(value, node.name)
+    return type_of(value, node.name, symbols)
 
 
 def _returns_nothing(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 
-def type_of(value: object, where: str) -> Type:
-    """The type of a value; raises `TextError` for one that depends on data."""
+def type_of(value: object, where: str, symbols: Symbols | None = None) -> Type:
+    """The type of a value, in terms of symbols; raises `TextError` for one that depends on data."""
+    symbols = symbols or Symbols()
     match value:
         case Tensor():
-            return _tensor_type(value, where)
+            return _tensor_type(value, where, symbols)
         case tuple() | list():
-            return tuple(type_of(item, where) for item in value)
+            return tuple(type_of(item, where, symbols) for item in value)
         case None:
             return NONE
         case bool() | int() | float():
             return type(value).__name__
+        case torch.SymInt() if (size := symbols.expression(value)) is not None:
+            return SizeType(size)
         case torch.SymBool() | torch.SymInt() | torch.SymFloat():
             return type(value).__name__.removeprefix("Sym").lower()
     raise TextError(f"a value of type {type(value).__name__} has no text form", where=where)
 
 
-def _tensor_type(value: Tensor, where: str) -> TensorType:
+def _tensor_type(value: Tensor, where: str, symbols: Symbols) -> TensorType:
     if value.layout is not torch.strided:
         raise TextError(f"a tensor with layout {value.layout} has no text form", where=where)
-    shape, stride = tuple(value.shape), tuple(value.stride())
-    if not all(type(size) is int for size in (*shape, *stride)):
-        raise TextError("a tensor with symbolic sizes has no text form", where=where)
-    return TensorType(value.dtype, shape, stride, value.device)
+    sizes = [symbols.expression(size) for size in (*value.shape, *value.stride())]
+    known = tuple(size for size in sizes if size is not None)
+    if len(known) < len(sizes):
+        raise TextError(
+            "a tensor with symbolic sizes that no input tells has no text form", where=where
+        )
+    return TensorType(value.dtype, known[: value.dim()], known[value.dim() :], value.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -17,17 +17,29 @@ from graphopt.text.names import (
     operator_hint,
     operator_of,
 )
+from graphopt.text.sizes import Size, Symbol, read_size
 from graphopt.text.source import Line, Token
-from graphopt.text.syntax import SCALARS, Literal, OpName, Ref, TensorType, Type, default_stride
+from graphopt.text.syntax import (
+    SCALARS,
+    Literal,
+    OpName,
+    Ref,
+    SizeType,
+    TensorType,
+    Type,
+    default_stride,
+)
 
 T = TypeVar("T")
 
 
-def read_type(line: Line) -> Type:
-    """Read one type."""
+def read_type(line: Line, symbols: Mapping[str, Symbol]) -> Type:
+    """Read one type, whose sizes may use the symbols."""
     if line.accept("("):
-        return tuple(_until(line, ")", lambda: read_type(line)))
+        return tuple(_until(line, ")", lambda: read_type(line, symbols)))
     token = line.take("word", "a type")
+    if token.text == "int" and line.peek.kind in ("word", "number"):
+        return SizeType(_size(line, symbols))
     if token.text in SCALARS and line.peek.text != "[":
         return token.text
     if token.text not in DTYPES:
@@ -36,21 +48,29 @@ def read_type(line: Line) -> Type:
             f"`{token.text}` is not a type", hint or closest(token.text, DTYPES), at=token
         )
     line.expect("[")
-    shape = tuple(_until(line, "]", lambda: _size(line)))
+    shape = tuple(_until(line, "]", lambda: _size(line, symbols)))
     stride = default_stride(shape)
     brace = line.peek
     if line.accept("{"):
-        stride = tuple(_until(line, "}", lambda: _size(line)))
+        stride = tuple(_until(line, "}", lambda: _size(line, symbols)))
         if len(stride) != len(shape):
             raise line.error(f"{len(stride)} strides for {len(shape)} dimensions", at=brace)
     return TensorType(DTYPES[token.text], shape, stride, _device(line))
 
 
-def _size(line: Line) -> int:
-    token = line.take("number", "a size")
-    if not token.text.isdecimal():
-        raise line.error("sizes and strides are whole numbers, zero or more", at=token)
-    return int(token.text)
+def _size(line: Line, symbols: Mapping[str, Symbol]) -> Size:
+    token = line.peek
+    if token.kind not in ("number", "word") and token.text != "(":
+        raise line.error(f"expected a size but found {token}")
+    text = line.expression()
+    if text == token.text and token.kind == "number":
+        if not token.text.isdecimal():
+            raise line.error("sizes and strides are whole numbers, zero or more", at=token)
+        return int(token.text)
+    try:
+        return read_size(text, symbols)
+    except ValueError as error:
+        raise line.error(str(error), at=token) from error
 
 
 def _device(line: Line) -> torch.device:

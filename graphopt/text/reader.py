@@ -10,9 +10,10 @@ from torch import fx
 
 from graphopt.plan import Phase, Role, Slot
 from graphopt.text.fields import read_module, read_recompute, read_values
-from graphopt.text.header import read_facts, read_header
+from graphopt.text.header import read_facts, read_header, read_symbol
 from graphopt.text.names import closest
 from graphopt.text.operands import defined, read_arguments, read_literal, read_type
+from graphopt.text.sizes import Symbol
 from graphopt.text.source import Line, Source
 from graphopt.text.syntax import (
     DEFAULT_FACTS,
@@ -79,6 +80,7 @@ class _Reader:
         self._lines = iter(source)
         self._level, self._release = read_header(source, next(self._lines, None))
         self._facts = DEFAULT_FACTS
+        self._symbols: dict[str, Symbol] = {}
         self._slots: dict[tuple[Role, str], int] = {}
         self._statements: list[Statement] = []
         self._outputs: list[tuple[Slot, str]] = []
@@ -94,8 +96,11 @@ class _Reader:
                 line.next()
                 line.finish()
                 break
-            if word == "facts" and section == "start":
+            if word == "facts" and section == "start" and not self._symbols:
                 section, self._facts = "facts", read_facts(line)
+            elif word == "symbol" and section in ("start", "facts"):
+                symbol = read_symbol(line, self._symbols)
+                self._symbols[symbol.name] = symbol
             elif word in (Phase.FORWARD, Phase.BACKWARD):
                 section, phase = self._section(line, section)
             elif section == "outputs":
@@ -113,6 +118,7 @@ class _Reader:
             self._facts,
             tuple(self._statements),
             tuple(self._outputs),
+            tuple(self._symbols.values()),
         )
 
     def _section(self, line: Line, before: str) -> tuple[str, Phase]:
@@ -162,7 +168,7 @@ class _Reader:
         type_place = line.peek.place
         if line.accept(":"):
             type_place = line.peek.place
-            type_ = read_type(line)
+            type_ = read_type(line, self._symbols)
         if isinstance(what, Constant) and line.accept("="):
             what = Constant(what.target, read_values(line))
         module = read_module(line)

@@ -18,10 +18,11 @@ _TOKEN = re.compile(
     | (?P<string>  "(?:[^"\\]|\\.)*")
     | (?P<number>  -?(?: \d+\.?\d*(?:[eE][+-]?\d+)? | (?:inf|nan)\b ))
     | (?P<word>    [A-Za-z_]\w*(?:\.\w+)*(?::\d+)?)
-    | (?P<mark>    [()\[\]{},=:!])
+    | (?P<mark>    [()\[\]{},=:!+*/%-])
     """,
     re.VERBOSE,
 )
+_IN_SIZES = ("(", ")", ",", "+", "-", "*", "/", "%")
 _SHOWN = 100  # characters of a long line that an error shows
 
 
@@ -138,6 +139,16 @@ class Line:
     def names_argument(self) -> bool:
         """Whether ``name=`` comes next."""
         return self.peek.kind == "word" and self._tokens[self._next + 1].text == "="
+
+    def expression(self) -> str:
+        """Read up to what ends the expression of a size, without spaces."""
+        text, depth = "", 0
+        while self.peek.kind in ("word", "number", "value") or self.peek.text in _IN_SIZES:
+            if (self.peek.text == ")" and not depth) or (self.peek.text == "," and not depth):
+                break
+            depth += {"(": 1, ")": -1}.get(self.peek.text, 0)
+            text += self.next().text
+        return text
 
     def finish(self) -> None:
         """Refuse whatever is left on the line."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.plan import INPUT_ROLES, OUTPUT_ROLES, Phase, Role, Slot
+from graphopt.text.sizes import Size, Symbol
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,20 @@ class TensorType:
     """Everything about a tensor but its values: ``f32[8,4]{1,8} cuda:0``."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
     device: torch.device
 
 
+@dataclass(frozen=True)
+class SizeType:
+    """A whole number that is known in terms of symbols: ``int 2*s0``."""
+
+    value: Size
+
+
 # A string is the type of a plain Python value; see `SCALARS`.
-Type = TensorType | str | tuple["Type", ...]
+Type = TensorType | SizeType | str | tuple["Type", ...]
 NONE = "none"
 SCALARS = (NONE, "bool", "int", "float")
 
@@ -142,6 +150,7 @@ class Program:
         facts: what is known about the graph.
         statements: inputs first.
         outputs: output slots with the name of the value that each returns.
+        symbols: sizes that vary.
     """
 
     level: str
@@ -149,6 +158,7 @@ class Program:
     facts: frozenset[str]
     statements: tuple[Statement, ...]
     outputs: tuple[tuple[Slot, str], ...]
+    symbols: tuple[Symbol, ...] = ()
 
 
 def refs(literal: Literal) -> Iterator[str]:
@@ -163,13 +173,13 @@ def refs(literal: Literal) -> Iterator[str]:
             yield from refs(item)
 
 
-def default_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+def default_stride(shape: tuple[Size, ...]) -> tuple[Size, ...]:
     """The strides that torch gives a new contiguous tensor."""
-    strides = []
-    step = 1
+    strides: list[Size] = []
+    step: Size = 1
     for size in reversed(shape):
         strides.append(step)
-        step *= max(size, 1)
+        step = step * (max(size, 1) if isinstance(size, int) else size)
     return tuple(reversed(strides))
 
 

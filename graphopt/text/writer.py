@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from graphopt.plan import Slot
 from graphopt.text.header import FORMAT_VERSION
 from graphopt.text.names import CPU, DTYPE_WORDS, word_of
+from graphopt.text.sizes import Size, Symbol, write_size
 from graphopt.text.syntax import (
     DEFAULT_FACTS,
     LAST_LINE,
@@ -21,6 +22,7 @@ from graphopt.text.syntax import (
     OpName,
     Program,
     Ref,
+    SizeType,
     Statement,
     SubGraph,
     Type,
@@ -35,6 +37,7 @@ def write_program(program: Program) -> str:
     lines = [f"gopt {FORMAT_VERSION} {program.level} torch {program.torch}"]
     if program.facts != DEFAULT_FACTS:
         lines.append(" ".join(["facts", *(json.dumps(f) for f in sorted(program.facts))]))
+    lines += map(_symbol, program.symbols)
     section = ""
     for title, line in _titled_lines(program):
         if title != section:
@@ -42,6 +45,11 @@ def write_program(program: Program) -> str:
             lines += ["", title]
         lines.append(line)
     return "\n".join([*lines, "", LAST_LINE, ""])
+
+
+def _symbol(symbol: Symbol) -> str:
+    most = "" if symbol.most is None else f" to {symbol.most}"
+    return f"symbol {symbol.name} = {symbol.hint} from {symbol.least}{most}"
 
 
 def _titled_lines(program: Program) -> Iterator[tuple[str, str]]:
@@ -121,6 +129,8 @@ def write_type(type_: Type) -> str:
     """A type as text; strides and device only where they are not the usual ones."""
     if isinstance(type_, str):
         return type_
+    if isinstance(type_, SizeType):
+        return f"int {write_size(type_.value)}"
     if isinstance(type_, tuple):
         return _parenthesised([write_type(item) for item in type_])
     text = f"{DTYPE_WORDS[type_.dtype]}[{_integers(type_.shape)}]"
@@ -151,8 +161,8 @@ def write(value: Literal) -> str:
     return word_of(value)
 
 
-def _integers(values: tuple[int, ...]) -> str:
-    return ",".join(map(str, values))
+def _integers(values: tuple[Size, ...]) -> str:
+    return ",".join(map(write_size, values))
 
 
 def _parenthesised(items: list[str]) -> str:

@@ -13,7 +13,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.analysis.fakes import keeping_symbols
+from graphopt.analysis.hints import hint
 from graphopt.graph import value_of
 from graphopt.verify.form import Scan, Violation
 
@@ -23,7 +26,7 @@ def values_true(scan: Scan) -> Iterator[Violation]:
     mode = _fake_mode(scan)
     if mode is None:
         return
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), keeping_symbols(map(value_of, scan.placeholders)):
         for node in (*scan.attributes, *scan.calls):
             try:
                 value = _recompute(scan, node, mode)
@@ -90,14 +93,22 @@ def _tensor_difference(recorded: torch.Tensor, true: torch.Tensor) -> str:
 def _strides(tensor: torch.Tensor) -> tuple[object, ...]:
     """Strides; 1 where there is one element, whose stride means nothing and varies in practice."""
     return tuple(
-        1 if size == 1 else stride
+        1 if type(size) is int and size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
 def _same_sizes(left: tuple[object, ...], right: tuple[object, ...]) -> bool:
-    """Equal, where two symbolic sizes count as equal: each run of an operator makes new ones."""
-    return len(left) == len(right) and all(
-        isinstance(b, torch.SymInt) if isinstance(a, torch.SymInt) else a == b
-        for a, b in zip(left, right, strict=True)
-    )
+    """Equal for all sizes of inputs; sizes that depend on data count as equal.
+
+    Each run of an operator makes new ones of these.
+    """
+    return len(left) == len(right) and all(map(_same_size, left, right))
+
+
+def _same_size(left: object, right: object) -> bool:
+    if not isinstance(left, torch.SymInt) and not isinstance(right, torch.SymInt):
+        return left == right
+    if hint(left) is None or hint(right) is None:
+        return isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
+    return bool(statically_known_true(left == right))  # type: ignore[arg-type]

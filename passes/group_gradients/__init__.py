@@ -58,6 +58,7 @@ class GroupGradients(Pass):
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     reduces: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
+    symbolic: ClassVar[bool] = True
     source: ClassVar[str] = "Laanait et al., arXiv 1909.11150; optimal grouping is graphopt's own"
 
     link: str = "measure"

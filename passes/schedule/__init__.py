@@ -43,6 +43,7 @@ class Schedule(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"scheduled"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"grouped"})
     idempotent: ClassVar[bool] = False
+    symbolic: ClassVar[bool] = True
     source: ClassVar[str] = "Oh et al., EuroSys 2022; Johnson 1954 and Sidney 1979 for the order"
 
     link: str = "measure"

@@ -19,9 +19,11 @@ class Backend:
 
     Class attributes:
         name: how users ask for it.
+        symbolic: whether it takes graphs in which sizes of inputs are symbols.
     """
 
     name: ClassVar[str]
+    symbolic: ClassVar[bool] = False
 
     def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
         """An engine; the module is copied, not changed.

@@ -35,6 +35,7 @@ class Inductor(Backend):
     """Compiles both halves."""
 
     name: ClassVar[str] = "inductor"
+    symbolic: ClassVar[bool] = True
 
     def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
         """See `Backend.build`."""

@@ -59,8 +59,9 @@ class Engine:
         outputs = {position: t for (_, position), t in zip(self._outputs, computed, strict=True)}
         for alias in self.plan.aliases:
             base = inputs[alias.input]
-            if alias.offset >= 0:
-                base = base.as_strided(alias.size, alias.stride, alias.offset)
+            if alias.is_view:
+                size, stride, offset = alias.geometry(inputs)
+                base = base.as_strided(size, stride, base.storage_offset() + offset)
             outputs[alias.output] = base.detach() if alias.detached else base
         return [outputs[i] for i in sorted(outputs)]
 

@@ -1,0 +1,136 @@
+"""Symbolic sizes: expressions of symbols as text and back.
+
+Symbols are called ``s0``, ``s1``, … in the order of the graph's inputs, whatever torch calls them,
+so that a text does not depend on the process that it was written in.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
+from torch.utils._sympy.printers import PythonPrinter
+
+Size = int | sympy.Expr
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """``symbol s0 = 9 from 2 to 512``: a size that varies.
+
+    Attributes:
+        name: what expressions call it.
+        hint: the size in the captured call.
+        least: the smallest size that the graph holds for.
+        most: the largest one; ``None`` where nothing limits it.
+    """
+
+    name: str
+    hint: int
+    least: int
+    most: int | None = None
+
+    @property
+    def expression(self) -> sympy.Symbol:
+        """It, as an expression."""
+        return sympy.Symbol(self.name, integer=True, positive=True)
+
+
+def write_size(size: Size) -> str:
+    """A size as text, without spaces."""
+    if isinstance(size, int):
+        return str(size)
+    text: str = PythonPrinter().doprint(size)
+    return text.replace(" ", "")
+
+
+_OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Pow: operator.pow,
+    ast.FloorDiv: FloorDiv,
+    ast.Mod: Mod,
+}
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": Max, "min": Min}
+
+
+def read_size(text: str, symbols: Mapping[str, Symbol]) -> Size:
+    """The inverse of `write_size`.
+
+    Raises:
+        ValueError: the text is no such expression, or uses another symbol.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"`{text}` is not a size") from error
+    value = sympy.sympify(_evaluated(tree, symbols))
+    if value.is_Integer:
+        return int(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _evaluated(tree: ast.AST, symbols: Mapping[str, Symbol]) -> Any:
+    match tree:
+        case ast.Constant(value=int(number)) if type(number) is int:
+            return sympy.Integer(number)
+        case ast.Name(id=name) if name in symbols:
+            return symbols[name].expression
+        case ast.Name(id=name):
+            raise ValueError(f"no line says what the symbol {name} is")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluated(operand, symbols)
+        case ast.BinOp(left=left, op=kind, right=right) if type(kind) in _OPERATORS:
+            return _OPERATORS[type(kind)](_evaluated(left, symbols), _evaluated(right, symbols))
+        case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_evaluated(argument, symbols) for argument in arguments))
+    raise ValueError(f"`{ast.unparse(tree)}` is not a size")
+
+
+class Symbols:
+    """The symbols of one graph, by torch's own.
+
+    Attributes:
+        found: in the order in which they were added.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Symbol] = []
+        self._ours: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def add(self, own: sympy.Symbol, symbol: Symbol) -> None:
+        """Know a symbol of torch by another name."""
+        self.found.append(symbol)
+        self._ours[own] = symbol.expression
+
+    def note(self, value: object) -> None:
+        """Know the symbol that an input of a graph is, if it is one."""
+        if not isinstance(value, torch.SymInt):
+            return
+        own = value.node.expr
+        if not isinstance(own, sympy.Symbol) or own in self._ours or not value.node.has_hint():
+            return
+        bounds = value.node.shape_env.var_to_range[own]
+        most = int(bounds.upper) if bounds.upper < _ENDLESS else None
+        name = f"s{len(self.found)}"
+        self.add(own, Symbol(name, int(value.node.hint), int(bounds.lower), most))
+
+    def expression(self, size: Any) -> Size | None:
+        """A size in terms of these symbols; ``None`` where that cannot be."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr.xreplace(self._ours)
+        if expression.is_Integer:
+            return int(expression)
+        known = expression.free_symbols <= set(self._ours.values())
+        return expression if known else None  # type: ignore[no-any-return]
+
+
+_ENDLESS = 1 << 62
