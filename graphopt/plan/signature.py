@@ -115,8 +115,9 @@ class OutputAlias:
     Attributes:
         output: position among the model's outputs.
         input: position among the graph's inputs.
-        size, stride, offset: geometry of the view, where the offset counts from the beginning of the
-            input; empty `size` and ``offset == -1`` for the input itself. A text is an expression of inputs that are sizes, by position (``"8*n2"``).
+        size, stride, offset: geometry of the view, where the offset counts from the beginning of
+            the input; empty `size` and ``offset == -1`` for the input itself. A text is an
+            expression of inputs that are sizes, by position (``"8*n2"``).
         detached: whether no gradient flows from it into the input.
     """
 
