@@ -100,8 +100,9 @@ def by_dynamo(
     backend_input = output.backend_input
     refuse_fast_paths(backend_input.graph_module, location(forward))
     f_globals = output.graph_capture_output.f_globals
-
-    shape_env, watches = backend_input.fake_mode.shape_env, []
+    _forget_globals(scope, before, backend_input.backend_id, guard)
+    shape_env = backend_input.fake_mode.shape_env
+    watches: list[sizes.Watch] = []
 
     def settle() -> tuple[sizes.Size, ...]:
         with _dynamo_settings():
@@ -112,9 +113,6 @@ def by_dynamo(
 
     def finish() -> None:
         guard.late = watches.pop().found() if watches else guard.late
-
-    if not wanted:
-        _forget_globals(scope, before, backend_input.backend_id, guard)
 
     def bind_all(runner: Runner) -> Callable[..., object]:
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:

@@ -53,7 +53,9 @@ def test_non_tensor_input_that_changes_specialises_and_stays_right() -> None:
 
 
 def test_signature_that_changes_every_step_warns_once() -> None:
-    model = graphopt.optimize(nn.Linear(2, 2), backend="eager", passes="", verify="off")
+    model = graphopt.optimize(
+        nn.Linear(2, 2), backend="eager", passes="", verify="off", dynamic=False
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for batch in range(1, 13):
