@@ -268,7 +268,8 @@ def _resampling(operator: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def _scaled(size: Any, scale: float) -> Any:
-    return size * int(scale) if scale == int(scale) else torch.sym_int(size * scale)
+    whole = scale == int(scale)
+    return size * int(scale) if whole else torch.sym_int(size * scale)  # type: ignore[no-untyped-call]
 
 
 # A check returns nothing, and must stay where nobody uses it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch._dynamo
 from torch import Tensor, fx
@@ -131,7 +131,7 @@ def as_symbols(dimensions: Dimensions) -> Iterator[dict[str, Names]]:
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=True))
         # Sizes that are equal in one call need not be in the next one.
-        stack.enter_context(_config.patch(use_duck_shape=False))
+        stack.enter_context(_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(builder, "record_automatic_dynamic", record))
         stack.enter_context(mock.patch.object(builder, "process_automatic_dynamic", process))
         yield found

@@ -10,14 +10,15 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch.utils._sympy.printers import PythonPrinter
 
-Size = int | sympy.Expr
+Size: TypeAlias = Any
+"""An ``int``, or a sympy expression of symbols, for which there are no types."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_size(text: str, symbols: Mapping[str, Symbol]) -> Size:
     value = sympy.sympify(_evaluated(tree, symbols))
     if value.is_Integer:
         return int(value)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _evaluated(tree: ast.AST, symbols: Mapping[str, Symbol]) -> Any:
@@ -130,7 +131,7 @@ class Symbols:
         if expression.is_Integer:
             return int(expression)
         known = expression.free_symbols <= set(self._ours.values())
-        return expression if known else None  # type: ignore[no-any-return]
+        return expression if known else None
 
 
 _ENDLESS = 1 << 62

@@ -111,4 +111,4 @@ def _same_size(left: object, right: object) -> bool:
         return left == right
     if hint(left) is None or hint(right) is None:
         return isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
-    return bool(statically_known_true(left == right))  # type: ignore[arg-type]
+    return bool(statically_known_true(left == right))
