@@ -39,7 +39,7 @@ _HOMES = {
 }
 
 # Folders of functions that are called by their names there.
-_PACKAGES = ("optim", "study")
+_PACKAGES = ("data", "optim", "study")
 
 __all__ = ["__version__", *_HOMES]
 
