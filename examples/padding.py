@@ -29,7 +29,8 @@ class Tagger(nn.Module):
             h = torch.zeros_like(h).index_put((mask,), true)
         else:
             h = self.norm(h.transpose(1, 2)).transpose(1, 2)
-        return self.head(h)
+        tags: Tensor = self.head(h)
+        return tags
 
 
 def _batch() -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ WITH_PYTHON = [
     PIPELINE,
     DOCS / "precision.md",
     DOCS / "serving.md",
+    DOCS / "sizes.md",
     DOCS / "training_recipe.md",
     DOCS / "writing_a_pass.md",
 ]

@@ -60,6 +60,8 @@ def _pad(text: str, side: Literal["right", "left"]) -> tuple[str, Pad]:
     name, _, rest = text.partition("=")
     dims, _, value = rest.partition(":")
     try:
+        if not name:
+            raise ValueError("no name")
         dim = tuple(int(d) for d in dims.split(","))
         return name, Pad(float(value or 0), dim=dim, side=side)
     except ValueError as error:

@@ -2,13 +2,18 @@
 
 `bucket` chooses sizes, `BucketBatchSampler` deals examples into batches of one size each,
 `PadCollate` pads them, and `check_padding` compares a model with and without padding. Plain
-PyTorch, for any model.
+PyTorch, for any model. The workers of a loader import this, so the check is loaded when it is used.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from graphopt.data.buckets import Buckets, bucket
 from graphopt.data.collate import Pad, PadCollate
-from graphopt.data.padding import PaddingReport, check_padding
 from graphopt.data.sampler import BucketBatchSampler
+
+if TYPE_CHECKING:
+    from graphopt.data.padding import PaddingReport, check_padding
 
 __all__ = [
     "BucketBatchSampler",
@@ -19,3 +24,9 @@ __all__ = [
     "bucket",
     "check_padding",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'graphopt.data' has no attribute {name!r}")
+    return getattr(importlib.import_module("graphopt.data.padding"), name)

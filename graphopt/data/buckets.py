@@ -14,6 +14,9 @@ from torch import Tensor
 from graphopt.data.histogram import best_sizes
 from graphopt.errors import ArgumentError
 
+FURTHER = 4
+"""Where `k` sizes are not enough, how many times as many are tried, to say what is."""
+
 Lengths: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 
 
@@ -93,7 +96,8 @@ class Buckets:
         wide = len(str(self.sizes[-1]))
         for size, n, positions in zip(self.sizes, examples, true, strict=True):
             padding = share(int(positions), size * int(n))
-            lines.append(f"  {size:>{wide}}: {n} examples, {padding:.1%} padding")
+            what = "example" if n == 1 else "examples"
+            lines.append(f"  {size:>{wide}}: {n} {what}, {padding:.1%} padding")
         return "\n".join(lines)
 
 
@@ -102,7 +106,7 @@ def bucket(
 ) -> Buckets:
     """The sizes that waste the least on these examples, or the fewest that waste little enough.
 
-    Exact, in O(m) for each size chosen, with m different lengths.
+    Exact. Time and memory are O(m) for each size that is chosen, with m different lengths.
 
     Args:
         lengths: of all examples, in positions.
@@ -141,21 +145,29 @@ def bucket(
     if padding is None:
         *_, (_, sizes) = itertools.islice(found, k)
         return Buckets(sizes)
+    least = share(true, int((rounded * counts).sum()))
+    if least > padding:
+        raise ArgumentError(
+            f"sizes that are multiples of {multiple} leave {least:.3g} of all positions as "
+            f"padding, above padding={padding}",
+            hint="use a smaller multiple, or allow more padding",
+        )
+    reached = 1.0
     for number, (positions, sizes) in enumerate(found, 1):
-        if share(true, positions) > padding:
-            if number == k:
-                kept = share(true, positions)
+        left = share(true, positions)
+        if left <= padding and (k is None or number <= k):
+            return Buckets(sizes)
+        if k is None:
             continue
-        if k is not None and number > k:
-            raise ArgumentError(
-                f"{k} sizes leave {kept:.3g} of all positions as padding, above padding={padding}",
-                hint=f"it takes k={number}",
-            )
-        return Buckets(sizes)
+        if number == k:
+            reached = left
+        if left <= padding or number == FURTHER * k:
+            break
+    enough = f"it takes k={number}" if left <= padding else f"it takes more than k={number}"
     raise ArgumentError(
-        f"sizes that are multiples of {multiple} leave {share(true, positions):.3g} of all "
-        f"positions as padding, above padding={padding}",
-        hint="use a smaller multiple, or allow more padding",
+        f"{k} {'size leaves' if k == 1 else 'sizes leave'} {reached:.3g} of all positions as "
+        f"padding, above padding={padding}",
+        hint=enough,
     )
 
 

@@ -57,16 +57,17 @@ class Pad:
         Raises:
             ArgumentError: it has no such dimension, or its lengths differ.
         """
+        named = ", ".join(map(str, self.dims))
         if any(not -tensor.dim() <= dim < tensor.dim() for dim in self.dims):
             raise ArgumentError(
-                f"an entry of shape {list(tensor.shape)} has no dim={self.dim}",
+                f"an entry of shape {list(tensor.shape)} has no dim={named}",
                 where=where,
-                hint="dim counts the dimensions of one example, without that of the batch",
+                hint="dim counts the dimensions of that shape, from 0",
             )
         lengths = {tensor.shape[dim] for dim in self.dims}
         if len(lengths) > 1:
             raise ArgumentError(
-                f"an entry of shape {list(tensor.shape)} has two lengths along dim={self.dim}",
+                f"an entry of shape {list(tensor.shape)} has two lengths along dim={named}",
                 where=where,
                 hint="name dimensions of one length",
             )

@@ -44,7 +44,7 @@ def _with_one_more(
 ) -> tuple[list[int], array[int]]:
     """``D_k(j)`` from ``D_{k-1}``, for j >= k, and which i gives it; `before` counts from 1."""
     m = len(sizes)
-    cost, origin = [0] * (m + 1), array("q", bytes(8 * (m + 1)))
+    cost, origin = [0] * (m + 1), array("i", [0]) * (m + 1)
     hull: list[int] = []  # lines of the lower envelope, from the one that holds for small sizes
     front = 0
     for j in range(k, m + 1):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -144,9 +146,9 @@ class Recorder:
         self._modules.pop()
 
 
-class _Watching(TorchDispatchMode):
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(
@@ -161,46 +163,54 @@ class _Watching(TorchDispatchMode):
 
 
 def find_leaks(
-    without: Recorder, padded: Recorder, layout: Padded, allowed: float, *, forward: bool
+    without: Recorder, padded: Recorder, layout: Padded, allowed: float
 ) -> tuple[Leak, ...]:
     """Operators whose operands agree at true positions and whose results do not.
+
+    Where outputs differ, those that lead to them through results that differ; else all of them.
+    Forward may take another way with padding: operators that run in one of the two only are passed
+    over.
 
     Args:
         without: forward without padding.
         padded: the same with it.
         layout: of the padding.
         allowed: the relative error that rounding explains.
-        forward: whether outputs differ; then only what leads to one that differs counts.
     """
+    partners = _partners(without.records, padded.records)
     differ: set[int] = set()
     first: list[int] = []
-    pairs = zip(without.records, padded.records, strict=False)
-    last = 0
-    for number, (one, two) in enumerate(pairs):
-        if one.operator != two.operator:
-            break
-        last = number + 1
-        if _EMPTY in one.operator or not _apart(one.results, two.results, layout, allowed):
-            continue
-        differ.add(number)
-        if not (two.sources & differ):
-            first.append(number)
-    if forward:
-        ends = {padded.maker(name) for name in padded.outputs}
-        led = _ancestors(padded.records, {end for end in ends if end in differ})
-        # Where forward takes another way there is no knowing what leads where.
-        if last == len(without.records) == len(padded.records):
-            first = [number for number in first if number in led]
+    for number, record in enumerate(padded.records):
+        sources = record.sources & differ
+        partner = partners.get(number)
+        if partner is None:
+            apart = bool(sources)
+        else:
+            one = without.records[partner]
+            apart = _EMPTY not in record.operator and _apart(one, record, layout, allowed)
+            if apart and not sources:
+                first.append(number)
+        if apart:
+            differ.add(number)
+    ends = {padded.maker(name) for name in padded.outputs} & differ
+    if ends:
+        led = _ancestors(padded.records, ends, differ)
+        first = [number for number in first if number in led]
     found: dict[tuple[str, str], Leak] = {}
     for number in first:
         record = padded.records[number]
         leak = Leak(record.operator, _says(record.operator), record.module, record.line)
         found.setdefault((leak.operator, leak.line), leak)
-    if not found and last < min(len(without.records), len(padded.records)):
-        record = padded.records[last]
-        said = "runs where another operator does without padding"
-        return (Leak(record.operator, said, record.module, record.line),)
     return tuple(found.values())[:SHOWN]
+
+
+def _partners(without: Sequence[_Record], padded: Sequence[_Record]) -> dict[int, int]:
+    """For operators of the padded forward the same one without padding."""
+    one, two = ([(r.operator, r.line) for r in records] for records in (without, padded))
+    if one == two:
+        return {number: number for number in range(len(padded))}
+    blocks = SequenceMatcher(None, one, two, autojunk=False).get_matching_blocks()
+    return {b + i: a + i for a, b, size in blocks for i in range(size)}
 
 
 def _strided(values: object) -> list[Tensor]:
@@ -214,23 +224,23 @@ def _storage(tensor: Tensor) -> int:
 
 def _part(tensor: Tensor) -> _Part:
     """Which part of its storage a tensor is; autograd makes objects anew."""
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def _apart(one: list[Tensor], two: list[Tensor], layout: Padded, allowed: float) -> bool:
-    places = [closest(a, b, layout) for a, b in zip(one, two, strict=False)]
+def _apart(one: _Record, two: _Record, layout: Padded, allowed: float) -> bool:
+    places = [closest(a, b, layout) for a, b in zip(one.results, two.results, strict=False)]
     return any(place is not None and place.error > allowed for place in places)
 
 
-def _ancestors(records: Sequence[_Record], ends: set[int | None]) -> set[int]:
-    """These operators and all that their operands come from."""
+def _ancestors(records: Sequence[_Record], ends: set[int | None], within: set[int]) -> set[int]:
+    """These operators and those of `within` that their operands come from, one after the other."""
     seen: set[int] = set()
     queue = [end for end in ends if end is not None]
     while queue:
         number = queue.pop()
         if number not in seen:
             seen.add(number)
-            queue.extend(records[number].sources)
+            queue.extend(records[number].sources & within)
     return seen
 
 
@@ -244,12 +254,12 @@ def _says(operator: str) -> str:
 
 def _line() -> str:
     """The innermost line that is neither torch's nor graphopt's."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if not (file.startswith((_HERE, _TORCH, "<")) or os.sep + "contextlib" in file):
             place = os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
             line = linecache.getline(file, frame.f_lineno).strip()
             return f"{place}:{frame.f_lineno}: {line}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -21,7 +22,7 @@ from graphopt.model.trial import cotangent, tensors_of
 # this part of the largest one.
 SMALL = 1e-2
 
-Kind: TypeAlias = Literal["outputs", "loss", "gradients", "buffers"]
+Kind: TypeAlias = Literal["outputs", "loss", "gradients", "buffers", "rows"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def run(
     """
     model = _copy(call.model)
     before = {n: b.clone() for n, b in model.named_buffers()}
-    with torch.random.fork_rng(), without_dropout(model):
-        torch.manual_seed(0)
+    more = f"with {layout.more} padded positions" if layout else ""
+    with _steady(model):
         start = torch.get_rng_state()
-        outputs = _forward(call, model, tensors, layout)
+        outputs = _forward(call, model, tensors, more)
         if not torch.equal(start, torch.get_rng_state()):
             raise ArgumentError(
                 "forward draws random numbers, which are others where shapes are",
@@ -92,13 +93,27 @@ def run(
     return found
 
 
+def forward(call: Call, tensors: Mapping[str, Tensor], how: str) -> dict[str, Tensor]:
+    """Forward alone, in the same way; its outputs by path.
+
+    Args:
+        call: the call.
+        tensors: its arguments that are exchanged.
+        how: what is special about them, for errors.
+
+    Raises:
+        ArgumentError: the model cannot be copied, or forward fails.
+    """
+    model = _copy(call.model)
+    with _steady(model):
+        return _forward(call, model, tensors, how)
+
+
 def record(call: Call, tensors: Mapping[str, Tensor], recorder: Recorder) -> None:
     """Run forward alone, and keep every operator in `recorder`."""
     model = _copy(call.model)
-    with torch.random.fork_rng(), without_dropout(model):
-        torch.manual_seed(0)
-        with recorder.follow(model):
-            recorder.outputs = _forward(call, model, tensors, None)
+    with _steady(model), recorder.follow(model):
+        recorder.outputs = _forward(call, model, tensors, "")
 
 
 def compare(without: Run, padded: Run, layout: Padded) -> tuple[Compared, ...]:
@@ -147,19 +162,27 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
+@contextmanager
+def _steady(model: nn.Module) -> Iterator[None]:
+    """Within, a copy of the model drops nothing and begins with the same random numbers."""
+    with torch.random.fork_rng(), without_dropout(model):
+        torch.manual_seed(0)
+        yield
+
+
 def _forward(
-    call: Call, model: nn.Module, tensors: Mapping[str, Tensor], layout: Padded | None
+    call: Call, model: nn.Module, tensors: Mapping[str, Tensor], how: str
 ) -> dict[str, Tensor]:
     try:
         return dict(tensors_of(call(model, tensors)))
     except Exception as error:
-        more = f" with {layout.more} padded positions" if layout else ""
-        said = str(error).splitlines() or [type(error).__name__]
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "pass arguments with which it runs"
+        if how:
+            hint = "pass shorter examples, and name all arguments that are padded"
+        name = type(model).__name__
         raise ArgumentError(
-            f"forward of {type(model).__name__} failed{more}: {said[0]}",
-            hint="pass shorter examples, and name all arguments that are padded"
-            if layout
-            else "pass arguments with which it runs",
+            f"forward of {name} failed {how}".rstrip() + f": {said}", hint=hint
         ) from error
 
 

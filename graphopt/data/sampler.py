@@ -69,7 +69,7 @@ class BucketBatchSampler(Sampler[list[int]]):
                 raise ArgumentError(f"{name}={value!r} is no whole number above 0", hint="pass 32")
         if not (is_whole(seed) and seed >= 0):
             raise ArgumentError(f"seed={seed!r} is no whole number from 0 on", hint="pass 0")
-        self.buckets, self.seed, self.epoch = buckets, seed, 0
+        self.buckets, self.seed, self.epoch = buckets, int(seed), 0
         self.shuffle, self.drop_last = shuffle, drop_last
         self._lengths = whole_lengths(lengths)
         if not len(self._lengths):
@@ -118,7 +118,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             )
         if epoch != self.epoch:
             self._skip = 0
-        self.epoch = epoch
+        self.epoch = int(epoch)
 
     def report(self) -> str:
         """The shapes of an epoch on all ranks, how often each comes, and the share of padding."""
@@ -157,7 +157,7 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"taken={taken!r} is no number of batches out of {self._count}",
                 hint="count the batches that your loop has had in this epoch",
             )
-        return {"epoch": self.epoch, "taken": taken, **self._order()}
+        return {"epoch": self.epoch, "taken": int(taken), **self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Have the next iteration go on from there.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +97,7 @@ def test_report() -> None:
     assert Buckets((4, 8)).report([3, 4, 8]) == (
         "2 sizes for 3 examples: 6.2% padding\n"
         "  4: 2 examples, 12.5% padding\n"
-        "  8: 1 examples, 0.0% padding"
+        "  8: 1 example, 0.0% padding"
     )
 
 
@@ -120,6 +123,8 @@ def test_report() -> None:
         ([3], {"padding": float("nan")}, "padding=nan"),
         ([3], {"padding": "5%"}, "padding='5%'"),
         ([1, 2, 3, 4], {"k": 2, "padding": 0.1}, "it takes k=3"),
+        (list(range(1, 40)), {"k": 2, "padding": 0.01}, "it takes more than k=8"),
+        ([1, 9], {"k": 1, "padding": 0.1}, "1 size leaves 0.444"),
         ([3, 5], {"padding": 0.1, "multiple": 8}, "multiples of 8 leave 0.5"),
     ],
 )
@@ -143,3 +148,9 @@ def test_a_length_above_the_largest_size() -> None:
         Buckets((4, 8)).size_of(9)
     with pytest.raises(ArgumentError, match="'a' is no length"):
         Buckets((4, 8)).size_of("a")  # type: ignore[arg-type]
+
+
+def test_workers_of_a_loader_import_no_compiler() -> None:
+    code = "import sys, graphopt.data; sys.exit('torch._dynamo' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -89,7 +89,7 @@ def test_is_picklable() -> None:
         (Pad(0), [], "there are no examples"),
         (Pad(0), [torch.ones(9)], "length 9, above the largest size, 8"),
         (Pad(0, dim=1), [torch.ones(3)], "has no dim=1"),
-        (Pad(0, dim=(0, 1)), [torch.ones(3, 4)], "two lengths along dim=(0, 1)"),
+        (Pad(0, dim=(0, 1)), [torch.ones(3, 4)], "two lengths along dim=0, 1"),
         (Pad(0), [torch.ones(3, 2), torch.ones(3, 1)], "differ in more than what is padded"),
         (Pad(-1), [torch.ones(3, dtype=torch.uint8)], "padding value -1 does not fit uint8"),
         (Pad(0.5), [torch.ones(3, dtype=torch.int64)], "padding value 0.5 does not fit int64"),

@@ -183,6 +183,34 @@ def test_batch_norm_leaks_in_training_only() -> None:
     assert report.leaks[0].module == "norm"
 
 
+def of_the_first_row(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].to(h)
+    return (h * weights).sum(1) / mask[0].sum()
+
+
+def to_the_longest(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    return h[:, : int(mask.sum(1).max())].mean(1)
+
+
+@pytest.mark.parametrize("compute", [of_the_first_row, to_the_longest])
+def test_rows_of_different_lengths(compute: Callable[..., Tensor]) -> None:
+    report = check_padding(Net(compute), kwargs=batch())
+    assert [c.kind for c in report.compared if c.error > report.allowed] == ["rows"]
+    assert report.compared[-1].worst.startswith("output 0 of row ")
+    assert "a row depends on the length or padding of another" in str(report)
+
+
+@pytest.mark.parametrize("compute", [masked_mean, attention, causal, positions])
+def test_rows_are_compared_where_they_are_independent(compute: Callable[..., Tensor]) -> None:
+    assert check_padding(Net(compute), kwargs=batch()).compared[-1].kind == "rows"
+
+
+def test_rows_that_depend_on_each_other_are_not_compared() -> None:
+    assert check_padding(Net(masked_norm), kwargs=batch()).compared[-1].kind == "buffers"
+    one = {name: tensor[:1] for name, tensor in batch().items()}
+    assert check_padding(Net(masked_mean), kwargs=one).compared[-1].kind == "gradients"
+
+
 class WithLoss(nn.Module):
     def __init__(self, mean: bool) -> None:
         super().__init__()
@@ -210,6 +238,7 @@ def test_the_loss_of_the_model(mean: bool) -> None:
         "outputs": False,
         "loss": mean,
         "gradients": mean,
+        **({} if mean else {"rows": False}),
     }
     if mean:
         assert report.leaks[0].operator == "mean"

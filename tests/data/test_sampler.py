@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -201,3 +202,14 @@ def test_bad_states() -> None:
     other = BucketBatchSampler([3, 4, 7], Buckets((4, 8)), batch_size=2)
     with pytest.raises(StateError, match="lengths was"):
         other.load_state_dict(state)
+
+
+def test_ranks_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    lengths = [1 + i % 5 for i in range(40)]
+    buckets = bucket(lengths, k=2)
+    of_the_job = BucketBatchSampler(lengths, buckets, batch_size=4)
+    same = BucketBatchSampler(lengths, buckets, batch_size=4, rank=1, ranks=3)
+    assert list(of_the_job) == list(same)
