@@ -52,8 +52,12 @@ class PaddingReport:
     @property
     def hint(self) -> str:
         """What to look at where no operator says enough; empty if nothing."""
-        bad = {c.kind for c in self.compared if c.error > self.allowed}
-        if bad == {"rows"}:
+        bad = {c.kind: c.error for c in self.compared if c.error > self.allowed}
+        if bad.keys() == {"gradients"} and bad["gradients"] == float("inf"):
+            return (
+                "NaN at padded positions gets into gradients, such as from a softmax of -inf only"
+            )
+        if bad.keys() == {"rows"}:
             return "rows of different lengths: a row depends on the length or padding of another"
         if not bad or self.masked:
             return ""

@@ -176,6 +176,18 @@ def test_a_leak_that_is_multiplied_by_zero_is_in_the_gradients() -> None:
         assert check_padding(Net(gated), kwargs=batch()).ok
 
 
+def hides_rows(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    seen = mask[:, None] & mask[:, :, None]
+    scores = (h @ h.transpose(1, 2)).masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1) @ h
+
+
+def test_nan_at_padded_positions_reaches_gradients() -> None:
+    report = check_padding(Net(hides_rows), kwargs=batch())
+    assert [c.kind for c in report.compared if c.error > report.allowed] == ["gradients"]
+    assert "NaN at padded positions" in report.hint
+
+
 def test_batch_norm_leaks_in_training_only() -> None:
     assert check_padding(Net(plain_norm).eval(), kwargs=batch()).ok
     report = check_padding(Net(plain_norm), kwargs=batch())
@@ -192,7 +204,11 @@ def to_the_longest(net: Net, h: Tensor, mask: Tensor) -> Tensor:
     return h[:, : int(mask.sum(1).max())].mean(1)
 
 
-@pytest.mark.parametrize("compute", [of_the_first_row, to_the_longest])
+def hides_as_the_first_row(net: Net, h: Tensor, mask: Tensor) -> Tensor:
+    return net.attend(h, h, h, key_padding_mask=~mask[:1].expand_as(mask))[0]
+
+
+@pytest.mark.parametrize("compute", [of_the_first_row, to_the_longest, hides_as_the_first_row])
 def test_rows_of_different_lengths(compute: Callable[..., Tensor]) -> None:
     report = check_padding(Net(compute), kwargs=batch())
     assert [c.kind for c in report.compared if c.error > report.allowed] == ["rows"]
