@@ -1,0 +1,1 @@
+"""Hierarchical low-rank matrices whose results carry an error bound that holds."""
