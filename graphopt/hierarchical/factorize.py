@@ -1,0 +1,152 @@
+"""LU and Cholesky of matrices in blocks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import ArgumentError
+from graphopt.hierarchical.algebra import shifted
+from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense
+from graphopt.hierarchical.factor import LeafError, factored
+from graphopt.hierarchical.factorization import Factorization, product_loss
+from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.operands import (
+    check_same,
+    check_square,
+    check_tolerance,
+    low_rank_count,
+    operand,
+)
+from graphopt.hierarchical.parts import any_tensor, apply, frobenius
+
+ATTEMPTS = 12  # each with ten times the nugget of the one before
+
+
+class NotDefiniteError(ArgumentError):
+    """A matrix that should be positive definite is not, within what truncation has left of it."""
+
+    code = "GO-A02"
+
+
+@torch.no_grad()
+def lu(matrix: HMatrix, tolerance: float) -> Factorization:
+    """LU with partial pivoting in the dense blocks on the diagonal.
+
+    Pivots do not cross blocks, as in all H-LU: a matrix with nearly singular leading blocks loses
+    digits, which the bounds show. Blocks on the diagonal that are low-rank are halved.
+
+    Args:
+        matrix: square.
+        tolerance: of the backward error by truncation, relative to the Frobenius norm.
+
+    Raises:
+        ArgumentError: it is not square, not finite, or has a singular leaf; or a tolerance out of
+            reach.
+    """
+    check_square(matrix)
+    plain = operand(matrix, "the matrix")
+    check_tolerance(tolerance, plain.dtype)
+    try:
+        factors = factored(plain.root, _each(plain.root, tolerance), symmetric=False)
+    except LeafError as error:
+        raise ArgumentError(
+            f"LU meets a singular block at {_where(error)}",
+            hint="add a shift to the diagonal, or use larger leaves",
+        ) from None
+    return Factorization(plain, factors, symmetric=False, nugget=0.0, known=math.inf)
+
+
+@torch.no_grad()
+def cholesky(
+    matrix: HMatrix,
+    tolerance: float,
+    nugget: float = 0.0,
+    least_eigenvalue: float = 0.0,
+) -> Factorization:
+    """Cholesky factors of a matrix that stands for a symmetric positive definite one.
+
+    Args:
+        matrix: square, rows and columns of one order. Its blocks below the diagonal are read.
+        tolerance: of the backward error by truncation, relative to the Frobenius norm.
+        nugget: where truncation has left the matrix indefinite, this much of the mean of the
+            diagonal is added to it, ten times more with each attempt, with a warning. Everything
+            is then about the matrix with what was added. 0 raises instead.
+        least_eigenvalue: a lower bound of the eigenvalues of the true matrix, such as the noise of
+            a Gaussian process; bounds are then smaller, and those of `solve` hold for sure.
+
+    Raises:
+        NotDefiniteError: it is indefinite, also with all nuggets.
+        ArgumentError: it is not square, not symmetric within its bound, or not finite; or a
+            tolerance out of reach.
+    """
+    check_square(matrix)
+    check_same(matrix.rows, matrix.columns, "rows and columns")
+    plain = operand(matrix, "the matrix")
+    check_tolerance(tolerance, plain.dtype)
+    if not (0 <= nugget < math.inf and 0 <= least_eigenvalue < math.inf):
+        raise ArgumentError(
+            f"nugget={nugget}, least_eigenvalue={least_eigenvalue}", hint="pass none below 0"
+        )
+    _check_symmetric(plain)
+    added, unit = 0.0, nugget * float(_diagonal(plain.root).abs().mean())
+    for attempt in range(ATTEMPTS + 1):
+        now = shifted(plain, added) if added else plain
+        try:
+            factors = factored(now.root, _each(now.root, tolerance), symmetric=True)
+        except LeafError as error:
+            if attempt < ATTEMPTS and unit:
+                added = unit * 10.0**attempt
+                continue
+            raise NotDefiniteError(
+                f"the matrix is not positive definite at {_where(error)}"
+                + (f", also with {added:.3g} on its diagonal" if added else ""),
+                hint="use a smaller tolerance, or add a nugget to the diagonal (nugget=1e-8)",
+            ) from None
+        break
+    if added:
+        warnings.warn(
+            f"the matrix is not positive definite: {added:.3g} was added to its diagonal",
+            stacklevel=2,
+        )
+    least = least_eigenvalue + added if least_eigenvalue else 0.0
+    known = 1 / least if least else math.inf
+    return Factorization(now, factors, symmetric=True, nugget=added, known=known)
+
+
+def _each(block: Block, tolerance: float) -> float:
+    return tolerance * frobenius(block) / math.sqrt(low_rank_count(block))
+
+
+def _where(error: LeafError) -> str:
+    return f"positions {error.rows[0]} to {error.rows[1] - 1}"
+
+
+def _check_symmetric(matrix: HMatrix) -> None:
+    """By a random vector: ``(A - A.T) x`` is at most twice the bound of A long, times x."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(matrix.shape[0], 1, dtype=torch.float64, generator=generator)
+    x = x.to(any_tensor(matrix.root).device)
+    far = float((apply(matrix.root, x) - apply(matrix.root, x, transpose=True)).norm())
+    allowed = 2 * (matrix.bound + product_loss(matrix)) * float(x.norm())
+    # Entries of both halves may have been rounded apart.
+    allowed += 4 * torch.finfo(matrix.dtype).eps * frobenius(matrix.root) * float(x.norm())
+    if far > allowed:
+        raise ArgumentError(
+            "the matrix is not symmetric within its bound", hint="use lu, or symmetrise it"
+        )
+
+
+def _diagonal(block: Block) -> Tensor:
+    """[n] of a square block; where rows and columns are cut differently, of the dense block."""
+    if isinstance(block, LowRank):
+        left = block.left if block.core is None else block.left @ block.core
+        return (left * block.right).sum(1) if left.shape[1] else left.new_zeros(left.shape[0])
+    if isinstance(block, Grid) and all(
+        block.blocks[i][i].shape[0] == block.blocks[i][i].shape[1] for i in range(len(block.blocks))
+    ):
+        return torch.cat([_diagonal(line[i]) for i, line in enumerate(block.blocks)])
+    return block.values.diagonal() if isinstance(block, Dense) else dense(block).diagonal()
