@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.hierarchical.blocks import transposed
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.factor import Factors
 from graphopt.hierarchical.inverse_norm import InverseNorms, inverse_norms, solved
@@ -193,7 +194,7 @@ def refined(
 
 def product_loss(matrix: HMatrix) -> float:
     """What a product with x loses in float64, over the norm of x; `transpose` included."""
-    count = max(length(matrix.root), sum(matrix.shape))
+    count = max(length(matrix.root), length(transposed(matrix.root)))
     return gamma(count, _DOUBLE) * magnitude(matrix.root)
 
 

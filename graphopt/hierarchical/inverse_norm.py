@@ -78,7 +78,7 @@ def solving_error(factors: Factors, dtype: torch.dtype) -> float:
     """A bound of ``|M y - b| / |y|`` for a system solved in `dtype`.
 
     Both triangles leave residuals, the second one seen through the first triangle:
-    ``|M y - b| <= |L| |f_2| + |f_1|`` with the bounds of `triangular.residual_error`.
+    ``|M y - b| <= |L| |f_2| + |f_1|`` with the bounds of `triangular.Corner.solve`.
     """
     lost = max(gamma(f.length, dtype) for f in (factors.lower, factors.upper))
     found = 4 * lost * factors.lower.magnitude * factors.upper.magnitude / (1 - 4 * lost)

@@ -10,6 +10,7 @@ import math
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, LowRank
 from graphopt.hierarchical.rounding import gamma, norm
@@ -23,13 +24,25 @@ def magnitude(block: Block) -> float:
     if known is None:
         if isinstance(block, Dense):
             known = norm(block.values)
+        elif isinstance(block, LowRank) and block.core is None:
+            known = pair_magnitude(block.left, block.right)
         elif isinstance(block, LowRank):
-            known = norm(block.left) * norm(block.right)
-            known *= 1.0 if block.core is None else norm(block.core)
+            known = norm(block.left) * norm(block.core) * norm(block.right)
         else:
             known = math.hypot(*(magnitude(b) for line in block.blocks for b in line))
         _magnitudes[block] = known
     return known
+
+
+def pair_magnitude(left: Tensor, right: Tensor) -> float:
+    """The sum of the norms of the terms of ``left @ right.T``, column by column."""
+    found = column_norms(left) @ column_norms(right)
+    return float(found) * (1 + 1e-12)
+
+
+def column_norms(values: Tensor) -> Tensor:
+    """[k] in float64, for [m, k]."""
+    return torch.linalg.vector_norm(values.detach(), dim=0, dtype=torch.float64)
 
 
 def length(block: Block) -> int:

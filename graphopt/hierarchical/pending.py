@@ -15,7 +15,13 @@ from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.compress import recompress
-from graphopt.hierarchical.magnitudes import length, magnitude, product_error, root_of_squares
+from graphopt.hierarchical.magnitudes import (
+    length,
+    magnitude,
+    pair_magnitude,
+    product_error,
+    root_of_squares,
+)
 from graphopt.hierarchical.parts import (
     Span,
     any_tensor,
@@ -169,7 +175,7 @@ def truncated(pairs: list[Pair], tolerance: float) -> tuple[Dense | LowRank, flo
     m, n = left.shape[0], right.shape[0]
     left, right, error = recompress(left, right, tolerance)
     if left.shape[1] * (m + n) > m * n:
-        lost = gamma(left.shape[1], left.dtype) * norm(left) * norm(right)
+        lost = gamma(left.shape[1], left.dtype) * pair_magnitude(left, right)
         return Dense(left @ right.T), error + lost
     return LowRank(left, right), error
 
@@ -222,7 +228,7 @@ def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
     size, error = norm(values), 0.0
     for u, v in pending.pairs:
         values = values + u @ v.T
-        grown = norm(u) * norm(v)
+        grown = pair_magnitude(u, v)
         size, error = size + grown, error + gamma(u.shape[1], u.dtype) * grown
     for product in pending.products:
         left, right = product.left, product.right

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
-from graphopt.hierarchical.magnitudes import length, magnitude, root_of_squares
+from graphopt.hierarchical.magnitudes import column_norms, length, magnitude, root_of_squares
 from graphopt.hierarchical.parts import (
     Span,
     apply,
@@ -60,7 +60,11 @@ class Corner:
         return values if self.order is None else values[self.order.argsort()]
 
     def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
-        """``x`` with ``self @ x = b``, or with the transpose; b: [m, c] in its own dtype."""
+        """``x`` with ``self @ x = b``, or with the transpose; b: [m, c] in its own dtype.
+
+        The residual has a norm of at most ``gamma(length) * (magnitude |x| + |b|)``, here and for
+        `Stairs`.
+        """
         values = self.values.to(b.dtype)
         if not transpose:
             b = b if self.order is None else b[self.order]
@@ -139,11 +143,6 @@ def corner(operator: Triangle) -> Corner:
     return operator
 
 
-def residual_error(operator: Triangle, x: float, b: float, dtype: torch.dtype) -> float:
-    """A bound of ``||operator @ x - b||_F`` for a computed solution, from the norms of both."""
-    return gamma(operator.length, dtype) * (operator.magnitude * x + b)
-
-
 def solve_block(
     operator: Triangle, target: Block, pending: Pending, tolerance: float, transpose: bool = False
 ) -> tuple[Block, float]:
@@ -213,12 +212,13 @@ def _solved(
 ) -> tuple[Block, float]:
     if isinstance(target, Dense):
         values = operator.solve(target.values, transpose)
-        lost = residual_error(operator, norm(values), norm(target.values), values.dtype)
-        return Dense(values), error + lost
+        size = operator.magnitude * norm(values) + norm(target.values)
+        return Dense(values), error + gamma(operator.length, values.dtype) * size
     assert isinstance(target, LowRank)
     left, right = factors(target)
     if not left.shape[1]:
         return LowRank(left, right), error
     values = operator.solve(left, transpose)
-    lost = residual_error(operator, norm(values), norm(left), values.dtype) * norm(right)
+    sizes = operator.magnitude * column_norms(values) + column_norms(left)
+    lost = gamma(operator.length, values.dtype) * float(sizes @ column_norms(right))
     return LowRank(values, right), error + lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
@@ -81,19 +82,51 @@ def truncated(values: Tensor, tolerance: float, dtype: torch.dtype = torch.float
     return LowRank((u[:, :rank] * s[:rank]).to(dtype), vt[:rank].T.contiguous().to(dtype))
 
 
-def cases() -> st.SearchStrategy[dict[str, object]]:
+@dataclass(frozen=True)
+class Case:
+    """A kernel matrix, what stands for it, and what was asked for."""
+
+    name: str
+    dimensions: int
+    structure: str
+    n: int
+    dtype: torch.dtype
+    tolerance: float
+    seed: int
+
+    @property
+    def values(self) -> Tensor:
+        """[n, n] in float64; its eigenvalues are at least 1 where the kernel is definite."""
+        return kernel(self.name, points(self.n, self.dimensions, self.seed))
+
+    @property
+    def matrix(self) -> HMatrix:
+        """In blocks."""
+        where = points(self.n, self.dimensions, self.seed)
+        return build(self.values, where, self.structure, self.tolerance, dtype=self.dtype)
+
+
+def cases(definite: bool = False) -> st.SearchStrategy[Case]:
     """Kernels, geometries, structures, sizes, dtypes and tolerances."""
-    return st.fixed_dictionaries(
-        {
-            "name": st.sampled_from(sorted(KERNELS)),
-            "dimensions": st.integers(1, 3),
-            "structure": st.sampled_from(STRUCTURES),
-            "n": st.sampled_from([1, 5, 33, 150, 260]),
-            "dtype": st.sampled_from([torch.float32, torch.float64]),
-            "tolerance": st.sampled_from([1e-2, 1e-4, 1e-6]),
-            "seed": st.integers(0, 10**6),
-        }
+    return st.builds(
+        Case,
+        st.sampled_from(["exponential", "matern"] if definite else sorted(KERNELS)),
+        st.integers(1, 3),
+        st.sampled_from(STRUCTURES),
+        st.sampled_from([1, 5, 33, 100, 180]),
+        st.sampled_from([torch.float32, torch.float64]),
+        st.sampled_from([1e-2, 1e-4, 1e-6]),
+        st.integers(0, 10**6),
     )
+
+
+def few() -> list[Case]:
+    """One case of each kernel and structure, in float64."""
+    return [
+        Case(name, 1 + (i + j) % 3, structure, 150, torch.float64, 1e-6, 0)
+        for i, name in enumerate(sorted(KERNELS))
+        for j, structure in enumerate(STRUCTURES)
+    ]
 
 
 def _admissible(rows: Cluster, columns: Cluster, structure: str) -> bool:
