@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ _DOUBLE = torch.float64
 _MOST = 1024
 # Entries of kernels that are evaluated at once: they fit into a cache.
 _CHUNK = 2**17
+# Entries of blocks that are kept between two passes over them.
+_KEPT = 2**27
 # Parts of the tolerance for interpolation, and for it together with the truncation of bases.
 _INTERPOLATION, _TOGETHER = 0.3, 0.9
 
@@ -117,6 +120,34 @@ class _Side:
     mix: Tensor
     lost: Tensor
     size: Tensor
+
+
+class _Values:
+    """Blocks of a level as coefficients of `spread`, computed piece by piece.
+
+    Iterating gives slices, [b] the norms of the kernel at nodes, and [b, j, j] coefficients. Pieces
+    are kept for the next time, as many as there is room for.
+    """
+
+    def __init__(self, kernel: Analytic, pairs: Pairs, sides: list[_Side]) -> None:
+        self.kernel = kernel
+        self.pairs = pairs
+        self.sides = sides
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        own, other = self.sides
+        room = _KEPT // (own.mix.shape[1] * other.mix.shape[1])
+        for part in _chunks(len(self.pairs), own.at.shape[1] * other.at.shape[1]):
+            found = self._kept.get(part.start)
+            if found is None:
+                rows, columns = self.pairs.rows[part], self.pairs.columns[part]
+                kernel = self.kernel(own.at[rows], other.at[columns]).double()
+                block = own.mix[rows] @ kernel @ other.mix[columns].mT
+                found = norms(kernel), block
+                if part.stop <= room:
+                    self._kept[part.start] = found
+            yield part, *found
 
 
 class _Builder:
@@ -264,8 +295,9 @@ class _Builder:
             entry = entry + rounding(nodes) * (2 * once + rounding(nodes)) * size
         sides = [self._side(0, pairs.row_level, nodes)]
         sides.append(sides[0] if self.symmetric else self._side(1, pairs.column_level, nodes))
-        left, right = self._bases(pairs, sides, max(_TOGETHER * share - exact, 0.0))
-        group, rest = self._cores(pairs, sides, left, right)
+        values = _Values(self.kernel, pairs, sides)
+        left, right = self._bases(values, max(_TOGETHER * share - exact, 0.0))
+        group, rest = self._cores(values, left, right)
         total = ((entry * weights + rest).square().sum()).sqrt()
         return group, float(total)
 
@@ -280,34 +312,29 @@ class _Builder:
         lost = residual_bound(weights, spread, mix.mT)
         return _Side(chebyshev(low, high, nodes), spread, mix, lost, norms(weights))
 
-    def _values(self, pairs: Pairs, sides: list[_Side], part: slice) -> tuple[Tensor, Tensor]:
-        """Of a slice of blocks, the kernel at nodes and the coefficients of `spread`."""
-        rows, columns = pairs.rows[part], pairs.columns[part]
-        kernel = self.kernel(sides[0].at[rows], sides[1].at[columns]).double()
-        return kernel, sides[0].mix[rows] @ kernel @ sides[1].mix[columns].mT
-
-    def _bases(self, pairs: Pairs, sides: list[_Side], budget: float) -> tuple[Tensor, Tensor]:
+    def _bases(self, values: _Values, budget: float) -> tuple[Tensor, Tensor]:
         """[c, j, r] orthonormal columns that contain all blocks of a cluster but for `budget`."""
+        pairs, sides = values.pairs, values.sides
         grams = [s.mix.new_zeros(s.mix.shape[0], s.mix.shape[1], s.mix.shape[1]) for s in sides]
         if self.symmetric:
             grams[1] = grams[0]
-        for part in self._parts(pairs, sides):
-            values = self._values(pairs, sides, part)[1]
-            grams[0].index_add_(0, pairs.rows[part], values @ values.mT)
-            grams[1].index_add_(0, pairs.columns[part], values.mT @ values)
+        for part, _, block in values:
+            grams[0].index_add_(0, pairs.rows[part], block @ block.mT)
+            grams[1].index_add_(0, pairs.columns[part], block.mT @ block)
         found = []
         for gram in grams[: 1 if self.symmetric else 2]:
-            values, vectors = torch.linalg.eigh(gram)
+            squares, vectors = torch.linalg.eigh(gram)
             # Of all clusters, by what is left out: its squares add up to half the budget's.
-            left_out = values.clamp(min=0).sum(0).cumsum(0)
+            left_out = squares.clamp(min=0).sum(0).cumsum(0)
             drop = int((left_out <= budget**2 / 2).sum())
             found.append(vectors[..., min(drop, vectors.shape[-1] - 1) :].flip(-1).contiguous())
         return found[0], found[-1]
 
     def _cores(
-        self, pairs: Pairs, sides: list[_Side], left: Tensor, right: Tensor
+        self, values: _Values, left: Tensor, right: Tensor
     ) -> tuple[Coupled, Tensor]:
         """The group, and [b] bounds of the error of its blocks beside that of interpolation."""
+        pairs, sides = values.pairs, values.sides
         bases, moved, stretch = [], [], []
         for side, own in zip(sides, (left, right), strict=True):
             exact = own if side.spread is None else side.spread @ own
@@ -328,16 +355,15 @@ class _Builder:
         lost = gamma(max(s.mix.shape[2] for s in sides) + 2, _DOUBLE)
         small = gamma(max(left.shape[2], right.shape[2]) + 2, _DOUBLE)
         mix_size = [norms(side.mix) for side in sides]
-        for part in self._parts(pairs, sides):
+        for part, most, block in values:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            kernel, values = self._values(pairs, sides, part)
             u, v = left[rows], right[columns]
-            cores[part] = u.mT @ values @ v
+            cores[part] = u.mT @ block @ v
             core = cores[part].double()
-            size, most = norms(core), norms(kernel)
-            error = norms(values - u @ core @ v.mT)
+            size = norms(core)
+            error = norms(block - u @ core @ v.mT)
             error = error + 2 * lost * mix_size[0][rows] * most * mix_size[1][columns]
-            error = error + 2 * small * norms(u) * size * norms(v) + small * norms(values)
+            error = error + 2 * small * norms(u) * size * norms(v) + small * norms(block)
             error = error * stretch[0] * stretch[1]
             error = error + sides[0].lost[rows] * most * sides[1].size[columns]
             error = error + sides[0].size[rows] * most * sides[1].lost[columns]
@@ -356,9 +382,6 @@ class _Builder:
             source=_source(self.kernel, pairs, sides, mixes),
         )
         return group, rest
-
-    def _parts(self, pairs: Pairs, sides: list[_Side]) -> list[slice]:
-        return _chunks(len(pairs), sides[0].at.shape[1] * sides[1].at.shape[1])
 
 
 def _source(kernel: Analytic, pairs: Pairs, sides: list[_Side], mixes: list[Tensor]) -> Source:
