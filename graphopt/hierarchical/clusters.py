@@ -100,6 +100,18 @@ class ClusterTree:
         return found
 
     @cached_property
+    def positions(self) -> list[Tensor]:
+        """Of each level, [2**level, m] the positions of its clusters.
+
+        m is the size of the largest; in the place of what others lack stands the length.
+        """
+        found = []
+        for starts in self.starts:
+            own = starts[:-1].unsqueeze(1) + torch.arange(int((starts[1:] - starts[:-1]).max()))
+            found.append(torch.where(own < starts[1:].unsqueeze(1), own, len(self)))
+        return found
+
+    @cached_property
     def boxes(self) -> list[tuple[Tensor, Tensor]]:
         """Of each level, the corners of the bounding boxes of its clusters: two of [2**level, d].
 
@@ -142,7 +154,7 @@ def by_index(n: int, leaf: int = 64) -> ClusterTree:
 
     Args:
         n: number of rows, at least 1.
-        leaf: the most positions of a leaf.
+        leaf: the most positions of a leaf, at least 2.
     """
     _checked(n, leaf)
     return ClusterTree(torch.arange(n), _halved(None, 0, n, leaf), None)
@@ -153,7 +165,7 @@ def by_points(points: Tensor, leaf: int = 64, split: Split = "box") -> ClusterTr
 
     Args:
         points: [n, d], finite; duplicates are allowed.
-        leaf: the most points of a leaf.
+        leaf: the most points of a leaf, at least 2.
         split: ``box`` halves at the median of the longest side of the bounding box,
             ``principal`` at that of the direction in which the points vary most.
     """
@@ -184,8 +196,9 @@ def by_points(points: Tensor, leaf: int = 64, split: Split = "box") -> ClusterTr
 def _checked(n: int, leaf: int) -> None:
     if n < 1:
         raise ArgumentError("a cluster tree of no rows", hint="pass at least one")
-    if leaf < 1:
-        raise ArgumentError(f"leaf={leaf} is not a size", hint="pass a positive one, such as 64")
+    if leaf < 2:
+        # Halves of leaves of one would be empty where others still have two.
+        raise ArgumentError(f"leaf={leaf} is too small", hint="pass at least 2, such as 64")
 
 
 def _cut(points: Tensor, part: Tensor, split: Split) -> tuple[Tensor, Tensor]:
