@@ -1,4 +1,4 @@
-"""Sums, multiples, transposes and shifts of matrices in blocks."""
+"""Sums, multiples and shifts of matrices in blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense
-from graphopt.hierarchical.blocks import transposed as transposed_block
 from graphopt.hierarchical.magnitudes import length, magnitude, root_of_squares
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.operands import (
@@ -16,6 +15,7 @@ from graphopt.hierarchical.operands import (
     check_same,
     check_square,
     check_tolerance,
+    confidence,
     estimated_norm,
     operand,
 )
@@ -30,8 +30,8 @@ from graphopt.hierarchical.parts import (
     recut,
     row_spans,
 )
-from graphopt.hierarchical.pending import truncated
 from graphopt.hierarchical.rounding import gamma, norm
+from graphopt.hierarchical.truncation import truncated
 
 
 @torch.no_grad()
@@ -62,7 +62,8 @@ def add(first: HMatrix, second: HMatrix, tolerance: float) -> HMatrix:
     least = gamma(1, first.dtype) * (magnitude(a) + magnitude(b))
     each = tolerance * max(size, least) / math.sqrt(max(_both_low(a, b), 1))
     root, error = _sum(a, b, each)
-    return HMatrix(root, first.rows, first.columns, error + first.bound + second.bound)
+    bound = error + first.bound + second.bound
+    return HMatrix(root, first.rows, first.columns, bound, confidence=confidence(first, second))
 
 
 @torch.no_grad()
@@ -76,12 +77,8 @@ def scaled(matrix: HMatrix, scale: float) -> HMatrix:
     matrix = operand(matrix, "the matrix")
     lost = 2 * gamma(1, matrix.dtype) * magnitude(matrix.root) * abs(scale)
     root = _scaled(matrix.root, scale)
-    return HMatrix(root, matrix.rows, matrix.columns, abs(scale) * matrix.bound + lost)
-
-
-def transposed(matrix: HMatrix) -> HMatrix:
-    """The transpose, in the same memory."""
-    return HMatrix(transposed_block(matrix.root), matrix.columns, matrix.rows, matrix.bound)
+    bound = abs(scale) * matrix.bound + lost
+    return HMatrix(root, matrix.rows, matrix.columns, bound, confidence=matrix.confidence)
 
 
 @torch.no_grad()
@@ -97,7 +94,8 @@ def shifted(matrix: HMatrix, shift: float) -> HMatrix:
     check_same(matrix.rows, matrix.columns, "rows and columns")
     matrix = operand(matrix, "the matrix")
     root, error = shifted_block(matrix.root, shift)
-    return HMatrix(root, matrix.rows, matrix.columns, matrix.bound + error)
+    bound = matrix.bound + error
+    return HMatrix(root, matrix.rows, matrix.columns, bound, confidence=matrix.confidence)
 
 
 def shifted_block(block: Block, shift: float) -> tuple[Block, float]:
@@ -105,7 +103,7 @@ def shifted_block(block: Block, shift: float) -> tuple[Block, float]:
     if isinstance(block, LowRank) and block.shape[0] > LEAF:
         block = halved(block)
     if isinstance(block, Grid):
-        spans = row_spans(block)
+        spans = common(row_spans(block), column_spans(block))
         block = recut(block, spans, spans)
         if len(spans) == 1:
             return shifted_block(block.blocks[0][0], shift)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Grid:
 
     blocks: tuple[tuple[Block, ...], ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         rows = sum(row[0].shape[0] for row in self.blocks)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.magnitudes import root_of_squares
-from graphopt.hierarchical.parts import LEAF, Span, halved, recut, row_spans
+from graphopt.hierarchical.parts import LEAF, Span, column_spans, common, halved, recut, row_spans
 from graphopt.hierarchical.pending import Pending, Product, fill, settled
 from graphopt.hierarchical.rounding import gamma
 from graphopt.hierarchical.triangular import Corner, Stairs, Triangle, solve_block
@@ -75,7 +75,7 @@ class _Factoring:
         if isinstance(block, LowRank) and block.shape[0] > LEAF:
             block = halved(block)
         if isinstance(block, Grid):
-            spans = row_spans(block)
+            spans = common(row_spans(block), column_spans(block))
             block = recut(block, spans, spans)
             if len(spans) > 1:
                 return self._stairs(block, pending, start)

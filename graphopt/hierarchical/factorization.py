@@ -29,10 +29,10 @@ class Factorization:
     """Triangular factors M of a square matrix, and how far they are from what it stands for.
 
     With A the true matrix, which `matrix` stands for, and a bound `bound` of ``|A - M|_F``, all
-    results are about A. The norms of ``M^-1`` are bounded by random vectors, and so all results
-    hold with a probability of at least 1 - 1e-10 (see `inverse_norm`), unless the smallest
-    eigenvalue was known. Where ``|M^-1|_2 bound >= 1``, A may be singular for all that is known:
-    then bounds are inf, and a smaller tolerance helps.
+    results are about A. They hold with the probability of the bound of the matrix
+    (`HMatrix.confidence`), less 1e-10, as the norms of ``M^-1`` are bounded by random vectors (see
+    `inverse_norm`), unless the smallest eigenvalue was known. Where ``|M^-1|_2 bound >= 1``, A may
+    be singular for all that is known: then bounds are inf, and a smaller tolerance helps.
 
     Attributes:
         matrix: what was factored, with the nugget.

@@ -6,11 +6,10 @@ import math
 import warnings
 
 import torch
-from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.algebra import shifted
-from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense
+from graphopt.hierarchical.blocks import Block
 from graphopt.hierarchical.factor import LeafError, factored
 from graphopt.hierarchical.factorization import Factorization, product_loss
 from graphopt.hierarchical.matrix import HMatrix
@@ -21,7 +20,7 @@ from graphopt.hierarchical.operands import (
     low_rank_count,
     operand,
 )
-from graphopt.hierarchical.parts import any_tensor, apply, frobenius
+from graphopt.hierarchical.parts import any_tensor, apply, diagonal, frobenius
 
 ATTEMPTS = 12  # each with ten times the nugget of the one before
 
@@ -92,7 +91,7 @@ def cholesky(
             f"nugget={nugget}, least_eigenvalue={least_eigenvalue}", hint="pass none below 0"
         )
     _check_symmetric(plain)
-    added, unit = 0.0, nugget * float(_diagonal(plain.root).abs().mean())
+    added, unit = 0.0, nugget * float(diagonal(plain.root).abs().mean())
     for attempt in range(ATTEMPTS + 1):
         now = shifted(plain, added) if added else plain
         try:
@@ -138,15 +137,3 @@ def _check_symmetric(matrix: HMatrix) -> None:
         raise ArgumentError(
             "the matrix is not symmetric within its bound", hint="use lu, or symmetrise it"
         )
-
-
-def _diagonal(block: Block) -> Tensor:
-    """[n] of a square block; where rows and columns are cut differently, of the dense block."""
-    if isinstance(block, LowRank):
-        left = block.left if block.core is None else block.left @ block.core
-        return (left * block.right).sum(1) if left.shape[1] else left.new_zeros(left.shape[0])
-    if isinstance(block, Grid) and all(
-        block.blocks[i][i].shape[0] == block.blocks[i][i].shape[1] for i in range(len(block.blocks))
-    ):
-        return torch.cat([_diagonal(line[i]) for i, line in enumerate(block.blocks)])
-    return block.values.diagonal() if isinstance(block, Dense) else dense(block).diagonal()

@@ -9,11 +9,11 @@ import torch
 from graphopt.hierarchical.algebra import shifted_block
 from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.factorize import lu
-from graphopt.hierarchical.inverse_norm import PROBES, frobenius_factor, probes, solved
+from graphopt.hierarchical.inverse_norm import PROBES, RISK, frobenius_factor, probes, solved
 from graphopt.hierarchical.magnitudes import length, magnitude
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.multiply import zero
-from graphopt.hierarchical.operands import check_tolerance, low_rank_count
+from graphopt.hierarchical.operands import check_tolerance, confidence, low_rank_count
 from graphopt.hierarchical.parts import any_tensor, apply
 from graphopt.hierarchical.pending import Pending
 from graphopt.hierarchical.rounding import gamma, norm
@@ -58,7 +58,8 @@ def inverse(matrix: HMatrix | Factorization, tolerance: float) -> HMatrix:
     far = frobenius_factor() * (norm(apply(root, normal) - wanted) + lost) / math.sqrt(PROBES)
     bound = far + found.distance * found.inverse_norm if found.bound else far
     bound = bound if math.isfinite(bound) else math.inf
-    return HMatrix(root, plain.columns, plain.rows, bound)
+    sure = confidence(plain, lost=RISK)
+    return HMatrix(root, plain.columns, plain.rows, bound, confidence=sure)
 
 
 def _inverse_size(operator: Triangle) -> float:

@@ -29,7 +29,8 @@ from graphopt.hierarchical.triangular import corner
 
 PROBES = 32
 STEPS = 6
-_FAILURE = 1e-10 / 4  # for each of the norms that one result needs
+RISK = 1e-10  # that one of the bounds fails
+_FAILURE = RISK / 4  # for each of the norms that one result needs
 _DOUBLE = torch.float64
 
 

@@ -13,6 +13,7 @@ from graphopt.hierarchical.operands import (
     check_dtypes,
     check_same,
     check_tolerance,
+    confidence,
     estimated_norm,
     low_rank_count,
     operand,
@@ -72,7 +73,7 @@ def multiply(
     each = tolerance * max(size, least) / math.sqrt(low_rank_count(form))
     root, error = fill(form, Pending((Product(a, b),)), each)
     error += frobenius(a) * second.bound + first.bound * frobenius(b) + first.bound * second.bound
-    return HMatrix(root, first.rows, second.columns, error)
+    return HMatrix(root, first.rows, second.columns, error, confidence=confidence(first, second))
 
 
 def zero(block: Block, like: torch.Tensor) -> Block:

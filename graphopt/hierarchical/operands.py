@@ -29,7 +29,13 @@ def operand(matrix: HMatrix, name: str) -> HMatrix:
         raise ArgumentError(f"{name} has entries that are not finite", hint="mend them first")
     with torch.no_grad():
         root, lost = _plain(matrix.root)
-    return HMatrix(root, matrix.rows, matrix.columns, matrix.bound + lost)
+    bound = matrix.bound + lost
+    return HMatrix(root, matrix.rows, matrix.columns, bound, confidence=matrix.confidence)
+
+
+def confidence(*matrices: HMatrix, lost: float = 0.0) -> float:
+    """The probability that all their bounds hold, and what else fails with a chance of `lost`."""
+    return max(1 - sum(1 - matrix.confidence for matrix in matrices) - lost, 0.0)
 
 
 def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:

@@ -105,6 +105,19 @@ def apply(block: Block, x: Tensor, transpose: bool = False) -> Tensor:
     return torch.cat(found)
 
 
+def diagonal(block: Block) -> Tensor:
+    """[n] of a square block."""
+    if isinstance(block, Dense):
+        return block.values.diagonal()
+    if isinstance(block, LowRank):
+        left, right = factors(block)
+        return (left * right).sum(1)
+    spans = common(row_spans(block), column_spans(block))
+    if len(spans) == 1:
+        return diagonal(block.blocks[0][0])
+    return torch.cat([diagonal(part(block, span, span)) for span in spans])
+
+
 def frobenius(block: Block) -> float:
     """An upper bound of the Frobenius norm, rounding included."""
     if isinstance(block, Dense):

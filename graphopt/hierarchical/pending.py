@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
-from graphopt.hierarchical.compress import recompress
 from graphopt.hierarchical.magnitudes import (
     length,
     magnitude,
@@ -33,10 +31,10 @@ from graphopt.hierarchical.parts import (
     row_spans,
 )
 from graphopt.hierarchical.rounding import gamma, norm
+from graphopt.hierarchical.truncation import Pair, joined, truncated, truncated_pair
 
 # Products up to this size are formed entry by entry: below it recursion costs more than it saves.
 SMALL = 128
-Pair = tuple[Tensor, Tensor]  # left [m, k] and right [n, k] of left @ right.T
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def settled(pending: Pending) -> tuple[Pending, float]:
             rest.append(product)
     pairs = [pair for pair in pairs if pair[0].shape[1]]
     if len(pairs) > 1:
-        pairs = [_joined(pairs)]
+        pairs = [joined(pairs)]
     return Pending(tuple(rest), tuple(pairs)), error
 
 
@@ -164,20 +162,6 @@ def low_rank(product: Product, tolerance: float) -> tuple[Pair, float]:
         return (torch.eye(m).to(values), values), _lost(left, right)
     values = sign * apply(left, dense(right))
     return (values, torch.eye(n).to(values)), _lost(left, right)
-
-
-def truncated(pairs: list[Pair], tolerance: float) -> tuple[Dense | LowRank, float]:
-    """The sum of low-rank terms as one block, and what that loses, at most `tolerance` by choice.
-
-    It is dense where that needs less memory.
-    """
-    left, right = _joined([pair for pair in pairs if pair[0].shape[1]] or pairs[:1])
-    m, n = left.shape[0], right.shape[0]
-    left, right, error = recompress(left, right, tolerance)
-    if left.shape[1] * (m + n) > m * n:
-        lost = gamma(left.shape[1], left.dtype) * pair_magnitude(left, right)
-        return Dense(left @ right.T), error + lost
-    return LowRank(left, right), error
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -216,10 +200,6 @@ def _formed(block: Block) -> float:
     if isinstance(block, Dense):
         return 0.0
     return gamma(length(block), any_tensor(block).dtype) * magnitude(block)
-
-
-def _joined(pairs: list[Pair]) -> Pair:
-    return torch.cat([u for u, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)
 
 
 def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
@@ -263,12 +243,12 @@ def _merged(product: Product, tolerance: float) -> tuple[Pair, float]:
             wide = v.new_zeros(right.shape[1], v.shape[1])
             wide[slice(*c)] = v
             found.append((u, wide))
-        u, v, lost = recompress(*_joined(found), tolerance / (2 * math.sqrt(len(rows))))
+        u, v, lost = truncated_pair(*joined(found), tolerance / (2 * math.sqrt(len(rows))))
         second.append(lost)
         tall = u.new_zeros(left.shape[0], u.shape[1])
         tall[slice(*r)] = u
         lines.append((tall, v))
-    return _joined(lines), root_of_squares(first) + root_of_squares(second)
+    return joined(lines), root_of_squares(first) + root_of_squares(second)
 
 
 def _zero(rows: Span, columns: Span, like: Block) -> LowRank:

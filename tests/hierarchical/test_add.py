@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from graphopt.errors import ArgumentError
-from graphopt.hierarchical.algebra import add, scaled, shifted, transposed
+from graphopt.hierarchical.algebra import add, scaled, shifted
 from graphopt.hierarchical.blocks import Dense, Grid, LowRank, dense
 from graphopt.hierarchical.clusters import by_index
 from graphopt.hierarchical.matrix import HMatrix
@@ -56,7 +56,7 @@ def test_shifts_multiples_and_transposes(case: Case) -> None:
     for found, wanted in (
         (shifted(a, 2.5), case.values + 2.5 * eye),
         (scaled(a, -0.3), -0.3 * case.values),
-        (transposed(a), case.values.T),
+        (a.T, case.values.T),
     ):
         assert far(found, wanted) <= found.bound
 

@@ -115,7 +115,7 @@ def test_an_indefinite_matrix_raises_or_gets_a_nugget() -> None:
     with pytest.warns(UserWarning, match="was added to its diagonal"):
         found = cholesky(matrix, 1e-10, nugget=1e-6)
     assert found.nugget > 0.04
-    shifted = k + found.nugget * torch.eye(120)
+    shifted = k + found.nugget * torch.eye(120, dtype=k.dtype)
     assert (product(found) - shifted).norm() <= found.bound < 1e-6
     with pytest.raises(NotDefiniteError, match=r"also with .* on its diagonal"):
         cholesky(build(-k, where, "hodlr", 1e-10), 1e-10, nugget=1e-30)

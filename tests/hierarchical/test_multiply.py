@@ -58,7 +58,7 @@ def test_large_grids_meet_low_rank_blocks() -> None:
 
 
 def test_any_mix_of_blocks_multiplies() -> None:
-    where = points(200, 2, seed=0)
+    where = points(100, 2, seed=0)
     k = kernel("matern", where)
     made = {s: build(k, where, s, 1e-7) for s in ("hodlr", "blr", "strong")}
     for first in made.values():
