@@ -100,30 +100,32 @@ class Factorization:
         right = rows.to_positions(right)
         found = refined(
             lambda x: apply(self.matrix.root, x, transpose),
-            lambda x: solved(self.factors, x, transpose),
+            lambda x: self.solve_positions(x, transpose),
             right,
             refinements,
         )
         sizes, sides = (torch.linalg.vector_norm(x.double(), dim=0) for x in (found.x, right))
-        lost = product_loss(self.matrix) * sizes + gamma(2, _DOUBLE) * sides
-        errors = self.error_bound(found.correction, sizes, lost)
+        lost = (self.matrix.bound + product_loss(self.matrix)) * sizes + gamma(2, _DOUBLE) * sides
+        errors = self.error_bound(found.correction, lost)
         x = columns.to_original(found.x)
         return Bounded(x.reshape(b.shape), float(errors.max()) if errors.numel() else 0.0)
 
-    def error_bound(self, correction: Tensor, sizes: Tensor, lost: Tensor) -> Tensor:
+    def solve_positions(self, b: Tensor, transpose: bool = False) -> Tensor:
+        """``M^-1 b``, once and without a bound; b: [n, c] in the order of positions."""
+        return solved(self.factors, b, transpose)
+
+    def error_bound(self, correction: Tensor, lost: Tensor) -> Tensor:
         """Bounds of the errors of solutions x, [c].
 
         Args:
-            correction: [n, c], ``M^-1 (A_H x - b)`` in float64.
-            sizes: [c], norms of x.
-            lost: [c], what ``A_H x - b`` lost by rounding.
+            correction: [n, c], ``M^-1 r`` in float64 for a residual r.
+            lost: [c], a bound of the norm of ``r - (A x - b)``.
         """
         norms = self.norms
         if not self.distance < 1 or not math.isfinite(norms.spectral):
-            return torch.full_like(sizes, math.inf)
+            return torch.full_like(lost, math.inf)
         own = torch.linalg.vector_norm(correction, dim=0) * (1 + norms.spectral * norms.lost)
-        rest = norms.spectral * (lost + self.matrix.bound * sizes)
-        return (own + rest) / (1 - self.distance) * (1 + 1e-9)
+        return (own + norms.spectral * lost) / (1 - self.distance) * (1 + 1e-9)
 
     def logdet(self) -> Bounded[float]:
         """The logarithm of ``|det A|``.
