@@ -23,12 +23,10 @@ from graphopt.hierarchical.parts import (
     LEAF,
     any_tensor,
     apply,
-    column_spans,
     common,
     factors,
     halved,
     recut,
-    row_spans,
 )
 from graphopt.hierarchical.rounding import gamma, norm
 from graphopt.hierarchical.truncation import truncated
@@ -103,7 +101,7 @@ def shifted_block(block: Block, shift: float) -> tuple[Block, float]:
     if isinstance(block, LowRank) and block.shape[0] > LEAF:
         block = halved(block)
     if isinstance(block, Grid):
-        spans = common(row_spans(block), column_spans(block))
+        spans = common(block.row_spans, block.column_spans)
         block = recut(block, spans, spans)
         if len(spans) == 1:
             return shifted_block(block.blocks[0][0], shift)
@@ -144,8 +142,8 @@ def _sum(a: Block, b: Block, tolerance: float) -> tuple[Block, float]:
 
 def _cut_alike(a: Block, b: Block) -> tuple[Grid, Grid]:
     grids = [block for block in (a, b) if isinstance(block, Grid)]
-    rows = common(row_spans(grids[0]), row_spans(grids[-1]))
-    columns = common(column_spans(grids[0]), column_spans(grids[-1]))
+    rows = common(grids[0].row_spans, grids[-1].row_spans)
+    columns = common(grids[0].column_spans, grids[-1].column_spans)
     return recut(a, rows, columns), recut(b, rows, columns)
 
 

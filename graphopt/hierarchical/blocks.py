@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -66,8 +67,17 @@ class Grid:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        rows = sum(row[0].shape[0] for row in self.blocks)
-        return rows, sum(block.shape[1] for block in self.blocks[0])
+        return self.row_spans[-1][1], self.column_spans[-1][1]
+
+    @cached_property
+    def row_spans(self) -> list[tuple[int, int]]:
+        """Where each row of blocks begins and ends."""
+        return list(pairwise(accumulate((line[0].shape[0] for line in self.blocks), initial=0)))
+
+    @cached_property
+    def column_spans(self) -> list[tuple[int, int]]:
+        """Where each column of blocks begins and ends."""
+        return list(pairwise(accumulate((block.shape[1] for block in self.blocks[0]), initial=0)))
 
 
 Block = Dense | LowRank | Grid

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.magnitudes import root_of_squares
-from graphopt.hierarchical.parts import LEAF, Span, column_spans, common, halved, recut, row_spans
+from graphopt.hierarchical.parts import LEAF, Span, common, halved, recut
 from graphopt.hierarchical.pending import Pending, Product, fill, settled
 from graphopt.hierarchical.rounding import gamma
 from graphopt.hierarchical.triangular import Corner, Stairs, Triangle, solve_block
@@ -75,7 +75,7 @@ class _Factoring:
         if isinstance(block, LowRank) and block.shape[0] > LEAF:
             block = halved(block)
         if isinstance(block, Grid):
-            spans = common(row_spans(block), column_spans(block))
+            spans = common(block.row_spans, block.column_spans)
             block = recut(block, spans, spans)
             if len(spans) > 1:
                 return self._stairs(block, pending, start)
@@ -114,7 +114,7 @@ class _Factoring:
 
     def _stairs(self, block: Grid, pending: Pending, start: int) -> Factors:
         pending, error = settled(pending)
-        spans = row_spans(block)
+        spans = block.row_spans
         count, errors = len(spans), []
         done: list[Factors] = []
         left: list[list[Block]] = [[] for _ in spans]  # row i: the blocks of the lower factor

@@ -21,11 +21,9 @@ from graphopt.hierarchical.operands import (
 from graphopt.hierarchical.parts import (
     any_tensor,
     apply,
-    column_spans,
     common,
     frobenius,
     recut,
-    row_spans,
 )
 from graphopt.hierarchical.pending import Pending, Product, fill
 from graphopt.hierarchical.rounding import gamma
@@ -94,8 +92,8 @@ def _form(a: Block, b: Block) -> Block:
         if isinstance(a, Dense) and isinstance(b, Dense):
             return Dense(like.new_zeros(m, n))
         return LowRank(like.new_zeros(m, 0), like.new_zeros(n, 0))
-    inner = common(column_spans(a), row_spans(b))
-    a, b = recut(a, row_spans(a), inner), recut(b, inner, column_spans(b))
+    inner = common(a.column_spans, b.row_spans)
+    a, b = recut(a, a.row_spans, inner), recut(b, inner, b.column_spans)
     lines = []
     for line in a.blocks:
         found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,16 +14,6 @@ from graphopt.hierarchical.rounding import gamma
 
 LEAF = 64  # the size down to which a low-rank block on the diagonal is halved
 Span = tuple[int, int]
-
-
-def row_spans(grid: Grid) -> list[Span]:
-    """Where each row of blocks begins and ends."""
-    return _spans([line[0].shape[0] for line in grid.blocks])
-
-
-def column_spans(grid: Grid) -> list[Span]:
-    """Where each column of blocks begins and ends."""
-    return _spans([block.shape[1] for block in grid.blocks[0]])
 
 
 def common(first: list[Span], second: list[Span]) -> list[Span]:
@@ -41,9 +31,9 @@ def part(block: Block, rows: Span, columns: Span) -> Block:
         return Dense(block.values[slice(*rows), slice(*columns)])
     if isinstance(block, LowRank):
         return LowRank(block.left[slice(*rows)], block.right[slice(*columns)], block.core)
-    below = [(i, s) for i, s in enumerate(row_spans(block)) if s[0] < rows[1] and rows[0] < s[1]]
+    below = [(i, s) for i, s in enumerate(block.row_spans) if s[0] < rows[1] and rows[0] < s[1]]
     beside = [
-        (j, s) for j, s in enumerate(column_spans(block)) if s[0] < columns[1] and columns[0] < s[1]
+        (j, s) for j, s in enumerate(block.column_spans) if s[0] < columns[1] and columns[0] < s[1]
     ]
     lines = tuple(
         tuple(part(block.blocks[i][j], _inside(rows, r), _inside(columns, c)) for j, c in beside)
@@ -54,7 +44,7 @@ def part(block: Block, rows: Span, columns: Span) -> Block:
 
 def recut(block: Block, rows: list[Span], columns: list[Span]) -> Grid:
     """The same entries as a grid that is cut there."""
-    if isinstance(block, Grid) and row_spans(block) == rows and column_spans(block) == columns:
+    if isinstance(block, Grid) and block.row_spans == rows and block.column_spans == columns:
         return block
     return Grid(tuple(tuple(part(block, r, c) for c in columns) for r in rows))
 
@@ -93,7 +83,7 @@ def apply(block: Block, x: Tensor, transpose: bool = False) -> Tensor:
         inner = right.to(x.dtype).T @ x
         return left.to(x.dtype) @ (inner if core is None else core.to(x.dtype) @ inner)
     lines = zip(*block.blocks, strict=True) if transpose else block.blocks
-    spans = row_spans(block) if transpose else column_spans(block)
+    spans = block.row_spans if transpose else block.column_spans
     found = []
     for line in lines:
         total = None
@@ -112,7 +102,7 @@ def diagonal(block: Block) -> Tensor:
     if isinstance(block, LowRank):
         left, right = factors(block)
         return (left * right).sum(1)
-    spans = common(row_spans(block), column_spans(block))
+    spans = common(block.row_spans, block.column_spans)
     if len(spans) == 1:
         return diagonal(block.blocks[0][0])
     return torch.cat([diagonal(part(block, span, span)) for span in spans])
@@ -130,10 +120,6 @@ def frobenius(block: Block) -> float:
             rest += 4 * gamma(block.core.shape[0], block.left.dtype) * magnitude(block) ** 2
         return math.sqrt(max(square, 0.0) + rest)
     return math.hypot(*(frobenius(b) for line in block.blocks for b in line))
-
-
-def _spans(sizes: list[int]) -> list[Span]:
-    return list(pairwise(accumulate(sizes, initial=0)))
 
 
 def _inside(span: Span, of: Span) -> Span:

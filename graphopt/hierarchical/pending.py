@@ -8,9 +8,11 @@ task graph construction for H-matrix arithmetic", 2019, call it accumulated upda
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.magnitudes import (
@@ -24,11 +26,9 @@ from graphopt.hierarchical.parts import (
     Span,
     any_tensor,
     apply,
-    column_spans,
     common,
     factors,
     part,
-    row_spans,
 )
 from graphopt.hierarchical.rounding import gamma, norm
 from graphopt.hierarchical.truncation import Pair, joined, truncated, truncated_pair
@@ -97,9 +97,9 @@ def fill(target: Block, pending: Pending, tolerance: float) -> tuple[Block, floa
     if isinstance(target, Grid):
         pending, error = settled(pending)
         lines, errors = [], []
-        for i, rows in enumerate(row_spans(target)):
+        for i, rows in enumerate(target.row_spans):
             line = []
-            for j, columns in enumerate(column_spans(target)):
+            for j, columns in enumerate(target.column_spans):
                 block, lost = fill(target.blocks[i][j], pending.within(rows, columns), tolerance)
                 line.append(block)
                 errors.append(lost)
@@ -174,17 +174,38 @@ def _simple(product: Product) -> bool:
 
 
 def _cut(product: Product, rows: Span, columns: Span) -> list[Product]:
+    found = _blocks(product, rows, columns)
+    if found is not None:
+        return found
     inner = (0, product.left.shape[1])
     left, right = part(product.left, rows, inner), part(product.right, inner, columns)
     if not (isinstance(left, Grid) and isinstance(right, Grid)):
         return [Product(left, right, product.sign)]
     found = []
-    for span in common(column_spans(left), row_spans(right)):
+    for span in common(left.column_spans, right.row_spans):
         a = part(left, (0, left.shape[0]), span)
         b = part(right, span, (0, right.shape[1]))
         if not (_nothing(a) or _nothing(b)):
             found.append(Product(a, b, product.sign))
     return found
+
+
+def _blocks(product: Product, rows: Span, columns: Span) -> list[Product] | None:
+    """The products of the blocks themselves, if two grids are cut there."""
+    left, right = product.left, product.right
+    if not (isinstance(left, Grid) and isinstance(right, Grid)):
+        return None
+    if not (rows in left.row_spans and columns in right.column_spans):
+        return None
+    if left.column_spans != right.row_spans:
+        return None
+    j = right.column_spans.index(columns)
+    line, column = left.blocks[left.row_spans.index(rows)], [own[j] for own in right.blocks]
+    return [
+        Product(a, b, product.sign)
+        for a, b in zip(line, column, strict=True)
+        if not (_nothing(a) or _nothing(b))
+    ]
 
 
 def _nothing(block: Block) -> bool:
@@ -212,16 +233,36 @@ def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
         size, error = size + grown, error + gamma(u.shape[1], u.dtype) * grown
     for product in pending.products:
         left, right = product.left, product.right
-        if isinstance(right, Dense):
-            found = apply(left, right.values)
-        elif isinstance(left, Dense):
-            found = apply(right, left.values.T, transpose=True).T
-        else:
-            found = apply(left, dense(right))
-        values = values + product.sign * found
         size += magnitude(left) * magnitude(right)
         error += _lost(left, right)
+    for product in pending.products:
+        left, right = product.left, product.right
+        if isinstance(right, Dense) and not isinstance(left, Dense):
+            values = values + product.sign * apply(left, right.values)
+        elif isinstance(left, Dense) and not isinstance(right, Dense):
+            values = values + product.sign * apply(right, left.values.T, transpose=True).T
+        elif not isinstance(left, Dense):
+            values = values + product.sign * apply(left, dense(right))
+    for first, second in _side_by_side(pending.products):
+        values = torch.addmm(values, first, second)
+    count += SMALL  # so many terms of other products may be in the sum of one
     return Dense(values), error + gamma(count, values.dtype) * (size + error)
+
+
+def _side_by_side(products: tuple[Product, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors [m, k] and [k, n] of several products of dense blocks at once."""
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    for product in products:
+        if not (isinstance(product.left, Dense) and isinstance(product.right, Dense)):
+            continue
+        left.append(product.sign * product.left.values)
+        right.append(product.right.values)
+        if sum(v.shape[1] for v in left) > SMALL:
+            yield torch.cat(left, 1), torch.cat(right)
+            left, right = [], []
+    if left:
+        yield torch.cat(left, 1), torch.cat(right)
 
 
 def _merged(product: Product, tolerance: float) -> tuple[Pair, float]:
@@ -229,7 +270,7 @@ def _merged(product: Product, tolerance: float) -> tuple[Pair, float]:
     left, right = product.left, product.right
     assert isinstance(left, Grid)
     assert isinstance(right, Grid)
-    rows, columns = row_spans(left), column_spans(right)
+    rows, columns = left.row_spans, right.column_spans
     whole = Pending((product,))
     each = tolerance / (2 * math.sqrt(len(rows) * len(columns)))
     lines: list[Pair] = []

@@ -19,7 +19,6 @@ from graphopt.hierarchical.magnitudes import column_norms, length, magnitude, ro
 from graphopt.hierarchical.parts import (
     Span,
     apply,
-    column_spans,
     factors,
     recut,
 )
@@ -168,13 +167,13 @@ def solve_block(
     pending, error = settled(pending)
     lines, errors = [], []
     if isinstance(operator, Corner):
-        for columns, block in zip(column_spans(target), target.blocks[0], strict=True):
+        for columns, block in zip(target.column_spans, target.blocks[0], strict=True):
             own = pending.within((0, operator.size), columns)
             found, lost = solve_block(operator, block, own, tolerance, transpose)
             lines.append(found)
             errors.append(lost)
         return Grid((tuple(lines),)), error + root_of_squares(errors)
-    across = column_spans(target)
+    across = target.column_spans
     target = recut(target, operator.spans, across)
     rows: dict[int, list[Block]] = {}
     for i, before in _order(len(operator.diagonal), transpose):
