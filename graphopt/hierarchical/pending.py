@@ -34,7 +34,7 @@ from graphopt.hierarchical.rounding import gamma, norm
 from graphopt.hierarchical.truncation import Pair, joined, truncated, truncated_pair
 
 # Products up to this size are formed entry by entry: below it recursion costs more than it saves.
-SMALL = 128
+SMALL = 256
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,19 @@ def fill(target: Block, pending: Pending, tolerance: float) -> tuple[Block, floa
 
 
 def settled(pending: Pending) -> tuple[Pending, float]:
-    """Products with a low-rank factor become one low-rank term; and what that loses by rounding."""
-    pairs, rest, error = list(pending.pairs), [], 0.0
+    """Products with a low-rank factor become one more low-rank term; and what that loses."""
+    new: list[Pair] = []
+    rest, error = [], 0.0
     for product in pending.products:
         if isinstance(product.left, LowRank) or isinstance(product.right, LowRank):
             pair, lost = low_rank(product, 0.0)
-            pairs.append(pair)
+            new.append(pair)
             error += lost
         else:
             rest.append(product)
-    pairs = [pair for pair in pairs if pair[0].shape[1]]
-    if len(pairs) > 1:
-        pairs = [joined(pairs)]
-    return Pending(tuple(rest), tuple(pairs)), error
+    new = [pair for pair in new if pair[0].shape[1]]
+    pairs = (*pending.pairs, joined(new)) if new else pending.pairs
+    return Pending(tuple(rest), pairs), error
 
 
 def low_rank(product: Product, tolerance: float) -> tuple[Pair, float]:
@@ -228,7 +228,7 @@ def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
     values, count = target.values, len(pending.products) + len(pending.pairs)
     size, error = norm(values), 0.0
     for u, v in pending.pairs:
-        values = values + u @ v.T
+        values = torch.addmm(values, u, v.T)
         grown = pair_magnitude(u, v)
         size, error = size + grown, error + gamma(u.shape[1], u.dtype) * grown
     for product in pending.products:

@@ -8,6 +8,8 @@ and Stability of Numerical Algorithms, theorem 19.4).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ _DOUBLE = torch.float64
 _SLACK = 1 + 1e-6
 # Rows times columns of a factor up to which theorem 19.4 promises the six digits.
 _LARGEST = 10**7
+_SAMPLES = 20
 
 
 def joined(pairs: list[Pair]) -> Pair:
@@ -74,7 +77,8 @@ def truncated_pair(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tenso
         far = column_norms(a - q @ r) @ widths + lengths @ column_norms(b - p @ s)
         # Five products with at most k terms, among them those of the line above.
         lost = float(far) * _SLACK + 6 * gamma(k + 2, _DOUBLE) * (1 + k**0.5) * size
-    u, values, v = svd(core)
+    u, values, v, rest = _decomposed(core, tolerance)
+    tolerance = math.sqrt(tolerance**2 - rest**2)
     tail = values.square().flip(0).cumsum(0).flip(0).sqrt()
     rank = int((tail > tolerance).sum())
     u, v = u[:, :rank] * values[:rank], v[:, :rank]
@@ -83,3 +87,23 @@ def truncated_pair(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tenso
     if dtype != _DOUBLE:
         error += 3 * storage(dtype) * float(values[:rank].sum())
     return found.to(dtype), other.to(dtype).contiguous(), (error + lost) * _SLACK
+
+
+def _decomposed(core: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """``(u, values, v)`` of a core, and the norm of what they leave out, at most half of that.
+
+    A large core of small rank meets random vectors first (Halko, Martinsson, Tropp, "Finding
+    structure with randomness", 2011); whether their range is enough is measured.
+    """
+    samples = _SAMPLES
+    while tolerance > 0 and 3 * samples <= min(core.shape):
+        generator = torch.Generator().manual_seed(samples)
+        normal = torch.randn(core.shape[1], samples, dtype=_DOUBLE, generator=generator)
+        q = torch.linalg.qr(core @ normal.to(core.device))[0]
+        inner = q.T @ core
+        rest = norm(core - q @ inner)
+        if rest <= tolerance / 2:
+            u, values, v = svd(inner)
+            return q @ u, values, v, rest
+        samples *= 2
+    return *svd(core), 0.0
