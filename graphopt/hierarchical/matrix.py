@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -104,7 +105,7 @@ class HMatrix:
         """
         columns = self._columns(x)
         found = self._product(self.columns.to_positions(columns), None)
-        return self.rows.to_original(found).reshape(-1, *x.shape[1:])
+        return self.rows.to_original(found).reshape(self.shape[0], *x.shape[1:])
 
     def apply(self, x: Tensor) -> Bounded[Tensor]:
         """``self @ x``, and a bound for each column of its distance to the exact product.
@@ -122,7 +123,8 @@ class HMatrix:
         have the off-diagonal blocks, the level of the leaves those on the diagonal. Rows of `x`
         and of the result are in the order of *positions*. Differentiable as ``@`` is.
         """
-        return self._product(self._columns(x), number).reshape(-1, *x.shape[1:])
+        found = self._product(self._columns(x), number)
+        return found.reshape(self.shape[0], *x.shape[1:])
 
     def level_norms(self, number: int) -> Tensor:
         """[2**number] squared Frobenius norms of these blocks, for each cluster of the level."""
@@ -136,8 +138,8 @@ class HMatrix:
         return self.packed.inner_gradient(w, v, number)
 
     def dense(self) -> Tensor:
-        """[m, n] in the original order; for small matrices and tests."""
-        inner = dense(self.root)
+        """[m, n] in the original order and in float64; for small matrices and tests."""
+        inner = dense(self.root, torch.float64)
         return self.columns.to_original(self.rows.to_original(inner).T).T
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -152,15 +154,15 @@ class HMatrix:
                 f"a matrix of {self.dtype} times {x.dtype}",
                 hint=f"convert it by x.to({self.dtype})",
             )
-        return x.reshape(len(self.columns), -1)
+        return x.unsqueeze(1) if x.dim() == 1 else x
 
     def _product(self, x: Tensor, level: int | None) -> Tensor:
         packed = self.packed
         if packed.trainable:
             return packed.product(x, level)
         if torch.is_grad_enabled() and (x.requires_grad or packed.parameters):
-            found: Tensor = _Product.apply(packed, level, x, *packed.parameters)
-            return found
+            apply: Callable[..., Tensor] = _Product.apply
+            return apply(packed, level, x, *packed.parameters)
         return packed.product(x, level)
 
     @cached_property
