@@ -39,6 +39,7 @@ WITH_PYTHON = [
     DATA_PARALLEL,
     DELAYED,
     DOCS / "flexpoint.md",
+    DOCS / "hierarchical_arithmetic.md",
     DOCS / "kfac.md",
     DOCS / "large_batches.md",
     DOCS / "optimizers.md",

@@ -124,7 +124,8 @@ def shifted_block(block: Block, shift: float) -> tuple[Block, float]:
 def _sum(a: Block, b: Block, tolerance: float) -> tuple[Block, float]:
     if isinstance(a, Grid) or isinstance(b, Grid):
         a, b = _cut_alike(a, b)
-        lines, errors = [], []
+        lines: list[tuple[Block, ...]] = []
+        errors: list[float] = []
         for line, other in zip(a.blocks, b.blocks, strict=True):
             pairs = [_sum(x, y, tolerance) for x, y in zip(line, other, strict=True)]
             lines.append(tuple(block for block, _ in pairs))

@@ -124,7 +124,8 @@ class Factorization:
         norms = self.norms
         if not self.distance < 1 or not math.isfinite(norms.spectral):
             return torch.full_like(lost, math.inf)
-        own = torch.linalg.vector_norm(correction, dim=0) * (1 + norms.spectral * norms.lost)
+        own: Tensor = torch.linalg.vector_norm(correction, dim=0)
+        own = own * (1 + norms.spectral * norms.lost)
         return (own + norms.spectral * lost) / (1 - self.distance) * (1 + 1e-9)
 
     def logdet(self) -> Bounded[float]:

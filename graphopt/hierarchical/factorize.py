@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, NotDefiniteError
 from graphopt.hierarchical.algebra import shifted
 from graphopt.hierarchical.blocks import Block
 from graphopt.hierarchical.factor import LeafError, factored
@@ -24,12 +24,6 @@ from graphopt.hierarchical.operands import (
 from graphopt.hierarchical.parts import any_tensor, apply, diagonal, frobenius
 
 ATTEMPTS = 12  # each with ten times the nugget of the one before
-
-
-class NotDefiniteError(ArgumentError):
-    """A matrix that should be positive definite is not, within what truncation has left of it."""
-
-    code = "GO-A02"
 
 
 @torch.no_grad()

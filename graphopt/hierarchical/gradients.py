@@ -25,7 +25,7 @@ from graphopt.hierarchical.blocks import (
 from graphopt.hierarchical.clusters import ClusterTree
 from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.groups import Group
-from graphopt.hierarchical.inverse import inverse
+from graphopt.hierarchical.inverses import inverse
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed
 from graphopt.hierarchical.parts import any_tensor, apply, diagonal, factors, part
@@ -48,7 +48,8 @@ def solve(
     found = factorization.solve(b).value
     x = found.reshape(b.shape[0], -1)
     image = matrix @ x if isinstance(matrix, HMatrix) else matrix(x)
-    rest: Tensor = _Inverse.apply(b - image.reshape(b.shape), factorization, False)
+    image = image.reshape(b.shape)
+    rest: Tensor = _Inverse.apply(b - image, factorization, False)  # type: ignore[no-untyped-call]
     return found + (rest - rest.detach())
 
 
@@ -73,7 +74,8 @@ def logdet(
     total = torch.zeros((), dtype=torch.float64, device=any_tensor(weights).device)
     if matrix.packed.parameters:
         found = _kernel_gradients(matrix.packed, weights)
-        total = total + _Linear.apply(found, *matrix.packed.parameters)
+        parameters = matrix.packed.parameters
+        total = total + _Linear.apply(found, *parameters)  # type: ignore[no-untyped-call]
     elif matrix.packed.trainable:
         for place in placed(matrix.root):
             total = total + _product(place, weights)
@@ -158,7 +160,8 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        found: Tensor = _Inverse.apply(gradients[0], ctx.factorization, not ctx.transpose)
+        solve = _Inverse.apply
+        found = solve(gradients[0], ctx.factorization, not ctx.transpose)  # type: ignore[no-untyped-call]
         return found, None, None
 
 

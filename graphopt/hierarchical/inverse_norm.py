@@ -132,10 +132,10 @@ def _largest_root(constant: float, sizes: list[float], lost: float) -> float:
     steps = len(sizes)
     if not all(map(math.isfinite, sizes)) or constant * lost * sizes[0] >= 0.5:
         return math.inf
-    found = (constant * sizes[-1]) ** (1 / steps)
+    found: float = (constant * sizes[-1]) ** (1 / steps)
     for _ in range(1000):
         rest = sum(found ** (steps - i) * size for i, size in enumerate(sizes))
-        new = (constant * (sizes[-1] + lost * rest)) ** (1 / steps)
+        new: float = (constant * (sizes[-1] + lost * rest)) ** (1 / steps)
         if new <= found * (1 + 1e-12):
             return new * (1 + 1e-6)
         found = new

@@ -24,10 +24,12 @@ def magnitude(block: Block) -> float:
     if known is None:
         if isinstance(block, Dense):
             known = norm(block.values)
-        elif isinstance(block, LowRank) and block.core is None:
-            known = pair_magnitude(block.left, block.right)
         elif isinstance(block, LowRank):
-            known = norm(block.left) * norm(block.core) * norm(block.right)
+            known = (
+                pair_magnitude(block.left, block.right)
+                if block.core is None
+                else norm(block.left) * norm(block.core) * norm(block.right)
+            )
         else:
             known = math.hypot(*(magnitude(b) for line in block.blocks for b in line))
         _magnitudes[block] = known
@@ -42,7 +44,8 @@ def pair_magnitude(left: Tensor, right: Tensor) -> float:
 
 def column_norms(values: Tensor) -> Tensor:
     """[k] in float64, for [m, k]."""
-    return torch.linalg.vector_norm(values.detach(), dim=0, dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(values.detach(), dim=0, dtype=torch.float64)
+    return found
 
 
 def length(block: Block) -> int:

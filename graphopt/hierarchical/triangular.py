@@ -65,11 +65,11 @@ class Corner:
         `Stairs`.
         """
         values = self.values.to(b.dtype)
-        if not transpose:
-            b = b if self.order is None else b[self.order]
-            return torch.linalg.solve_triangular(values, b, upper=False)
-        found = torch.linalg.solve_triangular(values.T, b, upper=True)
-        if self.order is None:
+        if not transpose and self.order is not None:
+            b = b[self.order]
+        matrix = values.T if transpose else values
+        found: Tensor = torch.linalg.solve_triangular(matrix, b, upper=transpose)
+        if not transpose or self.order is None:
             return found
         return torch.empty_like(found).index_copy_(0, self.order, found)
 

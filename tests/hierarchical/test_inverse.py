@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 
 from graphopt.hierarchical.factorize import cholesky
-from graphopt.hierarchical.inverse import inverse
+from graphopt.hierarchical.inverses import inverse
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.multiply import multiply
+from graphopt.hierarchical.products import multiply
 from tests.hierarchical.built import Case, cases, few
 
 

@@ -12,10 +12,10 @@ from graphopt.hierarchical.factorize import lu
 from graphopt.hierarchical.inverse_norm import PROBES, RISK, frobenius_factor, probes, solved
 from graphopt.hierarchical.magnitudes import length, magnitude
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.multiply import zero
 from graphopt.hierarchical.operands import check_tolerance, confidence, low_rank_count
 from graphopt.hierarchical.parts import any_tensor, apply
 from graphopt.hierarchical.pending import Pending
+from graphopt.hierarchical.products import zero
 from graphopt.hierarchical.rounding import gamma, norm
 from graphopt.hierarchical.triangular import Triangle, corner, solve_block
 
