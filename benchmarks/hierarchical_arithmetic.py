@@ -29,8 +29,8 @@ from graphopt.hierarchical.algebra import add, shifted
 from graphopt.hierarchical.blocks import placed
 from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.factorize import cholesky, lu
-from graphopt.hierarchical.inverse import inverse
-from graphopt.hierarchical.multiply import multiply
+from graphopt.hierarchical.inverses import inverse
+from graphopt.hierarchical.products import multiply
 from graphopt.hierarchical.triangular import Corner, Triangle
 
 TOLERANCE = 1e-6

@@ -19,7 +19,7 @@ from torch import Tensor
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.magnitudes import root_of_squares
 from graphopt.hierarchical.parts import LEAF, Span, common, halved, recut
-from graphopt.hierarchical.pending import Pending, Product, fill, settled
+from graphopt.hierarchical.pending import Pending, Product, fill, forming_error, settled
 from graphopt.hierarchical.rounding import gamma
 from graphopt.hierarchical.triangular import Corner, Stairs, Triangle, solve_block
 
@@ -80,12 +80,11 @@ class _Factoring:
             if len(spans) > 1:
                 return self._stairs(block, pending, start)
             return self.of(block.blocks[0][0], pending, start)
-        if isinstance(block, LowRank):
-            block = Dense(dense(block))
-        block, error = fill(block, pending, self.tolerance)
+        formed = forming_error(block)
+        block, error = fill(Dense(dense(block)), pending, self.tolerance)
         assert isinstance(block, Dense)
         found = self._corners(block.values, start)
-        return Factors(found.lower, found.upper, found.error + self.halves * error)
+        return Factors(found.lower, found.upper, found.error + self.halves * (formed + error))
 
     @property
     def halves(self) -> float:

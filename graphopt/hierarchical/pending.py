@@ -35,6 +35,8 @@ from graphopt.hierarchical.truncation import Pair, joined, truncated, truncated_
 
 # Products up to this size are formed entry by entry: below it recursion costs more than it saves.
 SMALL = 256
+# Terms of sums up to which dense products are put side by side.
+_ABREAST = 128
 
 
 @dataclass(frozen=True)
@@ -154,14 +156,21 @@ def low_rank(product: Product, tolerance: float) -> tuple[Pair, float]:
     if isinstance(left, Grid) and isinstance(right, Grid) and max(m, k, n) > SMALL:
         return _merged(product, tolerance)
     if isinstance(left, Dense) and k <= min(m, n):
-        return (sign * left.values, dense(right).T), _formed(right) * magnitude(left)
+        return (sign * left.values, dense(right).T), forming_error(right) * magnitude(left)
     if isinstance(right, Dense) and k <= min(m, n):
-        return (sign * dense(left), right.values.T), _formed(left) * magnitude(right)
+        return (sign * dense(left), right.values.T), forming_error(left) * magnitude(right)
     if m <= n:
         values = sign * apply(right, dense(left).T, transpose=True)
         return (torch.eye(m).to(values), values), _lost(left, right)
     values = sign * apply(left, dense(right))
     return (values, torch.eye(n).to(values)), _lost(left, right)
+
+
+def forming_error(block: Block) -> float:
+    """A bound of what `blocks.dense` of a block loses by rounding."""
+    if isinstance(block, Dense):
+        return 0.0
+    return gamma(length(block), any_tensor(block).dtype) * magnitude(block)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -216,13 +225,6 @@ def _lost(left: Block, right: Block) -> float:
     return product_error(left, right, any_tensor(left).dtype)
 
 
-def _formed(block: Block) -> float:
-    """What `dense` of a block loses."""
-    if isinstance(block, Dense):
-        return 0.0
-    return gamma(length(block), any_tensor(block).dtype) * magnitude(block)
-
-
 def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
     """A dense block with everything added, and what rounding loses."""
     values, count = target.values, len(pending.products) + len(pending.pairs)
@@ -245,7 +247,7 @@ def _filled(target: Dense, pending: Pending) -> tuple[Dense, float]:
             values = values + product.sign * apply(left, dense(right))
     for first, second in _side_by_side(pending.products):
         values = torch.addmm(values, first, second)
-    count += SMALL  # so many terms of other products may be in the sum of one
+    count += _ABREAST  # so many terms of other products may be in the sum of one
     return Dense(values), error + gamma(count, values.dtype) * (size + error)
 
 
@@ -258,7 +260,7 @@ def _side_by_side(products: tuple[Product, ...]) -> Iterator[tuple[Tensor, Tenso
             continue
         left.append(product.sign * product.left.values)
         right.append(product.right.values)
-        if sum(v.shape[1] for v in left) > SMALL:
+        if sum(v.shape[1] for v in left) > _ABREAST:
             yield torch.cat(left, 1), torch.cat(right)
             left, right = [], []
     if left:

@@ -22,7 +22,7 @@ from graphopt.hierarchical.parts import (
     factors,
     recut,
 )
-from graphopt.hierarchical.pending import Pending, Product, fill, settled
+from graphopt.hierarchical.pending import Pending, Product, fill, forming_error, settled
 from graphopt.hierarchical.rounding import gamma, norm
 
 
@@ -159,7 +159,8 @@ def solve_block(
     """
     if isinstance(target, Grid) and isinstance(operator, Corner) and len(target.blocks) > 1:
         target, error = fill(target, pending, tolerance)
-        block, lost = solve_block(operator, _whole(target), Pending(), tolerance, transpose)
+        whole = Dense(dense(target))
+        block, lost = _solved(operator, whole, forming_error(target), transpose)
         return block, error + lost
     if not isinstance(target, Grid):
         target, error = fill(target, pending, tolerance)
@@ -200,10 +201,6 @@ def _order(count: int, transpose: bool) -> list[tuple[int, range]]:
     if transpose:
         return [(i, range(i + 1, count)) for i in reversed(range(count))]
     return [(i, range(i)) for i in range(count)]
-
-
-def _whole(block: Block) -> Block:
-    return Dense(dense(block)) if isinstance(block, Grid) else block
 
 
 def _solved(

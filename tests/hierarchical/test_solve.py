@@ -209,7 +209,7 @@ def test_hyperparameters_of_kernels_get_their_gradients() -> None:
         torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 2.0, 0.5)
     )
     matrix = from_kernel(Exponential(scale, variance), by_points(where, 16), tolerance=1e-10)
-    found = cholesky(shifted(matrix, float(noise)), 1e-12, least_eigenvalue=0.5)
+    found = cholesky(shifted(matrix, noise.item()), 1e-12, least_eigenvalue=0.5)
     b = right_side(200, 1)
     x = gradients.solve(lambda x: matrix @ x + noise * x, found, b)
     mine = (b * x).sum() + gradients.logdet(matrix, found, 1e-10, shift=noise)
