@@ -4,7 +4,7 @@
 others. Points are uniform in the unit cube, the kernel is the exponential one of scale 0.3, and
 tolerances are relative to the Frobenius norm. Errors are measured on all entries where the dense
 matrix fits, elsewhere on 200 sampled rows. Beside it is the dense matrix; of libraries, h2tools
-1.1.1 was to be compared, whose sources of 2016 build with no NumPy for Python 3.11.
+1.1.1 was to be compared, whose sources of 2016 do not build on Python 3.11.
 """
 
 from __future__ import annotations
