@@ -41,6 +41,7 @@ WITH_PYTHON = [
     DOCS / "flexpoint.md",
     DOCS / "hierarchical_arithmetic.md",
     DOCS / "kfac.md",
+    DOCS / "hierarchical.md",
     DOCS / "large_batches.md",
     DOCS / "optimizers.md",
     PIPELINE,
