@@ -223,7 +223,11 @@ class Division:
 
         if fresh:
             own = [b for u, bs in blocks.items() if self.owner(u) == self.rank for b in bs]
-            changed = curvature.take_over(own, _of_kind(received, "statistics"))
+            means_of = {
+                name: curvature.mean_of_ranks(name, value) if curvature.is_low_rank(name) else value
+                for name, value in _of_kind(received, "statistics").items()
+            }
+            changed = curvature.take_over(own, means_of)
             self._share_solutions(curvature, changed)
             self._share_intervals(curvature, list(fresh), owner)
             self.trim(curvature.state)
@@ -248,11 +252,14 @@ class Division:
         narrow = curvature.curvature.wire == "bf16"
         for name, value in fresh.items():
             rows = name not in curvature.sides
+            low_rank = curvature.is_low_rank(name)
             if rows and name.endswith(":g") and curvature.curvature.reduction == "mean":
                 # The mean over all ranks' examples weighs each less than that over one rank's.
                 value = value / self.exchange.world
-            wire = torch.bfloat16 if narrow and not rows else value.dtype
-            found.append(Parcel("statistics", name, value, owner[name], wire, mean=not rows))
+            # Rounded rows would make the trace of what they leave out a bound no longer.
+            apart = rows or low_rank
+            wire = torch.bfloat16 if narrow and not apart else value.dtype
+            found.append(Parcel("statistics", name, value, owner[name], wire, mean=not apart))
         return found
 
     def _share_solutions(self, curvature: CurvatureState, changed: Sequence[Block]) -> None:

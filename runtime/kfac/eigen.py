@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graphopt.errors import ArgumentError
 from graphopt.runtime.kfac.factored import multiply
 from graphopt.runtime.kfac.solve import (
     Problem,
@@ -29,6 +30,7 @@ from graphopt.runtime.kfac.solve import (
     on_rows,
     usable,
 )
+from graphopt.runtime.kfac.woodbury import is_low_rank
 
 # How many additions to its diagonal, each ten times the last, a matrix is tried with.
 _JITTERS = 4
@@ -58,6 +60,12 @@ class Eigen:
                 damping, dtype=torch.float64, device=problem.left.device
             )
             for side, matrix in (("left", problem.left), ("right", problem.right)):
+                if is_low_rank(matrix):
+                    raise ArgumentError(
+                        f"the {side} side is of low rank, and has no eigenvectors here",
+                        where=problem.name,
+                        hint="use solver=factored or lowrank, or cut it into blocks by rank=0",
+                    )
                 if matrix.dim() == 3:
                     dense.append((index, side, matrix.to(problem.dtype)))
                 else:

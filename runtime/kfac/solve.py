@@ -29,8 +29,9 @@ class Problem:
 
     Attributes:
         name: weight, for messages.
-        left: moment G of output gradients: ``[B, d, d]`` of dense form or ``[B, d]`` of diagonal
-            form. B is a multiple of the groups of the weight, and B d their rows together.
+        left: moment G of output gradients: ``[B, d, d]`` of dense form, ``[B, d]`` of diagonal form
+            or, of low rank, ``[B, r + 1, d]`` with r rows R and the diagonal of what RᵀR stands
+            for. B is a multiple of the groups of the weight, and B d their rows together.
         right: moment A of inputs, likewise with columns.
         samples: per use of a weight of one group, output gradients of each example
             ``[n, R, rows]`` and inputs ``[n, R, columns]`` at its R positions. Only EKFAC reads it.
@@ -120,7 +121,7 @@ def usable(problems: Sequence[Problem]) -> list[int]:
     """
     for problem in problems:
         for side in (problem.left, problem.right):
-            if side.dim() not in (2, 3) or (side.dim() == 3 and side.shape[1] != side.shape[2]):
+            if side.dim() not in (2, 3) or (side.dim() == 3 and side.shape[1] > side.shape[2]):
                 raise ArgumentError(
                     f"a statistic has shape {tuple(side.shape)}",
                     where=problem.name,
