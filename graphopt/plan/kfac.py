@@ -104,6 +104,7 @@ class Curvature(PlanPart):
         loss: what the curvature is that of, where `fisher` is not empirical.
         reduction: ``"mean"`` or ``"sum"``: how the loss treats the examples of a batch.
         ema: weight of the old statistic in a running mean; 0 keeps the newest only.
+        clip: largest squared length of a step in the metric of the curvature; 0 for any.
         wire: type in which statistics travel between ranks.
         fraction: share of the ranks that precondition one block; 0 for one rank.
     """
@@ -120,3 +121,4 @@ class Curvature(PlanPart):
     ema: float
     wire: str
     fraction: float
+    clip: float = 0.0

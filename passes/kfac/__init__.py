@@ -44,6 +44,9 @@ class Kfac(Pass):
         sharing: of weights used at several positions of an example: ``expand`` counts each,
             ``reduce`` sums first (Eschenhagen et al., arXiv 2311.00636).
         ema: weight of the old statistic in a running mean; 0 keeps the newest only.
+        clip: largest squared length of the preconditioned gradients in the metric of the curvature:
+            their product with the plain ones. Longer ones are shortened, all by one factor, as by
+            KAISA; keeps old statistics from making steps too long. 0 shortens none.
         max_dim: largest size of a dense factor.
         rank: of a larger factor, how many directions are kept beside its diagonal, found without
             forming it; 0 to cut it into blocks, or to keep its diagonal alone. `eigen` and `ekfac`
@@ -74,6 +77,7 @@ class Kfac(Pass):
     reduction: Literal["auto", "mean", "sum"] = "auto"
     sharing: Literal["expand", "reduce"] = "expand"
     ema: float = 0.0
+    clip: float = 0.0
     max_dim: int = 4096
     rank: int = 64
     wire: Literal["native", "bf16"] = "native"
@@ -93,6 +97,11 @@ class Kfac(Pass):
         if not 0 <= self.ema < 1:
             raise ArgumentError(
                 f"kfac: ema={self.ema:g} is not in [0, 1)", hint="0 keeps the newest statistic"
+            )
+        if not 0 <= self.clip < float("inf"):
+            raise ArgumentError(
+                f"kfac: clip={self.clip:g} is not a length",
+                hint="start with clip=1, or leave it out to shorten no step",
             )
         if self.max_dim < 1:
             raise ArgumentError(
@@ -146,6 +155,7 @@ class Kfac(Pass):
             ema=self.ema,
             wire=self.wire,
             fraction=self.fraction,
+            clip=self.clip,
         )
 
 

@@ -115,14 +115,19 @@ class Kfac(RuntimePart[Curvature]):
         ranks = self.session.ranks.get("dp")
         if ranks is None or ranks.size == 1:
             curvature.take_over(part.blocks, fresh)
-            gradients.update(curvature.precondition(part.blocks, gradients))
+            changed = curvature.precondition(part.blocks, gradients)
+            length = curvature.length(changed, gradients, self.session.loss_scale)
+            gradients.update(curvature.clipped(changed, length))
         else:
             reduces = "grouped" not in found.plan.facts
             if reduces:
                 _complete(found.plan, step, ranks, gradients)
             if self.division is None:
                 self.division = Division.of(ranks, part.fraction, self.session.ranks.get("pp"))
-            gradients.update(self.division.step(curvature, gradients, fresh, reduces=reduces))
+            result = self.division.step(
+                curvature, gradients, fresh, reduces=reduces, loss_scale=self.session.loss_scale
+            )
+            gradients.update(result)
         curvature.advance()
 
     def _without_layers(self, part: Curvature, step: Step) -> None:

@@ -187,6 +187,7 @@ class Division:
         fresh: Mapping[str, Tensor],
         *,
         reduces: bool,
+        loss_scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Renew statistics and solutions, and precondition.
 
@@ -195,6 +196,7 @@ class Division:
             gradients: of the whole step by parameter name.
             fresh: statistics, and rows of examples, that this step computed.
             reduces: whether nobody else averages gradients over ranks.
+            loss_scale: what the loss was multiplied with.
 
         Returns:
             Preconditioned gradients by parameter name; where gradients are reduced here, all.
@@ -237,12 +239,24 @@ class Division:
         for unit, members in blocks.items():
             columns[grid.column(self.owner(unit))] += members
         mine = columns[grid.column(self.rank)]
-        means.update(curvature.precondition(mine, means))
+        changed = curvature.precondition(mine, means)
+        length = curvature.length(changed, means, loss_scale)
+        if curvature.curvature.clip and grid.columns > 1:
+            length = self._over_columns(length)
+        means.update(curvature.clipped(changed, length))
         if grid.columns > 1:
             names = ([n for n in _parameters(bs) if n in gradients] for bs in columns)
             parts = [{n: means[n] for n in some} for some in names]
             means.update(self.exchange.spread("gradients", self.row, parts))
         return means
+
+    def _over_columns(self, length: Tensor | None) -> Tensor:
+        """The sum over the columns, each of which has its part on as many ranks as there are rows."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.exchange.device)
+        if length is not None:
+            total += length
+        self.exchange.sum_everywhere("lengths", total)
+        return (total / self.grid.rows).squeeze(0)
 
     def _statistics(
         self, curvature: CurvatureState, fresh: Mapping[str, Tensor], owner: Mapping[str, int]

@@ -128,7 +128,9 @@ def invert(tasks: Sequence[Inversion]) -> list[Solution]:
     and ``reciprocal``.
     """
     flat = [is_flat(task) for task in tasks]
-    dense = [task.matrix.dim() == 3 and not is_low for task, is_low in zip(tasks, flat, strict=True)]
+    dense = [
+        task.matrix.dim() == 3 and not is_low for task, is_low in zip(tasks, flat, strict=True)
+    ]
     inverses = iter(in_batches(_items(tasks, dense), _cholesky_inverse))
     pairs = iter(in_batches(_items(tasks, flat), woodbury.invert))
     found: list[Solution] = []
@@ -183,10 +185,7 @@ def multiply(inverse: Tensor, pieces: Tensor) -> Tensor:
 def _ratio(problem: Problem) -> Tensor:
     """π of each group; 1 where a trace is not positive, as with zero gradients."""
     left, right = (
-        _diagonal(side)
-        .to(problem.dtype)
-        .reshape(problem.groups, -1)
-        .mean(1)
+        _diagonal(side).to(problem.dtype).reshape(problem.groups, -1).mean(1)
         for side in (problem.left, problem.right)
     )
     ratio = right.sqrt() / left.sqrt()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.runtime.kfac.woodbury import is_low_rank
 
 Solution = dict[str, Tensor]
 
@@ -30,8 +31,8 @@ class Problem:
     Attributes:
         name: weight, for messages.
         left: moment G of output gradients: ``[B, d, d]`` of dense form, ``[B, d]`` of diagonal form
-            or, of low rank, ``[B, r + 1, d]`` with r rows R and the diagonal of what RᵀR stands
-            for. B is a multiple of the groups of the weight, and B d their rows together.
+            or, of low rank, ``[B, r + 1, d]``, 2 r < d: r rows R and the diagonal of what RᵀR
+            stands for. B is a multiple of the groups of the weight, and B d their rows together.
         right: moment A of inputs, likewise with columns.
         samples: per use of a weight of one group, output gradients of each example
             ``[n, R, rows]`` and inputs ``[n, R, columns]`` at its R positions. Only EKFAC reads it.
@@ -121,7 +122,8 @@ def usable(problems: Sequence[Problem]) -> list[int]:
     """
     for problem in problems:
         for side in (problem.left, problem.right):
-            if side.dim() not in (2, 3) or (side.dim() == 3 and side.shape[1] > side.shape[2]):
+            square = side.dim() == 3 and side.shape[1] == side.shape[2]
+            if side.dim() != 2 and not square and not is_low_rank(side):
                 raise ArgumentError(
                     f"a statistic has shape {tuple(side.shape)}",
                     where=problem.name,
@@ -134,14 +136,16 @@ def usable(problems: Sequence[Problem]) -> list[int]:
 def all_finite(tensors: Sequence[Sequence[Tensor]]) -> list[bool]:
     """Per sequence, whether every number in it is finite; waits for each device once."""
     # The least and the largest number tell the same as a mask of the size of the tensor.
-    extremes = [[torch.stack(t.aminmax()) for t in some] for some in tensors]
-    flags = [torch.cat(some).isfinite().all() for some in extremes]
-    places = {flag.device for flag in flags}
-    result = [False] * len(flags)
-    for place in places:
-        here = [index for index, flag in enumerate(flags) if flag.device == place]
-        for index, value in zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True):
-            result[index] = value
+    extremes: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for index, some in enumerate(tensors):
+        for tensor in some:
+            found = extremes.setdefault((tensor.device, tensor.dtype), [])
+            found += ((index, extreme) for extreme in tensor.aminmax())
+    result = [True] * len(tensors)
+    for pairs in extremes.values():
+        finite = torch.stack([extreme for _, extreme in pairs]).isfinite().tolist()
+        for (index, _), is_finite in zip(pairs, finite, strict=True):
+            result[index] &= is_finite
     return result
 
 

@@ -137,8 +137,9 @@ class CurvatureState:
         if not statistics:
             return renewed
         # One wait for the device for all of them.
-        extremes = torch.stack([torch.stack(v.aminmax()) for v in statistics.values()]).tolist()
-        for (name, fresh), (least, largest) in zip(statistics.items(), extremes, strict=True):
+        extremes = torch.stack([e for v in statistics.values() for e in v.aminmax()]).tolist()
+        both = zip(extremes[::2], extremes[1::2], strict=True)
+        for (name, fresh), (least, largest) in zip(statistics.items(), both, strict=True):
             if not (math.isfinite(least) and math.isfinite(largest)):
                 self._warn(name, f"the statistic {name!r} was not finite; the former one is kept")
             elif f"now/{name}" not in self.state or least or largest:
@@ -169,6 +170,10 @@ class CurvatureState:
         """Whether a statistic is kept as low rank plus a diagonal."""
         return name in self.sides and self.sides[name].form == LOW_RANK
 
+    def _similar(self, name: str, fresh: Tensor, old: Tensor | None) -> bool:
+        side = self.sides[name]
+        return old is not None and bool(similar(fresh, old, ALPHA, side.form, side.size))
+
     def _times(self, name: str, value: Tensor, factor: float) -> Tensor:
         if self.is_low_rank(name):
             return low_rank.scaled(value, factor, self.sides[name].size)
@@ -194,11 +199,9 @@ class CurvatureState:
             fresh = self._mixed(name, now, fresh)
         if not self.curvature.interval:
             before = self.state.get(f"before/{name}")
-            side = self.sides[name]
-            last, older = (
-                bool(similar(fresh, old, ALPHA, side.form, side.size)) if old is not None else False
-                for old in (now, before)
-            )
+            last = self._similar(name, fresh, now)
+            # One that has moved since the last refresh is not held against the one before.
+            older = last and self._similar(name, fresh, before)
             self.keep_interval(name, self.interval(name).refreshed(self.step, last, older))
             if now is not None:
                 self.state[f"before/{name}"] = now
@@ -321,6 +324,36 @@ class CurvatureState:
             else _assembled(gradients[name], values)
             for name, values in parts.items()
         }
+
+    def length(
+        self, found: Mapping[str, Tensor], gradients: Mapping[str, Tensor], loss_scale: float = 1.0
+    ) -> Tensor | None:
+        """The squared length of preconditioned gradients in the metric of the curvature F.
+
+        With ``p = F⁻¹ g`` it is ``pᵀ F p = pᵀ g``; as F, it is that of the loss without its scale.
+
+        Args:
+            found: what `precondition` returned.
+            gradients: what it was given.
+            loss_scale: what the loss was multiplied with.
+
+        Returns:
+            float64 of no dimension; ``None`` where no step is shortened.
+        """
+        if not self.curvature.clip or not found:
+            return None
+        parts = [
+            (value * gradients[name]).sum(dtype=torch.float64) for name, value in found.items()
+        ]
+        return torch.stack(parts).sum() / loss_scale**2
+
+    def clipped(self, found: dict[str, Tensor], length: Tensor | None) -> dict[str, Tensor]:
+        """Preconditioned gradients, shortened to a squared length of at most `clip`."""
+        if length is None:
+            return found
+        factor = (self.curvature.clip / length).sqrt().clamp(max=1.0)
+        factor = torch.where(length > 0, factor, 1.0)
+        return {name: value * factor.to(value.dtype) for name, value in found.items()}
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -20,8 +20,8 @@ from graphopt.ops.low_rank import rest
 
 
 def is_low_rank(side: Tensor) -> bool:
-    """Whether a side has rows and, below them, its diagonal: fewer than a square matrix has."""
-    return side.dim() == 3 and side.shape[1] < side.shape[2]
+    """Whether a side has rows and, below them, its diagonal: less than half of a square matrix."""
+    return side.dim() == 3 and 2 * (side.shape[1] - 1) < side.shape[2]
 
 
 def invert(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
