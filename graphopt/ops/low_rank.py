@@ -181,7 +181,8 @@ def leading(rows: Tensor, rank: int) -> Tensor:
     # Scaled to one, so that sizes of numbers do not matter.
     gram = gram / gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)[:, None, None]
     _, turn = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
-    return turn[:, :, -rank:].mT.to(rows.dtype) @ rows
+    found: Tensor = turn[:, :, -rank:].mT.to(rows.dtype) @ rows
+    return found
 
 
 @lru_cache(maxsize=32)

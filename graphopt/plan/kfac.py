@@ -14,8 +14,8 @@ from typing import ClassVar
 from graphopt.plan.part import PlanPart
 
 # How the statistic of a side is stored: symmetric matrices as their lower triangles, row by row, of
-# shape [blocks, size * (size + 1) / 2]; their diagonals only, of shape [blocks, size]; or `rank` rows
-# and the diagonal, of shape [blocks, (rank + 1) * size] (`graphopt.ops.low_rank`).
+# shape [blocks, size * (size + 1) / 2]; their diagonals only, of shape [blocks, size]; or `rank`
+# rows and the diagonal, of shape [blocks, (rank + 1) * size] (`graphopt.ops.low_rank`).
 DENSE = "dense"
 DIAGONAL = "diagonal"
 LOW_RANK = "low-rank"

@@ -239,11 +239,11 @@ class Division:
         for unit, members in blocks.items():
             columns[grid.column(self.owner(unit))] += members
         mine = columns[grid.column(self.rank)]
-        changed = curvature.precondition(mine, means)
-        length = curvature.length(changed, means, loss_scale)
+        shortened = curvature.precondition(mine, means)
+        length = curvature.length(shortened, means, loss_scale)
         if curvature.curvature.clip and grid.columns > 1:
             length = self._over_columns(length)
-        means.update(curvature.clipped(changed, length))
+        means.update(curvature.clipped(shortened, length))
         if grid.columns > 1:
             names = ([n for n in _parameters(bs) if n in gradients] for bs in columns)
             parts = [{n: means[n] for n in some} for some in names]
@@ -251,7 +251,7 @@ class Division:
         return means
 
     def _over_columns(self, length: Tensor | None) -> Tensor:
-        """The sum over the columns, each of which has its part on as many ranks as there are rows."""
+        """The sum over the columns; each has its part on as many ranks as there are rows."""
         total = torch.zeros(1, dtype=torch.float64, device=self.exchange.device)
         if length is not None:
             total += length

@@ -30,7 +30,6 @@ from graphopt.runtime.kfac.solve import (
     on_rows,
     usable,
 )
-from graphopt.runtime.kfac.woodbury import is_low_rank
 
 # How many additions to its diagonal, each ten times the last, a matrix is tried with.
 _JITTERS = 4
@@ -60,7 +59,7 @@ class Eigen:
                 damping, dtype=torch.float64, device=problem.left.device
             )
             for side, matrix in (("left", problem.left), ("right", problem.right)):
-                if is_low_rank(matrix):
+                if side in problem.low_rank:
                     raise ArgumentError(
                         f"the {side} side is of low rank, and has no eigenvectors here",
                         where=problem.name,

@@ -46,12 +46,14 @@ class Inversion:
         side: ``"left"`` or ``"right"``.
         matrix: ``[B, d, d]`` or, of diagonal form, ``[B, d]``; ``[B, r + 1, d]`` of low rank.
         damping: what is added to the diagonals, ``[B]``.
+        low_rank: whether it is of low rank.
     """
 
     problem: int
     side: str
     matrix: Tensor
     damping: Tensor
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,8 @@ def invert(tasks: Sequence[Inversion]) -> list[Solution]:
     All dense matrices of one size are inverted by one batched Cholesky. Of low rank it is ``rows``
     and ``reciprocal``.
     """
-    flat = [is_flat(task) for task in tasks]
-    dense = [
-        task.matrix.dim() == 3 and not is_low for task, is_low in zip(tasks, flat, strict=True)
-    ]
+    flat = [task.low_rank for task in tasks]
+    dense = [task.matrix.dim() == 3 and not task.low_rank for task in tasks]
     inverses = iter(in_batches(_items(tasks, dense), _cholesky_inverse))
     pairs = iter(in_batches(_items(tasks, flat), woodbury.invert))
     found: list[Solution] = []
@@ -140,11 +140,6 @@ def invert(tasks: Sequence[Inversion]) -> list[Solution]:
         else:
             found.append({"inverse": next(inverses)[0] if is_dense else _reciprocal(task)})
     return found
-
-
-def is_flat(task: Inversion) -> bool:
-    """Whether a side is kept as low rank plus a diagonal."""
-    return woodbury.is_low_rank(task.matrix)
 
 
 def _items(tasks: Sequence[Inversion], wanted: Sequence[bool]) -> list[tuple[Tensor, ...]]:
@@ -185,24 +180,33 @@ def multiply(inverse: Tensor, pieces: Tensor) -> Tensor:
 def _ratio(problem: Problem) -> Tensor:
     """π of each group; 1 where a trace is not positive, as with zero gradients."""
     left, right = (
-        _diagonal(side).to(problem.dtype).reshape(problem.groups, -1).mean(1)
-        for side in (problem.left, problem.right)
+        _diagonal(side, low_rank=name in problem.low_rank)
+        .to(problem.dtype)
+        .reshape(problem.groups, -1)
+        .mean(1)
+        for name, side in (("left", problem.left), ("right", problem.right))
     )
     ratio = right.sqrt() / left.sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
 
 
-def _diagonal(side: Tensor) -> Tensor:
+def _diagonal(side: Tensor, *, low_rank: bool) -> Tensor:
     if side.dim() == 2:
         return side
-    return side[:, -1] if woodbury.is_low_rank(side) else side.diagonal(dim1=1, dim2=2)
+    return side[:, -1] if low_rank else side.diagonal(dim1=1, dim2=2)
 
 
 def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Inversion, ...]:
     left, right = problem.left.to(problem.dtype), problem.right.to(problem.dtype)
     dampings = (root / ratio, root * ratio)
     return tuple(
-        Inversion(index, name, side, damping.repeat_interleave(len(side) // problem.groups))
+        Inversion(
+            index,
+            name,
+            side,
+            damping.repeat_interleave(len(side) // problem.groups),
+            name in problem.low_rank,
+        )
         for name, side, damping in zip(("left", "right"), (left, right), dampings, strict=True)
     )
 

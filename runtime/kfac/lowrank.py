@@ -25,7 +25,6 @@ from graphopt.runtime.kfac.eigen import decompose
 from graphopt.runtime.kfac.factored import (
     Inversion,
     invert,
-    is_flat,
     multiply,
     on_side,
     solve_damped,
@@ -61,7 +60,7 @@ class LowRank:
         kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
 
         def inverter(tasks: Sequence[Inversion]) -> list[Solution]:
-            square = [task for task in tasks if task.matrix.dim() == 3 and not is_flat(task)]
+            square = [task for task in tasks if task.matrix.dim() == 3 and not task.low_rank]
             large = [task for task in square if task.matrix.shape[1] > 4 * self.rank]
             new = [task for task in large if (task.problem, task.side) not in kept]
             pairs = in_batches([(task.matrix,) for task in new], self._pairs)

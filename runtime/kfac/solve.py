@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
-from graphopt.runtime.kfac.woodbury import is_low_rank
 
 Solution = dict[str, Tensor]
 
@@ -31,12 +30,13 @@ class Problem:
     Attributes:
         name: weight, for messages.
         left: moment G of output gradients: ``[B, d, d]`` of dense form, ``[B, d]`` of diagonal form
-            or, of low rank, ``[B, r + 1, d]``, 2 r < d: r rows R and the diagonal of what RᵀR
-            stands for. B is a multiple of the groups of the weight, and B d their rows together.
+            or, of low rank, ``[B, r + 1, d]``: r rows R and the diagonal of what RᵀR stands for. B
+            is a multiple of the groups of the weight, and B d their rows together.
         right: moment A of inputs, likewise with columns.
         samples: per use of a weight of one group, output gradients of each example
             ``[n, R, rows]`` and inputs ``[n, R, columns]`` at its R positions. Only EKFAC reads it.
         groups: matrices that the weight consists of; each has a damping ratio of its own.
+        low_rank: which of ``"left"`` and ``"right"`` are of low rank.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Problem:
     right: Tensor
     samples: tuple[tuple[Tensor, Tensor], ...] = ()
     groups: int = 1
+    low_rank: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,9 +122,10 @@ def usable(problems: Sequence[Problem]) -> list[int]:
         ArgumentError: a statistic has an impossible shape.
     """
     for problem in problems:
-        for side in (problem.left, problem.right):
+        for name, side in (("left", problem.left), ("right", problem.right)):
             square = side.dim() == 3 and side.shape[1] == side.shape[2]
-            if side.dim() != 2 and not square and not is_low_rank(side):
+            rows = side.dim() == 3 and name in problem.low_rank
+            if side.dim() != 2 and not square and not rows:
                 raise ArgumentError(
                     f"a statistic has shape {tuple(side.shape)}",
                     where=problem.name,

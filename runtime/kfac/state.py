@@ -163,7 +163,7 @@ class CurvatureState:
     def mean_of_ranks(self, name: str, value: Tensor) -> Tensor:
         """The mean of values of one statistic, which lie behind one another."""
         side = self.sides[name]
-        parts = value.split(side.blocks)
+        parts = torch.split(value, side.blocks)
         return low_rank.weighted_sum(parts, [1 / len(parts)] * len(parts), side.size)
 
     def is_low_rank(self, name: str) -> bool:
@@ -263,7 +263,9 @@ class CurvatureState:
         pairs = tuple(
             (g * len(g) if mean else g, a) for g, a in zip(*[iter(rows)] * 2, strict=True)
         )
-        return Problem(block.weight, left, right, pairs, block.groups)
+        sides = (("left", block.left), ("right", block.right))
+        low_rank = tuple(name for name, side in sides if side.form == LOW_RANK)
+        return Problem(block.weight, left, right, pairs, block.groups, low_rank)
 
     def _forget(self, blocks: Iterable[Block]) -> None:
         """Drop the solutions of these blocks."""

@@ -19,11 +19,6 @@ from graphopt.errors import ArgumentError
 from graphopt.ops.low_rank import rest
 
 
-def is_low_rank(side: Tensor) -> bool:
-    """Whether a side has rows and, below them, its diagonal: less than half of a square matrix."""
-    return side.dim() == 3 and 2 * (side.shape[1] - 1) < side.shape[2]
-
-
 def invert(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """W ``[B, r, d]`` and S ``[B, d]``; with NaN where a matrix is not positive definite.
 

@@ -163,7 +163,8 @@ def test_solves_what_it_stands_for(solver: Factored | LowRank) -> None:
     flat = value.view(2, 4, 12)
     some = gradient(2, 7, 12)
     for left, right in ((moment(2, 7), flat), (flat, moment(2, 7))):
-        problem = Problem("w", left, right, groups=2)
+        sides = ("left",) if left is flat else ("right",)
+        problem = Problem("w", left, right, groups=2, low_rank=sides)
         dense = [_stands_for(value, 12) if side is flat else side for side in (left, right)]
         (found,) = solver.solve([problem], 1e-3)
         (wanted,) = Factored().solve([Problem("w", *dense, groups=2)], 1e-3)
@@ -177,7 +178,7 @@ def test_solves_what_it_stands_for(solver: Factored | LowRank) -> None:
 def test_solvers_by_eigenvectors_say_that_they_cannot(solver: Eigen | Ekfac) -> None:
     value = operators.low_rank_moment(_rows(9, 12, 0), False, 3, 1.0).view(1, 4, 12)
     with pytest.raises(ArgumentError, match="is of low rank"):
-        solver.solve([Problem("w", moment(1, 5), value)], 1e-3)
+        solver.solve([Problem("w", moment(1, 5), value, low_rank=("right",))], 1e-3)
 
 
 # -- the pass and the runtime ----------------------------------------------------------------------
