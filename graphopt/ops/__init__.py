@@ -17,6 +17,7 @@ from graphopt.ops import (
     rnn,
     scaled_mm,
     statistics,
+    structured,
     wire,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "rnn",
     "scaled_mm",
     "statistics",
+    "structured",
     "wire",
 ]
