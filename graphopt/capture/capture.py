@@ -110,7 +110,7 @@ def capture(
             rewritten = rewrite(level)
             if rewritten.earlier:
                 for graph in rewritten.earlier:
-                    earlier.append(_derived(with_graph(flat, graph, {}), forward)[0])
+                    earlier.append(_derived(with_graph(flat, graph, rewritten.initial), forward)[0])
                 flat = with_graph(flat, level, rewritten.initial)
         graph, aliases, inputs, bind = _derived(flat, forward)
         if rewrite is not None:

@@ -3,9 +3,11 @@
     structured_dense(Tensor[] factors, str form, int[] sizes) -> Tensor
     structured_linear(Tensor x, Tensor[] factors, str form, int[] sizes, Tensor? bias=None,
         bool transposed=False) -> Tensor
+    structured_matmul(Tensor[] factors, Tensor x, str form, int[] sizes, bool transposed=False)
+        -> Tensor
 
-The first is the matrix W [rows, cols], the second x Wᵀ + bias of x [..., cols] (x W of
-x [..., rows] if transposed) without it. Both are made of ordinary torch operators: a graph in front
+The first is the matrix W [rows, cols]. The others multiply without it: x Wᵀ + bias of x [..., cols],
+and W x of x [..., cols, columns]; with Wᵀ in the place of W if transposed. All are made of ordinary torch operators: a graph in front
 of autograd holds one call, a graph behind it the products, with a backward that autograd derives.
 """
 
@@ -28,6 +30,10 @@ _library.define("structured_dense(Tensor[] factors, str form, int[] sizes) -> Te
 _library.define(
     "structured_linear(Tensor x, Tensor[] factors, str form, int[] sizes, Tensor? bias=None, "
     "bool transposed=False) -> Tensor"
+)
+_library.define(
+    "structured_matmul(Tensor[] factors, Tensor x, str form, int[] sizes, bool transposed=False) "
+    "-> Tensor"
 )
 
 
@@ -52,7 +58,25 @@ def _linear(
         )
     result = made.linear(factors, x.reshape(-1, made.cols))
     result = result.reshape(*x.shape[:-1], made.rows)
-    return result if bias is None else result + bias
+    # As the operators whose place it takes, whatever is done with the result in place or as a view.
+    return (result if bias is None else result + bias).contiguous()
+
+
+def _matmul(
+    factors: Sequence[Tensor],
+    x: Tensor,
+    form: str,
+    sizes: Sequence[int],
+    transposed: bool = False,
+) -> Tensor:
+    made = _form(factors, form, sizes)
+    if transposed:
+        made, factors = made.transposed(factors)
+    if x.dim() < 2 or x.shape[-2] != made.cols:
+        raise ArgumentError(
+            f"structured_matmul multiplies [..., {made.cols}, columns], and got {list(x.shape)}"
+        )
+    return made.matmul(factors, x).contiguous()
 
 
 def _form(factors: Sequence[Tensor], name: str, sizes: Sequence[int]) -> Form:
@@ -71,3 +95,4 @@ def _form(factors: Sequence[Tensor], name: str, sizes: Sequence[int]) -> Form:
 
 _library.impl("structured_dense", _dense, "CompositeImplicitAutograd")
 _library.impl("structured_linear", _linear, "CompositeImplicitAutograd")
+_library.impl("structured_matmul", _matmul, "CompositeImplicitAutograd")

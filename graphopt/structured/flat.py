@@ -67,6 +67,11 @@ class Flat(Form):
         left, right = factors
         return (x @ right.mT) @ left.mT
 
+    def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Without a copy of x."""
+        left, right = factors
+        return left @ (right @ x)
+
     def transposed(self, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
         """See `Form`."""
         left, right = factors

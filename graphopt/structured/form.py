@@ -89,6 +89,12 @@ class Form(ABC):
         """x Wᵀ, of x [rows of x, cols]: [rows of x, rows]."""
         return self.multiply(factors, x.mT.contiguous()).mT
 
+    def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """W x, of x [..., cols, columns]."""
+        first = x.movedim(-2, 0)
+        result = self.multiply(factors, first.reshape(self.cols, -1))
+        return result.view(self.rows, *first.shape[1:]).movedim(0, -2)
+
     @abstractmethod
     def transposed(self, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
         """Form and factors of Wᵀ."""

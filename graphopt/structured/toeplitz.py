@@ -74,6 +74,10 @@ class Toeplitz(Form):
         result = torch.fft.irfft(spectrum, size)
         return result.narrow(-1, self.cols - 1, self.rows).to(dtype)
 
+    def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """See `Form`."""
+        return self.linear(factors, x.mT).mT
+
     def transposed(self, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
         """See `Form`."""
         (t,) = factors

@@ -28,7 +28,7 @@ class StructuredWeight(nn.Module):
 
     def forward(self, *factors: Tensor) -> Tensor:
         """The weight [rows, cols]."""
-        made: Tensor = torch.ops.graphopt.structured_dense(
+        made: Tensor = torch.ops.graphopt.structured_dense.default(
             list(factors), self.form.name, list(self.form.sizes)
         )
         return made
