@@ -16,6 +16,7 @@ from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.pipeline import VerifyLevel
 from graphopt.pipeline.step import PassStep
+from graphopt.rewrite import parametrized_name
 
 
 @dataclass
@@ -70,10 +71,3 @@ class ForwardPasses:
         graphs = (*captured.earlier, captured.graph.copy())
         pairs = zip(self._stages.stages, graphs, strict=True)
         return Stages([Stage(stage.pass_, graph, stage.parts) for stage, graph in pairs])
-
-
-def parametrized_name(parameter: str, number: int) -> str:
-    """How `torch.nn.utils.parametrize` names what takes the place of a parameter."""
-    path, _, tensor = parameter.rpartition(".")
-    prefix = f"{path}.parametrizations" if path else "parametrizations"
-    return f"{prefix}.{tensor}.original{number}"

@@ -87,6 +87,7 @@ class LowRank(Pass):
         """Multiply in factors, those that there are and those that are found."""
         weights, computed = find_weights(graph)
         declined = [_computed(node) for node in computed]
+        before = ctx.decided.get(self.name)
         applied: list[Applied] = []
         dense: list[Weight] = []
         for weight in weights:
@@ -95,8 +96,7 @@ class LowRank(Pass):
             elif weight.other is not None:
                 declined.append(_read_otherwise(weight))
             else:
-                applied.append(_in_factors(graph, weight))
-        before = ctx.decided.get(self.name)
+                applied.append(_in_factors(graph, weight, before))
         if not ctx.parameters:
             declined += _decided_before(dense, before)
             return Outcome(tuple(applied), tuple(declined), tables=before.tables if before else {})
@@ -223,14 +223,15 @@ def _applied(decision: Decision, chosen: Candidate) -> Applied:
     return Applied(decision.weight.name, f"replaced by factors: {chosen.form}", numbers)
 
 
-def _in_factors(graph: Graph, weight: Weight) -> Applied:
+def _in_factors(graph: Graph, weight: Weight, before: Outcome | None) -> Applied:
     """Fuse what makes a weight of its factors with the products that read it."""
     form = weight.structure
     assert form is not None
     factors = weight.node.args[0]
     assert isinstance(factors, list | tuple)
     multiply_in_factors(graph, weight, form, [f for f in factors if isinstance(f, fx.Node)])
-    numbers = {"memory": form.numbers / (form.rows * form.cols)}
+    known = {site.site: site.numbers for site in before.applied} if before else {}
+    numbers = known.get(weight.name, {"memory": form.numbers / (form.rows * form.cols)})
     return Applied(weight.name, f"multiplied in factors: {form}", numbers)
 
 

@@ -8,30 +8,25 @@ import torch
 from torch import fx
 
 from graphopt.graph import Graph, value_of
-from graphopt.passes.low_rank.sites import Use, Weight
+from graphopt.passes.low_rank.sites import Use, Weight, uses_of
 from graphopt.plan import Role, Signature, Slot
-from graphopt.rewrite import emit
+from graphopt.rewrite import emit, parametrized_name
 from graphopt.structured import Form
 
 aten, ours = torch.ops.aten, torch.ops.graphopt
 
 
-def factor_names(parameter: str, count: int) -> list[str]:
-    """How `torch.nn.utils.parametrize` names what takes the place of a parameter."""
-    path, _, tensor = parameter.rpartition(".")
-    prefix = f"{path}.parametrizations" if path else "parametrizations"
-    return [f"{prefix}.{tensor}.original{number}" for number in range(count)]
-
-
 def multiply_in_factors(graph: Graph, weight: Weight, form: Form, factors: Sequence[fx.Node]) -> None:
     """Rewrite all uses of a weight; what made the weight goes, unless it is an input."""
-    for use in weight.uses:
+    # Looked up again each time: what one product is multiplied with may be another one.
+    while (use := next((use for _, use in uses_of(weight.node)), None)) is not None:
         # Operators of many operators may make tensors of their own, which are to be fake too.
         with graph.fx.inserting_before(use.node), value_of(use.x).fake_mode:
             new = _product(graph, use, form, list(factors))
         use.node.replace_all_uses_with(new)
         graph.fx.erase_node(use.node)
     _erase_unused(graph, weight.node)
+    graph.changed()
 
 
 def _erase_unused(graph: Graph, node: fx.Node) -> None:
@@ -67,9 +62,9 @@ def with_factors(graph: Graph, weight: Weight, form: Form) -> list[fx.Node]:
     """New inputs for the factors of a weight that is an input."""
     fake = weight.value
     found = []
-    for name, shape in zip(factor_names(weight.name, len(form.shapes)), form.shapes, strict=True):
+    for number, shape in enumerate(form.shapes):
         value = fake.new_empty(shape).detach().requires_grad_(fake.requires_grad)
-        found.append(graph.add_input(Slot(Role.PARAM, name), value))
+        found.append(graph.add_input(Slot(Role.PARAM, parametrized_name(weight.name, number)), value))
     return found
 
 

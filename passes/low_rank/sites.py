@@ -27,6 +27,7 @@ MATMUL = frozenset(
 )
 ADDMM = frozenset({torch.addmm, aten.addmm.default, "addmm"})
 DENSE = ours.structured_dense.default
+_OURS = frozenset({DENSE, ours.structured_linear.default, ours.structured_matmul.default})
 _FLIPS = frozenset({torch.t, "t", aten.t.default, torch.adjoint})
 _EXCHANGES = frozenset({torch.transpose, "transpose", aten.transpose.int})
 _ATTRIBUTES = frozenset({"T", "mT"})
@@ -95,7 +96,7 @@ def find_weights(graph: Graph) -> tuple[list[Weight], list[fx.Node]]:
     """Weights in order of appearance, and products whose weight is computed otherwise."""
     weights = []
     for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
-        if slot.role is Role.PARAM and value_of(node).dim() == 2 and node.users:
+        if slot.role is Role.PARAM and value_of(node).dim() == 2 and not _is_factor(node):
             weights.append(_weight(slot.name, node))
     for node in graph.operators:
         if node.target is DENSE:
@@ -104,6 +105,11 @@ def find_weights(graph: Graph) -> tuple[list[Weight], list[fx.Node]]:
     known |= {user for weight in weights for _, user, _ in _users(weight.node)}
     computed = [n for n in graph.operators if n.target in LINEAR and n not in known]
     return weights, computed
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether nothing but our own operators reads a parameter."""
+    return all(user.target in _OURS for user in node.users)
 
 
 def _of_factors(graph: Graph, node: fx.Node) -> str:
@@ -117,12 +123,17 @@ def _of_factors(graph: Graph, node: fx.Node) -> str:
 
 def _weight(name: str, node: fx.Node) -> Weight:
     uses = []
-    for value, user, flipped in _users(node):
-        use = _use(value, user, flipped)
+    for user, use in uses_of(node):
         if use is None:
             return Weight(name, node, (), user)
         uses.append(use)
     return Weight(name, node, tuple(uses))
+
+
+def uses_of(node: fx.Node) -> Iterator[tuple[fx.Node, Use | None]]:
+    """What reads a matrix or its transpose, and which product it is, if it is one."""
+    for value, user, flipped in _users(node):
+        yield user, _use(value, user, flipped)
 
 
 def _users(node: fx.Node, flipped: bool = False) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
