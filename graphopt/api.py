@@ -152,7 +152,7 @@ def optimize(
         )
     for ranks in session.ranks.values():
         ranks.start(model)
-    with _replacing(compiler, model, example, session) as replacement:
+    with _replacing(compiler, model, example, session):
         made = made_optimizer(model, optimizer)
         controller = install(model, compiler, session)
         if owns:
@@ -160,8 +160,7 @@ def optimize(
             session.owned = _owned(model, controller, session, loss, made, count)
         if example is not None:
             try:
-                variant = controller.specialise(model, *example)
-                replacement.check(variant.call, raises=on_mismatch == "raise")
+                controller.specialise(model, *example)
             except BaseException:
                 restore(model)
                 raise
@@ -171,10 +170,10 @@ def optimize(
 @contextmanager
 def _replacing(
     compiler: Compiler, model: nn.Module, example: Example | None, session: Session
-) -> Iterator[Replacement]:
+) -> Iterator[None]:
     """Within, parameters are replaced; an error gives the old ones back."""
     if example is None:
-        yield Replacement(model, (), {}, plain_forward(model), session.trial)
+        yield
         return
     replacement = compiler.replace(model, *example, session)
     try:
@@ -182,7 +181,8 @@ def _replacing(
             for ranks in session.ranks.values():
                 ranks.start(model)  # factors of rank 0 for all
         session.decided.update(replacement.decided)
-        yield replacement
+        replacement.check(raises=compiler.on_mismatch == "raise")
+        yield
     except BaseException:
         replacement.undo()
         raise

@@ -84,11 +84,12 @@ class Replacement:
                 noisy = trial.observe(self.forward)
         self._moved = {d.name: d.error for d in differences(self._reference, noisy)}
 
-    def check(self, call: Call, *, raises: bool = True) -> None:
-        """Compare with the model that it was, where something was replaced.
+    def check(self, *, raises: bool = True) -> None:
+        """Compare the model's own forward with what it was, where something was replaced.
+
+        What passes make of it is compared with that forward where they are checked.
 
         Args:
-            call: what runs now.
             raises: whether a difference is an error, and not a warning.
 
         Raises:
@@ -99,7 +100,7 @@ class Replacement:
             return
         trial = Trial(self.model, self.args, self.kwargs, self.around)
         with trial.outside():
-            now = trial.observe(call)
+            now = trial.observe(self.forward)
         own = {f"gradient of {name}" for name in self._names}
         common = {n: v for n, v in self._reference.values.items() if n not in own}
         found = differences(
