@@ -75,8 +75,9 @@ def optimize(
 ) -> M | Plan:
     """Optimize a model in place and return it.
 
-    The model stays the same object of the same class with the same parameters, keys and signature;
-    only this instance's forward is another one. Each kind of call (shapes, dtypes, training mode,
+    The model stays the same object of the same class with the same parameters, keys and signature,
+    unless a pass replaces parameters, as ``low_rank`` does; only this instance's forward is another
+    one. Each kind of call (shapes, dtypes, training mode,
     grad mode, autocast, …) is captured once, when it first happens, and guarded afterwards. Numbers
     that change from call to call become inputs of the graph where that can be.
 

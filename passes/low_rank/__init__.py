@@ -98,7 +98,8 @@ class LowRank(Pass):
             else:
                 applied.append(_in_factors(graph, weight, before))
         if not ctx.parameters:
-            declined += _decided_before(dense, before)
+            said = {d.site for d in declined}
+            declined += [d for d in _decided_before(dense, before) if d.site not in said]
             return Outcome(tuple(applied), tuple(declined), tables=before.tables if before else {})
         probed = []
         for weight in dense:

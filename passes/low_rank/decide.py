@@ -18,6 +18,8 @@ from graphopt.structured.weight import relative_error
 
 # Rounding that factors of a form may add to its error, as a share of the tolerance.
 _SLACK = 1e-3
+# Forms of each kind that are timed: a roofline knows little about many small products.
+TIMED = 3
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def decide(weight: Weight, value: Tensor, *, tolerance: float, gain: float, cost
     size = value.numel()
     # A form of as many numbers reads as much and multiplies as often.
     most = float("inf") if gain == 0 else size / max(gain, 1.0)
-    found = _nearest(weight, value, list(forms_within(value, tolerance, most)), tolerance)
+    forms = list(forms_within(value, tolerance, most))
+    found = _nearest(weight, value, forms, tolerance, TIMED if cost == "measure" else 1)
     if not found:
         return Decision(weight, (), assumed_times(weight, ()), None, _full(weight, value, tolerance, most))
     if cost == "measure":
@@ -124,21 +127,24 @@ def decide(weight: Weight, value: Tensor, *, tolerance: float, gain: float, cost
 
 
 def _nearest(
-    weight: Weight, value: Tensor, forms: Sequence[Form], tolerance: float
+    weight: Weight, value: Tensor, forms: Sequence[Form], tolerance: float, count: int
 ) -> list[Candidate]:
-    """Of each kind of form the one that a roofline likes best, with factors that keep the bound."""
+    """Of each kind of form the first ones by a roofline, with factors that keep the bound."""
     assumed = assumed_times(weight, forms)
     kinds: dict[str, list[Form]] = {}
     for form in forms:
         kinds.setdefault(form.name, []).append(form)
     found = []
     for same in kinds.values():
+        kept = 0
         for form in sorted(same, key=lambda f: assumed[f]):
+            if kept == count:
+                break
             factors = form.factors(value)
             error = relative_error(form, factors, value)
             if error <= tolerance * (1 + _SLACK):
                 found.append(Candidate(form, factors, error))
-                break
+                kept += 1
     return found
 
 
@@ -165,7 +171,3 @@ def _best_error(value: Tensor, rank: int) -> float:
     gram = float(torch.linalg.norm(value @ value.mT))
     return max(0.0, 1 - rank**0.5 * gram / total) ** 0.5
 
-
-def chosen_forms(decisions: Sequence[Decision]) -> Mapping[str, Form]:
-    """By name of the weight."""
-    return {d.weight.name: d.chosen.form for d in decisions if d.chosen}
