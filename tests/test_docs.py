@@ -41,6 +41,7 @@ WITH_PYTHON = [
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
     DOCS / "large_batches.md",
+    DOCS / "low_rank.md",
     DOCS / "optimizers.md",
     PIPELINE,
     DOCS / "precision.md",
