@@ -13,6 +13,8 @@ from torch import Tensor
 # From this size on the range finder is cheaper than a decomposition.
 LARGE = 512
 _OVERSAMPLED = 16
+# Of the largest direction, what a missing one has on the right.
+_LEAST = 2.0**-7
 
 
 def least_rank(block: Tensor, allowed: float, limit: int) -> int | None:
@@ -55,15 +57,21 @@ def out_of_reach(block: Tensor, allowed: float, rank: int) -> bool:
 
 
 def split(block: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors [m, rank] and [rank, n] of equal norms, nearest to a block [m, n]."""
+    """Factors [m, rank] and [rank, n] of equal norms, nearest to a block [m, n].
+
+    A direction that the block has none of has a zero on the left only: with zeros on both sides the
+    gradients of both would be zero, and training could never come to it.
+    """
     if min(block.shape) < LARGE or 2 * (rank + _OVERSAMPLED) > min(block.shape):
         u, s, v = torch.linalg.svd(block, full_matrices=False)
     else:
         basis = _range(block, rank + _OVERSAMPLED)
         inside, s, v = torch.linalg.svd(basis.mT @ block, full_matrices=False)
         u = basis @ inside
-    half = s[:rank].sqrt()
-    left, right = u[:, :rank] * half, half[:, None] * v[:rank]
+    kept = s[:rank]
+    largest = float(kept[0].sqrt()) or 1.0
+    on_right = kept.sqrt().clamp(min=largest * _LEAST)
+    left, right = u[:, :rank] * (kept / on_right), on_right[:, None] * v[:rank]
     missing = rank - left.shape[1]
     if missing <= 0:
         return left, right

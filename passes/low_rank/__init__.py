@@ -196,6 +196,9 @@ def _unfit(name: str, value: Tensor, parameters: Mapping[str, Tensor]) -> Declin
     if broken:
         detail = "some of its values are not finite"
         return Declined(name, "not-finite", detail, {"values": broken})
+    if not value.any():
+        detail = "it is zero, so that its values say nothing about the weight it will be"
+        return Declined(name, "zero", detail)
     return None
 
 

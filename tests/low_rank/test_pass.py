@@ -231,6 +231,10 @@ def test_what_cannot_be_replaced_is_declined_with_the_reason() -> None:
     assert reasons["second.weight"] == "hooked"
 
     model = _Net()
+    nn.init.zeros_(model.first.weight)
+    assert _reasons(model, ids)["first.weight"] == "zero"
+
+    model = _Net()
     nn.utils.parametrizations.weight_norm(model.first)
     reasons = _reasons(model, ids)
     assert "computed" in reasons.values()

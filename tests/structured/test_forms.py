@@ -119,6 +119,20 @@ def test_large_blocks_are_within_their_tolerance() -> None:
     assert least_rank(noise, 0.1 * float(noise.norm()), 150) is None
 
 
+def test_directions_that_a_block_has_none_of_can_be_trained() -> None:
+    form = Blr(8, 8, 2, 2)
+    weight = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4))
+    factors = [f.requires_grad_() for f in form.factors(weight)]
+    torch.testing.assert_close(form.dense(factors), weight)
+    for _ in range(40):
+        loss = (form.dense(factors) - 2).square().sum()
+        grads = torch.autograd.grad(loss, factors)
+        with torch.no_grad():
+            for factor, grad in zip(factors, grads, strict=True):
+                factor -= 0.05 * grad
+    assert float(loss.detach()) < 1.0  # the blocks off the diagonal have come from 0 to 2
+
+
 def test_short_types_are_transformed_in_float32() -> None:
     form = Toeplitz(6, 4)
     t = torch.randn(9, generator=torch.Generator().manual_seed(0)).bfloat16()
