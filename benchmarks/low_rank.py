@@ -1,4 +1,4 @@
-"""Layers in factors against dense ones: what `low_rank` chooses, what it costs to ask, what it gains.
+"""Layers in factors against dense ones: what `low_rank` chooses, and what it costs and gains.
 
 Operators with a geometry (mixing of tokens by a smooth kernel, by one that is smooth off the
 diagonal only, by a long convolution) and ordinary layers, fresh and trained. Each layer is one

@@ -34,15 +34,15 @@ from graphopt.model.arguments import (
     split_example_inputs,
 )
 from graphopt.model.backend_choice import Built, choose
-from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
+from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.parametrize import named_parameters
 from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial, describe_call
-from graphopt.model.verification import Check, Stage, Stages
+from graphopt.model.verification import Check, Stage
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.step import parts_of
@@ -148,7 +148,8 @@ def optimize(
     wanting = [pass_.name for pass_ in pipeline.passes if pass_.wants_parameters(model)]
     if wanting and example is None:
         raise ArgumentError(
-            f"pass {wanting[0]!r} replaces parameters, and an optimizer made before would miss them",
+            f"pass {wanting[0]!r} replaces parameters, and an optimizer made before would "
+            "miss them",
             hint="give example_inputs, so that it does so now: optimize(model, (batch,), …)",
         )
     for ranks in session.ranks.values():

@@ -1,7 +1,8 @@
 """The graph of one step, forward and backward together, with names for everything.
 
-`Graph` wraps one `torch.fx.GraphModule` of ATen operators, or of torch functions in front of autograd. Its `Signature` gives every input and
-output a role and a qualified name. A version counter invalidates analyses.
+`Graph` wraps one `torch.fx.GraphModule` of ATen operators, or of torch functions in front of
+autograd. Its `Signature` gives every input and output a role and a qualified name. A version
+counter invalidates analyses.
 """
 
 from __future__ import annotations

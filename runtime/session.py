@@ -15,7 +15,6 @@ from graphopt.plan import Plan, PlanPart, Role
 from graphopt.runtime.states import States, Watch
 
 if TYPE_CHECKING:
-    from graphopt.passbase import Outcome
     from graphopt.runtime.engine.step import Step
     from graphopt.runtime.owned_step import OwnedStep
     from graphopt.runtime.part import RuntimePart
@@ -61,7 +60,7 @@ class Session:
         self.before_call: Callable[[], None] | None = None
         self.trying = False
         self.handles: list[Any] = []
-        self.decided: dict[str, Outcome] = {}
+        self.decided: dict[str, Any] = {}
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()

@@ -1,4 +1,4 @@
-"""`graphopt plan` of a pass that replaces weights: form, time, error and memory of each, and why."""
+"""`graphopt plan` of a pass that replaces weights: form, time, error, memory, reason."""
 
 from __future__ import annotations
 

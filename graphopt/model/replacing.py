@@ -59,7 +59,9 @@ class Replacement:
             compares: whether `check` is going to be called.
         """
         graph = capture_forward(self.model, self.args, self.kwargs, forward=self.forward)
-        known = PassContext(ctx.ranks, ctx.mesh, ctx.states, parameters=named_parameters(self.model))
+        known = PassContext(
+            ctx.ranks, ctx.mesh, ctx.states, parameters=named_parameters(self.model)
+        )
         steps = pipeline.run(graph, known)[: len(pipeline.on_forward)]
         parametrized: dict[str, nn.Module] = {}
         for pass_, step in zip(pipeline.on_forward, steps, strict=True):
@@ -160,4 +162,3 @@ def _noise(
         with torch.no_grad():
             for name, before in old.items():
                 parameters[name].data.copy_(before)
-

@@ -46,9 +46,7 @@ class Form(ABC):
 
     @classmethod
     @abstractmethod
-    def of_shapes(
-        cls, rows: int, cols: int, shapes: Sequence[tuple[int, ...]]
-    ) -> Form | None:
+    def of_shapes(cls, rows: int, cols: int, shapes: Sequence[tuple[int, ...]]) -> Form | None:
         """The form [rows, cols] whose factors have these shapes, if there is one."""
 
     @property
@@ -86,7 +84,7 @@ class Form(ABC):
         """W x, of a contiguous x [cols, columns]: [rows, columns]."""
 
     def linear(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        """x Wᵀ, of x [rows of x, cols]: [rows of x, rows]."""
+        """X Wᵀ, of x [rows of x, cols]: [rows of x, rows]."""
         return self.multiply(factors, x.mT.contiguous()).mT
 
     def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:

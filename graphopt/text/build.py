@@ -97,9 +97,7 @@ class _Frame:
 
 
 class _Builder:
-    def __init__(
-        self, source: Source, constants: Mapping[str, Tensor], *, functions: bool
-    ) -> None:
+    def __init__(self, source: Source, constants: Mapping[str, Tensor], *, functions: bool) -> None:
         self._source = source
         self._functions = functions
         self._constants = constants

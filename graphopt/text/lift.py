@@ -103,7 +103,9 @@ class _Lifter:
         return Statement(
             name=node.name,
             what=what,
-            type=NONE if isinstance(what, SubGraph) else _type_of_node(node, value, self._functions),
+            type=NONE
+            if isinstance(what, SubGraph)
+            else _type_of_node(node, value, self._functions),
             phase=own,
             module=module_of(node),
             recompute=policy.name.lower() if policy is not None else "",

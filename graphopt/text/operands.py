@@ -19,7 +19,16 @@ from graphopt.text.names import (
     operator_of,
 )
 from graphopt.text.source import Line, Token
-from graphopt.text.syntax import SCALARS, Literal, OpName, Ref, Slice, TensorType, Type, default_stride
+from graphopt.text.syntax import (
+    SCALARS,
+    Literal,
+    OpName,
+    Ref,
+    Slice,
+    TensorType,
+    Type,
+    default_stride,
+)
 
 T = TypeVar("T")
 

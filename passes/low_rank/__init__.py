@@ -12,7 +12,16 @@ from torch import Tensor, fx, nn
 
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph
-from graphopt.passbase import Applied, Declined, Number, Numerics, Outcome, Pass, PassContext, lowered
+from graphopt.passbase import (
+    Applied,
+    Declined,
+    Number,
+    Numerics,
+    Outcome,
+    Pass,
+    PassContext,
+    lowered,
+)
 from graphopt.passes.low_rank.decide import Candidate, Decision, decide
 from graphopt.passes.low_rank.rewrite import multiply_in_factors, with_factors, without_input
 from graphopt.passes.low_rank.sites import Weight, find_weights, reader_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,9 @@ class Decision:
         reason = self.declined.reason if self.declined else "slower than another form"
         dense = self.seconds.get(None)
         found: list[Row] = [
-            _row(self.weight.name, "dense", dense, 0.0, rows * cols, "" if self.chosen else "chosen")
+            _row(
+                self.weight.name, "dense", dense, 0.0, rows * cols, "" if self.chosen else "chosen"
+            )
         ]
         for c in self.candidates:
             why = "chosen" if c is self.chosen else reason
@@ -107,7 +109,9 @@ def decide(weight: Weight, value: Tensor, *, tolerance: float, gain: float, cost
     forms = list(forms_within(value, tolerance, most))
     found = _nearest(weight, value, forms, tolerance, TIMED if cost == "measure" else 1)
     if not found:
-        return Decision(weight, (), assumed_times(weight, ()), None, _full(weight, value, tolerance, most))
+        return Decision(
+            weight, (), assumed_times(weight, ()), None, _full(weight, value, tolerance, most)
+        )
     if cost == "measure":
         seconds = measured_times(weight, value, {c.form: c.factors for c in found})
     else:
@@ -170,4 +174,3 @@ def _best_error(value: Tensor, rank: int) -> float:
         return float(torch.linalg.svdvals(value)[rank:].square().sum() / total) ** 0.5
     gram = float(torch.linalg.norm(value @ value.mT))
     return max(0.0, 1 - rank**0.5 * gram / total) ** 0.5
-

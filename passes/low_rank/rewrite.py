@@ -16,7 +16,9 @@ from graphopt.structured import Form
 aten, ours = torch.ops.aten, torch.ops.graphopt
 
 
-def multiply_in_factors(graph: Graph, weight: Weight, form: Form, factors: Sequence[fx.Node]) -> None:
+def multiply_in_factors(
+    graph: Graph, weight: Weight, form: Form, factors: Sequence[fx.Node]
+) -> None:
     """Rewrite all uses of a weight; what made the weight goes, unless it is an input."""
     # Looked up again each time: what one product is multiplied with may be another one.
     while (use := next((use for _, use in uses_of(weight.node)), None)) is not None:
@@ -64,7 +66,9 @@ def with_factors(graph: Graph, weight: Weight, form: Form) -> list[fx.Node]:
     found = []
     for number, shape in enumerate(form.shapes):
         value = fake.new_empty(shape).detach().requires_grad_(fake.requires_grad)
-        found.append(graph.add_input(Slot(Role.PARAM, parametrized_name(weight.name, number)), value))
+        found.append(
+            graph.add_input(Slot(Role.PARAM, parametrized_name(weight.name, number)), value)
+        )
     return found
 
 

@@ -34,7 +34,9 @@ def assumed_times(weight: Weight, forms: Iterable[Form]) -> dict[Form | None, fl
         found[form] = 0.0
         for use in weight.uses:
             products = (
-                [Product(1, rows, cols, use.columns)] if form is None else form.products(use.columns)
+                [Product(1, rows, cols, use.columns)]
+                if form is None
+                else form.products(use.columns)
             )
             found[form] += _STEP * sum(_product(p, value) for p in products)
             if isinstance(form, Toeplitz):
@@ -82,7 +84,9 @@ def measured_times(
     return found
 
 
-def _step(form: Form | None, tensors: Sequence[Tensor], use: Use, columns: int) -> Callable[[], object]:
+def _step(
+    form: Form | None, tensors: Sequence[Tensor], use: Use, columns: int
+) -> Callable[[], object]:
     """Forward and backward of one use with random numbers."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     given = _given(leaves[0] if form is None else form, use)

@@ -43,7 +43,9 @@ def test_show_prints_the_forward_and_what_becomes_of_it(tmp_path: Path) -> None:
     file.write_text(text)
     again = _graphopt("show", str(file), "--level", "forward", "--json").stdout
     assert json.loads(again)["text"] == text
-    assert "--level middle is unknown" in _graphopt("show", MIXER, "--level", "middle", code=1).stderr
+    assert (
+        "--level middle is unknown" in _graphopt("show", MIXER, "--level", "middle", code=2).stderr
+    )
 
 
 def test_the_joint_graph_is_derived_from_the_rewritten_forward() -> None:
@@ -66,5 +68,5 @@ def test_plan_has_form_time_error_and_memory_of_each_weight() -> None:
     assert rows["left", "flat, rank 2"]["numbers"] == 4 * 64
     assert rows["left", "dense"]["seconds"] > 0
     assert {site["reason"] for site in answer["declined"]} == {"small", "full-rank"}
-    stderr = _graphopt("plan", MIXER, "-p", SPEC, "--mesh", "dp=2", code=1).stderr
+    stderr = _graphopt("plan", MIXER, "-p", SPEC, "--mesh", "dp=2", code=2).stderr
     assert "--mesh has no meaning for weights" in stderr

@@ -82,7 +82,9 @@ def test_factors_of_a_matrix_of_the_form_give_it_back(form: Form, seed: int) -> 
 
 
 @settings(max_examples=30, deadline=None)
-@given(m=st.integers(1, 30), n=st.integers(1, 30), seed=st.integers(0, 9), share=st.floats(0.01, 0.9))
+@given(
+    m=st.integers(1, 30), n=st.integers(1, 30), seed=st.integers(0, 9), share=st.floats(0.01, 0.9)
+)
 def test_the_least_rank_is_that_of_the_singular_values(
     m: int, n: int, seed: int, share: float
 ) -> None:
