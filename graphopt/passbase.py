@@ -93,7 +93,8 @@ class Outcome:
         tables: figures behind the decisions, by name: rows of named values.
         parametrized: parameters that others take the place of, by name, with what
             `torch.nn.utils.parametrize` makes them of those; its ``right_inverse`` gives the first
-            values, and its ``tolerance`` says how far off the parameter may be, relative to it. Only of a pass at the forward level that was given `PassContext.parameters`.
+            values, and its ``tolerance`` says how far off the parameter may be, relative to it.
+            Only of a pass at the forward level that was given `PassContext.parameters`.
     """
 
     applied: tuple[Applied, ...] = ()
@@ -215,7 +216,7 @@ class Pass:
         return 1
 
     def wants_parameters(self, model: nn.Module) -> bool:
-        """Whether it may replace parameters of this model, and so has to see it before it is run."""
+        """Whether it may replace parameters of this model, and has to see it before it is run."""
         return False
 
     @property

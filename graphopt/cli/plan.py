@@ -121,8 +121,8 @@ def plan(
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
     if passes != PLANNED and _replaces(passes):
-        for option, wanted in (("--plot", plot), ("--link", link), ("--mesh", mesh)):
-            if wanted is not None:
+        for option, value in (("--plot", plot), ("--link", link), ("--mesh", mesh)):
+            if value is not None:
                 raise ArgumentError(
                     f"{option} has no meaning for weights, which {passes!r} plans",
                     hint=f"leave {option} out",

@@ -64,8 +64,8 @@ def show(
             raise ArgumentError("a forward graph has no HTML", hint="leave --html or --level out")
         written = print_graph(graph)
         if json:
-            answer = {"model": subject.name, "level": "forward", "passes": passes or ""}
-            show_json("show", {**answer, "text": written})
+            said = {"model": subject.name, "level": "forward", "passes": passes or ""}
+            show_json("show", {**said, "text": written})
         else:
             show_text(written)
         return

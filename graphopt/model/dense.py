@@ -109,7 +109,7 @@ def restructure(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...
         shapes = [tuple(state[key].shape) for key in keys]
         form = None
         if weight is not None and weight.dim() == 2:
-            form = form_of_shapes(*weight.shape, shapes)
+            form = form_of_shapes(weight.shape[0], weight.shape[1], shapes)
         if form is None:
             raise StateError(
                 f"the state has factors of {name!r} with shapes {shapes}, which fit no weight here",

@@ -59,9 +59,7 @@ class Replacement:
             compares: whether `check` is going to be called.
         """
         graph = capture_forward(self.model, self.args, self.kwargs, forward=self.forward)
-        known = PassContext(
-            ctx.ranks, ctx.mesh, ctx.states, parameters=named_parameters(self.model)
-        )
+        known = replace(ctx, parameters=named_parameters(self.model))
         steps = pipeline.run(graph, known)[: len(pipeline.on_forward)]
         parametrized: dict[str, nn.Module] = {}
         for pass_, step in zip(pipeline.on_forward, steps, strict=True):

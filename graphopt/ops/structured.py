@@ -6,9 +6,10 @@
     structured_matmul(Tensor[] factors, Tensor x, str form, int[] sizes, bool transposed=False)
         -> Tensor
 
-The first is the matrix W [rows, cols]. The others multiply without it: x Wᵀ + bias of x [..., cols],
-and W x of x [..., cols, columns]; with Wᵀ in the place of W if transposed. All are made of ordinary torch operators: a graph in front
-of autograd holds one call, a graph behind it the products, with a backward that autograd derives.
+The first is the matrix W [rows, cols]. The others multiply without it: x Wᵀ + bias of
+x [..., cols], and W x of x [..., cols, columns]; with Wᵀ in the place of W if transposed. All are
+made of ordinary torch operators: a graph in front of autograd holds one call, a graph behind it the
+products, with a backward that autograd derives.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def check_order(passes: Sequence[Pass]) -> None:
 def _too_late(passes: Sequence[Pass], index: int) -> PipelineError:
     before = passes[index - 1].name
     return PipelineError(
-        f"pass {passes[index].name!r} rewrites the forward graph, so it must run before {before!r}, "
-        "which works on what is derived from it",
+        f"pass {passes[index].name!r} rewrites the forward graph, so it must run before "
+        f"{before!r}, which works on what is derived from it",
         hint=_order_that_works(passes),
     )
 

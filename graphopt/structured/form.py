@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Product(NamedTuple):
-    """`count` products of matrices [m, k] with [k, n]."""
+    """`blocks` products of matrices [m, k] with [k, n]."""
 
-    count: int
+    blocks: int
     m: int
     k: int
     n: int
@@ -84,7 +84,7 @@ class Form(ABC):
         """W x, of a contiguous x [cols, columns]: [rows, columns]."""
 
     def linear(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        """X Wᵀ, of x [rows of x, cols]: [rows of x, rows]."""
+        """The product x Wᵀ, of x [rows of x, cols]: [rows of x, rows]."""
         return self.multiply(factors, x.mT.contiguous()).mT
 
     def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Hodlr(Form):
     def dense(self, factors: Sequence[Tensor]) -> Tensor:
         """See `Form`."""
         leaves, *rest = factors
-        blocks = list(leaves)
+        blocks: list[Tensor] = list(leaves)
         for level in range(self.levels, 0, -1):
             left, right = rest[2 * level - 2 : 2 * level]
             far = left @ _siblings(right)
@@ -139,4 +139,5 @@ class Hodlr(Form):
 
 def _siblings(values: Tensor) -> Tensor:
     """[2^l, ...] with the two of each parent exchanged."""
-    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    pairs = values.reshape(-1, 2, *values.shape[1:])
+    return pairs.flip(1).flatten(0, 1)

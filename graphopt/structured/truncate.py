@@ -53,7 +53,8 @@ def out_of_reach(block: Tensor, allowed: float, rank: int) -> bool:
     short = narrow.float()
     total = float(torch.linalg.norm(short)) ** 2
     gram = float(torch.linalg.norm(short @ short.mT))
-    return total - rank**0.5 * gram > allowed**2 + 0.01 * total
+    least = total - float(rank) ** 0.5 * gram
+    return bool(least > allowed**2 + 0.01 * total)
 
 
 def split(block: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _range(block: Tensor, size: int) -> Tensor:
     """An orthonormal basis [m, size] of most of what a block [m, n] reaches."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(block.shape[1], size, generator=generator, dtype=block.dtype)
-    basis = torch.linalg.qr(block @ start.to(block.device))[0]
+    basis: Tensor = torch.linalg.qr(block @ start.to(block.device))[0]
     for _ in range(2):
         basis = torch.linalg.qr(block.mT @ basis)[0]
         basis = torch.linalg.qr(block @ basis)[0]

@@ -129,9 +129,7 @@ def _same_gradients(application: Application) -> None:
     for slot in common:
         off = float((expected[slot] - actual[slot]).abs().max()) if expected[slot].numel() else 0.0
         allowed = max(numerics.bound, 1e-4) * max(size, 1.0)
-        assert off <= allowed, (
-            f"the gradient of {slot} is off by {off:.3g}, more than {allowed:.3g}"
-        )
+        assert off <= allowed, f"the gradient of {slot} is off by {off:.3g}, beyond {allowed:.3g}"
 
 
 def _gradients(graph: Graph, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:

@@ -103,15 +103,18 @@ class _Lifter:
         return Statement(
             name=node.name,
             what=what,
-            type=NONE
-            if isinstance(what, SubGraph)
-            else _type_of_node(node, value, self._functions),
+            type=self._type(node, what, value),
             phase=own,
             module=module_of(node),
             recompute=policy.name.lower() if policy is not None else "",
             region=self._regions.get(region),
             source=source_of(node).rsplit(": ", 1)[0] if self._sources else "",
         )
+
+    def _type(self, node: fx.Node, what: object, value: object) -> Type:
+        if isinstance(what, SubGraph):
+            return NONE
+        return _type_of_node(node, value, self._functions)
 
     def _sub_graph(
         self, node: fx.Node, attribute: object, phase: Phase, shown: set[str]

@@ -45,8 +45,8 @@ class LowRank(Pass):
     one: mixing of tokens, smooth kernels, long convolutions.
 
     The factors become parameters of the model, under the name that `torch.nn.utils.parametrize`
-    gives them; the weight is what they make. This happens once, in `optimize`, which therefore needs
-    example inputs; an optimizer is made afterwards. `graphopt.dense_state_dict` and
+    gives them; the weight is what they make. This happens once, in `optimize`, which therefore
+    needs example inputs; an optimizer is made afterwards. `graphopt.dense_state_dict` and
     `load_dense_state_dict` convert. The forward graph is rewritten, and autograd derives the
     backward of the products in factors.
 
@@ -180,8 +180,8 @@ class LowRank(Pass):
         if self.tolerance < reachable:
             dtype = str(weight.value.dtype).removeprefix("torch.")
             raise ArgumentError(
-                f"low_rank: tolerance={self.tolerance:g} is below what factors in {dtype} can hold, "
-                f"which is {reachable:.2g}",
+                f"low_rank: tolerance={self.tolerance:g} is below what factors in {dtype} can "
+                f"hold, which is {reachable:.2g}",
                 where=weight.name,
                 hint=f"tolerance={reachable:.2g} or more, or a model in a longer type",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,6 +172,6 @@ def _best_error(value: Tensor, rank: int) -> float:
     if not total:
         return 0.0
     if min(value.shape) < LARGE:
-        return float(torch.linalg.svdvals(value)[rank:].square().sum() / total) ** 0.5
+        return math.sqrt(float(torch.linalg.svdvals(value)[rank:].square().sum()) / total)
     gram = float(torch.linalg.norm(value @ value.mT))
-    return max(0.0, 1 - rank**0.5 * gram / total) ** 0.5
+    return math.sqrt(max(0.0, 1 - math.sqrt(rank) * gram / total))

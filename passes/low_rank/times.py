@@ -32,24 +32,21 @@ def assumed_times(weight: Weight, forms: Iterable[Form]) -> dict[Form | None, fl
     found: dict[Form | None, float] = {}
     for form in (None, *forms):
         found[form] = 0.0
-        for use in weight.uses:
-            products = (
-                [Product(1, rows, cols, use.columns)]
-                if form is None
-                else form.products(use.columns)
-            )
+        for columns in [use.columns for use in weight.uses]:
+            dense = [Product(1, rows, cols, columns)]
+            products = dense if form is None else form.products(columns)
             found[form] += _STEP * sum(_product(p, value) for p in products)
             if isinstance(form, Toeplitz):
-                found[form] += _STEP * _transforms(form, use.columns, value)
+                found[form] += _STEP * _transforms(form, columns, value)
     return found
 
 
 def _product(product: Product, like: Tensor) -> float:
     device = ASSUMED.get(like.device.type, ASSUMED["cuda"])
-    count, m, k, n = product
+    blocks, m, k, n = product
     short = like.element_size() < 4
-    work = 2 * count * m * k * n / (device.half_flops if short else device.flops)
-    moved = like.element_size() * count * (m * k + k * n + m * n) / device.bandwidth
+    work = 2 * blocks * m * k * n / (device.half_flops if short else device.flops)
+    moved = like.element_size() * blocks * (m * k + k * n + m * n) / device.bandwidth
     return max(work, moved) + device.overhead
 
 
@@ -71,8 +68,7 @@ def measured_times(
         steps: dict[Form | None, Callable[[], object]] = {
             None: _step(None, [dense.detach()], use, columns)
         }
-        for form, tensors in factors.items():
-            steps[form] = _step(form, tensors, use, columns)
+        steps |= {form: _step(form, tensors, use, columns) for form, tensors in factors.items()}
         best = dict.fromkeys(steps, math.inf)
         for number in range(rounds + 1):
             for form, step in steps.items():

@@ -13,9 +13,8 @@ ANY = "low_rank{tolerance=0.0001,smallest=32,gain=0.01,cost=roofline}"
 
 def smooth(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A kernel of points that are not evenly spaced: of low rank off the diagonal only."""
-    x = torch.sort(torch.rand(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[
-        0
-    ]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(n, generator=generator, dtype=torch.float64).sort()[0]
     return (torch.exp(-3 * (x[:, None] - x).abs()) / n).to(dtype)
 
 

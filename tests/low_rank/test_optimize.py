@@ -40,7 +40,7 @@ def _close(a: Tensor, b: Tensor, bound: float = 1e-3) -> None:
     assert float(off) <= bound * float(size)
 
 
-# -- running -------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def test_a_step_is_that_of_the_model_with_weights() -> None:
@@ -157,7 +157,7 @@ def test_frozen_weights_and_shared_modules() -> None:
     assert not any(p.requires_grad for p in left)
 
 
-# -- saving --------------------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------------------
 
 
 def test_dense_state_dicts_both_ways() -> None:
@@ -245,7 +245,7 @@ def test_factors_of_another_model_are_refused() -> None:
     assert graphopt.restructure(plain, plain.state_dict()) == ()
 
 
-# -- errors --------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def _as_it_was(model: nn.Module, before: dict[str, nn.Parameter], kinds: list[type]) -> None:
@@ -311,7 +311,7 @@ def test_an_optimizer_made_before_is_refused_at_its_first_step() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     _optimized(model, batch())
     model(batch()).sum().backward()
-    with pytest.raises(StateError, match="holds '(left|convolve|mix.weight)'") as told:
+    with pytest.raises(StateError, match=r"holds '(left|convolve|mix\.weight)'") as told:
         optimizer.step()
     assert "after graphopt.optimize" in told.value.hint
     torch.optim.SGD(model.parameters(), lr=0.1).step()

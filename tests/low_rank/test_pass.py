@@ -36,7 +36,7 @@ def _probed(weight: Tensor, pass_: LowRank) -> Outcome:
     return _apply(pass_, layer, torch.ones(5, weight.shape[1], dtype=weight.dtype))
 
 
-# -- what it makes -----------------------------------------------------------------------------------
+# -- what it makes ---------------------------------------------------------------------------------
 
 
 def test_golden() -> None:
@@ -117,7 +117,7 @@ def test_every_product_with_a_weight(name: str) -> None:
     assert not any("structured_dense" in target for target in called)
 
 
-# -- what it promises --------------------------------------------------------------------------------
+# -- what it promises ------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -156,7 +156,7 @@ def test_a_candidate_has_fewer_numbers_than_the_weight() -> None:
     assert "flat" in names  # a sine of a difference has rank 2
 
 
-# -- what it declines --------------------------------------------------------------------------------
+# -- what it declines ------------------------------------------------------------------------------
 
 
 def test_an_ordinary_weight_stays_dense_with_the_numbers() -> None:
@@ -259,7 +259,7 @@ def test_without_parameters_nothing_is_probed() -> None:
     assert [(d.site, d.reason) for d in outcome.declined] == [("weight", "not-probed")]
 
 
-# -- what it refuses ---------------------------------------------------------------------------------
+# -- what it refuses -------------------------------------------------------------------------------
 
 
 def test_a_tolerance_below_the_type_names_the_one_that_can_be_reached() -> None:

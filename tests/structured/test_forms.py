@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +93,7 @@ def test_the_least_rank_is_that_of_the_singular_values(
     block = torch.randn(m, n, generator=generator, dtype=torch.float64)
     allowed = share * float(block.norm())
     # The oracle: numpy's decomposition, and every rank in turn.
-    s = torch.from_numpy(__import__("numpy").linalg.svd(block.numpy(), compute_uv=False))
+    s = torch.from_numpy(np.linalg.svd(block.numpy(), compute_uv=False))
     best = next(r for r in range(min(m, n) + 1) if float(s[r:].norm()) <= allowed)
     assert least_rank(block, allowed, min(m, n)) == best
     assert least_rank(block, allowed, best - 1) is None or best == 0
