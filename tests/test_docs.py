@@ -43,6 +43,7 @@ WITH_PYTHON = [
     DOCS / "kfac.md",
     DOCS / "hierarchical.md",
     DOCS / "large_batches.md",
+    DOCS / "low_rank.md",
     DOCS / "optimizers.md",
     PIPELINE,
     DOCS / "precision.md",

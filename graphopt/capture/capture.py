@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo
 from graphopt.capture.flat import Bind, FlatForward, location
+from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
@@ -41,6 +42,8 @@ class Capture:
         failure: says which condition does not hold for a call.
         notes: what the user should know about how it was captured.
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
+        earlier: the graphs that there would be without the last rewrites of the forward graph,
+            without the last but one, …; oldest first.
     """
 
     graph: Graph
@@ -53,6 +56,7 @@ class Capture:
     failure: Callable[..., str]
     notes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    earlier: tuple[Graph, ...] = ()
 
 
 def capture(
@@ -62,6 +66,7 @@ def capture(
     *,
     forward: Callable[..., object] | None = None,
     numbers: Iterable[str] = (),
+    rewrite: Rewriter | None = None,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -72,6 +77,8 @@ def capture(
         forward: the unbound ``forward`` to capture; by default the one of the model's class.
         numbers: those that shall be inputs of the graph, by where Dynamo finds them
             (``L['self'].steps``); all others are constants.
+        rewrite: changes the forward graph in place before a backward is derived. Where it adds
+            inputs, the capture is for looking at: no call of the model has them.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -97,7 +104,17 @@ def capture(
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
         if checkpointed and (drawn() or flat.changes_objects):
             raise checkpoints.refusal(location(forward))
+        earlier: list[Graph] = []
+        if rewrite is not None:
+            level = forward_graph(flat)
+            rewritten = rewrite(level)
+            if rewritten.earlier:
+                for graph in rewritten.earlier:
+                    earlier.append(_derived(with_graph(flat, graph, rewritten.initial), forward)[0])
+                flat = with_graph(flat, level, rewritten.initial)
         graph, aliases, inputs, bind = _derived(flat, forward)
+        if rewrite is not None:
+            graph.facts |= level.facts
     return Capture(
         graph=graph,
         aliases=aliases,
@@ -109,7 +126,25 @@ def capture(
         failure=flat.failure,
         notes=flat.notes,
         keeps=flat.keeps,
+        earlier=tuple(earlier),
     )
+
+
+def capture_forward(
+    model: nn.Module,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    forward: Callable[..., object] | None = None,
+) -> Graph:
+    """The forward graph of one call: torch functions, differentiable, without a backward.
+
+    Arguments and errors are those of `capture`.
+    """
+    _check_version()
+    forward = forward or type(model).forward
+    with tracing_alone(), _drawing_nothing(), checkpoints.without_hooks():
+        return forward_graph(by_dynamo(model, forward, tuple(args), dict(kwargs or {})))
 
 
 def _derived(

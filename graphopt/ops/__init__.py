@@ -18,6 +18,7 @@ from graphopt.ops import (
     rnn,
     scaled_mm,
     statistics,
+    structured,
     wire,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "rnn",
     "scaled_mm",
     "statistics",
+    "structured",
     "wire",
 ]

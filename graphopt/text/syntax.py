@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import EllipsisType
 
 import torch
 
@@ -38,13 +39,20 @@ class TensorType:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Slice:
+    """``slice(None, %n, None)``: start, stop and step."""
+
+    parts: tuple[Literal, ...]
+
+
 # A string is the type of a plain Python value; see `SCALARS`.
 Type = TensorType | str | tuple["Type", ...]
 NONE = "none"
 SCALARS = (NONE, "bool", "int", "float")
 
 Literal = (
-    None | bool | int | float | complex | str | Ref | OpName
+    None | bool | int | float | complex | str | Ref | OpName | Slice | EllipsisType
     | torch.dtype | torch.device | torch.layout | torch.memory_format
     | tuple["Literal", ...] | list["Literal"] | dict[str, "Literal"]
 )  # fmt: skip
@@ -161,6 +169,8 @@ def refs(literal: Literal) -> Iterator[str]:
     elif isinstance(literal, dict):
         for item in literal.values():
             yield from refs(item)
+    elif isinstance(literal, Slice):
+        yield from refs(literal.parts)
 
 
 def default_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
