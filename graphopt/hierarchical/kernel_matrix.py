@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
-from graphopt.hierarchical.admissibility import Pairs, Strong, first, refined
+from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
 from graphopt.hierarchical.groups import Coupled, Group, Tiles
 from graphopt.hierarchical.interpolation import (
@@ -43,7 +43,7 @@ def from_kernel(
     columns: ClusterTree | None = None,
     *,
     tolerance: float = 1e-6,
-    rule: Strong | None = None,
+    rule: Admissibility | None = None,
     dtype: torch.dtype = _DOUBLE,
 ) -> HMatrix:
     """The matrix of a kernel at the points of two trees.
@@ -61,7 +61,8 @@ def from_kernel(
         columns: those of the other argument; None for the rows', where the kernel has to be
             symmetric.
         tolerance: of the Frobenius norm of the error, relative to that of the matrix.
-        rule: which clusters are far from each other; None for `Strong(1.5)`.
+        rule: which clusters are far from each other; None for `Strong(1.5)`. Clusters that touch,
+            as those of `Weak` do, cannot be interpolated: all their entries are evaluated.
         dtype: what values are stored in.
 
     Returns:
@@ -114,7 +115,7 @@ class _Builder:
         rows: ClusterTree,
         columns: ClusterTree,
         symmetric: bool,
-        rule: Strong,
+        rule: Admissibility,
         dtype: torch.dtype,
     ) -> None:
         self.kernel = kernel
@@ -282,7 +283,7 @@ class _Builder:
         most = min(_MOST, max(sizes) - 1)
         nodes = nodes_for(errors, torch.ones_like(zero), _INTERPOLATION * share, most)
         if nodes is None:
-            return None, zero, lost
+            return None, zero, zero
         once, off = math.prod(lebesgue(count) for count in nodes), rounding(nodes)
         lost = (1 + once**2) * (self.moved * self.analytic.slope(low) + lost)
         return nodes, errors.bounds(nodes, nodes), lost + off * (2 * once + off) * size
@@ -343,7 +344,7 @@ class _Builder:
         if not self.symmetric:
             across = other.basis(right, self.dtype)
         cores = torch.empty(len(pairs), left.shape[2], right.shape[2], dtype=self.dtype)
-        rest = torch.empty(len(pairs), dtype=_DOUBLE)
+        rest = torch.zeros(len(pairs), dtype=_DOUBLE)
         long = gamma(max(own.at.shape[1], other.at.shape[1]) + 2, _DOUBLE)
         short = gamma(max(left.shape[2], right.shape[2]) + 2, _DOUBLE)
         mixing, mixing_across = own.mixing, other.mixing
@@ -353,6 +354,10 @@ class _Builder:
             cores[part] = u.mT @ block @ v
             core, most = cores[part].double(), norms(kernel)
             size = norms(core)
+            if own.mix is None and self.analytic is not None:
+                # Of nodes the largest possible value is known, here those that there are.
+                rounded = norms(self.analytic.rounding(kernel.abs(), self.dimensions))
+                rest[part] = rounded
             error = norms(block - u @ core @ v.mT) + 2 * short * norms(u) * size * norms(v)
             error = error + short * norms(block)
             error = error + 2 * long * mixing[rows] * most * mixing_across[columns]
@@ -360,7 +365,7 @@ class _Builder:
             error = error + own.lost[rows] * most * other.size[columns]
             error = error + own.size[rows] * most * other.lost[columns]
             away = moved[rows] * across[2] + across[1][columns] * stretch
-            rest[part] = error + away * size
+            rest[part] += error + away * size
         group = Coupled(
             pairs,
             cores,

@@ -303,6 +303,10 @@ class InverseDistance(Radial):
         """1 / r^2."""
         return self._factor / low
 
+    def rounding(self, size: Tensor, dimensions: int) -> Tensor:
+        """Relative to the value alone: it is a power of the distance."""
+        return (dimensions + 8) * storage(torch.float64) * size
+
 
 def _root(squared: Tensor) -> Tensor:
     """The square root, with gradient 0 at 0."""

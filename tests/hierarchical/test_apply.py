@@ -155,3 +155,18 @@ def test_memory_of_shared_bases_counts_once() -> None:
     assert found.nbytes < own  # bases are in the list twice, left and right
     assert found.nbytes < exact.nbytes / 2
     assert found.T.nbytes == found.nbytes
+
+
+def test_bounds_know_of_short_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch may multiply in fewer bits, the rounding of products is larger."""
+    found = h.from_kernel(
+        h.Exponential(),
+        h.by_points(points("uniform", 60, 1), 16),
+        tolerance=1e-4,
+        dtype=torch.float32,
+    )
+    x = torch.ones(60)
+    usual = found.apply(x).bound
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    # The transpose is the same matrix, and has not been asked before.
+    assert found.T.apply(x).bound > 100 * usual

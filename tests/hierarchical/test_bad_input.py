@@ -80,7 +80,7 @@ def test_refusals(case: str) -> None:
 
 
 def test_a_tolerance_out_of_reach_names_the_reachable_one() -> None:
-    x = points("uniform", 300, 2)
+    x = points("uniform", 120, 2)
     tree, values = h.by_points(x, 16), torch.exp(-distances(x, x))
     runs: list[Callable[[float], h.HMatrix]] = [
         lambda t: h.from_kernel(h.Exponential(), tree, tolerance=t, dtype=torch.float32),

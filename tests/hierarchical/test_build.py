@@ -117,6 +117,15 @@ def test_a_large_cluster_that_cannot_be_interpolated_is_not_evaluated(
     check(found, form(distances(x, x) / 0.001), 1e-10)
 
 
+@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("rule", [h.Weak(), h.Flat()])
+def test_blocks_of_clusters_that_touch(name: str, rule: h.Weak | h.Flat) -> None:
+    x = points("uniform", 300, 1)
+    kind, form = KERNELS[name]
+    found = h.from_kernel(kind(), h.by_points(x, 16), tolerance=1e-6, rule=rule)
+    check(found, form(distances(x, x)), 1e-6)
+
+
 def test_a_function_of_ones_own() -> None:
     """Nothing is known of it, so everything is evaluated, and the bound is exact."""
 

@@ -20,7 +20,7 @@ def _hyper(*values: float) -> list[Tensor]:
     return [torch.tensor(v, dtype=_DOUBLE, requires_grad=True) for v in values]
 
 
-def _inner(g: Tensor, m: Tensor, x: Tensor) -> Tensor:
+def _inner(g: Tensor, m: Tensor | h.HMatrix, x: Tensor) -> Tensor:
     return (g * (m @ x)).sum()
 
 
@@ -52,8 +52,7 @@ def test_gradients_beside_those_of_the_dense_matrix(name: str, d: int, two: bool
     ]
     sizes = [float(by_scale.norm()), float(exact(0.4, 1.0).norm()), float(exact(0.4, 1.7).norm())]
     reach = 20 * TOLERANCE * float(g.norm()) * float(v.detach().norm())
-    for matrix, left, right in ((found, g, v), (found.T, None, None)):
-        loss = (left * (matrix @ right)).sum() if left is not None else (v * (matrix @ g)).sum()
+    for loss in (_inner(g, found, v), _inner(v, found.T, g)):
         got = torch.autograd.grad(loss, (scale, variance, v))
         for own, other, size in zip(got, expected, sizes, strict=True):
             assert float((own - other).norm()) <= reach * size / math.sqrt(len(y))
@@ -65,7 +64,7 @@ def test_one_scale_for_each_coordinate(kind: type[h.Exponential]) -> None:
     scale = torch.tensor([0.3, 0.9], dtype=_DOUBLE, requires_grad=True)
     g, v = torch.randn(2, 200, 2, dtype=_DOUBLE)
     found = h.from_kernel(kind(scale=scale), h.by_points(x, 16), tolerance=1e-8)
-    (got,) = torch.autograd.grad(_inner(g, found, v), scale)  # type: ignore[arg-type]
+    (got,) = torch.autograd.grad(_inner(g, found, v), scale)
     (expected,) = torch.autograd.grad(_inner(g, kind(scale=scale)(x, x), v), scale)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -157,7 +156,7 @@ def test_blocks_that_require_a_gradient_get_it() -> None:
     x = torch.randn(40, 2, dtype=_DOUBLE, requires_grad=True)
     g = torch.randn(40, 2, dtype=_DOUBLE)
     inputs = (*blocks, *factors, x)
-    got = torch.autograd.grad(_inner(g, found, x), inputs)  # type: ignore[arg-type]
+    got = torch.autograd.grad(_inner(g, found, x), inputs)
     exact = torch.cat(
         [
             torch.cat([blocks[0], factors[0] @ factors[1].T], 1),
