@@ -177,6 +177,8 @@ def leading(rows: Tensor, rank: int) -> Tensor:
         span = rows @ _directions(rows.shape[2], width).to(rows)
         span = torch.linalg.qr(rows.mT @ torch.linalg.qr(span).Q).Q
         rows = torch.linalg.qr(rows @ span).Q.mT @ rows
+        if rows.shape[1] <= rank:  # more directions than columns
+            return leading(rows, rank)
     gram = (rows @ rows.mT).double()
     # Scaled to one, so that sizes of numbers do not matter.
     gram = gram / gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)[:, None, None]

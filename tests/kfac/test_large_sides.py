@@ -80,6 +80,7 @@ def test_the_stated_error_holds(
         else:
             value, exact = fresh, dense
     width = exact.shape[1]
+    assert value.shape == (1, (rank + 1) * width)
     kept, diagonal = low_rank.parts_of(value, width)
     torch.testing.assert_close(diagonal, exact.diagonal(dim1=1, dim2=2))
     left = exact - kept.mT @ kept
