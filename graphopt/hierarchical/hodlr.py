@@ -23,29 +23,49 @@ _PROBES = 8
 class Operator(Protocol):
     """A symmetric matrix over a cluster tree, in the order of positions.
 
-    Attributes:
-        tree: of rows and columns.
-        bound: of the Frobenius norm of its difference to the matrix that it stands for.
+    A block belongs to the level of the smallest cluster that has its rows and its columns: blocks
+    on the diagonal to that of the leaves.
     """
 
-    tree: ClusterTree
-    bound: float
+    @property
+    def tree(self) -> ClusterTree:
+        """Of rows and columns."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Of all entries."""
         ...
 
-    def matmat(self, values: Tensor) -> Tensor:
-        """The product with [n, k]."""
+    @property
+    def bound(self) -> float:
+        """Of the Frobenius norm of the difference to the matrix that it stands for."""
         ...
 
-    def apply_level(self, level: int, values: Tensor) -> Tensor:
-        """The product of the blocks beside the diagonal whose smallest common cluster is on `level`."""
+    @property
+    def rounding(self) -> float:
+        """What rounding adds at most to the product with a vector of norm 1."""
         ...
 
-    def diagonal(self, level: int) -> list[Tensor]:
-        """The diagonal blocks of a level, from the top."""
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What it can be differentiated by."""
+        ...
+
+    def product(self, values: Tensor, level: int | None = None) -> Tensor:
+        """With [n, k]; of the blocks of one level, or of all."""
+        ...
+
+    def inner_gradient(self, w: Tensor, v: Tensor, level: int | None = None) -> list[Tensor]:
+        """The derivatives of ``sum(w * product(v, level))`` by the parameters."""
+        ...
+
+    def diagonal(self, level: int) -> Tensor:
+        """[2**level, m, m] the diagonal blocks of a level, with zeros where clusters are smaller."""
+        ...
+
+    def diagonal_gradient(self, level: int, weights: Tensor) -> list[Tensor]:
+        """The derivatives of ``sum(weights * diagonal(level))`` by the parameters."""
         ...
 
 
@@ -81,26 +101,24 @@ def whiten(
         coupling = _couple(operator, level, found, budget, int(rank * growth) + _PROBES, generator)
         growth = min(max(coupling.rank / rank, 1.1), 2.0) if found.levels else growth
         rank = max(coupling.rank, 4)
-        found = Whitening(
-            layout, found.leaves, (*found.levels, coupling), found.leaf_log_determinant
-        )
+        found = Whitening(layout, found.leaves, (*found.levels, coupling))
     return found
 
 
 def _leaves(operator: Operator, layout: Layout, shift: float) -> Whitening:
     """Cholesky factors of the leaves."""
     size, count = layout.size, 1 << layout.depth
-    blocks = torch.eye(size, dtype=operator.dtype).repeat(count, 1, 1)
-    for number, own in enumerate(operator.diagonal(layout.depth)):
-        blocks[number, : len(own), : len(own)] = own
-        blocks[number, : len(own), : len(own)].diagonal().add_(shift)
+    blocks = operator.diagonal(layout.depth)
+    own = layout.pad(torch.full((len(layout.places),), shift, dtype=operator.dtype))
+    missing = layout.pad(torch.ones_like(layout.places)) == 0
+    diagonal = torch.where(missing, 1.0, own).view(count, size)
+    blocks = blocks + torch.diag_embed(diagonal)
     factors, info = torch.linalg.cholesky_ex(blocks)
     if bool(info.any()):
         raise _indefinite()
-    log_determinant = 2 * factors.double().diagonal(dim1=1, dim2=2).log().sum()
     identity = torch.eye(size, dtype=operator.dtype).expand(count, -1, -1)
     inverses = torch.linalg.solve_triangular(factors, identity, upper=False)
-    return Whitening(layout, inverses, (), log_determinant)
+    return Whitening(layout, inverses)
 
 
 def _couple(
@@ -118,7 +136,7 @@ def _couple(
     def product(panel: Tensor) -> Tensor:
         """M times second halves, M^T times first halves: halves [nodes, 2, rows, k] of each."""
         inner = layout.cut(below.backward(panel.reshape(layout.rows, -1)))
-        outer = below.forward(layout.pad(operator.apply_level(level, inner)))
+        outer = below.forward(layout.pad(operator.product(inner, level)))
         return outer.view(nodes, 2, rows, -1)
 
     def sample(count: int) -> Tensor:

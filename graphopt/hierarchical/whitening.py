@@ -118,13 +118,11 @@ class Whitening:
         layout: of rows.
         leaves: [leaves, size, size] inverses of the Cholesky factors of the leaves, lower.
         levels: from the deepest to the root; the couplings found so far.
-        leaf_log_determinant: of the diagonal blocks of the leaves.
     """
 
     layout: Layout
     leaves: Tensor
-    levels: tuple[Coupling, ...]
-    leaf_log_determinant: Tensor
+    levels: tuple[Coupling, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -139,7 +137,7 @@ class Whitening:
 
     def log_determinant(self) -> Tensor:
         """Of L L^T, in float64."""
-        total = self.leaf_log_determinant
+        total = -2 * self.leaves.double().diagonal(dim1=1, dim2=2).log().sum()
         for coupling in self.levels:
             total = total + torch.log1p(-coupling.values.double().square()).sum()
         return total

@@ -1,0 +1,250 @@
+"""What is needed of the inverse of ``operator + shift * identity``, each with its error.
+
+H is the operator with its shift, A the matrix that it stands for, L its whitening and
+``F = L^-1 H L^-T - identity``. F is small but never formed: random probes measure it, and what
+they say of it (see `probability`) holds with a probability of at least 1 - 1e-10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import IndefiniteError
+from graphopt.hierarchical.hodlr import Operator
+from graphopt.hierarchical.probability import FAILURE, Probed, norm_factor
+from graphopt.hierarchical.rounding import gamma
+from graphopt.hierarchical.whitening import Coupling, Whitening
+
+_SOLVES = 60
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, and how far from it the true one may be."""
+
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Columns x that nearly solve ``H x = b``, in positions.
+
+    Attributes:
+        x: [n, k].
+        residual: ``b - H x``, [n, k].
+        whitened: [k] norms of ``L^-1 residual``.
+    """
+
+    x: Tensor
+    residual: Tensor
+    whitened: Tensor
+
+
+class Inverse:
+    """Solves, the log-determinant and its derivatives.
+
+    Args:
+        operator: symmetric.
+        shift: added to its diagonal.
+        whitening: of both.
+        semidefinite: whether what the operator stands for is known to be positive semidefinite:
+            then no eigenvalue of A is below the shift.
+        probes: how many random vectors measure F.
+        generator: of the probes.
+
+    Raises:
+        IndefiniteError: F may be as large as the identity, or the error of the operator as large as
+            the smallest eigenvalue.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        shift: float,
+        whitening: Whitening,
+        *,
+        semidefinite: bool = False,
+        probes: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.operator = operator
+        self.shift = shift
+        self.whitening = whitening
+        layout = whitening.layout
+        shape = (len(layout.places), probes)
+        self._omega = torch.randn(shape, dtype=operator.dtype, generator=generator)
+        self._inner = layout.cut(whitening.backward(layout.pad(self._omega)))
+        applied = self.apply(self._inner)
+        self._products = layout.cut(whitening.forward(layout.pad(applied))) - self._omega
+        self.probed = Probed.of(self._products, self._omega)
+        norms = [float(t.double().square().sum()) / probes for t in (self._inner, applied)]
+        lost = operator.rounding * norms[0]
+        terms = layout.size + 2 * sum(whitening.ranks) + 8
+        lost += gamma(terms, operator.dtype) * math.sqrt(norms[0] * norms[1] * shape[0])
+        self._lost = lost + 8 * shape[0] * gamma(1, torch.float64)
+        if not self.probed.norm + self._lost < 1:
+            raise IndefiniteError(
+                "the factor is too far from the matrix to say anything",
+                hint="ask for a smaller tolerance, or add more to the diagonal (noise, nugget)",
+            )
+        self.smallest, self.inverse_norm = self._smallest(semidefinite, generator)
+        if not self.smallest > operator.bound:
+            raise IndefiniteError(
+                f"the smallest eigenvalue may be {self.smallest:.1e}, and the error of the matrix "
+                f"is {operator.bound:.1e}",
+                hint="ask for a smaller tolerance, or add more to the diagonal (noise, nugget)",
+            )
+
+    @property
+    def deviation(self) -> float:
+        """A bound of the spectral norm of F."""
+        return self.probed.norm + self._lost
+
+    def apply(self, values: Tensor) -> Tensor:
+        """H times [n, k]."""
+        return self.operator.product(values) + self.shift * values
+
+    def forward(self, values: Tensor) -> Tensor:
+        """L^-1 times [n, k]; padded rows."""
+        return self.whitening.forward(self.whitening.layout.pad(values))
+
+    def solve(self, right: Tensor, tolerance: float) -> Solved:
+        """``H^-1 right`` by iterative refinement, each step of which shrinks L^-1 residual by F.
+
+        Args:
+            right: [n, k].
+            tolerance: of the whitened residual, in units of its norm at the start; reached unless
+                rounding stands before it.
+        """
+        x = torch.zeros_like(right)
+        residual, whitened = right, self.forward(right)
+        norms = torch.linalg.vector_norm(whitened, dim=0)
+        goal = tolerance * norms
+        for _ in range(_SOLVES):
+            layout = self.whitening.layout
+            new = x + layout.cut(self.whitening.backward(whitened))
+            left = right - self.apply(new)
+            outer = self.forward(left)
+            found = torch.linalg.vector_norm(outer, dim=0)
+            if not bool((found < norms).any()):
+                break
+            x, residual, whitened, norms = new, left, outer, found
+            if bool((norms <= goal).all()):
+                break
+        return Solved(x, residual, norms)
+
+    def quadratic(self, right: Tensor, solved: Solved) -> Number:
+        """``y^T A^-1 y`` of one column y [n, 1]: y^T x + r^T x, and at most r^T H^-1 r beyond."""
+        x, r, y = (t.double() for t in (solved.x, solved.residual, right))
+        value = float((y * x).sum() + (r * x).sum())
+        whitened = float(solved.whitened.double().square().sum())
+        rest = whitened / (1 - self.deviation)
+        size = float(torch.linalg.vector_norm(x)) + math.sqrt(rest / self.smallest)
+        lost = self.operator.rounding * size**2
+        lost += 2 * gamma(len(y), torch.float64) * float(torch.linalg.vector_norm(y)) * size
+        bound = self.operator.bound
+        wrong = bound * size**2 * (1 + bound / (self.smallest - bound))
+        return Number(value + rest / 2, rest / 2 + lost + wrong)
+
+    @cached_property
+    def log_determinant(self) -> Number:
+        """Of A."""
+        value, error = self.probed.log_determinant()
+        own = float(self.whitening.log_determinant())
+        bound = self.operator.bound
+        wrong = bound * self.inverse_norm / (1 - bound / self.smallest)
+        lost = self._lost + gamma(4, torch.float64) * abs(own)
+        return Number(own + value, error + wrong + lost)
+
+    def log_determinant_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """The derivatives of log det H by the shift, and by the parameters.
+
+        ``tr(H^-1 dH)`` with ``H^-1 = L^-T (I - F + F^2 ...) L^-1``: the first term exactly, block by
+        block, the second by the probes; what is left is of the size of F squared.
+        """
+        shift, found = self._leading()
+        count = self._omega.shape[1]
+        layout = self.whitening.layout
+        outer = layout.cut(self.whitening.backward(layout.pad(self._products))) / -count
+        shift = shift + (outer * self._inner).sum()
+        for total, own in zip(
+            found, self.operator.inner_gradient(outer, self._inner), strict=True
+        ):
+            total.add_(own)
+        return shift, found
+
+    def _leading(self) -> tuple[Tensor, list[Tensor]]:
+        """``tr(L^-T L^-1 dH)``.
+
+        L^-T L^-1 is that of the leaves, and for each node ``w [U a U^T, U b V^T; V b U^T, V a V^T]
+        w^T`` with w the product of L^-T of both children, by the middle to the power -1.
+        """
+        operator, whitening = self.operator, self.whitening
+        layout = whitening.layout
+        inverses = whitening.leaves.mT @ whitening.leaves
+        present = layout.pad(torch.ones(len(layout.places), 1, dtype=inverses.dtype))
+        present = present.view(*inverses.shape[:2])
+        shift = (inverses.diagonal(dim1=1, dim2=2) * present).sum()
+        found = operator.diagonal_gradient(layout.depth, inverses)
+        panels: list[Tensor] = []
+        scaled: list[Tensor] = []
+        for number in reversed(range(len(whitening.levels))):
+            coupling = whitening.levels[number]
+            level = len(whitening.levels) - 1 - number
+            if not coupling.rank:
+                continue
+            a, b = coupling.function(torch.reciprocal)
+            below = Whitening(layout, whitening.leaves, whitening.levels[:number])
+            padded = below.backward(_panel(coupling))
+            inner, along, across = (
+                layout.cut(panel) for panel in (padded, _weighted(padded, a), _weighted(padded, b))
+            )
+            shift = shift + (along * inner).sum()
+            panels.append(inner)
+            _add(found, operator, [*scaled, across], panels, level)
+            scaled.append(along)
+        for level in range(len(whitening.levels), operator.tree.depth + 1):
+            _add(found, operator, scaled, panels, level)
+        return shift, found
+
+    def _smallest(
+        self, semidefinite: bool, generator: torch.Generator | None
+    ) -> tuple[float, float]:
+        """A lower bound of the eigenvalues of H, and an upper one of the norm of its inverse.
+
+        Without the shift both are from ||(L L^T)^-1||_F, which is larger by 1 - F at most.
+        """
+        n, count = self._omega.shape
+        if semidefinite and self.shift > self.operator.bound:
+            smallest = self.shift - self.operator.bound
+            return smallest, math.sqrt(n) / smallest
+        omega = torch.randn((n, count), dtype=self.operator.dtype, generator=generator)
+        size = float(torch.linalg.vector_norm(self.whitening.solve(omega).double()))
+        norm = norm_factor(count, FAILURE) * size / math.sqrt(count) / (1 - self.deviation)
+        return 1 / norm, norm
+
+
+def _panel(coupling: Coupling) -> Tensor:
+    """[rows, r]: U above V of each node."""
+    return torch.stack([coupling.left, coupling.right], 1).flatten(0, 2)
+
+
+def _weighted(panel: Tensor, weights: Tensor) -> Tensor:
+    """[rows, r] times [nodes, r], which belong to consecutive rows."""
+    return (panel.view(len(weights), -1, panel.shape[1]) * weights.unsqueeze(1)).view_as(panel)
+
+
+def _add(
+    found: list[Tensor], operator: Operator, w: list[Tensor], v: list[Tensor], level: int
+) -> None:
+    if not v:
+        return
+    gradients = operator.inner_gradient(torch.cat(w, 1), torch.cat(v, 1), level)
+    for total, own in zip(found, gradients, strict=True):
+        total.add_(own)
