@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 
 Split = Literal["box", "principal"]
+_NO_GEOMETRY = "clusters by index have no geometry"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +47,13 @@ class Cluster:
     def diameter(self) -> float:
         """Of the bounding box, Euclidean."""
         if self.low is None or self.high is None:
-            raise ArgumentError("clusters by index have no geometry", "use weak admissibility")
+            raise ArgumentError(_NO_GEOMETRY, hint="use weak admissibility")
         return float(torch.linalg.vector_norm(self.high - self.low))
 
     def distance(self, other: Cluster) -> float:
         """Between the two bounding boxes, Euclidean; 0 where they touch."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
-            raise ArgumentError("clusters by index have no geometry", "use weak admissibility")
+            raise ArgumentError(_NO_GEOMETRY, hint="use weak admissibility")
         gap = torch.maximum(self.low - other.high, other.low - self.high).clamp(min=0)
         return float(torch.linalg.vector_norm(gap))
 
@@ -88,6 +90,47 @@ class ClusterTree:
             found = [child for cluster in found for child in cluster.children]
         return found
 
+    @cached_property
+    def starts(self) -> list[Tensor]:
+        """Of each level, [2**level + 1]: where its clusters start; the last is the length."""
+        found = []
+        for number in range(self.depth + 1):
+            level = self.level(number)
+            found.append(torch.tensor([*(c.start for c in level), len(self)]))
+        return found
+
+    @cached_property
+    def positions(self) -> list[Tensor]:
+        """Of each level, [2**level, m] the positions of its clusters.
+
+        m is the size of the largest; in the place of what others lack stands the length.
+        """
+        found = []
+        for starts in self.starts:
+            own = starts[:-1].unsqueeze(1) + torch.arange(int((starts[1:] - starts[:-1]).max()))
+            found.append(torch.where(own < starts[1:].unsqueeze(1), own, len(self)))
+        return found
+
+    @cached_property
+    def boxes(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each level, the corners of the bounding boxes of its clusters: two of [2**level, d].
+
+        Raises:
+            ArgumentError: a tree by index.
+        """
+        if self.points is None:
+            raise ArgumentError(_NO_GEOMETRY, hint="use weak admissibility")
+        low, high = self._leaf_boxes(self.points)
+        found = [(low, high)]
+        while low.shape[0] > 1:
+            low, high = low.unflatten(0, (-1, 2)).amin(1), high.unflatten(0, (-1, 2)).amax(1)
+            found.insert(0, (low, high))
+        return found
+
+    def _leaf_boxes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        parts = points.double().tensor_split(self.starts[-1][1:-1])
+        return torch.stack([p.amin(0) for p in parts]), torch.stack([p.amax(0) for p in parts])
+
     def clusters(self) -> Iterator[Cluster]:
         """All of them, level by level."""
         found = [self.root]
@@ -111,7 +154,7 @@ def by_index(n: int, leaf: int = 64) -> ClusterTree:
 
     Args:
         n: number of rows, at least 1.
-        leaf: the most positions of a leaf.
+        leaf: the most positions of a leaf, at least 2.
     """
     _checked(n, leaf)
     return ClusterTree(torch.arange(n), _halved(None, 0, n, leaf), None)
@@ -122,21 +165,23 @@ def by_points(points: Tensor, leaf: int = 64, split: Split = "box") -> ClusterTr
 
     Args:
         points: [n, d], finite; duplicates are allowed.
-        leaf: the most points of a leaf.
+        leaf: the most points of a leaf, at least 2.
         split: ``box`` halves at the median of the longest side of the bounding box,
             ``principal`` at that of the direction in which the points vary most.
     """
     if points.dim() != 2 or not points.dtype.is_floating_point:
         raise ArgumentError(
-            f"points are {tuple(points.shape)} {points.dtype}", "pass a float tensor of [n, d]"
+            f"points are {tuple(points.shape)} {points.dtype}", hint="pass a float tensor of [n, d]"
         )
     _checked(points.shape[0], leaf)
     if points.shape[1] < 1:
-        raise ArgumentError("points have no coordinates", "pass a tensor of [n, d] with d >= 1")
+        raise ArgumentError(
+            "points have no coordinates", hint="pass a tensor of [n, d] with d >= 1"
+        )
     finite = points.isfinite().all(1)
     if not finite.all():
         raise ArgumentError(
-            f"point {int((~finite).nonzero()[0])} is not finite", "remove or mend it"
+            f"point {int((~finite).nonzero()[0])} is not finite", hint="remove or mend it"
         )
     points = points.detach().cpu()
     order = torch.arange(points.shape[0])
@@ -150,9 +195,10 @@ def by_points(points: Tensor, leaf: int = 64, split: Split = "box") -> ClusterTr
 
 def _checked(n: int, leaf: int) -> None:
     if n < 1:
-        raise ArgumentError("a cluster tree of no rows", "pass at least one")
-    if leaf < 1:
-        raise ArgumentError(f"leaf={leaf} is not a size", "pass a positive one, such as 64")
+        raise ArgumentError("a cluster tree of no rows", hint="pass at least one")
+    if leaf < 2:
+        # Halves of leaves of one would be empty where others still have two.
+        raise ArgumentError(f"leaf={leaf} is too small", hint="pass at least 2, such as 64")
 
 
 def _cut(points: Tensor, part: Tensor, split: Split) -> tuple[Tensor, Tensor]:
