@@ -24,11 +24,33 @@ _SOLVES = 60
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number, and how far from it the true one may be."""
+class LogDeterminant:
+    """Of A.
+
+    Attributes:
+        value: what was computed.
+        error: how far that of H may be from it.
+        wrong: how far that of A may be from that of H.
+    """
 
     value: float
-    bound: float
+    error: float
+    wrong: float
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """``y^T A^-1 y`` of columns.
+
+    Attributes:
+        value: [k] what was computed, float64.
+        error: [k] how far those of H may be from it.
+        wrong: [k] how far those of A may be from those of H.
+    """
+
+    value: Tensor
+    error: Tensor
+    wrong: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,20 +136,17 @@ class Inverse:
         """L^-1 times [n, k]; padded rows."""
         return self.whitening.forward(self.whitening.layout.pad(values))
 
-    def solve(self, right: Tensor, tolerance: float) -> Solved:
+    def solve(self, right: Tensor, goal: float) -> Solved:
         """``H^-1 right`` by iterative refinement, each step of which shrinks L^-1 residual by F.
 
         Args:
             right: [n, k].
-            tolerance: of the whitened residual, in units of its norm at the start; reached unless
-                rounding stands before it.
+            goal: of the norm of each whitened residual; reached unless rounding stands before it.
         """
-        x = torch.zeros_like(right)
-        residual, whitened = right, self.forward(right)
+        layout = self.whitening.layout
+        x, residual, whitened = torch.zeros_like(right), right, self.forward(right)
         norms = torch.linalg.vector_norm(whitened, dim=0)
-        goal = tolerance * norms
         for _ in range(_SOLVES):
-            layout = self.whitening.layout
             new = x + layout.cut(self.whitening.backward(whitened))
             left = right - self.apply(new)
             outer = self.forward(left)
@@ -139,51 +158,39 @@ class Inverse:
                 break
         return Solved(x, residual, norms)
 
-    def quadratic(self, right: Tensor, solved: Solved) -> Number:
-        """``y^T A^-1 y`` of one column y [n, 1]: y^T x + r^T x, and at most r^T H^-1 r beyond."""
+    def quadratic(self, right: Tensor, solved: Solved) -> Quadratic:
+        """``y^T A^-1 y`` of columns: y^T x + r^T x, and at most r^T H^-1 r beyond."""
         x, r, y = (t.double() for t in (solved.x, solved.residual, right))
-        value = float((y * x).sum() + (r * x).sum())
-        whitened = float(solved.whitened.double().square().sum())
-        rest = whitened / (1 - self.deviation)
-        size = float(torch.linalg.vector_norm(x)) + math.sqrt(rest / self.smallest)
-        lost = self.operator.rounding * size**2
-        lost += 2 * gamma(len(y), torch.float64) * float(torch.linalg.vector_norm(y)) * size
+        rest = self.energy(solved)
+        size = torch.linalg.vector_norm(x, dim=0) + (rest / self.smallest).sqrt()
+        lost = self.operator.rounding * size.square()
+        lost = lost + 2 * gamma(len(y), torch.float64) * torch.linalg.vector_norm(y, dim=0) * size
         bound = self.operator.bound
-        wrong = bound * size**2 * (1 + bound / (self.smallest - bound))
-        return Number(value + rest / 2, rest / 2 + lost + wrong)
+        wrong = bound * (1 + bound / (self.smallest - bound)) * size.square()
+        return Quadratic((y * x + r * x).sum(0) + rest / 2, rest / 2 + lost, wrong)
+
+    def energy(self, solved: Solved) -> Tensor:
+        """[k] bounds of ``r^T H^-1 r`` of the residuals."""
+        return solved.whitened.double().square() / (1 - self.deviation)
 
     @cached_property
-    def log_determinant(self) -> Number:
-        """Of A."""
+    def log_determinant(self) -> LogDeterminant:
+        """That of L L^T. What the probes say of the rest is known to be noise, and is in the error."""
         value, error = self.probed.log_determinant()
         own = float(self.whitening.log_determinant())
         bound = self.operator.bound
         wrong = bound * self.inverse_norm / (1 - bound / self.smallest)
         lost = self._lost + gamma(4, torch.float64) * abs(own)
-        return Number(own + value, error + wrong + lost)
+        return LogDeterminant(own, abs(value) + error + lost, wrong)
 
+    @cached_property
+    @torch.no_grad()
     def log_determinant_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """The derivatives of log det H by the shift, and by the parameters.
+        """The derivatives of log det A by the shift, and by the parameters.
 
-        ``tr(H^-1 dH)`` with ``H^-1 = L^-T (I - F + F^2 ...) L^-1``: the first term exactly, block by
-        block, the second by the probes; what is left is of the size of F squared.
-        """
-        shift, found = self._leading()
-        count = self._omega.shape[1]
-        layout = self.whitening.layout
-        outer = layout.cut(self.whitening.backward(layout.pad(self._products))) / -count
-        shift = shift + (outer * self._inner).sum()
-        for total, own in zip(
-            found, self.operator.inner_gradient(outer, self._inner), strict=True
-        ):
-            total.add_(own)
-        return shift, found
-
-    def _leading(self) -> tuple[Tensor, list[Tensor]]:
-        """``tr(L^-T L^-1 dH)``.
-
-        L^-T L^-1 is that of the leaves, and for each node ``w [U a U^T, U b V^T; V b U^T, V a V^T]
-        w^T`` with w the product of L^-T of both children, by the middle to the power -1.
+        They are tr((L L^T)^-1 dH). It is that of the leaves, and for each node of
+        ``w [U a U^T, U b V^T; V b U^T, V a V^T] w^T`` with w the L^-T of both children, and a, b
+        those of the inverse of the middle.
         """
         operator, whitening = self.operator, self.whitening
         layout = whitening.layout
