@@ -1,7 +1,7 @@
 """Blocks of one shape on one level, multiplied together in batched products.
 
-A group owns the memory of its blocks. Clusters of a level differ in size by one at most, so all have
-the shape of the largest, and what the others lack is zero.
+A group owns the memory of its blocks. Clusters of a level differ in size by one at most, so all
+have the shape of the largest, and what the others lack is zero.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ interval differs from its interpolant of degree n in Chebyshev points by at most
 Directions are interpolated one after the other; each multiplies the errors of the later ones by its
 Lebesgue constant, at most 1 + 2 / pi * log(n + 1).
 
-One coordinate of a point is complex at a time: w = (z - y)^2 + s^2 with s the distance in the other
-coordinates. It meets the cut of the square root on the lines from z = y +- i s away from the axis,
-and an ellipse that leaves these two points outside, being convex and symmetric, leaves out the lines.
+One coordinate of a point is complex at a time: w = (z - y)^2 + s^2 with s the distance in the
+other coordinates. It meets the cut of the square root on the lines from z = y +- i s away from the
+axis, and an ellipse that leaves these two points outside, being convex and symmetric, leaves out
+the lines.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Decay:
 
     @classmethod
     def of(cls, kernel: Analytic, own: Boxes, other: Boxes) -> Decay:
-        """For points of boxes `own`, interpolated, while those of `other` are anywhere in theirs."""
+        """For interpolation on boxes `own`, with points anywhere in boxes `other`."""
         away = (own.centre - other.centre).abs()
         # What rounding may have added to it, or taken from it.
         slack = 2.0**-50 * (own.centre.abs() + other.centre.abs() + own.half + other.half)

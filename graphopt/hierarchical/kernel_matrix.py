@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.compress import residual_bound
+from graphopt.hierarchical.compress import residual_bound, svd
 from graphopt.hierarchical.groups import Coupled, Group, Source, Tiles
 from graphopt.hierarchical.interpolation import (
     Boxes,
@@ -33,8 +34,12 @@ _DOUBLE = torch.float64
 _MOST = 1024
 # Entries of kernels that are evaluated at once: they fit into a cache.
 _CHUNK = 2**17
+# Entries of blocks that are kept between two passes over them.
+_KEPT = 2**27
 # Parts of the tolerance for interpolation, and for it together with the truncation of bases.
 _INTERPOLATION, _TOGETHER = 0.3, 0.9
+# Random columns for the bases of clusters at first, beside those that make sure.
+_SAMPLES = 48
 
 
 def from_kernel(
@@ -117,6 +122,95 @@ class _Side:
     mix: Tensor
     lost: Tensor
     size: Tensor
+
+
+@dataclass(eq=False)
+class _Basis:
+    """Orthonormal columns for the clusters of a level, the most important first.
+
+    Attributes:
+        vectors: [c, j, j].
+        rank: how many are used.
+    """
+
+    vectors: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, samples: Tensor, budget: float, symmetric: bool) -> _Basis:
+        """From [c, j, q]: so many that what is left out of all of them is within a budget.
+
+        The budget is of both sides, and some of it is for samples being samples.
+        """
+        squares, vectors = torch.linalg.eigh(samples @ samples.mT)
+        share = 0.5 * budget**2 / 2
+        # Squares are known up to rounding relative to the largest.
+        noise = 2.0**-50 * squares[:, -1:]
+        if float(noise.sum()) * samples.shape[1] > 0.1 * share:
+            vectors, values, _ = svd(samples)
+            squares = values.square().flip(-1)
+        else:
+            vectors, squares = vectors.flip(-1), squares.clamp(min=0)
+        left_out = squares.sum(0).cumsum(0)
+        drop = min(int((left_out <= share).sum()), squares.shape[1] - 1)
+        return cls(vectors, squares.shape[1] - drop)
+
+    def columns(self) -> Tensor:
+        """[c, j, r]."""
+        return self.vectors[..., : self.rank].contiguous()
+
+    def more(self) -> bool:
+        """Use some more columns; whether there are any."""
+        most, before = self.vectors.shape[2], self.rank
+        self.rank = min(most, before + max(1, before // 6))
+        return self.rank > before
+
+
+class _Values:
+    """The kernel at the nodes of the blocks of a level, piece by piece.
+
+    Iterating gives slices and [b, k, l] values. Pieces are kept for the next time, as many as there
+    is room for.
+    """
+
+    def __init__(self, kernel: Analytic, pairs: Pairs, sides: list[_Side]) -> None:
+        self.kernel = kernel
+        self.pairs = pairs
+        self.sides = sides
+        self._kept: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        own, other = self.sides
+        room = _KEPT // (own.at.shape[1] * other.at.shape[1])
+        for part in _chunks(len(self.pairs), own.at.shape[1] * other.at.shape[1]):
+            found = self._kept.get(part.start)
+            if found is None:
+                rows, columns = self.pairs.rows[part], self.pairs.columns[part]
+                found = self.kernel(own.at[rows], other.at[columns]).double()
+                if part.stop <= room:
+                    self._kept[part.start] = found
+            yield part, found
+
+    def derivatives(self, part: slice, shaping: tuple[Tensor, ...]) -> list[Tensor]:
+        """[b, k, l] each, by the entries of parameters, times these: relative changes."""
+        if not shaping:
+            return []
+        own, other = self.sides
+        with torch.enable_grad():
+            at = own.at[self.pairs.rows[part]], other.at[self.pairs.columns[part]]
+            values = self.kernel(*at).double()
+            # The derivative of a gradient by its weights is that of the values: forward mode.
+            weights = torch.zeros_like(values, requires_grad=True)
+            found = torch.autograd.grad(values, shaping, weights, create_graph=True)
+            entries = [
+                (gradient.flatten()[i], float(parameter.detach().flatten()[i]))
+                for gradient, parameter in zip(found, shaping, strict=True)
+                for i in range(gradient.numel())
+            ]
+            return [
+                size * torch.autograd.grad(entry, weights, retain_graph=True)[0]
+                for entry, size in entries
+            ]
 
 
 class _Builder:
@@ -264,10 +358,17 @@ class _Builder:
             entry = entry + rounding(nodes) * (2 * once + rounding(nodes)) * size
         sides = [self._side(0, pairs.row_level, nodes)]
         sides.append(sides[0] if self.symmetric else self._side(1, pairs.column_level, nodes))
-        left, right = self._bases(pairs, sides, max(_TOGETHER * share - exact, 0.0))
-        group, rest = self._cores(pairs, sides, left, right)
-        total = ((entry * weights + rest).square().sum()).sqrt()
-        return group, float(total)
+        values = _Values(self.kernel, pairs, sides)
+        budget = _TOGETHER * share - exact
+        bases = self._bases(values, budget)
+        while True:
+            group, rest = self._cores(values, bases[0].columns(), bases[-1].columns())
+            if float(rest.square().sum()) <= budget**2:
+                break
+            grown = [basis.more() for basis in bases]
+            if not any(grown):
+                break
+        return group, float((entry * weights + rest).square().sum().sqrt())
 
     def _side(self, side: int, level: int, nodes: list[int] | None) -> _Side:
         at, filled = self._at(side, level), self._filled(side, level)
@@ -280,34 +381,52 @@ class _Builder:
         lost = residual_bound(weights, spread, mix.mT)
         return _Side(chebyshev(low, high, nodes), spread, mix, lost, norms(weights))
 
-    def _values(self, pairs: Pairs, sides: list[_Side], part: slice) -> tuple[Tensor, Tensor]:
-        """Of a slice of blocks, the kernel at nodes and the coefficients of `spread`."""
-        rows, columns = pairs.rows[part], pairs.columns[part]
-        kernel = self.kernel(sides[0].at[rows], sides[1].at[columns]).double()
-        return kernel, sides[0].mix[rows] @ kernel @ sides[1].mix[columns].mT
+    def _bases(self, values: _Values, budget: float) -> list[_Basis]:
+        """Orthonormal columns for the clusters of both sides, the same ones if it is symmetric.
 
-    def _bases(self, pairs: Pairs, sides: list[_Side], budget: float) -> tuple[Tensor, Tensor]:
-        """[c, j, r] orthonormal columns that contain all blocks of a cluster but for `budget`."""
-        grams = [s.mix.new_zeros(s.mix.shape[0], s.mix.shape[1], s.mix.shape[1]) for s in sides]
+        They span products of all blocks of a cluster with random matrices (Halko, Martinsson and
+        Tropp 2011), and products of the blocks' derivatives by parameters that change their span.
+        """
+        sides = values.sides
+        shaping = _shaping(self.kernel)
+        most = max(side.mix.shape[1] for side in sides)
+        count = min(most, _SAMPLES) + 8
+        while True:
+            found = [
+                _Basis.of(sample, budget, self.symmetric)
+                for sample in self._samples(values, shaping, count)
+            ]
+            # Far fewer are needed than were sampled, or all are there.
+            if count > most or max(basis.rank for basis in found) <= count - 8:
+                return found
+            count = min(2 * count, most + 8)
+
+    def _samples(self, values: _Values, shaping: tuple[Tensor, ...], count: int) -> list[Tensor]:
+        """[c, j, q] sums of blocks times random matrices, of rows and of columns."""
+        pairs, sides = values.pairs, values.sides
+        generator = torch.Generator().manual_seed(0)
+        kinds = 1 + sum(parameter.numel() for parameter in shaping)
+        random, total = [], []
+        for side in sides:
+            shape = *side.mix.shape[:2], count
+            noise = torch.randn(shape, generator=generator, dtype=_DOUBLE) / math.sqrt(count)
+            random.append(side.mix.mT @ noise)
+            total.append(noise.new_zeros(kinds, side.at.shape[0], side.at.shape[1], count))
         if self.symmetric:
-            grams[1] = grams[0]
-        for part in self._parts(pairs, sides):
-            values = self._values(pairs, sides, part)[1]
-            grams[0].index_add_(0, pairs.rows[part], values @ values.mT)
-            grams[1].index_add_(0, pairs.columns[part], values.mT @ values)
-        found = []
-        for gram in grams[: 1 if self.symmetric else 2]:
-            values, vectors = torch.linalg.eigh(gram)
-            # Of all clusters, by what is left out: its squares add up to half the budget's.
-            left_out = values.clamp(min=0).sum(0).cumsum(0)
-            drop = int((left_out <= budget**2 / 2).sum())
-            found.append(vectors[..., min(drop, vectors.shape[-1] - 1) :].flip(-1).contiguous())
-        return found[0], found[-1]
+            random[1], total[1] = random[0], total[0]
+        for part, kernel in values:
+            rows, columns = pairs.rows[part], pairs.columns[part]
+            for kind, block in enumerate([kernel, *values.derivatives(part, shaping)]):
+                total[0][kind].index_add_(0, rows, block @ random[1][columns])
+                total[1][kind].index_add_(0, columns, block.mT @ random[0][rows])
+        return [
+            side.mix @ torch.cat(list(own), 2)
+            for side, own in zip(sides[: 2 - self.symmetric], total, strict=False)
+        ]
 
-    def _cores(
-        self, pairs: Pairs, sides: list[_Side], left: Tensor, right: Tensor
-    ) -> tuple[Coupled, Tensor]:
+    def _cores(self, values: _Values, left: Tensor, right: Tensor) -> tuple[Coupled, Tensor]:
         """The group, and [b] bounds of the error of its blocks beside that of interpolation."""
+        pairs, sides = values.pairs, values.sides
         bases, moved, stretch = [], [], []
         for side, own in zip(sides, (left, right), strict=True):
             exact = own if side.spread is None else side.spread @ own
@@ -328,16 +447,17 @@ class _Builder:
         lost = gamma(max(s.mix.shape[2] for s in sides) + 2, _DOUBLE)
         small = gamma(max(left.shape[2], right.shape[2]) + 2, _DOUBLE)
         mix_size = [norms(side.mix) for side in sides]
-        for part in self._parts(pairs, sides):
+        for part, kernel in values:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            kernel, values = self._values(pairs, sides, part)
+            block = sides[0].mix[rows] @ kernel @ sides[1].mix[columns].mT
+            most = norms(kernel)
             u, v = left[rows], right[columns]
-            cores[part] = u.mT @ values @ v
+            cores[part] = u.mT @ block @ v
             core = cores[part].double()
-            size, most = norms(core), norms(kernel)
-            error = norms(values - u @ core @ v.mT)
+            size = norms(core)
+            error = norms(block - u @ core @ v.mT)
             error = error + 2 * lost * mix_size[0][rows] * most * mix_size[1][columns]
-            error = error + 2 * small * norms(u) * size * norms(v) + small * norms(values)
+            error = error + 2 * small * norms(u) * size * norms(v) + small * norms(block)
             error = error * stretch[0] * stretch[1]
             error = error + sides[0].lost[rows] * most * sides[1].size[columns]
             error = error + sides[0].size[rows] * most * sides[1].lost[columns]
@@ -357,8 +477,11 @@ class _Builder:
         )
         return group, rest
 
-    def _parts(self, pairs: Pairs, sides: list[_Side]) -> list[slice]:
-        return _chunks(len(pairs), sides[0].at.shape[1] * sides[1].at.shape[1])
+
+def _shaping(kernel: Analytic) -> tuple[Tensor, ...]:
+    """The parameters that change more than a factor, as far as the kernel says so."""
+    own = getattr(kernel, "shaping", None)
+    return parameters(kernel) if own is None else tuple(p for p in own() if p.requires_grad)
 
 
 def _source(kernel: Analytic, pairs: Pairs, sides: list[_Side], mixes: list[Tensor]) -> Source:

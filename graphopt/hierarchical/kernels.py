@@ -31,7 +31,7 @@ _TINY = 1e-300
 
 @dataclass(frozen=True)
 class Region:
-    """Where the squared scaled distances w of two boxes are, one of which reaches off the real axis.
+    """Where squared scaled distances w of two boxes are, one of which reaches off the real axis.
 
     Attributes:
         low: lower bounds of abs(w).
@@ -104,12 +104,16 @@ class Radial:
             raise ArgumentError(
                 f"a kernel cannot have the scale {scale.tolist()}", hint="pass a positive one"
             )
-        if not math.isfinite(float(self.variance)):
+        if not math.isfinite(float(torch.as_tensor(self.variance).detach())):
             raise ArgumentError("a kernel cannot have an infinite variance", hint="pass a number")
 
     def parameters(self) -> tuple[Tensor, ...]:
         """The hyperparameters that are tensors."""
         return tuple(p for p in (self.scale, self.variance) if isinstance(p, Tensor))
+
+    def shaping(self) -> tuple[Tensor, ...]:
+        """Those of them that change more than a factor."""
+        return (self.scale,) if isinstance(self.scale, Tensor) else ()
 
     def profile(self, squared: Tensor) -> Tensor:
         """The values at squared scaled distances."""
@@ -153,7 +157,7 @@ class Radial:
     @property
     def _factor(self) -> float:
         """The absolute variance."""
-        return abs(float(self.variance))
+        return abs(float(torch.as_tensor(self.variance).detach()))
 
 
 class Exponential(Radial):

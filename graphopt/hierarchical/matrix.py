@@ -91,7 +91,7 @@ class HMatrix:
         return sum(sizes.values())
 
     @property
-    def T(self) -> HMatrix:  # noqa: N802 - as tensors have it
+    def T(self) -> HMatrix:
         """The transpose, in the same memory."""
         root = None if self._root is None else transposed(self._root)
         packed = None if self._packed is None else self._packed.transposed()
