@@ -3,6 +3,8 @@
 from graphopt.hierarchical.admissibility import Flat, Strong, Weak
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_index, by_points
+from graphopt.hierarchical.dense_matrix import from_dense
+from graphopt.hierarchical.entries import from_entries
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import (
     Exponential,
@@ -29,5 +31,7 @@ __all__ = [
     "Weak",
     "by_index",
     "by_points",
+    "from_dense",
+    "from_entries",
     "from_kernel",
 ]

@@ -31,8 +31,8 @@ class Pairs:
     def __len__(self) -> int:
         return self.rows.numel()
 
-    def only(self, mask: Tensor) -> Pairs:
-        """Those of a mask [b]."""
+    def only(self, mask: Tensor | slice) -> Pairs:
+        """Those of a mask [b], of indices or of a slice."""
         return Pairs(self.row_level, self.column_level, self.rows[mask], self.columns[mask])
 
 
@@ -74,11 +74,10 @@ class Strong:
         low, high = (b[pairs.rows] for b in rows.boxes[pairs.row_level])
         other_low, other_high = (b[pairs.columns] for b in columns.boxes[pairs.column_level])
         gap = torch.maximum(low - other_high, other_low - high).clamp(min=0)
-        distance = torch.linalg.vector_norm(gap, dim=1)
-        own = torch.linalg.vector_norm(high - low, dim=1)
-        other = torch.linalg.vector_norm(other_high - other_low, dim=1)
+        distance, own, other = (v.norm(dim=1) for v in (gap, high - low, other_high - other_low))
         size = torch.minimum(own, other) if self.diameter == "min" else torch.maximum(own, other)
-        return (size <= self.eta * distance) & (distance > 0)
+        found: Tensor = (size <= self.eta * distance) & (distance > 0)
+        return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,8 @@ def refined(rows: ClusterTree, columns: ClusterTree, pairs: Pairs, symmetric: bo
         return None
     own = _children(pairs.rows, down[0]).unsqueeze(2)
     other = _children(pairs.columns, down[1]).unsqueeze(1)
-    own, other = (t.flatten() for t in torch.broadcast_tensors(own, other))
+    shape = len(pairs), own.shape[1], other.shape[2]
+    own, other = own.expand(shape).flatten(), other.expand(shape).flatten()
     found = Pairs(pairs.row_level + down[0], pairs.column_level + down[1], own, other)
     return found.only(own <= other) if symmetric else found
 

@@ -94,14 +94,22 @@ def placed(block: Block, row: int = 0, column: int = 0) -> Iterator[Placed]:
         row += line[0].shape[0]
 
 
-def dense(block: Block) -> Tensor:
-    """[m, n] with all entries; for small blocks and for tests."""
+def dense(block: Block, dtype: torch.dtype | None = None) -> Tensor:
+    """[m, n] with all entries; for small blocks and for tests.
+
+    Args:
+        block: any.
+        dtype: in which it is computed; None for that of the block.
+    """
     if isinstance(block, Dense):
-        return block.values
+        return block.values.to(dtype or block.values.dtype)
     if isinstance(block, LowRank):
-        left = block.left if block.core is None else block.left @ block.core
-        return left @ block.right.T
-    return torch.cat([torch.cat([dense(b) for b in line], 1) for line in block.blocks])
+        dtype = dtype or block.left.dtype
+        left = block.left.to(dtype)
+        if block.core is not None:
+            left = left @ block.core.to(dtype)
+        return left @ block.right.to(dtype).T
+    return torch.cat([torch.cat([dense(b, dtype) for b in line], 1) for line in block.blocks])
 
 
 def transposed(block: Block) -> Block:

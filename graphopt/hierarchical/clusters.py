@@ -123,7 +123,7 @@ class ClusterTree:
         low, high = self._leaf_boxes(self.points)
         found = [(low, high)]
         while low.shape[0] > 1:
-            low, high = low.unflatten(0, (-1, 2)).amin(1), high.unflatten(0, (-1, 2)).amax(1)
+            low, high = torch.minimum(low[::2], low[1::2]), torch.maximum(high[::2], high[1::2])
             found.insert(0, (low, high))
         return found
 

@@ -81,7 +81,7 @@ def svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(u, values, v)`` with ``core = u diag(values) v.T``; by another driver if one fails."""
     try:
         u, values, vt = torch.linalg.svd(core, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:
         # A tiny perturbation of the matrix, within its own rounding; the residual counts it.
         noise = torch.randn(core.shape, generator=torch.Generator().manual_seed(0)).to(core)
         scale = torch.linalg.vector_norm(core, dim=(-2, -1), keepdim=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,30 +11,24 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.compress import residual_bound, svd
-from graphopt.hierarchical.groups import Coupled, Group, Source, Tiles
+from graphopt.hierarchical.groups import Coupled, Group, Tiles
 from graphopt.hierarchical.interpolation import (
     Boxes,
     Decay,
     Errors,
-    chebyshev,
-    lagrange,
     lebesgue,
     nodes_for,
     rounding,
 )
-from graphopt.hierarchical.kernels import Analytic, parameters
+from graphopt.hierarchical.kernel_sides import Basis, Side, Values, chunks, shaping
+from graphopt.hierarchical.kernels import Analytic, Kernel, parameters
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed, sorted_by_ancestor
-from graphopt.hierarchical.rounding import gamma, norms
+from graphopt.hierarchical.rounding import gamma, norms, storage
 
 _DOUBLE = torch.float64
 # Clusters up to this size may be their own nodes; boxes have no more nodes than that.
 _MOST = 1024
-# Entries of kernels that are evaluated at once: they fit into a cache.
-_CHUNK = 2**17
-# Entries of blocks that are kept between two passes over them.
-_KEPT = 2**27
 # Parts of the tolerance for interpolation, and for it together with the truncation of bases.
 _INTERPOLATION, _TOGETHER = 0.3, 0.9
 # Random columns for the bases of clusters at first, beside those that make sure.
@@ -43,7 +36,7 @@ _SAMPLES = 48
 
 
 def from_kernel(
-    kernel: Analytic,
+    kernel: Kernel,
     rows: ClusterTree,
     columns: ClusterTree | None = None,
     *,
@@ -60,9 +53,11 @@ def from_kernel(
     number of points times a power of log(1 / tolerance).
 
     Args:
-        kernel: for instance `Matern32(scale=0.2)`; evaluated in float64.
+        kernel: for instance `Matern32(scale=0.2)`; evaluated in float64. Of a function that is not
+            `Analytic` all entries are evaluated, though never kept: work is quadratic.
         rows: clusters of points.
-        columns: those of the other argument; None for the rows', and a symmetric matrix.
+        columns: those of the other argument; None for the rows', where the kernel has to be
+            symmetric.
         tolerance: of the Frobenius norm of the error, relative to that of the matrix.
         rule: which clusters are far from each other.
         dtype: what values are stored in.
@@ -90,7 +85,11 @@ def from_kernel(
     for _ in range(4):
         groups, error = builder.groups(tolerance * size)
         packed = Packed(groups, rows, other, parameters(kernel))
-        norm = packed.norm * (1 - 1e-9) - error
+        norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
+        if not math.isfinite(error):
+            raise ArgumentError(
+                "the kernel is not finite at all points", hint="state its value for equal points"
+            )
         if error <= tolerance * norm:
             return HMatrix(None, rows, other, error, packed)
         reached = error / norm if norm > 0 else math.inf
@@ -105,118 +104,10 @@ def from_kernel(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """The clusters of one level as rows or columns of blocks.
-
-    Attributes:
-        at: [c, k, d] where the kernel is evaluated.
-        spread: [c, m, j] orthonormal columns; None for the identity.
-        mix: [c, j, k] from values at `at` to coefficients of `spread`.
-        lost: [c] bounds of what the factorisation of the interpolation lost.
-        size: [c] bounds of the norm of the interpolation.
-    """
-
-    at: Tensor
-    spread: Tensor | None
-    mix: Tensor
-    lost: Tensor
-    size: Tensor
-
-
-@dataclass(eq=False)
-class _Basis:
-    """Orthonormal columns for the clusters of a level, the most important first.
-
-    Attributes:
-        vectors: [c, j, j].
-        rank: how many are used.
-    """
-
-    vectors: Tensor
-    rank: int
-
-    @classmethod
-    def of(cls, samples: Tensor, budget: float, symmetric: bool) -> _Basis:
-        """From [c, j, q]: so many that what is left out of all of them is within a budget.
-
-        The budget is of both sides, and some of it is for samples being samples.
-        """
-        squares, vectors = torch.linalg.eigh(samples @ samples.mT)
-        share = 0.5 * budget**2 / 2
-        # Squares are known up to rounding relative to the largest.
-        noise = 2.0**-50 * squares[:, -1:]
-        if float(noise.sum()) * samples.shape[1] > 0.1 * share:
-            vectors, values, _ = svd(samples)
-            squares = values.square().flip(-1)
-        else:
-            vectors, squares = vectors.flip(-1), squares.clamp(min=0)
-        left_out = squares.sum(0).cumsum(0)
-        drop = min(int((left_out <= share).sum()), squares.shape[1] - 1)
-        return cls(vectors, squares.shape[1] - drop)
-
-    def columns(self) -> Tensor:
-        """[c, j, r]."""
-        return self.vectors[..., : self.rank].contiguous()
-
-    def more(self) -> bool:
-        """Use some more columns; whether there are any."""
-        most, before = self.vectors.shape[2], self.rank
-        self.rank = min(most, before + max(1, before // 6))
-        return self.rank > before
-
-
-class _Values:
-    """The kernel at the nodes of the blocks of a level, piece by piece.
-
-    Iterating gives slices and [b, k, l] values. Pieces are kept for the next time, as many as there
-    is room for.
-    """
-
-    def __init__(self, kernel: Analytic, pairs: Pairs, sides: list[_Side]) -> None:
-        self.kernel = kernel
-        self.pairs = pairs
-        self.sides = sides
-        self._kept: dict[int, Tensor] = {}
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        own, other = self.sides
-        room = _KEPT // (own.at.shape[1] * other.at.shape[1])
-        for part in _chunks(len(self.pairs), own.at.shape[1] * other.at.shape[1]):
-            found = self._kept.get(part.start)
-            if found is None:
-                rows, columns = self.pairs.rows[part], self.pairs.columns[part]
-                found = self.kernel(own.at[rows], other.at[columns]).double()
-                if part.stop <= room:
-                    self._kept[part.start] = found
-            yield part, found
-
-    def derivatives(self, part: slice, shaping: tuple[Tensor, ...]) -> list[Tensor]:
-        """[b, k, l] each, by the entries of parameters, times these: relative changes."""
-        if not shaping:
-            return []
-        own, other = self.sides
-        with torch.enable_grad():
-            at = own.at[self.pairs.rows[part]], other.at[self.pairs.columns[part]]
-            values = self.kernel(*at).double()
-            # The derivative of a gradient by its weights is that of the values: forward mode.
-            weights = torch.zeros_like(values, requires_grad=True)
-            found = torch.autograd.grad(values, shaping, weights, create_graph=True)
-            entries = [
-                (gradient.flatten()[i], float(parameter.detach().flatten()[i]))
-                for gradient, parameter in zip(found, shaping, strict=True)
-                for i in range(gradient.numel())
-            ]
-            return [
-                size * torch.autograd.grad(entry, weights, retain_graph=True)[0]
-                for entry, size in entries
-            ]
-
-
 class _Builder:
     def __init__(
         self,
-        kernel: Analytic,
+        kernel: Kernel,
         rows: ClusterTree,
         columns: ClusterTree,
         symmetric: bool,
@@ -230,10 +121,12 @@ class _Builder:
         self.dtype = dtype
         self.points = tuple(_padded_points(tree) for tree in self.trees)
         self.dimensions = self.points[0].shape[1]
-        self.scales = kernel.scales(self.dimensions)
-        reach = max(float((p / self.scales).abs().max()) for p in self.points)
-        # Positions of points and nodes, in units of the scale, are off by at most this.
-        self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
+        self.analytic = cast(Analytic, kernel) if hasattr(kernel, "majorant") else None
+        if self.analytic is not None:
+            self.scales = self.analytic.scales(self.dimensions)
+            reach = max(float((p / self.scales).abs().max()) for p in self.points)
+            # Positions of points and nodes, in units of the scale, are off by at most this.
+            self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
 
     @torch.no_grad()
     def guess(self) -> float:
@@ -309,10 +202,12 @@ class _Builder:
 
         values = torch.empty(len(pairs), own.shape[1], other.shape[1], dtype=self.dtype)
         squares = 0.0
-        for part in _chunks(len(pairs), values[0].numel()):
+        for part in chunks(len(pairs), values[0].numel()):
             exact = source(part).double()
             values[part] = exact
-            error = norms(self.kernel.rounding(exact.abs(), self.dimensions))
+            error = exact.new_zeros(len(exact))
+            if self.analytic is not None:
+                error = norms(self.analytic.rounding(exact.abs(), self.dimensions))
             if self.dtype is not _DOUBLE:
                 error = error + norms(exact - values[part].double())
             squares += float(error.square().sum())
@@ -325,184 +220,141 @@ class _Builder:
 
         That is if kernels cannot be interpolated by few nodes on clusters that have many points.
         """
-        sizes = [t.positions[lv].shape[1] for t, lv in zip(self.trees, _levels(pairs), strict=True)]
-        weights = torch.full((len(pairs),), math.sqrt(math.prod(sizes) * (1 + self.symmetric)))
-        weights = weights.double()
+        sizes = [
+            tree.positions[level].shape[1]
+            for tree, level in zip(self.trees, _levels(pairs), strict=True)
+        ]
+        weight = math.sqrt(math.prod(sizes) * (1 + self.symmetric))
+        nodes, entry, lost = self._interpolation(pairs, sizes, share / weight)
+        if nodes is None and max(sizes) > _MOST:
+            return None
+        own = self._side(0, pairs.row_level, nodes)
+        sides = own, own if self.symmetric else self._side(1, pairs.column_level, nodes)
+        values = Values(self.kernel, pairs, sides)
+        budget = _TOGETHER * share - float(entry.norm()) * weight
+        bases = self._bases(values, budget)
+        while True:
+            group, rest = self._cores(values, bases[0].columns(), bases[-1].columns())
+            if float(rest.norm()) <= budget:
+                break
+            grown = [basis.more() for basis in bases]
+            if not any(grown):
+                break
+        return group, float(((entry + lost) * weight + rest).norm())
+
+    def _interpolation(
+        self, pairs: Pairs, sizes: list[int], share: float
+    ) -> tuple[list[int] | None, Tensor, Tensor]:
+        """How many nodes each direction needs; None if points are evaluated themselves.
+
+        Also [b] bounds of the error of an entry, and of what rounding adds to it.
+        """
+        zero = torch.zeros(len(pairs), dtype=_DOUBLE)
+        if self.analytic is None:
+            return None, zero, zero
         boxes = [
             Boxes.of(*tree.boxes[level], self.scales)
             for tree, level in zip(self.trees, _levels(pairs), strict=True)
         ]
         own, other = boxes[0][pairs.rows], boxes[1][pairs.columns]
-        away = (own.centre - other.centre).abs()
-        reach = own.half + other.half
+        away, reach = (own.centre - other.centre).abs(), own.half + other.half
         low = (away - reach - self.moved).clamp(min=0).square().sum(1)
-        high = (away + reach + self.moved).square().sum(1)
-        size = self.kernel.size(low, high)
-        direct = max(sizes) <= _MOST
-        nodes = None
-        if max(sizes) > 8:
-            decay = Decay.of(self.kernel, own, other), Decay.of(self.kernel, other, own)
-            errors = Errors(*decay, size)
-            most = min(_MOST, max(sizes) - 1)
-            nodes = nodes_for(errors, weights, _INTERPOLATION * share, most)
-        if nodes is None and not direct:
-            return None
-        kernel_error = self.kernel.rounding(size, self.dimensions)
+        size = self.analytic.size(low, (away + reach + self.moved).square().sum(1))
+        lost = self.analytic.rounding(size, self.dimensions)
+        decay = Decay.of(self.analytic, own, other), Decay.of(self.analytic, other, own)
+        errors = Errors(*decay, size)
+        most = min(_MOST, max(sizes) - 1)
+        nodes = nodes_for(errors, torch.ones_like(zero), _INTERPOLATION * share, most)
         if nodes is None:
-            entry, exact = kernel_error, 0.0
-        else:
-            entry = errors.bounds(nodes, nodes)
-            exact = float((entry * weights).square().sum().sqrt())
-            once = math.prod(lebesgue(count) for count in nodes)
-            entry = entry + (1 + once**2) * (self.moved * self.kernel.slope(low) + kernel_error)
-            entry = entry + rounding(nodes) * (2 * once + rounding(nodes)) * size
-        sides = [self._side(0, pairs.row_level, nodes)]
-        sides.append(sides[0] if self.symmetric else self._side(1, pairs.column_level, nodes))
-        values = _Values(self.kernel, pairs, sides)
-        budget = _TOGETHER * share - exact
-        bases = self._bases(values, budget)
-        while True:
-            group, rest = self._cores(values, bases[0].columns(), bases[-1].columns())
-            if float(rest.square().sum()) <= budget**2:
-                break
-            grown = [basis.more() for basis in bases]
-            if not any(grown):
-                break
-        return group, float((entry * weights + rest).square().sum().sqrt())
+            return None, zero, lost
+        once, off = math.prod(lebesgue(count) for count in nodes), rounding(nodes)
+        lost = (1 + once**2) * (self.moved * self.analytic.slope(low) + lost)
+        return nodes, errors.bounds(nodes, nodes), lost + off * (2 * once + off) * size
 
-    def _side(self, side: int, level: int, nodes: list[int] | None) -> _Side:
-        at, filled = self._at(side, level), self._filled(side, level)
+    def _side(self, side: int, level: int, nodes: list[int] | None) -> Side:
+        points, filled = self._at(side, level), self._filled(side, level)
         if nodes is None:
-            zero = torch.zeros(at.shape[0], dtype=_DOUBLE)
-            return _Side(at, None, torch.diag_embed(filled), zero, filled.sum(1).sqrt())
-        low, high = self.trees[side].boxes[level]
-        weights = lagrange(at, low, high, nodes) * filled.unsqueeze(2)
-        spread, mix = torch.linalg.qr(weights)
-        lost = residual_bound(weights, spread, mix.mT)
-        return _Side(chebyshev(low, high, nodes), spread, mix, lost, norms(weights))
+            return Side.direct(points, filled)
+        return Side.interpolated(points, filled, *self.trees[side].boxes[level], nodes)
 
-    def _bases(self, values: _Values, budget: float) -> list[_Basis]:
+    def _bases(self, values: Values, budget: float) -> list[Basis]:
         """Orthonormal columns for the clusters of both sides, the same ones if it is symmetric.
 
         They span products of all blocks of a cluster with random matrices (Halko, Martinsson and
         Tropp 2011), and products of the blocks' derivatives by parameters that change their span.
         """
-        sides = values.sides
-        shaping = _shaping(self.kernel)
-        most = max(side.mix.shape[1] for side in sides)
+        most = max(side.coefficients for side in values.sides)
         count = min(most, _SAMPLES) + 8
         while True:
-            found = [
-                _Basis.of(sample, budget, self.symmetric)
-                for sample in self._samples(values, shaping, count)
-            ]
+            found = [Basis.of(sample, budget) for sample in self._samples(values, count)]
             # Far fewer are needed than were sampled, or all are there.
             if count > most or max(basis.rank for basis in found) <= count - 8:
                 return found
             count = min(2 * count, most + 8)
 
-    def _samples(self, values: _Values, shaping: tuple[Tensor, ...], count: int) -> list[Tensor]:
+    def _samples(self, values: Values, count: int) -> list[Tensor]:
         """[c, j, q] sums of blocks times random matrices, of rows and of columns."""
         pairs, sides = values.pairs, values.sides
         generator = torch.Generator().manual_seed(0)
-        kinds = 1 + sum(parameter.numel() for parameter in shaping)
+        changed = shaping(self.kernel)
+        kinds = 1 + sum(parameter.numel() for parameter in changed)
         random, total = [], []
         for side in sides:
-            shape = *side.mix.shape[:2], count
+            clusters, nodes = side.at.shape[:2]
+            shape = clusters, side.coefficients, count
             noise = torch.randn(shape, generator=generator, dtype=_DOUBLE) / math.sqrt(count)
-            random.append(side.mix.mT @ noise)
-            total.append(noise.new_zeros(kinds, side.at.shape[0], side.at.shape[1], count))
+            random.append(side.unmixed(noise))
+            total.append(noise.new_zeros(kinds, clusters, nodes, count))
         if self.symmetric:
             random[1], total[1] = random[0], total[0]
         for part, kernel in values:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            for kind, block in enumerate([kernel, *values.derivatives(part, shaping)]):
+            for kind, block in enumerate([kernel, *values.derivatives(part, changed)]):
                 total[0][kind].index_add_(0, rows, block @ random[1][columns])
                 total[1][kind].index_add_(0, columns, block.mT @ random[0][rows])
-        return [
-            side.mix @ torch.cat(list(own), 2)
-            for side, own in zip(sides[: 2 - self.symmetric], total, strict=False)
-        ]
+        used = zip(sides[: 2 - self.symmetric], total, strict=False)
+        return [side.mixed(torch.cat(list(own), 2)) for side, own in used]
 
-    def _cores(self, values: _Values, left: Tensor, right: Tensor) -> tuple[Coupled, Tensor]:
+    def _cores(self, values: Values, left: Tensor, right: Tensor) -> tuple[Coupled, Tensor]:
         """The group, and [b] bounds of the error of its blocks beside that of interpolation."""
-        pairs, sides = values.pairs, values.sides
-        bases, moved, stretch = [], [], []
-        for side, own in zip(sides, (left, right), strict=True):
-            exact = own if side.spread is None else side.spread @ own
-            basis = exact.to(self.dtype)
-            product = 0.0 if side.spread is None else gamma(own.shape[1] + 1, _DOUBLE)
-            away = norms(exact - basis.double())
-            if side.spread is not None:
-                away = away + product * norms(side.spread) * norms(own)
-            gram = exact.mT @ exact
-            far = norms(gram - torch.eye(gram.shape[-1], dtype=_DOUBLE))
-            far = far + gamma(exact.shape[1] + 1, _DOUBLE) * norms(exact).square()
-            bases.append(basis)
-            moved.append(away)
-            stretch.append(float((1 + far).sqrt().max()) + float(away.max()))
-        mixes = [own.mT @ side.mix for side, own in zip(sides, (left, right), strict=True)]
+        pairs, (own, other) = values.pairs, values.sides
+        basis, moved, stretch = own.basis(left, self.dtype)
+        across = basis, moved, stretch
+        if not self.symmetric:
+            across = other.basis(right, self.dtype)
         cores = torch.empty(len(pairs), left.shape[2], right.shape[2], dtype=self.dtype)
         rest = torch.empty(len(pairs), dtype=_DOUBLE)
-        lost = gamma(max(s.mix.shape[2] for s in sides) + 2, _DOUBLE)
-        small = gamma(max(left.shape[2], right.shape[2]) + 2, _DOUBLE)
-        mix_size = [norms(side.mix) for side in sides]
+        long = gamma(max(own.at.shape[1], other.at.shape[1]) + 2, _DOUBLE)
+        short = gamma(max(left.shape[2], right.shape[2]) + 2, _DOUBLE)
+        mixing, mixing_across = own.mixing, other.mixing
         for part, kernel in values:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            block = sides[0].mix[rows] @ kernel @ sides[1].mix[columns].mT
-            most = norms(kernel)
-            u, v = left[rows], right[columns]
+            block, u, v = values.coefficients(part, kernel), left[rows], right[columns]
             cores[part] = u.mT @ block @ v
-            core = cores[part].double()
+            core, most = cores[part].double(), norms(kernel)
             size = norms(core)
-            error = norms(block - u @ core @ v.mT)
-            error = error + 2 * lost * mix_size[0][rows] * most * mix_size[1][columns]
-            error = error + 2 * small * norms(u) * size * norms(v) + small * norms(block)
-            error = error * stretch[0] * stretch[1]
-            error = error + sides[0].lost[rows] * most * sides[1].size[columns]
-            error = error + sides[0].size[rows] * most * sides[1].lost[columns]
-            away = moved[0][rows] * stretch[1] + moved[1][columns] * stretch[0]
+            error = norms(block - u @ core @ v.mT) + 2 * short * norms(u) * size * norms(v)
+            error = error + short * norms(block)
+            error = error + 2 * long * mixing[rows] * most * mixing_across[columns]
+            error = error * own.stretch * other.stretch
+            error = error + own.lost[rows] * most * other.size[columns]
+            error = error + own.size[rows] * most * other.lost[columns]
+            away = moved[rows] * across[2] + across[1][columns] * stretch
             rest[part] = error + away * size
-        if self.symmetric:
-            bases[1] = bases[0]
-            rest = rest * math.sqrt(2)
         group = Coupled(
             pairs,
             cores,
-            bases[0],
-            bases[1],
-            (stretch[0], stretch[1]),
+            basis,
+            across[0],
+            (stretch, across[2]),
             mirrored=self.symmetric,
-            source=_source(self.kernel, pairs, sides, mixes),
+            source=values.source(left, right),
         )
-        return group, rest
-
-
-def _shaping(kernel: Analytic) -> tuple[Tensor, ...]:
-    """The parameters that change more than a factor, as far as the kernel says so."""
-    own = getattr(kernel, "shaping", None)
-    return parameters(kernel) if own is None else tuple(p for p in own() if p.requires_grad)
-
-
-def _source(kernel: Analytic, pairs: Pairs, sides: list[_Side], mixes: list[Tensor]) -> Source:
-    """Cores as functions of the kernel's parameters."""
-    at = sides[0].at, sides[1].at
-
-    def source(part: slice) -> Tensor:
-        rows, columns = pairs.rows[part], pairs.columns[part]
-        values = kernel(at[0][rows], at[1][columns])
-        return mixes[0][rows] @ values @ mixes[1][columns].mT
-
-    return source
+        return group, rest * math.sqrt(1 + self.symmetric)
 
 
 def _levels(pairs: Pairs) -> tuple[int, int]:
     return pairs.row_level, pairs.column_level
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    step = max(1, _CHUNK // size)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _padded_points(tree: ClusterTree) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -136,8 +137,8 @@ class HMatrix:
         return self.packed.inner_gradient(w, v, number)
 
     def dense(self) -> Tensor:
-        """[m, n] in the original order; for small matrices and tests."""
-        inner = dense(self.root)
+        """[m, n] in the original order and in float64; for small matrices and tests."""
+        inner = dense(self.root, torch.float64)
         return self.columns.to_original(self.rows.to_original(inner).T).T
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -159,8 +160,8 @@ class HMatrix:
         if packed.trainable:
             return packed.product(x, level)
         if torch.is_grad_enabled() and (x.requires_grad or packed.parameters):
-            found: Tensor = _Product.apply(packed, level, x, *packed.parameters)
-            return found
+            apply: Callable[..., Tensor] = _Product.apply
+            return apply(packed, level, x, *packed.parameters)
         return packed.product(x, level)
 
     @cached_property

@@ -197,14 +197,9 @@ def sorted_by_ancestor(pairs: Pairs, rows: ClusterTree, columns: ClusterTree) ->
 
 
 def pack(root: Block, rows: ClusterTree, columns: ClusterTree) -> Packed:
-    """Copies of all blocks, in groups.
-
-    Blocks of low rank are grouped by level and by rank up to powers of two; cores are multiplied
-    into a basis.
-    """
+    """Copies of all blocks, in groups; cores are multiplied into a basis."""
     row_of, column_of = _clusters(rows), _clusters(columns)
-    dense: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
-    low: dict[tuple[int, int, int], list[tuple[int, int, Tensor, Tensor]]] = {}
+    collected = Blocks(rows, columns)
     for place in placed(root):
         height, width = place.block.shape
         try:
@@ -217,29 +212,53 @@ def pack(root: Block, rows: ClusterTree, columns: ClusterTree) -> Packed:
                 hint="build grids over the children of clusters",
             ) from None
         if isinstance(place.block, Dense):
-            own = dense.setdefault((row_level, column_level), [])
-            own.append((row, column, place.block.values))
-        elif place.block.rank:
-            left, right = _without_core(place.block)
-            bits = (left.shape[1] - 1).bit_length()
-            found = low.setdefault((row_level, column_level, bits), [])
-            found.append((row, column, left, right))
-    groups: list[Group] = []
-    for (level, other, _), items in low.items():
-        pairs, order = _pairs(level, other, [item[:2] for item in items], rows, columns)
-        rank = max(item[2].shape[1] for item in items)
-        left = _stacked([items[i][2] for i in order], rows.positions[level].shape[1], rank)
-        right = _stacked([items[i][3] for i in order], columns.positions[other].shape[1], rank)
-        groups.append(Factored(pairs, left, right))
-    for (level, other), tiles in dense.items():
-        pairs, order = _pairs(level, other, [tile[:2] for tile in tiles], rows, columns)
-        shape = rows.positions[level].shape[1], columns.positions[other].shape[1]
-        groups.append(Tiles(pairs, _stacked([tiles[i][2] for i in order], *shape)))
-    if not groups:
-        block = next(placed(root)).block
-        like = block.values if isinstance(block, Dense) else block.left
-        groups.append(Tiles(first(), like.new_zeros(1, len(rows), len(columns))))
-    return Packed(groups, rows, columns)
+            collected.dense(row_level, row, column_level, column, place.block.values)
+        else:
+            factors = _without_core(place.block)
+            collected.low_rank(row_level, row, column_level, column, *factors)
+    return collected.packed()
+
+
+class Blocks:
+    """Collects blocks one by one and copies them into groups.
+
+    Blocks of low rank are grouped by level, and by rank up to powers of two.
+    """
+
+    def __init__(self, rows: ClusterTree, columns: ClusterTree) -> None:
+        self._rows = rows
+        self._columns = columns
+        self._dense: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
+        self._low: dict[tuple[int, int, int], list[tuple[int, int, Tensor, Tensor]]] = {}
+
+    def dense(self, row_level: int, row: int, column_level: int, column: int, v: Tensor) -> None:
+        """Of two clusters, [m, n]."""
+        self._dense.setdefault((row_level, column_level), []).append((row, column, v))
+
+    def low_rank(
+        self, row_level: int, row: int, column_level: int, column: int, left: Tensor, right: Tensor
+    ) -> None:
+        """Of two clusters, [m, k] and [n, k]."""
+        # Rank 0 is kept as rank 1: every block has its place.
+        bits = max(left.shape[1] - 1, 0).bit_length()
+        found = self._low.setdefault((row_level, column_level, bits), [])
+        found.append((row, column, left, right))
+
+    def packed(self) -> Packed:
+        """All of them."""
+        rows, columns = self._rows, self._columns
+        groups: list[Group] = []
+        for (level, other, _), items in self._low.items():
+            pairs, order = _pairs(level, other, [item[:2] for item in items], rows, columns)
+            rank = max(1, *(item[2].shape[1] for item in items))
+            left = _stacked([items[i][2] for i in order], rows.positions[level].shape[1], rank)
+            right = _stacked([items[i][3] for i in order], columns.positions[other].shape[1], rank)
+            groups.append(Factored(pairs, left, right))
+        for (level, other), tiles in self._dense.items():
+            pairs, order = _pairs(level, other, [tile[:2] for tile in tiles], rows, columns)
+            shape = rows.positions[level].shape[1], columns.positions[other].shape[1]
+            groups.append(Tiles(pairs, _stacked([tiles[i][2] for i in order], *shape)))
+        return Packed(groups, rows, columns)
 
 
 def _clusters(tree: ClusterTree) -> dict[tuple[int, int], tuple[int, int]]:

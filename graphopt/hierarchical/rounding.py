@@ -40,6 +40,6 @@ def norm(values: Tensor) -> float:
 
 def norms(values: Tensor) -> Tensor:
     """Upper bounds of the Frobenius norms of matrices: [..., m, n] gives [...] in float64."""
-    found = torch.linalg.vector_norm(values.detach().double(), dim=(-2, -1))
+    found: Tensor = torch.linalg.vector_norm(values.detach().double(), dim=(-2, -1))
     terms = values.shape[-1] * values.shape[-2]
     return found * (1 + gamma(terms + 2, torch.float64))
