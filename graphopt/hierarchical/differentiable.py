@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.hierarchical.inverse import Inverse, Solved
+from graphopt.hierarchical.inverse import Inverse
 
 
 def log_determinant(inverse: Inverse, shift: Tensor) -> Tensor:
@@ -31,9 +31,21 @@ def solve(inverse: Inverse, shift: Tensor, right: Tensor, goal: float = 1e-8) ->
     return found
 
 
-def quadratic(inverse: Inverse, shift: Tensor, right: Tensor, solved: Solved) -> Tensor:
-    """``y^T A^-1 y`` of one column [n, 1], [] float64; `solved` is what `Inverse.solve` found."""
-    found: Tensor = _Quadratic.apply(inverse, solved, shift, right, *inverse.operator.parameters)
+def quadratic(
+    inverse: Inverse, shift: Tensor, right: Tensor, x: Tensor, value: Tensor
+) -> Tensor:
+    """``y^T A^-1 y`` of one column y [n, 1], [] float64, with its gradient.
+
+    Args:
+        inverse: of A.
+        shift: what was added to the diagonal, for its gradient.
+        right: y.
+        x: ``A^-1 y``, [n, 1].
+        value: of the result, [1].
+    """
+    found: Tensor = _Quadratic.apply(
+        inverse, x, value, shift, right, *inverse.operator.parameters
+    )
     return found
 
 
@@ -74,11 +86,17 @@ class _Solve(torch.autograd.Function):
 class _Quadratic(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inverse: Inverse, solved: Solved, shift: Tensor, right: Tensor, *rest: Tensor
+        ctx: Any,
+        inverse: Inverse,
+        x: Tensor,
+        value: Tensor,
+        shift: Tensor,
+        right: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.inverse, ctx.like = inverse, shift
-        ctx.save_for_backward(solved.x)
-        return inverse.quadratic(right, solved).value.sum()
+        ctx.save_for_backward(x)
+        return value.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,4 +105,4 @@ class _Quadratic(torch.autograd.Function):
         scaled = -gradient * x
         own = (scaled * x).sum().to(ctx.like).reshape(ctx.like.shape)
         parameters = ctx.inverse.operator.inner_gradient(scaled, x)
-        return None, None, own, 2 * gradient * x, *parameters
+        return None, None, None, own, 2 * gradient * x, *parameters

@@ -13,7 +13,8 @@ from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_points
 from graphopt.hierarchical.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.hodlr import whiten
-from graphopt.hierarchical.inverse import Inverse, Solved
+from graphopt.hierarchical.exact import product
+from graphopt.hierarchical.inverse import Inverse, Quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernel_operator import KernelOperator
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
@@ -27,7 +28,7 @@ _PROBES = 96
 _AT_ONCE = 256
 _TRIES = 4
 # Relative; below it no matrix is asked for.
-_FINEST = 2e-13
+_FINEST = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,25 @@ class Prediction:
     variance: Tensor
     mean_bound: Tensor
     variance_bound: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """``x = A^-1 y`` in the order of positions.
+
+    Attributes:
+        inverse: of A.
+        right: y, [n, 1].
+        x: [n, 1].
+        away: the most that A x may be away from y, in the norm of A^-1.
+        form: ``y^T A^-1 y``.
+    """
+
+    inverse: Inverse
+    right: Tensor
+    x: Tensor
+    away: float
+    form: Quadratic
 
 
 class GaussianProcess:
@@ -89,11 +109,12 @@ class GaussianProcess:
         self.tolerance = tolerance
         self.seed = seed
         # Of the matrix, absolute; what probes are to say of the factor.
-        self._wrong = 0.2 * tolerance * level if level else 1e-3 * tolerance
+        self._wrong = (0.5 * level * len(self) ** 0.5 if level else 1e-3) * tolerance
         self._accuracy = self._goal / (3 * norm_factor(_PROBES) * trace_factor(_PROBES))
         self._operator: KernelOperator | None = None
         self._inverse: Inverse | None = None
         self._state: tuple[int, ...] = ()
+        self._solution: _Solution | None = None
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -113,18 +134,17 @@ class GaussianProcess:
         reached = math.inf
         for _ in range(_TRIES):
             inverse = self.inverse()
-            with torch.no_grad():
-                solved = inverse.solve(right.detach(), goal / math.sqrt(len(self)) / 10)
-                form = inverse.quadratic(right.detach(), solved)
+            solution = self._solved(right.detach())
+            form = solution.form
             determinant = inverse.log_determinant
             wrong = (float(form.wrong) + determinant.wrong) / 2
             bound = (float(form.error) + determinant.error) / 2 + wrong
             if bound <= goal:
                 noise = self.noise.double()
-                total = quadratic(inverse, noise, right, solved) + log_determinant(inverse, noise)
+                total = quadratic(inverse, noise, right, solution.x, form.value)
+                total = total + log_determinant(inverse, noise)
                 value = (total + len(self) * math.log(2 * math.pi)) / -2
                 return Bounded(value, bound * (1 + 1e-12))
-            print("try", self._wrong, inverse.operator.bound, self._accuracy, float(form.error),determinant,float(form.wrong), inverse.operator.rounding, inverse._lost)
             reached = min(reached, bound)
             self._tighten(goal, wrong, bound - wrong)
         raise ArgumentError(
@@ -143,12 +163,9 @@ class GaussianProcess:
                 f"new points are {tuple(new_points.shape)}, or not finite",
                 hint=f"pass finite points of [m, {dimensions}]",
             )
-        right = self._checked(y.detach())
-        inverse = self.inverse()
-        solved = inverse.solve(right, self.tolerance * math.sqrt(len(self)) / 10)
-        parts = [
-            self._predicted(inverse, solved, part) for part in new.detach().double().split(_AT_ONCE)
-        ]
+        solution = self._solved(self._checked(y.detach()))
+        new = new.detach().double()
+        parts = [self._predicted(solution, part) for part in new.split(_AT_ONCE)]
         columns = [torch.cat(own) for own in zip(*parts, strict=True)] if parts else [new[:, 0]] * 4
         return Prediction(*columns)
 
@@ -171,6 +188,36 @@ class GaussianProcess:
     def _points(self) -> Tensor:
         assert self.tree.points is not None
         return self.tree.points
+
+    @torch.no_grad()
+    def _solved(self, right: Tensor) -> _Solution:
+        """Of the covariance and values [n, 1].
+
+        Its error by that of the matrix grows with the squared norm of the solution; where that is
+        too much, the residual is that of the kernel itself, entry by entry.
+        """
+        inverse, known = self.inverse(), self._solution
+        if known is not None and known.inverse is inverse and torch.equal(known.right, right):
+            return known
+        goal = self.tolerance * math.sqrt(len(self)) / 10
+        solved = inverse.solve(right, goal)
+        form, x = inverse.quadratic(right, solved), solved.x
+        wrong, rest = inverse.operator.bound + inverse.operator.rounding, 0.0
+        if float(form.wrong) > 0.2 * self.tolerance * len(self) and _semidefinite(self.kernel):
+            applied, lost = product(self.kernel, self._points, x)
+            residual = right - applied - inverse.shift * x
+            form = inverse.exact_quadratic(right, inverse.with_residual(solved, residual), lost)
+            solved = inverse.solve(residual, goal)
+            x, rest = x + solved.x, float(torch.linalg.vector_norm(lost))
+        # A x differs from the right side by what is left, and by what the matrix has wrong of the
+        # last step; in the norm of A^-1.
+        smallest = inverse.smallest - inverse.operator.bound
+        energy = float(inverse.energy(solved))
+        length = float(torch.linalg.vector_norm(solved.x))
+        away = math.sqrt(energy * inverse.smallest / smallest)
+        away += (wrong * length + rest) / math.sqrt(smallest)
+        self._solution = _Solution(inverse, right, x, away, form)
+        return self._solution
 
     @torch.no_grad()
     def _made(self) -> Inverse:
@@ -197,7 +244,7 @@ class GaussianProcess:
         raise last
 
     def _matrix(self) -> HMatrix:
-        goal = min(max(self._wrong / self._norm(), _FINEST), 1e-4)
+        goal = min(max(self._wrong / self._norm(), _FINEST), 1e-5)
         while True:
             try:
                 return from_kernel(self.kernel, self.tree, tolerance=goal)
@@ -236,28 +283,25 @@ class GaussianProcess:
             )
         return self.tree.to_positions(y.double()).unsqueeze(1)
 
-    def _predicted(self, inverse: Inverse, data: Solved, new: Tensor) -> tuple[Tensor, ...]:
+    def _predicted(self, data: _Solution, new: Tensor) -> tuple[Tensor, ...]:
         """Mean, variance and their bounds at [m, d]."""
+        inverse = data.inverse
         across = self.kernel(self._points, new)
         size = float(self.kernel.rounding(across.abs().max(), new.shape[1]))
         at = new.unsqueeze(1)
         prior = self.kernel(at, at).flatten()
         solved = inverse.solve(across, math.sqrt(self.tolerance))
         form = inverse.quadratic(across, solved)
+        # The norm of A^-1 of the right side is the root of what it explains.
         explained = form.value + form.error + form.wrong
-        # In the norm of A^-1, where that of the right side is the root of what it explains.
-        operator, smallest = inverse.operator, inverse.smallest - inverse.operator.bound
-        length = torch.linalg.vector_norm(data.x) + (inverse.energy(data) / inverse.smallest).sqrt()
-        away = (inverse.energy(data) * inverse.smallest / smallest).sqrt()
-        away = away + (operator.bound + operator.rounding) * length / math.sqrt(smallest)
-        root = math.sqrt(len(self))
+        length, root = float(torch.linalg.vector_norm(data.x)), math.sqrt(len(self))
         lost = (gamma(len(self), torch.float64) * across.abs().amax(0) + size) * root * length
         # What the kernel's own rounding does to the quadratic form, to first order and doubled.
-        moved = 4 * size * root * (explained / smallest).sqrt()
+        moved = 4 * size * root * (explained / inverse.smallest).sqrt()
         return (
             across.T @ data.x[:, 0],
             prior - form.value,
-            explained.sqrt() * away + lost,
+            explained.sqrt() * data.away + lost,
             form.error + form.wrong + moved + size,
         )
 

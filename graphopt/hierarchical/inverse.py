@@ -169,6 +169,22 @@ class Inverse:
         wrong = bound * (1 + bound / (self.smallest - bound)) * size.square()
         return Quadratic((y * x + r * x).sum(0) + rest / 2, rest / 2 + lost, wrong)
 
+    def with_residual(self, solved: Solved, residual: Tensor) -> Solved:
+        """The same x with another residual, that of A instead of that of H, for instance."""
+        norms = torch.linalg.vector_norm(self.forward(residual), dim=0)
+        return Solved(solved.x, residual, norms)
+
+    def exact_quadratic(self, right: Tensor, solved: Solved, lost: Tensor) -> Quadratic:
+        """`quadratic`, from residuals of A that rounding has moved by `lost` [n, k] at most."""
+        x, r, y = (t.double() for t in (solved.x, solved.residual, right))
+        shrunk = 1 - self.operator.bound / self.smallest
+        moved = torch.linalg.vector_norm(lost, dim=0) / math.sqrt(self.smallest)
+        rest = (self.energy(solved).sqrt() + moved).square() / shrunk
+        sums = gamma(len(y) + 4, torch.float64) * ((y.abs() + r.abs()) * x.abs()).sum(0)
+        rounding = (lost * x.abs()).sum(0) + sums
+        value = (y * x + r * x).sum(0) + rest / 2
+        return Quadratic(value, rest / 2 + rounding, torch.zeros_like(rest))
+
     def energy(self, solved: Solved) -> Tensor:
         """[k] bounds of ``r^T H^-1 r`` of the residuals."""
         return solved.whitened.double().square() / (1 - self.deviation)
