@@ -12,13 +12,12 @@ from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Admissibility, Partition, Weak, partition
 from graphopt.hierarchical.clusters import ClusterTree
 from graphopt.hierarchical.compress import recompress
+from graphopt.hierarchical.kernel_sides import chunks
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Blocks
 from graphopt.hierarchical.rounding import gamma, storage
 
 _DOUBLE = torch.float64
-# Entries that are asked for at once.
-_CHUNK = 2**18
 # Random vectors of a check by products, and the probability with which it may be wrong.
 _PROBES, _FAILURE = 32, 1e-6
 
@@ -198,11 +197,11 @@ def _residual(
 ) -> tuple[float, int]:
     """A bound of the Frobenius norm of the difference, and the unused row that differs most."""
     left, right = left.double(), right.double()
-    columns = torch.arange(shape[1])
+    rows, columns = torch.arange(shape[0]), torch.arange(shape[1])
     differences, sizes = [], []
-    for rows in torch.arange(shape[0]).split(max(1, _CHUNK // shape[1])):
-        values = entries(rows, columns).double()
-        differences.append((values - left[rows] @ right.T).norm(dim=1))
+    for part in chunks(shape[0], shape[1]):
+        values = entries(rows[part], columns).double()
+        differences.append((values - left[part] @ right.T).norm(dim=1))
         sizes.append(values.norm(dim=1))
     difference = torch.cat(differences)
     lost = gamma(left.shape[1] + 2, _DOUBLE)

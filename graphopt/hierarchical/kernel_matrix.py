@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -64,7 +65,8 @@ def from_kernel(
 
     Returns:
         A matrix whose products are differentiable by the kernel's parameters. Its bound is at most
-        `tolerance` times its norm.
+        `tolerance` times its norm; or, where entries are that small, 1e-12 of the value for equal
+        points for each.
 
     Raises:
         ArgumentError: a tolerance below what the dtype reaches, or clusters without points.
@@ -83,14 +85,14 @@ def from_kernel(
     # Sampled, hence a guess; what counts is the comparison afterwards.
     size, best = builder.guess(), math.inf
     for _ in range(4):
-        groups, error = builder.groups(tolerance * size)
+        groups, error = builder.groups(max(tolerance * size, builder.zero / 2))
         packed = Packed(groups, rows, other, parameters(kernel))
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
         if not math.isfinite(error):
             raise ArgumentError(
                 "the kernel is not finite at all points", hint="state its value for equal points"
             )
-        if error <= tolerance * norm:
+        if error <= max(tolerance * norm, builder.zero):
             return HMatrix(None, rows, other, error, packed)
         reached = error / norm if norm > 0 else math.inf
         if reached > best / 2:
@@ -127,6 +129,14 @@ class _Builder:
             reach = max(float((p / self.scales).abs().max()) for p in self.points)
             # Positions of points and nodes, in units of the scale, are off by at most this.
             self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
+
+    @cached_property
+    def zero(self) -> float:
+        """Below this Frobenius norm the matrix is one of zeros, as far as rounding can tell."""
+        with torch.no_grad():
+            here = self.points[0][:1]
+            most = float(self.kernel(here, here).double().abs().max())
+        return 1e-12 * most * math.sqrt(math.prod(len(tree) for tree in self.trees))
 
     @torch.no_grad()
     def guess(self) -> float:

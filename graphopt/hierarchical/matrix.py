@@ -105,7 +105,7 @@ class HMatrix:
         """
         columns = self._columns(x)
         found = self._product(self.columns.to_positions(columns), None)
-        return self.rows.to_original(found).reshape(-1, *x.shape[1:])
+        return self.rows.to_original(found).reshape(self.shape[0], *x.shape[1:])
 
     def apply(self, x: Tensor) -> Bounded[Tensor]:
         """``self @ x``, and a bound for each column of its distance to the exact product.
@@ -123,7 +123,8 @@ class HMatrix:
         have the off-diagonal blocks, the level of the leaves those on the diagonal. Rows of `x`
         and of the result are in the order of *positions*. Differentiable as ``@`` is.
         """
-        return self._product(self._columns(x), number).reshape(-1, *x.shape[1:])
+        found = self._product(self._columns(x), number)
+        return found.reshape(self.shape[0], *x.shape[1:])
 
     def level_norms(self, number: int) -> Tensor:
         """[2**number] squared Frobenius norms of these blocks, for each cluster of the level."""
@@ -153,7 +154,7 @@ class HMatrix:
                 f"a matrix of {self.dtype} times {x.dtype}",
                 hint=f"convert it by x.to({self.dtype})",
             )
-        return x.reshape(len(self.columns), -1)
+        return x.unsqueeze(1) if x.dim() == 1 else x
 
     def _product(self, x: Tensor, level: int | None) -> Tensor:
         packed = self.packed
