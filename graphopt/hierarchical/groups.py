@@ -71,11 +71,13 @@ class Group(abc.ABC):
         pairs: where they are.
         mirrored: the transposes of all blocks, across the diagonal, belong to the matrix too.
         source: computes values of a slice of blocks anew, as functions of hyperparameters.
+        work: how many values of a kernel it computes for each block.
     """
 
     pairs: Pairs
     mirrored: bool = field(default=False, kw_only=True)
     source: Source | None = field(default=None, kw_only=True)
+    work: int = field(default=0, kw_only=True)
 
     @property
     @abc.abstractmethod
@@ -169,7 +171,9 @@ class Tiles(Group):
         """See `Group`."""
         if self.mirrored:
             return self
-        return Tiles(_swapped(self.pairs), self.values.mT, source=_turned(self.source))
+        return Tiles(
+            _swapped(self.pairs), self.values.mT, source=_turned(self.source), work=self.work
+        )
 
     def block(self, number: int, rows: int, columns: int) -> Dense:
         """See `Group`."""
@@ -240,6 +244,7 @@ class Coupled(Group):
             self.left,
             stretch,
             source=_turned(self.source),
+            work=self.work,
         )
 
     def block(self, number: int, rows: int, columns: int) -> LowRank:
@@ -322,7 +327,9 @@ def _outer(
 ) -> Iterator[tuple[slice, Tensor]]:
     """For each block, ``w[row] @ v[column].T``, and that of its transpose."""
     pairs = group.pairs
-    for own in group.chunks(part, values.shape[1] * values.shape[2] + w.shape[1] * w.shape[2]):
+    size = values.shape[1] * values.shape[2] + w.shape[1] * w.shape[2]
+    # Derivatives of a kernel take several passes over its values, which should be in a cache.
+    for own in group.chunks(part, max(size, 8 * group.work)):
         rows, columns = pairs.rows[own], pairs.columns[own]
         found = w[rows] @ v[columns].mT
         if group.mirrored:

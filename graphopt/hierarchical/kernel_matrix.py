@@ -60,7 +60,7 @@ def from_kernel(
         columns: those of the other argument; None for the rows', where the kernel has to be
             symmetric.
         tolerance: of the Frobenius norm of the error, relative to that of the matrix.
-        rule: which clusters are far from each other.
+        rule: which clusters are far from each other; None for `Strong(1.5)`.
         dtype: what values are stored in.
 
     Returns:
@@ -81,7 +81,7 @@ def from_kernel(
             f"points of {rows.points.shape[1]} and of {other.points.shape[1]} coordinates",
             hint="pass points of one space",
         )
-    builder = _Builder(kernel, rows, other, columns is None, rule or Strong(), dtype)
+    builder = _Builder(kernel, rows, other, columns is None, rule or Strong(1.5), dtype)
     # Sampled, hence a guess; what counts is the comparison afterwards.
     size, best = builder.guess(), math.inf
     for _ in range(4):
@@ -221,7 +221,8 @@ class _Builder:
             if self.dtype is not _DOUBLE:
                 error = error + norms(exact - values[part].double())
             squares += float(error.square().sum())
-        tiles = Tiles(pairs, values, mirrored=mirrored, source=source)
+        work = values[0].numel()
+        tiles = Tiles(pairs, values, mirrored=mirrored, source=source, work=work)
         return tiles, math.sqrt(squares * (1 + mirrored))
 
     @torch.no_grad()
@@ -359,6 +360,7 @@ class _Builder:
             (stretch, across[2]),
             mirrored=self.symmetric,
             source=values.source(left, right),
+            work=own.at.shape[1] * other.at.shape[1],
         )
         return group, rest * math.sqrt(1 + self.symmetric)
 

@@ -198,8 +198,9 @@ class Matern32(Radial):
         return self._factor * self.profile(low)
 
     def slope(self, low: Tensor) -> Tensor:
-        """3 r exp(-a) is at most sqrt(3) / e."""
-        return torch.full_like(low, self._factor * math.sqrt(3) / math.e)
+        """Sqrt(3) a exp(-a), which falls from a = 1 on."""
+        a = (math.sqrt(3) * low.sqrt()).clamp(min=1)
+        return self._factor * math.sqrt(3) * a * torch.exp(-a)
 
 
 class Matern52(Radial):
@@ -220,8 +221,9 @@ class Matern52(Radial):
         return self._factor * self.profile(low)
 
     def slope(self, low: Tensor) -> Tensor:
-        """sqrt(5) / 3 a (1 + a) exp(-a) is below sqrt(5) / 3 * 0.84."""
-        return torch.full_like(low, self._factor * 0.63)
+        """Sqrt(5) / 3 a (1 + a) exp(-a), which falls from a = (1 + sqrt(5)) / 2 on."""
+        a = (math.sqrt(5) * low.sqrt()).clamp(min=(1 + math.sqrt(5)) / 2)
+        return self._factor * math.sqrt(5) / 3 * a * (1 + a) * torch.exp(-a)
 
 
 class Gaussian(Radial):
@@ -242,8 +244,9 @@ class Gaussian(Radial):
         return self._factor * torch.exp(low / -2)
 
     def slope(self, low: Tensor) -> Tensor:
-        """R exp(-r^2 / 2) is at most exp(-1 / 2)."""
-        return torch.full_like(low, self._factor * math.exp(-0.5))
+        """R exp(-r^2 / 2), which falls from r = 1 on."""
+        low = low.clamp(min=1)
+        return self._factor * low.sqrt() * torch.exp(low / -2)
 
 
 @dataclass(frozen=True, eq=False)
