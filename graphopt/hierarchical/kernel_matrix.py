@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
@@ -243,14 +244,18 @@ class _Builder:
         sides = own, own if self.symmetric else self._side(1, pairs.column_level, nodes)
         values = Values(self.kernel, pairs, sides)
         budget = _TOGETHER * share - float(entry.norm()) * weight
-        bases = self._bases(values, budget)
+        found, samples = self._bases(values, budget)
+        bases = found[0], found[-1]
         while True:
-            group, rest = self._cores(values, bases[0].columns(), bases[-1].columns())
+            group, rest = self._cores(values, bases[0].columns(), bases[1].columns())
             if float(rest.norm()) <= budget:
                 break
-            grown = [basis.more() for basis in bases]
+            grown = [basis.more() for basis in found]
             if not any(grown):
                 break
+        if parameters(self.kernel):
+            source, work = values.source(bases, samples)
+            group = replace(group, source=source, work=work)
         return group, float(((entry + lost) * weight + rest).norm())
 
     def _interpolation(
@@ -288,23 +293,28 @@ class _Builder:
             return Side.direct(points, filled)
         return Side.interpolated(points, filled, *self.trees[side].boxes[level], nodes)
 
-    def _bases(self, values: Values, budget: float) -> list[Basis]:
-        """Orthonormal columns for the clusters of both sides, the same ones if it is symmetric.
+    def _bases(self, values: Values, budget: float) -> tuple[list[Basis], list[Tensor]]:
+        """Orthonormal columns for the clusters of both sides, only one of them if it is symmetric.
 
-        They span products of all blocks of a cluster with random matrices (Halko, Martinsson and
-        Tropp 2011), and products of the blocks' derivatives by parameters that change their span.
+        Also the samples [c, k, q] at nodes that they are from: products of all blocks of a cluster
+        with random matrices (Halko, Martinsson and Tropp 2011), and products of the blocks'
+        derivatives by parameters that change their span.
         """
         most = max(side.coefficients for side in values.sides)
         count = min(most, _SAMPLES) + 8
         while True:
-            found = [Basis.of(sample, budget) for sample in self._samples(values, count)]
+            samples = self._samples(values, count)
+            found = [
+                Basis.of(side.mixed(sample), budget)
+                for side, sample in zip(values.sides, samples, strict=False)
+            ]
             # Far fewer are needed than were sampled, or all are there.
             if count > most or max(basis.rank for basis in found) <= count - 8:
-                return found
+                return found, samples
             count = min(2 * count, most + 8)
 
     def _samples(self, values: Values, count: int) -> list[Tensor]:
-        """[c, j, q] sums of blocks times random matrices, of rows and of columns."""
+        """[c, k, q] sums of blocks times random matrices, of rows and of columns."""
         pairs, sides = values.pairs, values.sides
         generator = torch.Generator().manual_seed(0)
         changed = shaping(self.kernel)
@@ -323,8 +333,7 @@ class _Builder:
             for kind, block in enumerate([kernel, *values.derivatives(part, changed)]):
                 total[0][kind].index_add_(0, rows, block @ random[1][columns])
                 total[1][kind].index_add_(0, columns, block.mT @ random[0][rows])
-        used = zip(sides[: 2 - self.symmetric], total, strict=False)
-        return [side.mixed(torch.cat(list(own), 2)) for side, own in used]
+        return [torch.cat(list(own), 2) for own in total[: 2 - self.symmetric]]
 
     def _cores(self, values: Values, left: Tensor, right: Tensor) -> tuple[Coupled, Tensor]:
         """The group, and [b] bounds of the error of its blocks beside that of interpolation."""
@@ -359,8 +368,6 @@ class _Builder:
             across[0],
             (stretch, across[2]),
             mirrored=self.symmetric,
-            source=values.source(left, right),
-            work=own.at.shape[1] * other.at.shape[1],
         )
         return group, rest * math.sqrt(1 + self.symmetric)
 

@@ -199,19 +199,45 @@ class Values:
                 for entry, size in entries
             ]
 
-    def source(self, left: Tensor, right: Tensor) -> Source:
-        """Cores as functions of the kernel's parameters, for columns [c, j, r] of both sides."""
-        kernel, nodes = self.kernel, self._nodes
+    def source(self, bases: tuple[Basis, Basis], samples: list[Tensor]) -> tuple[Source, int]:
+        """Cores as functions of the kernel's parameters, and how many values one of them takes.
+
+        Args:
+            bases: of both sides.
+            samples: [c, k, q] for each side whose basis is another one.
+        """
+        kernel = self.kernel
         rows, columns = self.pairs.rows, self.pairs.columns
-        first, second = (
-            side.unmixed(own).mT for side, own in zip(self.sides, (left, right), strict=True)
-        )
+        first, at = _skeleton(self.sides[0], bases[0], samples[0])
+        second, other = first, at
+        if bases[1] is not bases[0]:
+            second, other = _skeleton(self.sides[1], bases[1], samples[1])
 
         def values(part: slice) -> Tensor:
-            inner = kernel(*nodes(part)).double()
+            inner = kernel(at[rows[part]], other[columns[part]]).double()
             return first[rows[part]] @ inner @ second[columns[part]].mT
 
-        return values
+        return values, at.shape[1] * other.shape[1]
+
+
+def _skeleton(side: Side, basis: Basis, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """[c, r, s] from values at a few nodes to coefficients of the basis, and nodes [c, s, d].
+
+    Values at all nodes follow from those at a few of them: rows that Gaussian elimination takes
+    as pivots in an orthonormal basis of samples of the values. To the tolerance of the bases, which
+    is for derivatives alone; what is stored is computed from all nodes.
+    """
+    columns = side.unmixed(basis.columns()).mT
+    count = min(basis.rank * 3 // 2 + 8, samples.shape[2])
+    if count >= samples.shape[1]:
+        return columns, side.at
+    outer, inner = torch.linalg.qr(samples)
+    spread = outer @ svd(inner)[0][..., :count]
+    order = torch.lu_unpack(*torch.linalg.lu_factor(spread))[0].argmax(1)[:, :count]
+    chosen = spread.gather(1, order.unsqueeze(2).expand(-1, -1, count))
+    weights = torch.linalg.solve(chosen.mT, (columns @ spread).mT).mT
+    at = side.at.gather(1, order.unsqueeze(2).expand(-1, -1, side.at.shape[2]))
+    return weights, at
 
 
 def shaping(kernel: Kernel) -> tuple[Tensor, ...]:
