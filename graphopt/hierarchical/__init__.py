@@ -5,6 +5,7 @@ from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_index, by_points
 from graphopt.hierarchical.dense_matrix import from_dense
 from graphopt.hierarchical.entries import from_entries
+from graphopt.hierarchical.gaussian_process import GaussianProcess, Prediction
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import (
     Exponential,
@@ -22,11 +23,13 @@ __all__ = [
     "Exponential",
     "Flat",
     "Gaussian",
+    "GaussianProcess",
     "HMatrix",
     "InverseDistance",
     "Logarithm",
     "Matern32",
     "Matern52",
+    "Prediction",
     "Strong",
     "Weak",
     "by_index",

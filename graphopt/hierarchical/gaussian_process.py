@@ -165,9 +165,10 @@ class GaussianProcess:
             )
         solution = self._solved(self._checked(y.detach()))
         new = new.detach().double()
+        if not len(new):
+            return Prediction(*[new[:, 0]] * 4)
         parts = [self._predicted(solution, part) for part in new.split(_AT_ONCE)]
-        columns = [torch.cat(own) for own in zip(*parts, strict=True)] if parts else [new[:, 0]] * 4
-        return Prediction(*columns)
+        return Prediction(*(torch.cat(own) for own in zip(*parts, strict=True)))
 
     def inverse(self) -> Inverse:
         """Of the covariance, with the hyperparameters as they are now."""

@@ -148,11 +148,8 @@ def _couple(
     while True:
         have = 0 if basis is None else basis.shape[-1]
         new = sample(min(columns, rows - have))
-        if basis is not None:
-            for _ in range(2):
-                new = new - basis @ (basis.mT @ new)
-        q, r = torch.linalg.qr(new)
-        basis = q if basis is None else torch.cat([basis, q], -1)
+        # All of it anew: orthonormal even where new columns have nothing to add.
+        basis, r = torch.linalg.qr(new if basis is None else torch.cat([basis, new], -1))
         if basis.shape[-1] >= rows:
             break
         # The last columns have seen a basis that does not know them.
@@ -161,7 +158,7 @@ def _couple(
         if float(missed) <= budget**2 / 4:
             break
         columns = max(basis.shape[-1] // 2, 2 * _PROBES)
-    del new, q
+    del new, r
     core = basis[:, 0].mT @ product(basis)[:, 0]
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     tail = values.square().flip(1).cumsum(1).flip(1)
@@ -177,6 +174,6 @@ def _couple(
 
 def _indefinite() -> IndefiniteError:
     return IndefiniteError(
-        "the matrix is not positive definite",
+        "the matrix is not positive definite, as far as its factor tells",
         hint="add more to its diagonal (noise, nugget), or ask for a smaller tolerance",
     )
