@@ -40,6 +40,7 @@ WITH_PYTHON = [
     DELAYED,
     DOCS / "flexpoint.md",
     DOCS / "kfac.md",
+    DOCS / "gaussian_processes.md",
     DOCS / "hierarchical.md",
     DOCS / "large_batches.md",
     DOCS / "optimizers.md",
