@@ -3,12 +3,13 @@
 Each case runs in a process of its own, for its peak of memory. Seconds are of the wall clock with
 two threads, and CPU seconds beside them, which tell more where the machine was not idle.
 
-    python -m benchmarks.gaussian_processes run ours 10000 2 [TOLERANCE]   one case, one line of JSON
+    python -m benchmarks.gaussian_processes run ours 10000 2 [TOLERANCE]   one case, one line
     python -m benchmarks.gaussian_processes run dense 10000 2
     python -m benchmarks.gaussian_processes run cholesky|iterative|keops 10000 2 PYTHON [ITERATIONS]
     python -m benchmarks.gaussian_processes table LINES                    keeps them, with errors
 
-PYTHON is an interpreter with gpytorch, and with pykeops for ``keops``. LINES is a file of such lines.
+Lines are JSON. PYTHON is an interpreter with gpytorch, and with pykeops for ``keops``. LINES is a
+file of such lines.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Field:
 
 
 def draw_field(count: int, side: int, generator: torch.Generator) -> Field:
-    """Measurements at random points, more of them on the left: exact, by a dense Cholesky factor."""
+    """Measurements at random points, more of them on the left; exact, by a dense factor."""
     points = torch.rand(count, 2, dtype=torch.float64, generator=generator)
     points[:, 0] = points[:, 0] ** 1.5
     line = (torch.arange(side, dtype=torch.float64) + 0.5) / side

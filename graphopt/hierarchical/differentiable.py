@@ -6,6 +6,7 @@ for, as exact as the results; no matrix is formed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,19 +22,17 @@ def log_determinant(inverse: Inverse, shift: Tensor) -> Tensor:
         inverse: of A.
         shift: what was added to the diagonal, for its gradient.
     """
-    found: Tensor = _LogDeterminant.apply(inverse, shift, *inverse.operator.parameters)
-    return found
+    apply: Callable[..., Tensor] = _LogDeterminant.apply
+    return apply(inverse, shift, *inverse.operator.parameters)
 
 
 def solve(inverse: Inverse, shift: Tensor, right: Tensor, goal: float = 1e-8) -> Tensor:
-    """``A^-1 right`` of [n, k]; the arguments are those of `log_determinant` and `Inverse.solve`."""
-    found: Tensor = _Solve.apply(inverse, goal, shift, right, *inverse.operator.parameters)
-    return found
+    """``A^-1 right`` of [n, k]; arguments are those of `log_determinant` and `Inverse.solve`."""
+    apply: Callable[..., Tensor] = _Solve.apply
+    return apply(inverse, goal, shift, right, *inverse.operator.parameters)
 
 
-def quadratic(
-    inverse: Inverse, shift: Tensor, right: Tensor, x: Tensor, value: Tensor
-) -> Tensor:
+def quadratic(inverse: Inverse, shift: Tensor, right: Tensor, x: Tensor, value: Tensor) -> Tensor:
     """``y^T A^-1 y`` of one column y [n, 1], [] float64, with its gradient.
 
     Args:
@@ -43,10 +42,8 @@ def quadratic(
         x: ``A^-1 y``, [n, 1].
         value: of the result, [1].
     """
-    found: Tensor = _Quadratic.apply(
-        inverse, x, value, shift, right, *inverse.operator.parameters
-    )
-    return found
+    apply: Callable[..., Tensor] = _Quadratic.apply
+    return apply(inverse, x, value, shift, right, *inverse.operator.parameters)
 
 
 class _LogDeterminant(torch.autograd.Function):

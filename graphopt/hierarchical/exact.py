@@ -9,7 +9,7 @@ from graphopt.hierarchical.kernels import Radial
 from graphopt.hierarchical.rounding import gamma
 
 # Entries of a block of this side fit into a cache.
-_SIDE = 512
+_SIDE = 256
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from graphopt.errors import ArgumentError, IndefiniteError
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_points
 from graphopt.hierarchical.differentiable import log_determinant, quadratic
-from graphopt.hierarchical.hodlr import whiten
 from graphopt.hierarchical.exact import product
+from graphopt.hierarchical.hodlr import whiten
 from graphopt.hierarchical.inverse import Inverse, Quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernel_operator import KernelOperator
@@ -98,7 +98,9 @@ class GaussianProcess:
         if not 0 < tolerance < 1:
             raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
         self.kernel = kernel
-        self.noise = noise if isinstance(noise, Tensor) else torch.tensor(float(noise), dtype=torch.float64)
+        self.noise = (
+            noise if isinstance(noise, Tensor) else torch.tensor(float(noise), dtype=torch.float64)
+        )
         level = float(self.noise.detach()) if self.noise.numel() == 1 else math.nan
         if not (level >= 0 and math.isfinite(level)):
             raise ArgumentError(
@@ -167,7 +169,7 @@ class GaussianProcess:
         new = new.detach().double()
         if not len(new):
             return Prediction(*[new[:, 0]] * 4)
-        parts = [self._predicted(solution, part) for part in new.split(_AT_ONCE)]
+        parts = [self._predicted(solution, part) for part in torch.split(new, _AT_ONCE)]
         return Prediction(*(torch.cat(own) for own in zip(*parts, strict=True)))
 
     def inverse(self) -> Inverse:
@@ -258,7 +260,9 @@ class GaussianProcess:
         """Of the matrix, estimated from random entries."""
         generator = torch.Generator().manual_seed(self.seed)
         pairs = torch.randint(len(self), (2, 20000), generator=generator)
-        values = self.kernel(self._points[pairs[0]].unsqueeze(1), self._points[pairs[1]].unsqueeze(1))
+        values = self.kernel(
+            self._points[pairs[0]].unsqueeze(1), self._points[pairs[1]].unsqueeze(1)
+        )
         return float(values.square().mean().sqrt()) * len(self)
 
     def _tighten(self, goal: float, wrong: float, error: float) -> None:

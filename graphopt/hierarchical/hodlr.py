@@ -61,7 +61,7 @@ class Operator(Protocol):
         ...
 
     def diagonal(self, level: int) -> Tensor:
-        """[2**level, m, m] the diagonal blocks of a level, with zeros where clusters are smaller."""
+        """[2**level, m, m] the diagonal blocks, with zeros where clusters are smaller."""
         ...
 
     def diagonal_gradient(self, level: int, weights: Tensor) -> list[Tensor]:

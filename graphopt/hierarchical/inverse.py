@@ -191,7 +191,7 @@ class Inverse:
 
     @cached_property
     def log_determinant(self) -> LogDeterminant:
-        """That of L L^T. What the probes say of the rest is known to be noise, and is in the error."""
+        """That of L L^T; what the probes say of the rest is mostly noise, and is in the error."""
         value, error = self.probed.log_determinant()
         own = float(self.whitening.log_determinant())
         bound = self.operator.bound

@@ -38,7 +38,7 @@ class Layout:
 
     @classmethod
     def of(cls, tree: ClusterTree, leaf: int) -> Layout:
-        """The coarsest level of a tree whose clusters have at most `leaf` positions, or its last."""
+        """The coarsest level whose clusters have at most `leaf` positions, or the last."""
         depth, size = 0, len(tree)
         while size > leaf and depth < tree.depth:
             depth, size = depth + 1, (size + 1) // 2

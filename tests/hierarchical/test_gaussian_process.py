@@ -97,7 +97,10 @@ def _refused() -> dict[str, tuple[Callable[[], object], str]]:
     ones, bad = torch.ones(50), torch.ones(50)
     bad[7] = float("nan")
     return {
-        "values of another length": (lambda: _process().log_likelihood(torch.ones(49)), "50 points"),
+        "values of another length": (
+            lambda: _process().log_likelihood(torch.ones(49)),
+            "50 points",
+        ),
         "values in columns": (lambda: _process().log_likelihood(ones.unsqueeze(1)), "50 points"),
         "value nan": (lambda: _process().log_likelihood(bad), "value 7 is not finite"),
         "negative noise": (lambda: _process(noise=-0.1), "noise of -0.1"),
@@ -118,7 +121,10 @@ def _refused() -> dict[str, tuple[Callable[[], object], str]]:
             lambda: _process().predict(ones, torch.ones(3, 3)),
             r"\(3, 3\)",
         ),
-        "new point nan": (lambda: _process().predict(ones, torch.full((1, 2), torch.nan)), "finite"),
+        "new point nan": (
+            lambda: _process().predict(ones, torch.full((1, 2), torch.nan)),
+            "finite",
+        ),
     }
 
 

@@ -125,7 +125,7 @@ def test_probes_bound_what_they_have_not_seen(
 
 
 def test_factors_of_probability_against_chi_square() -> None:
-    """With rank one the norm is a chi-square variable: exact for two probes, P = 1 - exp(-x / 2)."""
+    """With rank one the norm is a chi-square variable; of two probes P = 1 - exp(-x / 2)."""
     failure = 1e-3
     exact = math.sqrt(2 / (-2 * math.log(1 - failure)))
     assert exact <= norm_factor(2, failure) <= 3 * exact
