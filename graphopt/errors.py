@@ -155,3 +155,9 @@ class ClosedError(ServingError):
     """The dispatcher takes no requests any more."""
 
     code = "GO-Q05"
+
+
+class IndefiniteError(GraphoptError, ArithmeticError):
+    """A matrix has to be positive definite, and is not."""
+
+    code = "GO-H01"

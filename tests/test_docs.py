@@ -41,6 +41,7 @@ WITH_PYTHON = [
     DOCS / "flexpoint.md",
     DOCS / "hierarchical_arithmetic.md",
     DOCS / "kfac.md",
+    DOCS / "gaussian_processes.md",
     DOCS / "hierarchical.md",
     DOCS / "large_batches.md",
     DOCS / "low_rank.md",

@@ -10,6 +10,7 @@ from graphopt.hierarchical.entries import from_entries
 from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.factorize import cholesky, lu
 from graphopt.hierarchical.inverses import inverse
+from graphopt.hierarchical.gaussian_process import GaussianProcess, Prediction
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import (
     Exponential,
@@ -30,11 +31,13 @@ __all__ = [
     "Factorization",
     "Flat",
     "Gaussian",
+    "GaussianProcess",
     "HMatrix",
     "InverseDistance",
     "Logarithm",
     "Matern32",
     "Matern52",
+    "Prediction",
     "Strong",
     "Weak",
     "add",
