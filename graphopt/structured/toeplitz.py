@@ -58,8 +58,8 @@ class Toeplitz(Form):
         """See `Form`."""
         (t,) = factors
         # Row i is the reversed window of t from i on.
-        windows: Tensor = t.unfold(0, self.cols, 1)
-        return windows.flip(1)
+        rows: Tensor = t.unfold(0, self.cols, 1).flip(1)
+        return rows
 
     def multiply(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """See `Form`."""
