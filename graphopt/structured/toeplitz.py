@@ -72,7 +72,7 @@ class Toeplitz(Form):
         wide = dtype if dtype == torch.float64 else torch.float32
         size = self.points
         spectrum = torch.fft.rfft(x.to(wide), size) * torch.fft.rfft(t.to(wide), size)
-        result = torch.fft.irfft(spectrum, size)
+        result: Tensor = torch.fft.irfft(spectrum, size)
         return result.narrow(-1, self.cols - 1, self.rows).to(dtype)
 
     def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
