@@ -58,8 +58,8 @@ class Toeplitz(Form):
         """See `Form`."""
         (t,) = factors
         # Row i is the reversed window of t from i on.
-        windows: Tensor = t.unfold(0, self.cols, 1)
-        return windows.flip(1)
+        rows: Tensor = t.unfold(0, self.cols, 1).flip(1)
+        return rows
 
     def multiply(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """See `Form`."""
@@ -72,7 +72,7 @@ class Toeplitz(Form):
         wide = dtype if dtype == torch.float64 else torch.float32
         size = self.points
         spectrum = torch.fft.rfft(x.to(wide), size) * torch.fft.rfft(t.to(wide), size)
-        result = torch.fft.irfft(spectrum, size)
+        result: Tensor = torch.fft.irfft(spectrum, size)
         return result.narrow(-1, self.cols - 1, self.rows).to(dtype)
 
     def matmul(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:

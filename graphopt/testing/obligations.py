@@ -134,7 +134,11 @@ def _same_gradients(application: Application) -> None:
 
 def _gradients(graph: Graph, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
     """Of the sum of the cosines of all outputs; 0 where it does not depend on an input."""
-    leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    wants = [
+        t.is_floating_point() and slot.role is not Role.BUFFER
+        for slot, t in zip(graph.signature.inputs, inputs, strict=True)
+    ]
+    leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wants, strict=True)]
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [t for t in graph.module(*leaves) if isinstance(t, Tensor) and t.requires_grad]
