@@ -9,8 +9,8 @@ from graphopt.hierarchical.distributed import Distributed
 from graphopt.hierarchical.entries import from_entries
 from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.factorize import cholesky, lu
-from graphopt.hierarchical.inverses import inverse
 from graphopt.hierarchical.gaussian_process import GaussianProcess, Prediction
+from graphopt.hierarchical.inverses import inverse
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import (
     Exponential,
