@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import keep
-from graphopt.hierarchical.gaussian_process import GaussianProcess
 from graphopt.hierarchical.kernels import Matern32
+from graphopt.hierarchical.processes.gaussian_process import GaussianProcess
 
 SCALES = {1: 0.1, 2: 0.2, 3: 0.4}
 VARIANCE, NOISE = 1.0, 0.1

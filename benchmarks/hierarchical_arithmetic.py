@@ -25,13 +25,13 @@ from torch import Tensor
 
 from benchmarks.harness import keep
 from graphopt.hierarchical import HMatrix, Matern32, Strong, Weak, by_points, from_kernel
-from graphopt.hierarchical.algebra import add, shifted
+from graphopt.hierarchical.arithmetic.algebra import add, shifted
+from graphopt.hierarchical.arithmetic.factorization import Factorization
+from graphopt.hierarchical.arithmetic.factorize import cholesky, lu
+from graphopt.hierarchical.arithmetic.inverses import inverse
+from graphopt.hierarchical.arithmetic.products import multiply
+from graphopt.hierarchical.arithmetic.triangular import Corner, Triangle
 from graphopt.hierarchical.blocks import placed
-from graphopt.hierarchical.factorization import Factorization
-from graphopt.hierarchical.factorize import cholesky, lu
-from graphopt.hierarchical.inverses import inverse
-from graphopt.hierarchical.products import multiply
-from graphopt.hierarchical.triangular import Corner, Triangle
 
 TOLERANCE = 1e-6
 COMPARED, DENSE = 1000, 4000

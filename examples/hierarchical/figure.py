@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.examples.common import panels
 from graphopt.examples.hierarchical.data import Field
-from graphopt.hierarchical.gaussian_process import Prediction
+from graphopt.hierarchical.processes.gaussian_process import Prediction
 
 
 def draw(path: Path, field: Field, found: Prediction) -> None:

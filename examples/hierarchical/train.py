@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graphopt.examples.hierarchical.data import NOISE, SCALES, VARIANCE, Field, draw_field
 from graphopt.examples.hierarchical.figure import draw
-from graphopt.hierarchical.gaussian_process import GaussianProcess, Prediction
 from graphopt.hierarchical.kernels import Matern32
+from graphopt.hierarchical.processes.gaussian_process import GaussianProcess, Prediction
 
 
 @dataclass(frozen=True)

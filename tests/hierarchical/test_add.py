@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from graphopt.errors import ArgumentError
-from graphopt.hierarchical.algebra import add, scaled, shifted
+from graphopt.hierarchical.arithmetic.algebra import add, scaled, shifted
 from graphopt.hierarchical.blocks import Dense, Grid, LowRank, dense
 from graphopt.hierarchical.clusters import by_index
 from graphopt.hierarchical.matrix import HMatrix

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from graphopt.errors import ArgumentError, NotDefiniteError
+from graphopt.hierarchical.arithmetic.factorization import Factorization
+from graphopt.hierarchical.arithmetic.factorize import cholesky, lu
 from graphopt.hierarchical.blocks import Dense, Grid, LowRank
 from graphopt.hierarchical.clusters import by_index
-from graphopt.hierarchical.factorization import Factorization
-from graphopt.hierarchical.factorize import cholesky, lu
 from graphopt.hierarchical.matrix import HMatrix
 from tests.hierarchical.built import Case, build, cases, few, kernel, points
 

@@ -8,10 +8,10 @@ import statistics
 import torch
 from hypothesis import given, settings
 
-from graphopt.hierarchical.factorize import cholesky
-from graphopt.hierarchical.inverses import inverse
+from graphopt.hierarchical.arithmetic.factorize import cholesky
+from graphopt.hierarchical.arithmetic.inverses import inverse
+from graphopt.hierarchical.arithmetic.products import multiply
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.products import multiply
 from tests.hierarchical.built import Case, cases, few
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt import hierarchical as h
-from graphopt.hierarchical.differentiable import log_determinant, solve
-from graphopt.hierarchical.exact import product
+from graphopt.hierarchical.processes.differentiable import log_determinant, solve
+from graphopt.hierarchical.processes.exact import product
 from tests.hierarchical.oracles import KERNELS, distances, geometries, points
 
 _DOUBLE = torch.float64

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 
 from graphopt.errors import ArgumentError
+from graphopt.hierarchical.arithmetic.products import multiply
 from graphopt.hierarchical.blocks import Dense, Grid, LowRank
 from graphopt.hierarchical.clusters import by_index
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.products import multiply
 from tests.hierarchical.built import Case, build, cases, few, kernel, points
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.errors import ArgumentError, RankError
+from graphopt.hierarchical.arithmetic.distributed import Distributed, owners
+from graphopt.hierarchical.arithmetic.factorize import cholesky, lu
 from graphopt.hierarchical.blocks import Dense, placed
 from graphopt.hierarchical.clusters import by_index
-from graphopt.hierarchical.distributed import Distributed, owners
-from graphopt.hierarchical.factorize import cholesky, lu
 from graphopt.hierarchical.matrix import HMatrix
 from tests.hierarchical.built import Case
 from tests.support.ranks import on_ranks

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
-from graphopt.hierarchical import gradients
-from graphopt.hierarchical.algebra import shifted
+from graphopt.hierarchical.arithmetic import gradients
+from graphopt.hierarchical.arithmetic.algebra import shifted
+from graphopt.hierarchical.arithmetic.factorization import Factorization
+from graphopt.hierarchical.arithmetic.factorize import cholesky, lu
+from graphopt.hierarchical.arithmetic.parts import apply
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, placed
 from graphopt.hierarchical.clusters import by_index, by_points
-from graphopt.hierarchical.factorization import Factorization
-from graphopt.hierarchical.factorize import cholesky, lu
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import Exponential
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.parts import apply
 from tests.hierarchical.built import Case, build, cases, few, points
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.hierarchical.arithmetic.magnitudes import root_of_squares
+from graphopt.hierarchical.arithmetic.parts import LEAF, Span, common, halved, recut
+from graphopt.hierarchical.arithmetic.pending import Pending, Product, fill, forming_error, settled
+from graphopt.hierarchical.arithmetic.triangular import Corner, Stairs, Triangle, solve_block
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
-from graphopt.hierarchical.magnitudes import root_of_squares
-from graphopt.hierarchical.parts import LEAF, Span, common, halved, recut
-from graphopt.hierarchical.pending import Pending, Product, fill, forming_error, settled
 from graphopt.hierarchical.rounding import gamma
-from graphopt.hierarchical.triangular import Corner, Stairs, Triangle, solve_block
 
 
 class LeafError(Exception):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.hierarchical.arithmetic.factor import Factors
+from graphopt.hierarchical.arithmetic.inverse_norm import InverseNorms, inverse_norms, solved
+from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude
+from graphopt.hierarchical.arithmetic.parts import apply
+from graphopt.hierarchical.arithmetic.triangular import Corner, Triangle
 from graphopt.hierarchical.blocks import transposed
 from graphopt.hierarchical.bounded import Bounded
-from graphopt.hierarchical.factor import Factors
-from graphopt.hierarchical.inverse_norm import InverseNorms, inverse_norms, solved
-from graphopt.hierarchical.magnitudes import length, magnitude
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.parts import apply
 from graphopt.hierarchical.rounding import gamma
-from graphopt.hierarchical.triangular import Corner, Triangle
 
 _DOUBLE = torch.float64
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.hierarchical.inverse import Inverse
+from graphopt.hierarchical.processes.inverse import Inverse
 
 
 def log_determinant(inverse: Inverse, shift: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.hierarchical.arithmetic.factorization import Factorization
+from graphopt.hierarchical.arithmetic.inverses import inverse
+from graphopt.hierarchical.arithmetic.parts import any_tensor, apply, diagonal, factors, part
 from graphopt.hierarchical.blocks import (
     Block,
     Dense,
@@ -23,12 +26,9 @@ from graphopt.hierarchical.blocks import (
     transposed,
 )
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.factorization import Factorization
 from graphopt.hierarchical.groups import Group
-from graphopt.hierarchical.inverses import inverse
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed
-from graphopt.hierarchical.parts import any_tensor, apply, diagonal, factors, part
 
 
 def solve(

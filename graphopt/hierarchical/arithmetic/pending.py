@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
-from graphopt.hierarchical.magnitudes import (
+from graphopt.hierarchical.arithmetic.magnitudes import (
     length,
     magnitude,
     pair_magnitude,
     product_error,
     root_of_squares,
 )
-from graphopt.hierarchical.parts import (
+from graphopt.hierarchical.arithmetic.parts import (
     Span,
     any_tensor,
     apply,
@@ -30,8 +29,9 @@ from graphopt.hierarchical.parts import (
     factors,
     part,
 )
+from graphopt.hierarchical.arithmetic.truncation import Pair, joined, truncated, truncated_pair
+from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.rounding import gamma, norm
-from graphopt.hierarchical.truncation import Pair, joined, truncated, truncated_pair
 
 # Products up to this size are formed entry by entry: below it recursion costs more than it saves.
 SMALL = 256

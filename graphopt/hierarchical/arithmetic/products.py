@@ -6,10 +6,8 @@ import math
 
 import torch
 
-from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank
-from graphopt.hierarchical.magnitudes import magnitude
-from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.operands import (
+from graphopt.hierarchical.arithmetic.magnitudes import magnitude
+from graphopt.hierarchical.arithmetic.operands import (
     check_dtypes,
     check_same,
     check_tolerance,
@@ -18,14 +16,16 @@ from graphopt.hierarchical.operands import (
     low_rank_count,
     operand,
 )
-from graphopt.hierarchical.parts import (
+from graphopt.hierarchical.arithmetic.parts import (
     any_tensor,
     apply,
     common,
     frobenius,
     recut,
 )
-from graphopt.hierarchical.pending import Pending, Product, fill
+from graphopt.hierarchical.arithmetic.pending import Pending, Product, fill
+from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank
+from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.rounding import gamma
 
 

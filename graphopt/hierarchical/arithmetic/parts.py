@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from graphopt.hierarchical.arithmetic.magnitudes import magnitude
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank
-from graphopt.hierarchical.magnitudes import magnitude
 from graphopt.hierarchical.rounding import gamma
 
 LEAF = 64  # the size down to which a low-rank block on the diagonal is halved

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.hierarchical.factor import Factors
+from graphopt.hierarchical.arithmetic.factor import Factors
+from graphopt.hierarchical.arithmetic.triangular import corner
 from graphopt.hierarchical.rounding import gamma, norm
-from graphopt.hierarchical.triangular import corner
 
 PROBES = 32
 STEPS = 6

@@ -7,10 +7,8 @@ import math
 import torch
 
 from graphopt.errors import ArgumentError
-from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense
-from graphopt.hierarchical.magnitudes import length, magnitude, root_of_squares
-from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.operands import (
+from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude, root_of_squares
+from graphopt.hierarchical.arithmetic.operands import (
     check_dtypes,
     check_same,
     check_square,
@@ -19,7 +17,7 @@ from graphopt.hierarchical.operands import (
     estimated_norm,
     operand,
 )
-from graphopt.hierarchical.parts import (
+from graphopt.hierarchical.arithmetic.parts import (
     LEAF,
     any_tensor,
     apply,
@@ -28,8 +26,10 @@ from graphopt.hierarchical.parts import (
     halved,
     recut,
 )
+from graphopt.hierarchical.arithmetic.truncation import truncated
+from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense
+from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.rounding import gamma, norm
-from graphopt.hierarchical.truncation import truncated
 
 
 @torch.no_grad()

@@ -14,15 +14,20 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
-from graphopt.hierarchical.magnitudes import column_norms, length, magnitude, root_of_squares
-from graphopt.hierarchical.parts import (
+from graphopt.hierarchical.arithmetic.magnitudes import (
+    column_norms,
+    length,
+    magnitude,
+    root_of_squares,
+)
+from graphopt.hierarchical.arithmetic.parts import (
     Span,
     apply,
     factors,
     recut,
 )
-from graphopt.hierarchical.pending import Pending, Product, fill, forming_error, settled
+from graphopt.hierarchical.arithmetic.pending import Pending, Product, fill, forming_error, settled
+from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, dense, transposed
 from graphopt.hierarchical.rounding import gamma, norm
 
 

@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from graphopt.hierarchical.arithmetic.magnitudes import column_norms, pair_magnitude
 from graphopt.hierarchical.blocks import Dense, LowRank
 from graphopt.hierarchical.compress import recompress, svd
-from graphopt.hierarchical.magnitudes import column_norms, pair_magnitude
 from graphopt.hierarchical.rounding import gamma, norm, storage
 
 Pair = tuple[Tensor, Tensor]  # left [m, k] and right [n, k] of left @ right.T

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError, IndefiniteError
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.whitening import Coupling, Layout, Whitening
+from graphopt.hierarchical.processes.whitening import Coupling, Layout, Whitening
 
 # Columns that only measure what the others have missed.
 _PROBES = 8

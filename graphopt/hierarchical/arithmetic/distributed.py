@@ -12,14 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.errors import ArgumentError, RankError
+from graphopt.hierarchical.arithmetic.factorization import (
+    Factorization,
+    checked_right_side,
+    refined,
+)
+from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude
+from graphopt.hierarchical.arithmetic.operands import operand
+from graphopt.hierarchical.arithmetic.parts import any_tensor, apply
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, placed
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.factorization import Factorization, checked_right_side, refined
-from graphopt.hierarchical.magnitudes import length, magnitude
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.operands import operand
-from graphopt.hierarchical.parts import any_tensor, apply
 from graphopt.hierarchical.rounding import gamma
 
 _DOUBLE = torch.float64

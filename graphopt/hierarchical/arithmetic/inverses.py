@@ -6,18 +6,24 @@ import math
 
 import torch
 
-from graphopt.hierarchical.algebra import shifted_block
-from graphopt.hierarchical.factorization import Factorization
-from graphopt.hierarchical.factorize import lu
-from graphopt.hierarchical.inverse_norm import PROBES, RISK, frobenius_factor, probes, solved
-from graphopt.hierarchical.magnitudes import length, magnitude
+from graphopt.hierarchical.arithmetic.algebra import shifted_block
+from graphopt.hierarchical.arithmetic.factorization import Factorization
+from graphopt.hierarchical.arithmetic.factorize import lu
+from graphopt.hierarchical.arithmetic.inverse_norm import (
+    PROBES,
+    RISK,
+    frobenius_factor,
+    probes,
+    solved,
+)
+from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude
+from graphopt.hierarchical.arithmetic.operands import check_tolerance, confidence, low_rank_count
+from graphopt.hierarchical.arithmetic.parts import any_tensor, apply
+from graphopt.hierarchical.arithmetic.pending import Pending
+from graphopt.hierarchical.arithmetic.products import zero
+from graphopt.hierarchical.arithmetic.triangular import Triangle, corner, solve_block
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.operands import check_tolerance, confidence, low_rank_count
-from graphopt.hierarchical.parts import any_tensor, apply
-from graphopt.hierarchical.pending import Pending
-from graphopt.hierarchical.products import zero
 from graphopt.hierarchical.rounding import gamma, norm
-from graphopt.hierarchical.triangular import Triangle, corner, solve_block
 
 
 @torch.no_grad()

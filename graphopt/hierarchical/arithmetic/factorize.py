@@ -8,12 +8,10 @@ import warnings
 import torch
 
 from graphopt.errors import ArgumentError, NotDefiniteError
-from graphopt.hierarchical.algebra import shifted
-from graphopt.hierarchical.blocks import Block
-from graphopt.hierarchical.factor import LeafError, factored
-from graphopt.hierarchical.factorization import Factorization, product_loss
-from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.operands import (
+from graphopt.hierarchical.arithmetic.algebra import shifted
+from graphopt.hierarchical.arithmetic.factor import LeafError, factored
+from graphopt.hierarchical.arithmetic.factorization import Factorization, product_loss
+from graphopt.hierarchical.arithmetic.operands import (
     check_same,
     check_square,
     check_tolerance,
@@ -21,7 +19,9 @@ from graphopt.hierarchical.operands import (
     low_rank_count,
     operand,
 )
-from graphopt.hierarchical.parts import any_tensor, apply, diagonal, frobenius
+from graphopt.hierarchical.arithmetic.parts import any_tensor, apply, diagonal, frobenius
+from graphopt.hierarchical.blocks import Block
+from graphopt.hierarchical.matrix import HMatrix
 
 ATTEMPTS = 12  # each with ten times the nugget of the one before
 

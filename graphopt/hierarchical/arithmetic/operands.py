@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.hierarchical.arithmetic.magnitudes import magnitude
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, placed
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.magnitudes import magnitude
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.rounding import gamma, norm
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from graphopt.errors import ArgumentError, IndefiniteError
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_points
-from graphopt.hierarchical.differentiable import log_determinant, quadratic
-from graphopt.hierarchical.exact import product
-from graphopt.hierarchical.hodlr import whiten
-from graphopt.hierarchical.inverse import Inverse, Quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
-from graphopt.hierarchical.kernel_operator import KernelOperator
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.probability import norm_factor, trace_factor
+from graphopt.hierarchical.processes.differentiable import log_determinant, quadratic
+from graphopt.hierarchical.processes.exact import product
+from graphopt.hierarchical.processes.hodlr import whiten
+from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
+from graphopt.hierarchical.processes.kernel_operator import KernelOperator
+from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
 from graphopt.hierarchical.rounding import gamma
 
 _SEMIDEFINITE = (Exponential, Matern32, Matern52, Gaussian)
