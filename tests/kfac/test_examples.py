@@ -36,13 +36,15 @@ def test_every_method_trains_the_example(example: object) -> None:
     task = replace(example.task(), every=3)
     values = {}
     for method in METHODS:
-        *_, run = train(task, method, task.rates[method], seed=0, steps=6)
+        setting = task.settings.get(method)
+        *_, run = train(task, method, task.rates[method], seed=0, steps=6, setting=setting)
         assert [step for step, _, _ in run.points] == [3, 6]
         first, last = (value for _, _, value in run.points)
         assert math.isfinite(last)
         assert last > first if task.rising else last < first
         values[method] = last
-    assert len(set(values.values())) == len(METHODS)
+    # Accuracies of few images may well be equal; losses are not.
+    assert task.rising or len(set(values.values())) == len(METHODS)
 
 
 @pytest.mark.parametrize("example", [digits, characters], ids=["digits", "characters"])
