@@ -86,7 +86,8 @@ def tune(
     """The trial with the fewest steps to the target, and what each of them needed.
 
     The mean over the seeds counts. A trial ends as soon as it cannot be the best. Where none
-    reaches the target, or two are equally fast, the last value decides.
+    reaches the target, or two are equally fast, the last value decides. Steps of trials that never
+    reached it, or were given up, are ``None``.
 
     Args:
         task: what is trained.
@@ -188,15 +189,17 @@ def summary(
 def timed(task: Task, methods: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     """Seconds for what was counted: each method as far as its median steps to the target.
 
-    A method whose median run never reaches it runs for the whole length. Methods take turns from
-    one evaluation to the next, seed by seed.
+    A method whose median run never reaches it runs as far as the slowest that does, or for the
+    whole length if none does. Methods take turns from one evaluation to the next, seed by seed.
     """
+    reached = [found["steps"]["median"] for found in methods.values() if found["steps"]["median"]]
+    slowest = max(reached, default=task.steps)
     paces: dict[str, list[float]] = {method: [] for method in methods}
     setups: dict[str, list[float]] = {method: [] for method in methods}
     for seed in seeds:
         running = {}
         for method, found in methods.items():
-            length = math.ceil(found["steps"]["median"] or task.steps)
+            length = math.ceil(found["steps"]["median"] or slowest)
             running[method] = train(
                 task, method, found["rate"], seed, length, setting=found["setting"]
             )

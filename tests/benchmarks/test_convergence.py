@@ -159,11 +159,14 @@ def test_seconds_are_steps_times_the_pace_of_the_method(monkeypatch: pytest.Monk
     arrives = convergence.summary(problem(), Trial(0.1, 0.9), (0.1,), {0: run(1.0, 0.005)})
     never = convergence.summary(problem(), Trial(0.1, 0.9), (0.1,), {0: run(1.0, 0.5)})
     found = convergence.timed(problem(), {SGD_MOMENTUM: arrives, TORCH_MUON: never}, (0,))
-    assert lengths == [(SGD_MOMENTUM, 2), (TORCH_MUON, 40)]
+    assert lengths == [(SGD_MOMENTUM, 2), (TORCH_MUON, 2)]
     assert found[SGD_MOMENTUM]["seconds"] == {"median": 0.2, "low": 0.2, "high": 0.2}
     assert found[TORCH_MUON]["seconds"] == {"median": None, "low": None, "high": None}
     assert found[TORCH_MUON]["milliseconds a step"]["median"] == 200
     assert found[TORCH_MUON]["setup seconds"]["median"] == 0.5
+    lengths.clear()
+    convergence.timed(problem(), {TORCH_MUON: never}, (0,))
+    assert lengths == [(TORCH_MUON, 40)]
 
 
 def test_table_and_pictures_come_from_the_results_alone(tmp_path: Path) -> None:
