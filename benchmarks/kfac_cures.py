@@ -347,7 +347,12 @@ def seconds(task: Task) -> dict[str, Any]:
     for seed in SEEDS:
         running = {
             name: (
-                train(replace(task, kfac=spec(task, cure)), method, task.rates[method], seed),
+                train(
+                    replace(task, kfac=spec(task, cure)),
+                    method,
+                    RATES[task.name][-1] if method == KFAC else task.rates[method],
+                    seed,
+                ),
                 cure,
             )
             for name, (method, cure) in variants.items()

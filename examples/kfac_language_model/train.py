@@ -46,10 +46,17 @@ RATES = {
     TORCH_MUON: 0.03,
     MUON: 0.03,
     LARC_SGD: 0.3,
-    LARS_SGD: 1.0,
-    KFAC: 3e-4,
+    LARS_SGD: 0.1,
+    KFAC: 1e-4,
 }
-SETTINGS = {ADAMW: 0.95, LARS_SGD: 0.01}
+SETTINGS = {
+    ADAMW: 0.95,
+    TORCH_MUON: 0.9,
+    MUON: 0.9,
+    LARC_SGD: 0.02,
+    LARS_SGD: 0.1,
+    KFAC: 0.1,
+}
 
 
 class Block(nn.Module):
