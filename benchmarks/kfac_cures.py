@@ -5,7 +5,7 @@ Three parts, each kept in ``benchmarks/results/kfac_cures_<part>.json``:
 - ``steps``: steps to the target under each cure, by two or three seeds that no table reports; on
   digits with the better of two learning rates. Times nothing, so it may run beside other work.
 - ``times``: milliseconds of a step, cures in turn, and the parts of a step. Needs an idle machine.
-- ``seconds``: seconds to the target with the seeds of `benchmarks.kfac_convergence`, methods in
+- ``seconds``: seconds to the target with the seeds of `benchmarks.convergence`, methods in
   turn, each until it is there. Needs an idle machine.
 - ``linear``: a step of models of linear layers only, with whole factors and with low rank.
 
@@ -32,15 +32,15 @@ import torch
 from torch import Tensor, fx
 
 import graphopt
+from benchmarks.convergence import SEEDS, THREADS
 from benchmarks.harness import RESULTS, Run, alternate, keep, milliseconds, ratio
-from benchmarks.kfac_convergence import SEEDS, THREADS
 from benchmarks.kfac_step_variants import DAMPING, gpt, mlp, optimized, pytorch
 from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import (
     KFAC,
     MOMENTUM,
-    MUON,
     SGD_MOMENTUM,
+    TORCH_MUON,
     Task,
     optimizers,
     train,
@@ -232,7 +232,7 @@ def _steps(task: Task, cure: Cure, rate: float, seed: int) -> int | None:
 def times(task: Task) -> dict[str, Any]:
     """Milliseconds of a step under every cure, and the parts of a step."""
     runs: dict[str, Run] = {}
-    for method in (SGD_MOMENTUM, MUON):
+    for method in (SGD_MOMENTUM, TORCH_MUON):
         runs[method] = _stepping(task, method)
     for name, cure in TIMED.items():
         runs[name] = _stepping(task, name, cure)
@@ -334,7 +334,7 @@ def parts(task: Task) -> dict[str, float]:
 def seconds(task: Task) -> dict[str, Any]:
     """Seconds and steps to the target by seed, methods in turn."""
     variants = {
-        MUON: (MUON, Cure()),
+        TORCH_MUON: (TORCH_MUON, Cure()),
         "K-FAC": (KFAC, CURES["as it is"]),
         "K-FAC, interval 1": (KFAC, CURES["interval 1"]),
     }
@@ -347,7 +347,12 @@ def seconds(task: Task) -> dict[str, Any]:
     for seed in SEEDS:
         running = {
             name: (
-                train(replace(task, kfac=spec(task, cure)), method, task.rates[method], seed),
+                train(
+                    replace(task, kfac=spec(task, cure)),
+                    method,
+                    RATES[task.name][-1] if method == KFAC else task.rates[method],
+                    seed,
+                ),
                 cure,
             )
             for name, (method, cure) in variants.items()

@@ -2,8 +2,8 @@
 
 The task of `examples/kfac_digits` with ``max_dim=128``, which the input sides of the second
 convolution (144), the first linear layer (513) and the second one (129) exceed. Each variant has
-the five learning rates of `benchmarks.kfac_convergence` to choose from, with the same two tuning
-seeds, and is reported for the same five others. What the report of `kfac` says of the error is
+five learning rates to choose from, with the two tuning seeds of `benchmarks.convergence`, and is
+reported for the five others there. What the report of `kfac` says of the error is
 noted after 20 steps, beside the true error of the dense factors of the same batch.
 
 Run ``python -m benchmarks.kfac_large_sides`` (some ten minutes); it writes
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import graphopt
+from benchmarks.convergence import SEEDS, THREADS, TUNING_SEEDS, tune
 from benchmarks.harness import keep
-from benchmarks.kfac_convergence import KFAC_RATES, SEEDS, THREADS, TUNING_SEEDS, tune
 from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import KFAC, Run, Task, train
 from graphopt.model.controller import controller_of
@@ -31,6 +31,7 @@ from graphopt.runtime.kfac.packing import unpack
 
 NAME = "kfac_large_sides"
 MAX_DIM = 128
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 LOW_RANK = {f"rank {rank}": f"kfac{{max_dim={MAX_DIM},rank={rank}}}" for rank in (8, 16, 32)}
 VARIANTS = {
     "whole": "kfac",
@@ -105,8 +106,8 @@ def main() -> None:
     results: dict[str, Any] = {"max_dim": MAX_DIM, "target": digits.task().target, "variants": {}}
     for name, spec in VARIANTS.items():
         task = replace(digits.task(), kfac=spec)
-        rate, tuning = tune(task, KFAC, KFAC_RATES["digits"], TUNING_SEEDS)
-        found = {"rate": rate, "tuning": tuning, **to_target(task, rate)}
+        chosen, tuning = tune(task, KFAC, RATES, TUNING_SEEDS)
+        found = {"rate": chosen.rate, "tuning": tuning, **to_target(task, chosen.rate)}
         if name in LOW_RANK:
             found["errors"] = errors(task, name)
         results["variants"][name] = found
