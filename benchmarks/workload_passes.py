@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
-from benchmarks import kfac_convergence, overlap
+from benchmarks import convergence, overlap
 from benchmarks.harness import RESULTS, alternate, keep, milliseconds, ratio
 from benchmarks.precision_step import saved
 from examples.kfac_digits.comparison import ADAMW, KFAC, SGD_MOMENTUM, Batch, Task
@@ -95,8 +95,8 @@ def kfac() -> dict[str, Any]:
         KFAC: (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),  # see its damping
     }
     torch.set_num_threads(1)
-    found: dict[str, Any] = kfac_convergence.measure(task, rates, (100, 101), (0, 1, 2, 3, 4))
-    print(kfac_convergence.table({task.name: found}))
+    found: dict[str, Any] = convergence.measure(task, rates, (100, 101), (0, 1, 2, 3, 4))
+    print(convergence.table({task.name: found}))
     return found
 
 

@@ -20,6 +20,9 @@ _HOMES = {
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
     "use_scaler": "graphopt.model.checkpoint",
+    "dense_state_dict": "graphopt.model.dense",
+    "load_dense_state_dict": "graphopt.model.dense",
+    "restructure": "graphopt.model.dense",
     "Graph": "graphopt.graph",
     "Level": "graphopt.graph",
     "Plan": "graphopt.plan",
@@ -40,7 +43,7 @@ _HOMES = {
 }
 
 # Folders of functions that are called by their names there.
-_PACKAGES = ("optim", "study")
+_PACKAGES = ("data", "optim", "study")
 
 __all__ = ["__version__", *_HOMES]
 
@@ -60,6 +63,15 @@ if TYPE_CHECKING:  # the `as` says that they are public
     )
     from graphopt.model.checkpoint import (
         use_scaler as use_scaler,
+    )
+    from graphopt.model.dense import (
+        dense_state_dict as dense_state_dict,
+    )
+    from graphopt.model.dense import (
+        load_dense_state_dict as load_dense_state_dict,
+    )
+    from graphopt.model.dense import (
+        restructure as restructure,
     )
     from graphopt.model.dimensions import Dim as Dim
     from graphopt.model.report import Report as Report

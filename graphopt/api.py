@@ -6,12 +6,13 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphopt import registry
@@ -23,6 +24,7 @@ from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph, Level
 from graphopt.model import features
 from graphopt.model.arguments import (
+    Example,
     Mesh,
     check_kept,
     check_model,
@@ -35,11 +37,14 @@ from graphopt.model.arguments import (
 from graphopt.model.backend_choice import Built, choose
 from graphopt.model.dimensions import Declared, Dim
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
+from graphopt.model.forward_passes import ForwardPasses
+from graphopt.model.parametrize import named_parameters
+from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial, describe_call
-from graphopt.model.verification import Check, Stage, Stages
+from graphopt.model.verification import Check, Stage
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.step import parts_of
@@ -73,8 +78,9 @@ def optimize(
 ) -> M | Plan:
     """Optimize a model in place and return it.
 
-    The model stays the same object of the same class with the same parameters, keys and signature;
-    only this instance's forward is another one. Each kind of call (shapes, dtypes, training mode,
+    The model stays the same object of the same class with the same parameters, keys and signature,
+    unless a pass replaces parameters, as ``low_rank`` does; only this instance's forward is another
+    one. Each kind of call (shapes, dtypes, training mode,
     grad mode, autocast, …) is captured once, when it first happens, and guarded afterwards. Numbers
     and sizes that change from call to call become inputs of the graph where that can be.
 
@@ -152,20 +158,50 @@ def optimize(
                 "dry_run needs example_inputs", hint="optimize(model, (batch,), dry_run=True)"
             )
         return compiler.plan(model, *example)
-    made = made_optimizer(model, optimizer)
+    wanting = [pass_.name for pass_ in pipeline.passes if pass_.wants_parameters(model)]
+    if wanting and example is None:
+        raise ArgumentError(
+            f"pass {wanting[0]!r} replaces parameters, and an optimizer made before would "
+            "miss them",
+            hint="give example_inputs, so that it does so now: optimize(model, (batch,), …)",
+        )
     for ranks in session.ranks.values():
         ranks.start(model)
-    controller = install(model, compiler, session)
-    if owns:
-        count = owns[0].micro_batches(where.sizes)
-        session.owned = _owned(model, controller, session, loss, made, count)
-    if example is not None:
-        try:
-            controller.specialise(model, *example)
-        except BaseException:
-            restore(model)
-            raise
+    with _replacing(compiler, model, example, session):
+        made = made_optimizer(model, optimizer)
+        controller = install(model, compiler, session)
+        if owns:
+            count = owns[0].micro_batches(where.sizes)
+            session.owned = _owned(model, controller, session, loss, made, count)
+        if example is not None:
+            try:
+                controller.specialise(model, *example)
+            except BaseException:
+                restore(model)
+                raise
     return model
+
+
+@contextmanager
+def _replacing(
+    compiler: Compiler, model: nn.Module, example: Example | None, session: Session
+) -> Iterator[None]:
+    """Within, parameters are replaced; an error gives the old ones back."""
+    if example is None:
+        yield
+        return
+    replacement = compiler.replace(model, *example, session)
+    try:
+        if replacement.made:
+            for ranks in session.ranks.values():
+                ranks.start(model)  # factors of rank 0 for all
+        session.decided.update(replacement.decided)
+        replacement.check(raises=compiler.on_mismatch == "raise")
+        yield
+    except BaseException:
+        replacement.undo()
+        raise
+    replacement.settle()
 
 
 @dataclass(frozen=True)
@@ -194,8 +230,14 @@ class Compiler(Specialiser):
 
     def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """What would be done for one call; runs no step."""
-        captured = capture(model, args, kwargs, forward=plain_forward(model))
-        steps = self.pipeline.run(captured.graph, PassContext(mesh=self.mesh), verify="structure")
+        ctx = PassContext(mesh=self.mesh)
+        forward = ForwardPasses(
+            self.pipeline, replace(ctx, parameters=self._parameters(model)), "structure"
+        )
+        captured = capture(
+            model, args, kwargs, forward=plain_forward(model), rewrite=forward.rewriter
+        )
+        steps = self.pipeline.run(captured.graph, ctx, "structure", forward.steps)
         backend = "eager" if self.backend == "auto" else self.backend
         return self._plan(captured, captured.graph, parts_of(steps), backend)
 
@@ -210,8 +252,17 @@ class Compiler(Specialiser):
         dimensions: Dimensions = NONE,
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call."""
+        level = "structure" if self.verify == "eager" else self.verify
+        ctx = PassContext(session.ranks, self.mesh, session.states, decided=session.decided)
+        early = ForwardPasses(self.pipeline, ctx, level)
         captured = capture(
-            model, args, kwargs, forward=forward, numbers=numbers, dimensions=dimensions
+            model,
+            args,
+            kwargs,
+            forward=forward,
+            numbers=numbers,
+            dimensions=dimensions,
+            rewrite=early.rewriter,
         )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
@@ -219,14 +270,10 @@ class Compiler(Specialiser):
         # Passes change the graph in place.
         roles = find_roles(captured.graph) if captured.graph.level is Level.JOINT else {}
         trial = Trial(model, args, kwargs, session.trial)
-        stages = Stages.of(captured.graph)
+        stages = early.stages(captured)
         compares = self.verify in ("eager", "full")
         pipeline = replace(self.pipeline, observers=(stages,)) if compares else self.pipeline
-        steps = pipeline.run(
-            captured.graph,
-            PassContext(session.ranks, self.mesh, session.states),
-            verify="structure" if self.verify == "eager" else self.verify,
-        )
+        steps = pipeline.run(captured.graph, ctx, level, early.steps)
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
         choice, built = choose(self._backend(session), make, trial, captured.graph)
@@ -275,6 +322,21 @@ class Compiler(Specialiser):
             if not getattr(registry.get(name, registry.BACKENDS), "symbolic", False):
                 return f"the backend {name!r} takes graphs of fixed sizes only"
         return ""
+
+    def replace(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], session: Session
+    ) -> Replacement:
+        """Replace the parameters that passes want replaced; an error leaves the model as it was."""
+        made = Replacement(model, args, kwargs, plain_forward(model), session.trial)
+        if self._parameters(model):
+            ctx = PassContext(session.ranks, self.mesh, session.states)
+            made.make(self.pipeline, ctx, compares=self.verify in ("eager", "full"))
+        return made
+
+    def _parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """Those of the model, where a pass may replace some of them."""
+        wanted = any(pass_.wants_parameters(model) for pass_ in self.pipeline.passes)
+        return named_parameters(model) if wanted else {}
 
     def _mismatched(self, error: MismatchError) -> Verification:
         """What is reported where the user lets a graph run that differs from eager."""

@@ -45,6 +45,12 @@ class ArgumentError(GraphoptError, ValueError):
     code = "GO-A01"
 
 
+class NotDefiniteError(ArgumentError):
+    """A matrix that should be positive definite is not, within what truncation has left of it."""
+
+    code = "GO-A02"
+
+
 class SpecError(GraphoptError, ValueError):
     """A pass specification cannot be parsed, or names a pass or option that does not exist."""
 
@@ -149,3 +155,9 @@ class ClosedError(ServingError):
     """The dispatcher takes no requests any more."""
 
     code = "GO-Q05"
+
+
+class IndefiniteError(GraphoptError, ArithmeticError):
+    """A matrix has to be positive definite, and is not."""
+
+    code = "GO-H01"

@@ -1,7 +1,8 @@
 """The graph of one step, forward and backward together, with names for everything.
 
-`Graph` wraps one `torch.fx.GraphModule` of ATen operators. Its `Signature` gives every input and
-output a role and a qualified name. A version counter invalidates analyses.
+`Graph` wraps one `torch.fx.GraphModule` of ATen operators, or of torch functions in front of
+autograd. Its `Signature` gives every input and output a role and a qualified name. A version
+counter invalidates analyses.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Graph:
     @property
     def operators(self) -> Iterator[Node]:
         """The nodes that compute something."""
-        return (n for n in self.nodes if n.op == "call_function")
+        return (n for n in self.nodes if n.op in ("call_function", "call_method"))
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -230,6 +231,8 @@ def source_of(node: Node) -> str:
 def operator_name(node: Node) -> str:
     """Qualified name of what a node calls (``"aten.mm.default"``, ``"getitem"``)."""
     target = node.target
+    if isinstance(target, str):
+        return f"Tensor.{target}"
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if target is operator.getitem:

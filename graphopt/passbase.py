@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from graphopt.graph import Graph, Level
     from graphopt.network.curve import Curve
@@ -91,12 +91,17 @@ class Outcome:
         declined: the candidate sites that it left alone.
         part: what the runtime has to know of its decisions, if anything.
         tables: figures behind the decisions, by name: rows of named values.
+        parametrized: parameters that others take the place of, by name, with what
+            `torch.nn.utils.parametrize` makes them of those; its ``right_inverse`` gives the first
+            values, and its ``tolerance`` says how far off the parameter may be, relative to it.
+            Only of a pass at the forward level that was given `PassContext.parameters`.
     """
 
     applied: tuple[Applied, ...] = ()
     declined: tuple[Declined, ...] = ()
     part: PlanPart | None = None
     tables: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    parametrized: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
@@ -135,12 +140,17 @@ class PassContext:
         mesh: sizes of the parallel dimensions (``{"dp": 8}``); empty on one device.
         states: what each pass keeps between steps, by its name; see `state`.
         running: name of the pass that runs.
+        parameters: those of the model by name, while they may be replaced; shared ones under each
+            of their names.
+        decided: what passes did when they could replace parameters, by their name.
     """
 
     ranks: Mapping[str, Communicator] = field(default_factory=dict)
     mesh: Mapping[str, int] = field(default_factory=dict)
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     running: str = ""
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    decided: Mapping[str, Outcome] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -207,6 +217,15 @@ class Pass:
     def micro_batches(self, mesh: Mapping[str, int]) -> int:
         """Into how many micro-batches a step of its own cuts a batch, on a mesh of these sizes."""
         return 1
+
+    def wants_parameters(self, model: nn.Module) -> bool:
+        """Whether it may replace parameters of this model, and has to see it before it is run."""
+        return False
+
+    @property
+    def on_forward(self) -> bool:
+        """Whether it rewrites the forward graph, before there is a backward."""
+        return "forward" in self.levels
 
     def works_on(self, level: Level) -> bool:
         """Whether the pass runs on graphs of this level; on others it is skipped and reported."""

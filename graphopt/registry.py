@@ -49,6 +49,7 @@ PASSES = _table(
     fold_inference="graphopt.passes.fold_inference:FoldInference",
     group_gradients="graphopt.passes.group_gradients:GroupGradients",
     kfac="graphopt.passes.kfac:Kfac",
+    low_rank="graphopt.passes.low_rank:LowRank",
     partition="graphopt.passes.partition:Partition",
     precision="graphopt.passes.precision:Precision",
     schedule="graphopt.passes.schedule:Schedule",

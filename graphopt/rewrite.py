@@ -27,6 +27,13 @@ def emit(graph: Graph, target: OpOverload, *args: Any, like: fx.Node, **kwargs: 
     return node
 
 
+def parametrized_name(parameter: str, number: int) -> str:
+    """How `torch.nn.utils.parametrize` names what takes the place of a parameter."""
+    path, _, tensor = parameter.rpartition(".")
+    prefix = f"{path}.parametrizations" if path else "parametrizations"
+    return f"{prefix}.{tensor}.original{number}"
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """What a call passes for each parameter of its operator, with defaults filled in."""
     assert isinstance(node.target, OpOverload)

@@ -44,6 +44,7 @@ class Session:
         before_call: brings the model up to date before it is called, where a part has to.
         handles: undo what parts have hung on the model and on the optimizer.
         trying: whether a step is tried, and leaves no trace.
+        decided: what passes did when they could replace parameters, by their name.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Session:
         self.before_call: Callable[[], None] | None = None
         self.trying = False
         self.handles: list[Any] = []
+        self.decided: dict[str, Any] = {}
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()
@@ -238,6 +240,7 @@ class Session:
         other = Session(self.passes, ranks)
         other.states.update(deepcopy(dict(self.states), memo))
         other.pending, other.scaler = self.pending, self.scaler
+        other.decided = dict(self.decided)
         other._unchecked, other.states.written = set(self._unchecked), set(self.states.written)
         other._plan_parts = list(self._plan_parts)
         other._runtime = {name: part.copy(other) for name, part in self._runtime.items()}

@@ -20,7 +20,10 @@ def main(task: Task, about: str) -> None:
 
     methods = chosen.method or METHODS
     rates = {m: chosen.rate or task.rates[m] for m in methods}
-    running = {m: train(task, m, rates[m], chosen.seed, chosen.steps) for m in methods}
+    running = {
+        m: train(task, m, rates[m], chosen.seed, chosen.steps, task.settings.get(m))
+        for m in methods
+    }
     runs = {}
     # They take turns: a busy moment of the machine is then nobody's disadvantage.
     while running:

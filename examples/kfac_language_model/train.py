@@ -1,7 +1,7 @@
-"""Steps and seconds to a validation loss of a character model: SGD, AdamW, Muon and K-FAC.
+"""Steps and seconds to a validation loss of a character model by seven optimizers.
 
 A small GPT reads Python's own help texts, character by character. The learning rates are those that
-`benchmarks.kfac_convergence` found with the same number of trials for each method.
+`benchmarks.convergence` found with the same number of trials for each method.
 Run: ``python examples/kfac_language_model/train.py``; ``--help`` for options.
 """
 
@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it runs from any folder
 
-from examples.kfac_digits.comparison import ADAMW, KFAC, MUON, SGD_MOMENTUM, Batch, Task
+from examples.kfac_digits.comparison import (
+    ADAMW,
+    KFAC,
+    LARC_SGD,
+    LARS_SGD,
+    MUON,
+    SGD_MOMENTUM,
+    TORCH_MUON,
+    Batch,
+    Task,
+)
 from examples.kfac_digits.report import main
 
 CONTEXT = 32
@@ -30,7 +40,23 @@ LAYERS = 2
 # their squares, which are the statistics, are one such factor smaller than the curvature. The usual
 # damping is divided by it; the learning rates come out smaller as well.
 DAMPING = 1e-3 / CONTEXT
-RATES = {SGD_MOMENTUM: 0.1, ADAMW: 3e-3, MUON: 0.03, KFAC: 3e-4}
+RATES = {
+    SGD_MOMENTUM: 0.1,
+    ADAMW: 3e-3,
+    TORCH_MUON: 0.03,
+    MUON: 0.03,
+    LARC_SGD: 0.3,
+    LARS_SGD: 0.1,
+    KFAC: 1e-4,
+}
+SETTINGS = {
+    ADAMW: 0.95,
+    TORCH_MUON: 0.9,
+    MUON: 0.9,
+    LARC_SGD: 0.02,
+    LARS_SGD: 0.1,
+    KFAC: 0.1,
+}
 
 
 class Block(nn.Module):
@@ -120,6 +146,7 @@ def task() -> Task:
         every=5,
         kfac=f"kfac{{damping={DAMPING}}}",
         rates=RATES,
+        settings=SETTINGS,
     )
 
 

@@ -6,7 +6,7 @@ joint forward and backward graph, without decompositions. These APIs are semi-pr
 names the torch releases they were checked on.
 """
 
-from graphopt.capture.capture import SUPPORTED, Capture, capture
+from graphopt.capture.capture import SUPPORTED, Capture, capture, capture_forward
 from graphopt.capture.possible import is_uninitialised, runs_plain
 
-__all__ = ["SUPPORTED", "Capture", "capture", "is_uninitialised", "runs_plain"]
+__all__ = ["SUPPORTED", "Capture", "capture", "capture_forward", "is_uninitialised", "runs_plain"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo
 from graphopt.capture.flat import Bind, FlatForward, location
+from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
@@ -44,6 +45,8 @@ class Capture:
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
         sizes: those that were to be symbols, and what became of them.
         finish: to be called when passes and backend are done; `holds` then has what they ask, too.
+        earlier: the graphs that there would be without the last rewrites of the forward graph,
+            without the last but one, …; oldest first.
     """
 
     graph: Graph
@@ -58,6 +61,7 @@ class Capture:
     keeps: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     finish: Callable[[], None] = lambda: None
+    earlier: tuple[Graph, ...] = ()
 
 
 def capture(
@@ -68,6 +72,7 @@ def capture(
     forward: Callable[..., object] | None = None,
     numbers: Iterable[str] = (),
     dimensions: Dimensions = NONE,
+    rewrite: Rewriter | None = None,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -79,6 +84,8 @@ def capture(
         numbers: those that shall be inputs of the graph, by where Dynamo finds them
             (``L['self'].steps``); all others are constants.
         dimensions: sizes that shall be symbols of the graph; all others are constants.
+        rewrite: changes the forward graph in place before a backward is derived. Where it adds
+            inputs, the capture is for looking at: no call of the model has them.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -104,8 +111,18 @@ def capture(
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
         if checkpointed and (drawn() or flat.changes_objects):
             raise checkpoints.refusal(location(forward))
+        earlier: list[Graph] = []
+        if rewrite is not None:
+            level = forward_graph(flat)
+            rewritten = rewrite(level)
+            if rewritten.earlier:
+                for graph in rewritten.earlier:
+                    earlier.append(_derived(with_graph(flat, graph, rewritten.initial), forward)[0])
+                flat = with_graph(flat, level, rewritten.initial)
         graph, aliases, inputs, bind = _derived(flat, forward)
         sizes = flat.settle()
+        if rewrite is not None:
+            graph.facts |= level.facts
     return Capture(
         graph=graph,
         aliases=aliases,
@@ -119,7 +136,25 @@ def capture(
         keeps=flat.keeps,
         sizes=sizes,
         finish=flat.finish,
+        earlier=tuple(earlier),
     )
+
+
+def capture_forward(
+    model: nn.Module,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    forward: Callable[..., object] | None = None,
+) -> Graph:
+    """The forward graph of one call: torch functions, differentiable, without a backward.
+
+    Arguments and errors are those of `capture`.
+    """
+    _check_version()
+    forward = forward or type(model).forward
+    with tracing_alone(), _drawing_nothing(), checkpoints.without_hooks():
+        return forward_graph(by_dynamo(model, forward, tuple(args), dict(kwargs or {})))
 
 
 def _derived(

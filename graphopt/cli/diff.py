@@ -46,11 +46,10 @@ def diff(
         difference = diff_texts(*(text_of(name, no_grad=no_grad) for name in names))
     else:
         names = (b, c)
-        graph = load_subject(a, no_grad=no_grad).graph
-        graphs = (graph.copy(), graph)
-        steps = [rewrite(copy, spec) for spec, copy in zip(names, graphs, strict=True)]
-        difference = diff_graphs(*graphs)
-        planned = changes(*map(parts_of, steps))
+        subject = load_subject(a, no_grad=no_grad)
+        made = [rewrite(subject, spec) for spec in names]
+        difference = diff_graphs(*(graph for graph, _ in made))
+        planned = changes(*(parts_of(steps) for _, steps in made))
     if json:
         answer = {"a": names[0], "b": names[1], "equal": not (difference or planned)}
         show_json("diff", {**answer, "diff": as_data(difference), "plan": planned})

@@ -11,6 +11,7 @@ from graphopt.cli.options import Json, ModelName
 from graphopt.cli.plan_formats import plan_formats
 from graphopt.cli.plan_groups import DEFAULT_LINK, plan_groups
 from graphopt.cli.plan_stages import plan_stages
+from graphopt.cli.plan_weights import plan_weights
 from graphopt.errors import ArgumentError
 from graphopt.registry import PLANNED
 
@@ -88,7 +89,7 @@ def plan(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Predict groups of gradients or stages of a pipeline, or show formats layer by layer.
+    """Predict groups of gradients or stages of a pipeline, or show formats or factors by layer.
 
     Groups: nothing is measured; compute is a roofline estimate for an assumed GPU, as in simulate,
     and the link a model of the named machine. Formats: times are measured on this device, or from
@@ -113,9 +114,21 @@ def plan(
     weight_grad, saved, parameter_bytes, in_flight, memory}], crossings: [{name, module, made, read,
     relayed, bytes, back}], cuts: [{forward, backward}], shared: [{name, stages, seconds}], sums,
     objective, value, lower, proof, times, link, limit, step, bubble; all in seconds and bytes.
+
+    JSON: for weights model, pass, weights: [{site, form, seconds, error, numbers, why}], applied:
+    [{site, what, numbers}], declined: [{site, reason, detail, numbers}].
     """
     if emit not in (None, *EMITTERS):
         raise ArgumentError(f"--emit {emit} is unknown", hint=f"use --emit {EMITTERS[0]}")
+    if passes != PLANNED and _replaces(passes):
+        for option, value in (("--plot", plot), ("--link", link), ("--mesh", mesh)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{option} has no meaning for weights, which {passes!r} plans",
+                    hint=f"leave {option} out",
+                )
+        plan_weights(model, passes, json=json)
+        return
     facts = _provided(passes) if passes != PLANNED and emit is None else frozenset()
     if "staged" in facts and "grouped" not in facts:
         for option, wanted in (("--flops", flops is not None), ("--accuracy", accuracy)):
@@ -146,6 +159,14 @@ def plan(
                 hint="give -p a pass that lowers, and none that groups",
             )
     plan_groups(model, passes, mesh=mesh, link=link, emit=emit, flops=flops, json=json)
+
+
+def _replaces(spec: str) -> bool:
+    """Whether the last pass of a spec works on the forward graph."""
+    from graphopt.pipeline import Pipeline
+
+    passes = Pipeline.parse(spec).passes
+    return bool(passes) and passes[-1].on_forward
 
 
 def _provided(spec: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ import torch
 from graphopt.cli.console import phase
 from graphopt.cli.model import Example, load_example, near
 from graphopt.errors import ArgumentError
-from graphopt.graph import Graph
+from graphopt.graph import Graph, Level
 from graphopt.pipeline import Pipeline
 from graphopt.text import parse_graph, print_graph
 
@@ -39,12 +39,13 @@ class Subject:
     capture: Capture | None = None
 
 
-def load_subject(name: str, *, no_grad: bool = False) -> Subject:
+def load_subject(name: str, *, no_grad: bool = False, forward: bool = False) -> Subject:
     """Read or capture the graph that the argument M names.
 
     Args:
         name: ``package.module:factory``, ``path.py:factory`` or a ``.gopt`` file.
         no_grad: capture the inference graph.
+        forward: capture the forward graph.
 
     Raises:
         ArgumentError: `name` leads to no model and no file.
@@ -56,12 +57,20 @@ def load_subject(name: str, *, no_grad: bool = False) -> Subject:
             raise ArgumentError(
                 "--no-grad is about how to capture, and a .gopt file is a graph already"
             )
-        return Subject(Path(name).stem, parse_graph(_read(Path(name))))
+        graph = parse_graph(_read(Path(name)))
+        if forward and graph.level is not Level.FORWARD:
+            raise ArgumentError(
+                f"{name} is a graph of level {graph.level}", hint="leave --level out"
+            )
+        return Subject(Path(name).stem, graph)
     with phase("importing torch's compiler"):
-        from graphopt.capture import capture
+        from graphopt.capture import capture, capture_forward
     with phase(f"making {name}"):
         example = load_example(name)
     with phase(f"capturing {example.name}"), mode(example, no_grad=no_grad):
+        if forward:
+            graph = capture_forward(example.model, example.args, example.kwargs)
+            return Subject(example.name, graph, example)
         captured = capture(example.model, example.args, example.kwargs)
     return Subject(example.name, captured.graph, example, captured)
 
@@ -77,11 +86,32 @@ def text_of(name: str, *, no_grad: bool) -> str:
     return print_graph(load_subject(name, no_grad=no_grad).graph)
 
 
-def rewrite(graph: Graph, spec: str) -> tuple[PassStep, ...]:
-    """Run the passes of `spec` on `graph`, in place."""
+def rewrite(subject: Subject, spec: str) -> tuple[Graph, tuple[PassStep, ...]]:
+    """Run the passes of `spec`: on a copy of the graph, or in the capture of the model's forward.
+
+    Parameters may be replaced in the graph; the model stays as it is.
+    """
     pipeline = Pipeline.parse(spec)
+    example = subject.example
+    if example is None or not pipeline.on_forward:
+        graph = subject.graph.copy()
+        with phase(f"running {spec}"):
+            return graph, pipeline.run(graph)
+    from graphopt.capture import capture
+    from graphopt.model.forward_passes import ForwardPasses
+    from graphopt.model.parametrize import named_parameters
+    from graphopt.passbase import PassContext
+
+    ctx = PassContext(parameters=named_parameters(example.model))
     with phase(f"running {spec}"):
-        return pipeline.run(graph)
+        if subject.graph.level is Level.FORWARD:
+            graph = subject.graph.copy()
+            return graph, pipeline.run(graph, ctx)
+        early = ForwardPasses(pipeline, ctx, "structure")
+        no_grad = subject.graph.level is Level.INFERENCE
+        with mode(example, no_grad=no_grad):
+            captured = capture(example.model, example.args, example.kwargs, rewrite=early.rewriter)
+        return captured.graph, pipeline.run(captured.graph, earlier=early.steps)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from graphopt.cli import verify_padding
 from graphopt.cli.console import phase, show, show_json
-from graphopt.cli.options import Json, ModelName, NoGrad, Passes
+from graphopt.cli.options import Json, ModelName, NoGrad, OptionalPasses
+from graphopt.errors import ArgumentError
 
 if TYPE_CHECKING:
     from graphopt.cli.observe import Observe
@@ -42,16 +44,60 @@ class Row:
     result: str
 
 
-def verify(model: ModelName, passes: Passes, no_grad: NoGrad = False, json: Json = False) -> None:
+def verify(
+    model: ModelName,
+    passes: OptionalPasses = None,
+    padding: Annotated[
+        bool,
+        typer.Option(
+            "--padding", help="Compare with the same batch padded, in place of comparing passes."
+        ),
+    ] = False,
+    pad: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pad",
+            metavar="NAME=DIM[:VALUE]",
+            help="An argument of forward that is padded, its dimension (or several, as 2,3), and "
+            "with what, 0 by default; for --padding, any number of times. By default all that have "
+            "the shape (batch, length) of the argument with 'mask' in its name.",
+            show_default=False,
+        ),
+    ] = None,
+    side: Annotated[
+        Literal["right", "left"], typer.Option(help="Where padding goes; for --padding.")
+    ] = "right",
+    no_grad: NoGrad = False,
+    json: Json = False,
+) -> None:
     """Run M in PyTorch eager, as captured, and after each pass, and compare what it computes.
 
     Compared are all outputs, gradients and buffers, from the same inputs and random numbers, each
     graph with the one before it, at the numerics class of the pass between them. Exits with 1 and
     names the first pass that is out of its class. A .gopt file is run on made-up inputs.
 
+    With --padding, M runs in PyTorch eager on its example inputs, and on the same with padded
+    positions more. Compared are outputs at true positions, the loss, gradients and buffers. Exits
+    with 1 if something changes, and names the operators by which it does.
+
     JSON: model, passes, ok, first_bad (a stage or null), and stages, a list of {stage, numerics,
-    allowed, error, worst, result}.
+    allowed, error, worst, result}. With --padding: model, ok, padded (by argument: value, dim,
+    side), length, more, allowed, compared, a list of {kind, error, worst}, and leaks, a list of
+    {operator, says, module, line}.
     """
+    if padding:
+        if passes is not None:
+            raise ArgumentError(
+                "-p and --padding are two questions", hint="ask one after the other"
+            )
+        verify_padding.run(model, pad or [], side, no_grad=no_grad, json=json)
+        return
+    if pad or side != "right":
+        raise ArgumentError("--pad and --side are for --padding", hint="add --padding")
+    if passes is None:
+        raise ArgumentError(
+            "there is nothing to verify", hint="name passes, such as -p cleanup, or --padding"
+        )
     with phase("importing torch"):
         from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
         from graphopt.cli.subject import load_subject, mode

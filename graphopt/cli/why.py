@@ -56,8 +56,8 @@ def why(
     captured = names(subject.graph)
     told = provenance(subject.graph, name) if name in captured else None
     wide = format_of(captured.get(name))
-    steps = rewrite(subject.graph, passes)
-    rewritten = names(subject.graph)
+    graph, steps = rewrite(subject, passes)
+    rewritten = names(graph)
     origin = "captured"
     if told is None:
         if name not in rewritten:
@@ -65,16 +65,16 @@ def why(
                 f"{subject.name} has no parameter, buffer or node {name!r}",
                 hint=f"near names: {near(name, [*captured, *rewritten])}",
             )
-        told, origin = provenance(subject.graph, name), "rewritten"
+        told, origin = provenance(graph, name), "rewritten"
     removed = name not in rewritten
     decisions = [_about(step, told, removed=removed) for step in steps]
     planned = mentions(parts_of(steps), name)
     node = rewritten.get(name)
     story = None
-    if "lowered" in subject.graph.facts and (wide or format_of(node)):
+    if "lowered" in graph.facts and (wide or format_of(node)):
         tables = [row for s in steps for row in s.outcome.tables.get("operators", ())]
         rows = {str(row["site"]): row for row in tables}
-        story = format_story(subject.graph, node, wide, rows)
+        story = format_story(graph, node, wide, rows)
     if json:
         answer = {
             "model": subject.name,

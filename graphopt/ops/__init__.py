@@ -11,12 +11,14 @@ from graphopt.ops import (
     float8,
     frozen,
     int16_mm,
+    low_rank,
     moments,
     mx,
     pairs,
     rnn,
     scaled_mm,
     statistics,
+    structured,
     wire,
 )
 
@@ -29,11 +31,13 @@ __all__ = [
     "float8",
     "frozen",
     "int16_mm",
+    "low_rank",
     "moments",
     "mx",
     "pairs",
     "rnn",
     "scaled_mm",
     "statistics",
+    "structured",
     "wire",
 ]

@@ -49,19 +49,28 @@ def patch_moment(x: Tensor, args: PatchArguments) -> Tensor:
 
 def by_patches(x: Tensor, args: PatchArguments) -> Tensor:
     """`patch_moment` from copied patches, a few images at a time."""
+    width = patch_width(x, args)
+    like = x.new_empty(args.groups, 0, dtype=rows_.working_dtype(x))
+    parts = patches(x, args, rows_.WORKSPACE)
+    return rows_.moment(parts, like, width, args.ones, args.pieces, args.scale)
+
+
+def patches(x: Tensor, args: PatchArguments, most: int) -> Iterator[Tensor]:
+    """All patches as rows [groups, positions of some images, width], in at least float32.
+
+    Args:
+        x: input of the convolution.
+        args: its geometry.
+        most: numbers of one part, as far as one image has no more.
+    """
     window, groups, width = args.window, args.groups, patch_width(x, args)
     outputs = window.outputs(x.shape[2:])
     dtype = rows_.working_dtype(x)
-    step = max(1, rows_.WORKSPACE // max(1, groups * width * math.prod(outputs)))
-
-    def parts() -> Iterator[Tensor]:
-        for images in torch.split(x, step):
-            patches = window.windows(window.padded(images.to(dtype)), outputs)
-            # [groups, channel and offset, image and position]: positions stay side by side.
-            yield patches.movedim(0, 1 + len(outputs)).reshape(groups, width, -1).mT
-
-    like = x.new_empty(groups, 0, dtype=dtype)
-    return rows_.moment(parts(), like, width, args.ones, args.pieces, args.scale)
+    step = max(1, most // max(1, groups * width * math.prod(outputs)))
+    for images in torch.split(x, step):
+        found = window.windows(window.padded(images.to(dtype)), outputs)
+        # [groups, channel and offset, image and position]: positions stay side by side.
+        yield found.movedim(0, 1 + len(outputs)).reshape(groups, width, -1).mT
 
 
 def by_shifts(x: Tensor, args: PatchArguments, correlate: shift.Correlate) -> Tensor:

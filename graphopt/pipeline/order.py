@@ -21,11 +21,22 @@ def check_order(passes: Sequence[Pass]) -> None:
     """
     facts = CAPTURED
     for index, pass_ in enumerate(passes):
+        if pass_.on_forward and index and not passes[index - 1].on_forward:
+            raise _too_late(passes, index)
         if missing := pass_.requires - facts:
             raise _needs(passes, index, min(missing))
         if present := pass_.conflicts & facts:
             raise _conflicts(passes, index, min(present))
         facts |= pass_.provides
+
+
+def _too_late(passes: Sequence[Pass], index: int) -> PipelineError:
+    before = passes[index - 1].name
+    return PipelineError(
+        f"pass {passes[index].name!r} rewrites the forward graph, so it must run before "
+        f"{before!r}, which works on what is derived from it",
+        hint=_order_that_works(passes),
+    )
 
 
 def _needs(passes: Sequence[Pass], index: int, fact: str) -> PipelineError:
@@ -84,7 +95,8 @@ def _order_that_works(passes: Sequence[Pass]) -> str:
 
 def _may_run(pass_: Pass, others: Sequence[Pass], facts: frozenset[str]) -> bool:
     return (
-        pass_.requires <= facts
+        (pass_.on_forward or not any(other.on_forward for other in others))
+        and pass_.requires <= facts
         and not pass_.conflicts & facts
         and not any(other.conflicts & pass_.provides for other in others)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -60,8 +61,17 @@ class Pipeline:
     def __str__(self) -> str:
         return format_spec(self.passes)
 
+    @property
+    def on_forward(self) -> tuple[Pass, ...]:
+        """The passes that rewrite the forward graph; the order has them first."""
+        return tuple(pass_ for pass_ in self.passes if pass_.on_forward)
+
     def run(
-        self, graph: Graph, ctx: PassContext | None = None, verify: VerifyLevel = "structure"
+        self,
+        graph: Graph,
+        ctx: PassContext | None = None,
+        verify: VerifyLevel = "structure",
+        earlier: Sequence[PassStep] = (),
     ) -> tuple[PassStep, ...]:
         """Rewrite `graph` in place.
 
@@ -72,6 +82,7 @@ class Pipeline:
             ctx: what passes may know beside the graph.
             verify: ``"off"``, ``"structure"`` (the table of invariants), ``"full"`` (also every
                 operator on fake tensors).
+            earlier: what the first passes did to the forward graph that this one is derived from.
 
         Returns:
             One step per pass.
@@ -90,6 +101,9 @@ class Pipeline:
         steps: list[PassStep] = []
         checking = _verified(graph, verify) if self.passes else 0.0
         for index, pass_ in enumerate(self.passes):
+            if index < len(earlier):
+                steps.append(earlier[index])
+                continue
             if reason := _reason_to_skip(pass_, graph):
                 size = len(graph)
                 step = PassStep(

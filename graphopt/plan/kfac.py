@@ -14,9 +14,11 @@ from typing import ClassVar
 from graphopt.plan.part import PlanPart
 
 # How the statistic of a side is stored: symmetric matrices as their lower triangles, row by row, of
-# shape [blocks, size * (size + 1) / 2]; or their diagonals only, of shape [blocks, size].
+# shape [blocks, size * (size + 1) / 2]; their diagonals only, of shape [blocks, size]; or `rank`
+# rows and the diagonal, of shape [blocks, (rank + 1) * size] (`graphopt.ops.low_rank`).
 DENSE = "dense"
 DIAGONAL = "diagonal"
+LOW_RANK = "low-rank"
 
 # How a parameter holds its matrices of `rows` outputs and `columns` inputs, one per group:
 OUT_IN = "out-in"  # [groups, rows, columns]
@@ -33,19 +35,22 @@ class Side:
         size: rows of each of its independent square matrices; the homogeneous coordinate counts.
         blocks: number of independent matrices: groups of a convolution times the pieces that a
             side larger than ``max_dim`` was cut into.
-        form: `DENSE` or `DIAGONAL`.
+        form: `DENSE`, `DIAGONAL` or `LOW_RANK`.
+        rank: rows that are kept of `LOW_RANK` form; 0 of others.
     """
 
     statistic: str
     size: int
     blocks: int = 1
     form: str = DENSE
+    rank: int = 0
 
     @property
     def entries(self) -> int:
         """Stored numbers."""
-        each = self.size * (self.size + 1) // 2 if self.form == DENSE else self.size
-        return self.blocks * each
+        if self.form == DENSE:
+            return self.blocks * (self.size * (self.size + 1) // 2)
+        return self.blocks * self.size * (self.rank + 1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Curvature(PlanPart):
         loss: what the curvature is that of, where `fisher` is not empirical.
         reduction: ``"mean"`` or ``"sum"``: how the loss treats the examples of a batch.
         ema: weight of the old statistic in a running mean; 0 keeps the newest only.
+        clip: largest squared length of a step in the metric of the curvature; 0 for any.
         wire: type in which statistics travel between ranks.
         fraction: share of the ranks that precondition one block; 0 for one rank.
     """
@@ -115,3 +121,4 @@ class Curvature(PlanPart):
     ema: float
     wire: str
     fraction: float
+    clip: float = 0.0

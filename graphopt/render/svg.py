@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from xml.etree import ElementTree as Xml
 
-COLOURS = ("#1f6feb", "#d1570a", "#2d7d46", "#7a4fbf")
+COLOURS = ("#1f6feb", "#d1570a", "#2d7d46", "#7a4fbf", "#b3256b", "#8a6d00", "#0b7285")
 INK, FAINT = "#24292f", "#d8dee4"
 SUBTITLE_LINE = 16
 CHARACTER = 6.6  # width of a wide character of the subtitle, at 12 pixels

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from graphopt.testing.oracles import run_graph, run_graph_fp64
     from graphopt.testing.program import Instruction, Program, build
     from graphopt.testing.runtime_check import check_runtime
-    from graphopt.testing.strategies import inference_graphs, joint_graphs, programs
+    from graphopt.testing.strategies import (
+        forward_graphs,
+        inference_graphs,
+        joint_graphs,
+        programs,
+    )
 
 _HOMES = {
     "CORPUS": "corpus",
@@ -38,6 +43,7 @@ _HOMES = {
     "check_runtime": "runtime_check",
     "check_scenario": "fuzz.check",
     "scenarios": "fuzz.strategies",
+    "forward_graphs": "strategies",
     "inference_graphs": "strategies",
     "inputs_for": "inputs",
     "joint_graphs": "strategies",
@@ -60,6 +66,7 @@ __all__ = [
     "check_pass",
     "check_runtime",
     "check_scenario",
+    "forward_graphs",
     "inference_graphs",
     "inputs_for",
     "joint_graphs",

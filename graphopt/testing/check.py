@@ -7,20 +7,22 @@ smallest graph that hypothesis found for it, as `.gopt` text, and the spec that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from graphopt import registry
 from graphopt.errors import ArgumentError
-from graphopt.graph import Graph
+from graphopt.graph import Graph, Level
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline.spec import format_pass, options_of, parse_spec
 from graphopt.pipeline.values import format_value, parse_value
+from graphopt.plan import Role
 from graphopt.testing.inputs import inputs_for
 from graphopt.testing.obligations import OBLIGATIONS, Application
-from graphopt.testing.strategies import inference_graphs, joint_graphs
+from graphopt.testing.strategies import forward_graphs, inference_graphs, joint_graphs
 from graphopt.text import print_graph
 from graphopt.verify import verify
 
@@ -86,16 +88,24 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
             f"pass {pass_.name!r} requires {', '.join(missing)}, which these graphs do not have",
             hint="give `graphs=` that a pass providing it has rewritten",
         )
-    before, after, ctx = graph.copy(), graph.copy(), PassContext(mesh=mesh, running=pass_.name)
+    before, after, inputs = graph.copy(), graph.copy(), inputs_for(graph, seed)
+    ctx = PassContext(mesh=mesh, running=pass_.name, parameters=_parameters(graph, inputs))
     name = "runs"
     try:
         outcome = pass_.apply(after, ctx)
-        application = Application(pass_, before, after, outcome, ctx, inputs_for(before, seed))
+        application = Application(pass_, before, after, outcome, ctx, inputs)
         for name, obligation in OBLIGATIONS.items():  # noqa: B007
             obligation(application)
     except Exception as error:
         raise _PassFailure(_message(pass_, name, before, after, seed, error)) from error
     return len(outcome.applied) + len(outcome.declined)
+
+
+def _parameters(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What a pass on a forward graph may replace."""
+    slots = graph.signature.inputs if graph.level is Level.FORWARD else ()
+    pairs = zip(slots, inputs, strict=False)
+    return {slot.name: value for slot, value in pairs if slot.role is Role.PARAM}
 
 
 def _check_options(pass_: Pass) -> None:
@@ -111,7 +121,11 @@ def _check_options(pass_: Pass) -> None:
 
 
 def _default_graphs(pass_: Pass) -> st.SearchStrategy[Graph]:
-    strategies = {"joint": joint_graphs(), "inference": inference_graphs()}
+    strategies = {
+        "joint": joint_graphs(),
+        "inference": inference_graphs(),
+        "forward": forward_graphs(),
+    }
     usable = [graphs for level, graphs in strategies.items() if level in pass_.levels]
     if not usable:
         raise ArgumentError(

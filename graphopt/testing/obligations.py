@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from graphopt.graph import Graph
+from graphopt.graph import Graph, Level
 from graphopt.ops.unrounded import unrounded
 from graphopt.passbase import REASSOCIATED, Outcome, Pass, PassContext
 from graphopt.plan import Role, Slot
+from graphopt.rewrite import parametrized_name
 from graphopt.testing.comparison import amplification_of, assert_same
 from graphopt.testing.oracles import run_graph, run_graph_fp64
 from graphopt.text import parse_graph, print_graph
@@ -60,8 +63,15 @@ class Application:
 
     @cached_property
     def inputs_after(self) -> list[Tensor]:
-        """The same values for the inputs of `after`; those that the pass added are in `ctx`."""
+        """The same values for the inputs of `after`; those that the pass added are in `ctx`.
+
+        Parameters that it has added are made of those that they take the place of.
+        """
         values = dict(zip(self.before.signature.inputs, self.inputs, strict=True))
+        for name, made_by in self.outcome.parametrized.items():
+            inverse: Any = made_by.right_inverse
+            for number, value in enumerate(inverse(self.ctx.parameters[name])):
+                values[Slot(Role.PARAM, parametrized_name(name, number))] = value
         return [
             values[slot] if slot in values else self.ctx.state[slot.name.partition("/")[2]]
             for slot in self.after.signature.inputs
@@ -105,6 +115,44 @@ def _same_results(application: Application) -> None:
     if numerics.kind in ("reassociated", "lowered"):
         amplification = amplification_of(application.before, application.inputs, expected)
     assert_same(expected, actual, numerics, application.before.signature, amplification)
+
+
+def _same_gradients(application: Application) -> None:
+    """Of a forward graph autograd derives the backward, so that it has to be right too."""
+    if application.before.level is not Level.FORWARD:
+        return
+    numerics = application.pass_.numerics
+    expected = _gradients(application.before, application.inputs)
+    actual = _gradients(application.after, application.inputs_after)
+    common = [slot for slot in expected if slot in actual]
+    size = max((float(expected[s].abs().max()) for s in common if expected[s].numel()), default=0.0)
+    for slot in common:
+        off = float((expected[slot] - actual[slot]).abs().max()) if expected[slot].numel() else 0.0
+        allowed = max(numerics.bound, 1e-4) * max(size, 1.0)
+        assert off <= allowed, f"the gradient of {slot} is off by {off:.3g}, beyond {allowed:.3g}"
+
+
+def _gradients(graph: Graph, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
+    """Of the sum of the cosines of all outputs; 0 where it does not depend on an input."""
+    wants = [
+        t.is_floating_point() and slot.role is not Role.BUFFER
+        for slot, t in zip(graph.signature.inputs, inputs, strict=True)
+    ]
+    leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wants, strict=True)]
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        outputs = [t for t in graph.module(*leaves) if isinstance(t, Tensor) and t.requires_grad]
+        if not outputs:
+            return {}
+        loss = sum((t.cos() if t.is_floating_point() else t).double().sum() for t in outputs)
+        assert isinstance(loss, Tensor)
+        wanted = [(s, t) for s, t in zip(graph.signature.inputs, leaves, strict=True)]
+        wanted = [(s, t) for s, t in wanted if t.requires_grad]
+        grads = torch.autograd.grad(loss, [t for _, t in wanted], allow_unused=True)
+    return {
+        slot: torch.zeros_like(leaf) if grad is None else grad
+        for (slot, leaf), grad in zip(wanted, grads, strict=True)
+    }
 
 
 def _same_without_rounding(application: Application) -> None:
@@ -165,6 +213,7 @@ OBLIGATIONS: Mapping[str, Callable[[Application], None]] = {
     "reports": _reports,
     "keeps-signature": _keeps_signature,
     "same-results": _same_results,
+    "same-gradients": _same_gradients,
     "no-new-aliases": _no_new_aliases,
     "is-deterministic": _is_deterministic,
     "is-idempotent": _is_idempotent,

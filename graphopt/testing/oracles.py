@@ -49,6 +49,8 @@ def run_graph_fp64(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> lis
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target: Any = node.target
+        if isinstance(target, str):
+            return tree_map_only(Tensor, _widened, _call(node, args, kwargs))
         if without := unrounded(target):
             return without(*args, **kwargs)
         tags = getattr(target, "tags", ())
@@ -63,6 +65,8 @@ def run_graph_fp64(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> lis
 
 def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target: Any = node.target
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
     return target(*args, **kwargs)
 
 
@@ -76,7 +80,7 @@ def _interpret(graph: Graph, inputs: Sequence[Tensor], seed: int, call: Call) ->
                 values[node] = next(pending)
             elif node.op == "get_attr":
                 values[node] = _attribute(graph, str(node.target))
-            elif node.op == "call_function":
+            elif node.op in ("call_function", "call_method"):
                 args, kwargs = tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
                 values[node] = call(node, tuple(args), kwargs)
             elif node.op != "output":

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level
 from graphopt.testing.builder import Builder, Choices
 from graphopt.testing.ops_catalogue import CATALOGUE
@@ -46,9 +45,10 @@ class Program:
 
 
 def build(program: Program, level: Level = Level.JOINT) -> Graph:
-    """The graph that a program means, as a training step or as inference alone."""
-    if level is Level.FORWARD:
-        raise ArgumentError("programs build joint and inference graphs only", where=str(level))
+    """The graph that a program means: a training step, inference alone, or a forward.
+
+    A forward is made of the ATen operators of inference, which autograd can differentiate.
+    """
     recorder = Recorder()
     with recorder.recording():
         outputs = _forward(program, Builder(recorder, training=level is Level.JOINT))

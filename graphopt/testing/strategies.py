@@ -47,6 +47,13 @@ def joint_graphs(
     return programs(max_steps=max_steps, kinds=kinds).map(lambda p: build(p, Level.JOINT))
 
 
+def forward_graphs(
+    *, max_steps: int = 8, kinds: Collection[str] = tuple(CATALOGUE)
+) -> st.SearchStrategy[Graph]:
+    """Graphs in front of autograd; batch norm uses its running statistics."""
+    return programs(max_steps=max_steps, kinds=kinds).map(lambda p: build(p, Level.FORWARD))
+
+
 def inference_graphs(
     *, max_steps: int = 8, kinds: Collection[str] = tuple(CATALOGUE)
 ) -> st.SearchStrategy[Graph]:

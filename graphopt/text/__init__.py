@@ -53,10 +53,11 @@ __all__ = ["FORMAT_VERSION", "parse_graph", "print_graph"]
 
 
 def print_graph(graph: Graph, *, sources: bool = False) -> str:
-    """The text of a joint or inference graph.
+    """The text of a graph.
 
     Args:
-        graph: any graph whose nodes carry fake values and call registered operators.
+        graph: any graph whose nodes carry fake values and call registered operators; at the level
+            ``forward`` also functions of torch and methods of tensors.
         sources: end each line with the user's source line, as a comment.
 
     Raises:

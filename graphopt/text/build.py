@@ -18,6 +18,7 @@ from graphopt.errors import TextError
 from graphopt.graph import Graph, Level
 from graphopt.plan import Phase, Role, Signature
 from graphopt.text.elements import elements_of, restored
+from graphopt.text.functions import Method, function_of
 from graphopt.text.lift import type_of
 from graphopt.text.made_sizes import Made
 from graphopt.text.names import operator_hint, operator_of
@@ -34,6 +35,7 @@ from graphopt.text.syntax import (
     Program,
     Ref,
     SizeType,
+    Slice,
     Statement,
     SubGraph,
     TensorType,
@@ -44,9 +46,10 @@ from graphopt.text.writer import write_type
 
 def build_graph(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
     """The graph that a program means; errors point into `source`, the text it was read from."""
-    builder = _Builder(source, constants, program.symbols)
+    functions = program.level == Level.FORWARD
+    builder = _Builder(source, constants, program.symbols, functions=functions)
     frame = _Frame("")
-    with _quiet():
+    with _quiet(), _autocast_as_it_is():
         for statement in program.statements:
             builder.add(statement, frame)
     frame.graph.output([frame.nodes[name] for _, name in program.outputs])
@@ -58,6 +61,9 @@ def build_graph(program: Program, source: Source, constants: Mapping[str, Tensor
     return Graph(frame.module(), signature, Level(program.level), facts=program.facts)
 
 
+_DEVICES = ("cpu", "cuda")
+
+
 class _Frame:
     """One graph under construction; `path` is the prefix of a sub-graph's constants."""
 
@@ -66,6 +72,7 @@ class _Frame:
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
         self.attributes: dict[str, Tensor | fx.GraphModule] = {}
+        self.without: dict[fx.Node, Any] = {}  # results that are no values: contexts, nothing
 
     def module(self) -> fx.GraphModule:
         return fx.GraphModule(dict(self.attributes), self.graph)
@@ -83,18 +90,28 @@ class _Frame:
                 return [self.argument(item) for item in value]
             case dict():
                 return {key: self.argument(item) for key, item in value.items()}
+            case Slice():
+                return slice(*map(self.argument, value.parts))
         return value
 
     def value(self, node: fx.Node) -> Any:
         """What a node stands for when an operator is run on fake tensors."""
-        return node.meta["val"] if "val" in node.meta else self.attributes[str(node.target)]
+        if "val" in node.meta:
+            return node.meta["val"]
+        return self.without[node] if node in self.without else self.attributes[str(node.target)]
 
 
 class _Builder:
     def __init__(
-        self, source: Source, constants: Mapping[str, Tensor], symbols: Sequence[Symbol]
+        self,
+        source: Source,
+        constants: Mapping[str, Tensor],
+        symbols: Sequence[Symbol],
+        *,
+        functions: bool,
     ) -> None:
         self._source = source
+        self._functions = functions
         self._constants = constants
         # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
         self._fake = FakeTensorMode(
@@ -119,7 +136,7 @@ class _Builder:
                 node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
             elif what.body:
                 frame.attributes[what.target] = self._sub_graph(what, what.body, frame)
-        if not isinstance(what, SubGraph):
+        if "val" in node.meta:
             self._check(statement, node.meta["val"])
         frame.nodes[statement.name] = node
         _annotate(node, statement)
@@ -180,17 +197,26 @@ class _Builder:
 
     def _call(self, statement: Statement, what: Call, frame: _Frame) -> fx.Node:
         target = operator_of(what.op)
+        if target is None and self._functions:
+            target = function_of(what.op)
         if target is None:
             raise self._source.error(
                 statement.place, f"there is no operator {what.op}", operator_hint(what.op)
             )
         args = tuple(frame.argument(arg) for arg in what.args)
         kwargs = {key: frame.argument(arg) for key, arg in what.kwargs.items()}
-        node = frame.graph.create_node("call_function", target, args, kwargs, statement.name)
+        if isinstance(target, Method):
+            node = frame.graph.call_method(target.name, args, kwargs)
+            node._rename(statement.name)
+        else:
+            node = frame.graph.create_node("call_function", target, args, kwargs, statement.name)
         try:
             with self._fake, torch.no_grad(), self._kernels():
                 value = _run(target, node, frame.value)
-                node.meta["val"] = _restride(value, statement.type, self._sizes)
+                if isinstance(target, torch._ops.OpOverload) or statement.type != NONE:
+                    node.meta["val"] = _restride(value, statement.type, self._sizes)
+                else:
+                    frame.without[node] = value
         except Exception as error:
             # Whatever a fake kernel raises, it means: not with these arguments.
             raise self._source.error(
@@ -223,6 +249,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def _autocast_as_it_is() -> Iterator[None]:
+    """Functions of a forward graph enter autocast, and the last of them may not leave it."""
+    before = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES}
+    try:
+        yield
+    finally:
+        for device, (enabled, dtype) in before.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from graphopt.text.syntax import LAST_LINE, Place
 FORMAT_VERSION = 1
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
 
-_LEVELS = (Level.JOINT.value, Level.INFERENCE.value)
+_LEVELS = tuple(level.value for level in Level)
 
 
 def running_torch() -> str:

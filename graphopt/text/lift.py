@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from graphopt.errors import TextError
 from graphopt.graph import Graph, Level, module_of, phase_of, source_of
 from graphopt.plan import Phase
 from graphopt.text.elements import inlined
+from graphopt.text.functions import function_name
 from graphopt.text.header import running_torch
 from graphopt.text.names import name_of
 from graphopt.text.sizes import Symbols
@@ -25,6 +27,7 @@ from graphopt.text.syntax import (
     Program,
     Ref,
     SizeType,
+    Slice,
     Statement,
     SubGraph,
     TensorType,
@@ -36,10 +39,6 @@ _PHASES = {None: Phase.FORWARD, "is_forward": Phase.FORWARD, "is_backward": Phas
 
 def lift_graph(graph: Graph, *, sources: bool = False) -> Program:
     """The program that a graph is; with `sources`, the user's source lines too."""
-    if graph.level is Level.FORWARD:
-        raise TextError(
-            "a forward-level graph has no text form", hint="print the joint graph derived from it"
-        )
     lifter = _Lifter(graph, sources)
     statements = lifter.statements(graph.module)
     if len(graph.inputs) != len(graph.signature.inputs):
@@ -73,6 +72,7 @@ class _Lifter:
         self.symbols = Symbols()
         for node in graph.inputs:
             self.symbols.note(node.meta.get("val"))
+        self._functions = graph.level is Level.FORWARD
         # Region numbers count up within a process; their order is all that means something.
         regions = {n.meta["ac_graph_id"] for n in graph.nodes if "ac_graph_id" in n.meta}
         self._regions = {region: rank for rank, region in enumerate(sorted(regions))}
@@ -109,20 +109,25 @@ class _Lifter:
             else:
                 what = self._sub_graph(node, attribute, own, shown)
         else:
-            what = _call(node)
+            what = _call(node, self._functions)
         policy, region = node.meta.get("recompute"), node.meta.get("ac_graph_id")
         if region is not None and policy is None:
             raise TextError("a checkpointed region without a policy", where=node.name)
         return Statement(
             name=node.name,
             what=what,
-            type=NONE if isinstance(what, SubGraph) else _type_of_node(node, value, self.symbols),
+            type=self._type(node, what, value),
             phase=own,
             module=module_of(node),
             recompute=policy.name.lower() if policy is not None else "",
             region=self._regions.get(region),
             source=source_of(node).rsplit(": ", 1)[0] if self._sources else "",
         )
+
+    def _type(self, node: fx.Node, what: object, value: object) -> Type:
+        if isinstance(what, SubGraph):
+            return NONE
+        return _type_of_node(node, value, self._functions, self.symbols)
 
     def _sub_graph(
         self, node: fx.Node, attribute: object, phase: Phase, shown: set[str]
@@ -148,8 +153,10 @@ def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
     return value
 
 
-def _call(node: fx.Node) -> Call:
+def _call(node: fx.Node, functions: bool) -> Call:
     name = name_of(node.target) if node.op == "call_function" else None
+    if name is None and functions and node.op in ("call_function", "call_method"):
+        name = function_name(node)
     if name is None:
         raise TextError(
             "only ATen and other registered operators have a text form",
@@ -175,6 +182,11 @@ def _literal(value: Any, node: fx.Node) -> Literal:
             return tuple(_literal(item, node) for item in value)
         case list():
             return [_literal(item, node) for item in value]
+        case slice():
+            parts = (value.start, value.stop, value.step)
+            return Slice(tuple(_literal(part, node) for part in parts))
+        case EllipsisType():
+            return value
         case dict() if all(isinstance(key, str) for key in value):
             return {key: _literal(item, node) for key, item in value.items()}
         case torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
@@ -187,7 +199,9 @@ def _literal(value: Any, node: fx.Node) -> Literal:
     )
 
 
-def _type_of_node(node: fx.Node, value: object, symbols: Symbols) -> Type:
+def _type_of_node(node: fx.Node, value: object, functions: bool, symbols: Symbols) -> Type:
+    if functions and not isinstance(node.target, torch._ops.OpOverload) and "val" not in node.meta:
+        return NONE  # a function that changes a mode or an item returns nothing
     if value is None and "val" not in node.meta and not _returns_nothing(node):
         raise TextError(
             "a node without meta['val'] has no text form",

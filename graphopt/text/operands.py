@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import EllipsisType
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from graphopt.text.syntax import (
     OpName,
     Ref,
     SizeType,
+    Slice,
     TensorType,
     Type,
     default_stride,
@@ -94,7 +96,7 @@ def read_literal(line: Line, known: Collection[str]) -> Literal:
         case "number":
             return number(token)
         case "word":
-            return _word(line, token)
+            return _word(line, token, known)
     match token.text:
         case "(":
             return tuple(_until(line, ")", lambda: read_literal(line, known)))
@@ -123,10 +125,15 @@ def number(token: Token) -> int | float:
     return int(token.text) if whole else float(token.text)
 
 
-_CONSTANTS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
+_CONSTANTS: dict[str, bool | EllipsisType | None] = {
+    "None": None,
+    "True": True,
+    "False": False,
+    "Ellipsis": ...,
+}
 
 
-def _word(line: Line, token: Token) -> Literal:
+def _word(line: Line, token: Token, known: Collection[str]) -> Literal:
     if token.text in _CONSTANTS:
         return _CONSTANTS[token.text]
     if token.text == "complex" and line.accept("("):
@@ -134,6 +141,11 @@ def _word(line: Line, token: Token) -> Literal:
         if len(parts) != 2:
             raise line.error("a complex number has two parts", at=token)
         return complex(*parts)
+    if token.text == "slice" and line.accept("("):
+        bounds = tuple(_until(line, ")", lambda: read_literal(line, known)))
+        if len(bounds) != 3:
+            raise line.error("a slice has a start, a stop and a step", at=token)
+        return Slice(bounds)
     if "." in token.text:
         if operator_of(token.text) is None:
             hint = operator_hint(token.text)

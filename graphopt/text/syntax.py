@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import EllipsisType
 
 import torch
 
@@ -40,6 +41,13 @@ class TensorType:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """``slice(None, %n, None)``: start, stop and step."""
+
+    parts: tuple[Literal, ...]
+
+
+@dataclass(frozen=True)
 class SizeType:
     """A whole number that is known in terms of symbols: ``int 2*s0``."""
 
@@ -52,7 +60,7 @@ NONE = "none"
 SCALARS = (NONE, "bool", "int", "float")
 
 Literal = (
-    None | bool | int | float | complex | str | Ref | OpName
+    None | bool | int | float | complex | str | Ref | OpName | Slice | EllipsisType
     | torch.dtype | torch.device | torch.layout | torch.memory_format
     | tuple["Literal", ...] | list["Literal"] | dict[str, "Literal"]
 )  # fmt: skip
@@ -171,6 +179,8 @@ def refs(literal: Literal) -> Iterator[str]:
     elif isinstance(literal, dict):
         for item in literal.values():
             yield from refs(item)
+    elif isinstance(literal, Slice):
+        yield from refs(literal.parts)
 
 
 def default_stride(shape: tuple[Size, ...]) -> tuple[Size, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from types import EllipsisType
 
 from graphopt.plan import Slot
 from graphopt.text.header import FORMAT_VERSION
@@ -23,6 +24,7 @@ from graphopt.text.syntax import (
     Program,
     Ref,
     SizeType,
+    Slice,
     Statement,
     SubGraph,
     Type,
@@ -150,6 +152,10 @@ def write(value: Literal) -> str:
             return f"complex({value.real!r}, {value.imag!r})"
         case Ref():
             return f"%{value.name}"
+        case Slice():
+            return f"slice({', '.join(map(write, value.parts))})"
+        case EllipsisType():
+            return "Ellipsis"
         case OpName():
             return value.name
         case tuple():

@@ -64,7 +64,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         "allowed-targets",
-        "Calls are of operators, higher-order operators, getitem, and functions on numbers.",
+        "Calls are of operators, higher-order operators, getitem, and functions on numbers; of a "
+        "forward graph of any function or method.",
         form.targets_allowed,
     ),
     Invariant(

@@ -15,7 +15,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphopt.graph import Graph, operator_name, phase_of
+from graphopt.graph import Graph, Level, operator_name, phase_of
 from graphopt.ops.numbers import is_number, number_function
 from graphopt.plan import Phase, Role
 
@@ -31,7 +31,8 @@ class Scan:
         self.nodes = graph.nodes
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.placeholders = tuple(n for n in self.nodes if n.op == "placeholder")
-        self.calls = tuple(n for n in self.nodes if n.op == "call_function")
+        self.calls = tuple(graph.operators)
+        self.functions = graph.level is Level.FORWARD
         self.attributes = tuple(n for n in self.nodes if n.op == "get_attr")
 
     @cached_property
@@ -125,9 +126,12 @@ def defined_before_use(scan: Scan) -> Iterator[Violation]:
 
 def targets_allowed(scan: Scan) -> Iterator[Violation]:
     """Yield nodes that are no operator call, or call something that is no operator."""
+    methods = ("call_method",) if scan.functions else ()
     for node in scan.nodes:
-        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        if node.op not in ("placeholder", "get_attr", "call_function", "output", *methods):
             yield node, f"nodes of kind {node.op!r} are not allowed"
+    if scan.functions:
+        return
     for node in scan.calls:
         target = node.target
         if isinstance(target, OpOverload | HigherOrderOperator) or target is operator.getitem:
@@ -182,7 +186,7 @@ def values_present(scan: Scan) -> Iterator[Violation]:
     for node in (*scan.placeholders, *scan.calls):
         value = node.meta.get("val")
         if value is None:
-            if not _may_be_none(node):
+            if not _may_be_none(node, scan.functions):
                 yield node, "it has no `val` in its meta"
         elif not isinstance(value, FakeTensor) and _has_real_tensor(value):
             yield node, "the `val` in its meta is a real tensor, not a fake one"
@@ -191,10 +195,12 @@ def values_present(scan: Scan) -> Iterator[Violation]:
             yield node, "it has no `val` in its meta"
 
 
-def _may_be_none(node: fx.Node) -> bool:
+def _may_be_none(node: fx.Node, functions: bool) -> bool:
     """Some operators return nothing, and some leave elements of their result out."""
     if node.target is operator.getitem:
         return "val" in node.meta
+    if functions and not isinstance(node.target, OpOverload):
+        return True  # it changes a mode, or an element
     return isinstance(node.target, OpOverload) and not node.target._schema.returns
 
 
@@ -214,6 +220,8 @@ def elements_exist(scan: Scan) -> Iterator[Violation]:
             continue
         source, index = node.args
         values = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if scan.functions and not isinstance(values, (list, tuple)):
+            continue  # indexing of a tensor
         if not isinstance(values, (list, tuple)):
             yield node, f"{source} has no elements"
         elif type(index) is not int or not 0 <= index < len(values):

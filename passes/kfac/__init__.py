@@ -13,7 +13,7 @@ from graphopt.passbase import ALGORITHM, Applied, Numerics, Outcome, Pass, PassC
 from graphopt.passes.kfac.emit import Batch, emit_statistics
 from graphopt.passes.kfac.sites import find_sites
 from graphopt.plan import Phase, Role, Slot
-from graphopt.plan.kfac import DIAGONAL, Block, Curvature, Side
+from graphopt.plan.kfac import DIAGONAL, LOW_RANK, Block, Curvature, Side
 
 # Operators of losses by the position of their ``reduction`` argument; 2 is the sum.
 _LOSSES = {"nll_loss_backward": 4, "nll_loss2d_backward": 4, "mse_loss_backward": 3}
@@ -44,8 +44,13 @@ class Kfac(Pass):
         sharing: of weights used at several positions of an example: ``expand`` counts each,
             ``reduce`` sums first (Eschenhagen et al., arXiv 2311.00636).
         ema: weight of the old statistic in a running mean; 0 keeps the newest only.
-        max_dim: largest size of a dense factor; a larger one is cut into blocks, or its diagonal
-            kept.
+        clip: largest squared length of the preconditioned gradients in the metric of the curvature:
+            their product with the plain ones. Longer ones are shortened, all by one factor, as by
+            KAISA; keeps old statistics from making steps too long. 0 shortens none.
+        max_dim: largest size of a dense factor.
+        rank: of a larger factor, how many directions are kept beside its diagonal, found without
+            forming it; 0 to cut it into blocks, or to keep its diagonal alone. `eigen` and `ekfac`
+            always cut.
         wire: what statistics travel as between ranks.
         fraction: share of the ranks that keep and apply the inverses of one block (KAISA, Pauloski
             et al., arXiv 2107.01739): 0 for one rank, 1 for all.
@@ -72,7 +77,9 @@ class Kfac(Pass):
     reduction: Literal["auto", "mean", "sum"] = "auto"
     sharing: Literal["expand", "reduce"] = "expand"
     ema: float = 0.0
+    clip: float = 0.0
     max_dim: int = 4096
+    rank: int = 64
     wire: Literal["native", "bf16"] = "native"
     fraction: float = 0.0
 
@@ -91,9 +98,19 @@ class Kfac(Pass):
             raise ArgumentError(
                 f"kfac: ema={self.ema:g} is not in [0, 1)", hint="0 keeps the newest statistic"
             )
+        if not 0 <= self.clip < float("inf"):
+            raise ArgumentError(
+                f"kfac: clip={self.clip:g} is not a length",
+                hint="start with clip=1, or leave it out to shorten no step",
+            )
         if self.max_dim < 1:
             raise ArgumentError(
                 f"kfac: max_dim={self.max_dim} is not a size", hint="leave it out for 4096"
+            )
+        if self.rank < 0:
+            raise ArgumentError(
+                f"kfac: rank={self.rank} is not a number of directions",
+                hint="leave it out for 64, or rank=0 to cut large factors into blocks",
             )
         if not 0 <= self.fraction <= 1:
             raise ArgumentError(
@@ -102,7 +119,8 @@ class Kfac(Pass):
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Insert the statistics, and decide what the runtime does with them."""
-        sites, declined = find_sites(graph, self.max_dim)
+        whole = self.solver in ("eigen", "ekfac")  # they need eigenvectors of whole factors
+        sites, declined = find_sites(graph, self.max_dim, 0 if whole else self.rank)
         if not sites:
             return Outcome(declined=tuple(declined))
         batch = Batch(
@@ -137,6 +155,7 @@ class Kfac(Pass):
             ema=self.ema,
             wire=self.wire,
             fraction=self.fraction,
+            clip=self.clip,
         )
 
 
@@ -176,6 +195,8 @@ def _applied(block: Block, sharing: str, uses: int) -> list[Applied]:
 
 def _size(side: Side) -> str:
     count = f"{side.blocks} times " if side.blocks > 1 else ""
+    if side.form == LOW_RANK:
+        return f"{count}rank {side.rank} and diagonal of {side.size}x{side.size}"
     return count + (
         f"diagonal {side.size}" if side.form == DIAGONAL else f"{side.size}x{side.size}"
     )

@@ -21,7 +21,14 @@ from graphopt.analysis.weight_uses import Use
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.norm import norm_moments
 from graphopt.passes.kfac.rnn import ROWS, rnn_count
-from graphopt.passes.kfac.rows import add_up, examples_first, reduced, rows_of, with_ones
+from graphopt.passes.kfac.rows import (
+    add_up,
+    add_up_side,
+    examples_first,
+    reduced,
+    rows_of,
+    with_ones,
+)
 from graphopt.passes.kfac.sites import Site
 from graphopt.plan.kfac import Block
 
@@ -93,7 +100,9 @@ def emit_statistics(
                 parts[side.statistic] = [
                     make(side, bool(block.bias) and side is block.right, scale)
                 ]
-        nodes = {name: add_up(graph, made) for name, made in parts.items()}
+        nodes = {
+            side.statistic: add_up_side(graph, parts[side.statistic], side) for side in block.sides
+        }
         if batch.samples and len(everything) == 1 and everything[0].by_example is not None:
             names = (f"{block.weight}:g", f"{block.weight}:a")
             block = replace(block, samples=names)

@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+import graphopt.ops.low_rank
 import graphopt.ops.moments
-import graphopt.ops.packed_diagonal  # noqa: F401  (both define operators)
+import graphopt.ops.packed_diagonal  # noqa: F401  (all define operators)
 from graphopt.analysis.weight_uses import Use, depends_on_tangents
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.rnn import rnn_rows
-from graphopt.plan.kfac import DENSE, Side
+from graphopt.plan.kfac import DENSE, LOW_RANK, Side
 from graphopt.rewrite import emit
 
 aten = torch.ops.aten
@@ -111,6 +112,9 @@ def _moment(graph: Graph, rows: fx.Node, side: Side, ones: bool, scale: float) -
     if side.form == DENSE:
         given = (ones, side.blocks // value_of(rows).shape[0], float(scale))
         return emit(graph, moments.second_moment.default, rows, *given, like=rows)
+    if side.form == LOW_RANK:
+        kept = (ones, side.rank, float(scale))
+        return emit(graph, moments.low_rank_moment.default, rows, *kept, like=rows)
     return emit(graph, moments.diagonal_moment.default, rows, ones, float(scale), like=rows)
 
 
@@ -120,6 +124,13 @@ def add_up(graph: Graph, parts: Sequence[fx.Node]) -> fx.Node:
     for part in parts[1:]:
         total = emit(graph, aten.add.Tensor, total, part, like=part)
     return total
+
+
+def add_up_side(graph: Graph, parts: Sequence[fx.Node], side: Side) -> fx.Node:
+    """The sum of moments of one side."""
+    if side.form != LOW_RANK or len(parts) == 1:
+        return add_up(graph, parts)
+    return emit(graph, moments.low_rank_sum.default, list(parts), side.size, like=parts[0])
 
 
 def _convolution(graph: Graph, use: Use) -> Rows:
@@ -155,6 +166,9 @@ def _convolution(graph: Graph, use: Use) -> Rows:
         if side.form == DENSE:
             geometry = (*geometry, side.blocks // groups)
             operator = moments.patch_moment.default
+        elif side.form == LOW_RANK:
+            geometry = (*geometry, side.rank)
+            operator = moments.low_rank_patch_moment.default
         else:
             operator = moments.patch_diagonal_moment.default
         return emit(graph, operator, x, *geometry, float(scale), like=use.node)
@@ -182,6 +196,9 @@ def _embedding(graph: Graph, use: Use) -> Rows:
         counts = emit(graph, aten.mul.Tensor, counts, float(scale), like=use.node)
         if side.form == DENSE:
             counts = emit(graph, moments.packed_diagonal.default, counts, like=use.node)
+        elif side.form == LOW_RANK:
+            kept = (counts, side.rank)
+            counts = emit(graph, moments.low_rank_diagonal.default, *kept, like=use.node)
         return counts
 
     return Rows(of_gradient, of_input)

@@ -19,6 +19,7 @@ from graphopt.plan.kfac import (
     DIAGONAL,
     IN_OUT,
     IN_OUT_KERNEL,
+    LOW_RANK,
     OUT_IN,
     Block,
     Side,
@@ -46,20 +47,22 @@ class Site:
     swapped: tuple[bool, ...] = ()
 
 
-def find_sites(graph: Graph, max_dim: int) -> tuple[list[Site], list[Declined]]:
+def find_sites(graph: Graph, max_dim: int, rank: int) -> tuple[list[Site], list[Declined]]:
     """All blocks of a joint graph, and the parameters that are left alone, with the reason.
 
     Args:
         graph: a joint graph.
         max_dim: largest size of a dense matrix.
+        rank: rows that are kept of larger ones, where these are less than half of their size; 0 to
+            cut them.
     """
-    finder = _Finder(graph, max_dim)
+    finder = _Finder(graph, max_dim, rank)
     return finder.sites(), finder.declined
 
 
 class _Finder:
-    def __init__(self, graph: Graph, max_dim: int) -> None:
-        self.max_dim = max_dim
+    def __init__(self, graph: Graph, max_dim: int, rank: int) -> None:
+        self.max_dim, self.rank = max_dim, rank
         self.uses = dict(graph.get(weight_uses))
         self.tangents = graph.get(depends_on_tangents)
         inputs = zip(graph.inputs, graph.signature.inputs, strict=True)
@@ -164,9 +167,11 @@ class _Finder:
         return Site(block, uses, tuple(swapped))
 
     def _side(self, statistic: str, size: int, groups: int) -> Side:
-        """Dense where it is small enough, else cut into equal pieces, else its diagonal."""
+        """Dense where it is small enough; of low rank; cut into equal pieces; or its diagonal."""
         if size <= self.max_dim:
             return Side(statistic, size, groups)
+        if 0 < self.rank < size // 2:
+            return Side(statistic, size, groups, LOW_RANK, self.rank)
         for pieces in range(2, MAX_PIECES + 1):
             if size % pieces == 0 and size // pieces <= self.max_dim:
                 return Side(statistic, size // pieces, groups * pieces)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import StateError
+from graphopt.ops.low_rank import bound
 from graphopt.plan import Plan, Role
-from graphopt.plan.kfac import Curvature
+from graphopt.plan.kfac import LOW_RANK, Curvature
 from graphopt.runtime import kernels
 from graphopt.runtime.engine.step import (
     Backward,
@@ -53,6 +54,8 @@ class Kfac(RuntimePart[Curvature]):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.division: Division | None = None
+        # Sizes of the sides of low rank by statistic, for the report.
+        self._large: dict[str, int] = {}
 
     def forward(self, part: Curvature, plan: Plan, below: MakeForward) -> MakeForward:
         """Keep the model's output where labels are drawn from it."""
@@ -68,6 +71,8 @@ class Kfac(RuntimePart[Curvature]):
         """Compute statistics in the steps in which they are due."""
         if torch.cuda.is_available():
             kernels.register()
+        sides = (side for block in part.blocks for side in block.sides)
+        self._large.update({s.statistic: s.size for s in sides if s.form == LOW_RANK})
 
         def make(half: Half) -> Backward:
             if not any(map(is_statistic, half.slots)):
@@ -110,14 +115,19 @@ class Kfac(RuntimePart[Curvature]):
         ranks = self.session.ranks.get("dp")
         if ranks is None or ranks.size == 1:
             curvature.take_over(part.blocks, fresh)
-            gradients.update(curvature.precondition(part.blocks, gradients))
+            changed = curvature.precondition(part.blocks, gradients)
+            length = curvature.length(changed, gradients, self.session.loss_scale)
+            gradients.update(curvature.clipped(changed, length))
         else:
             reduces = "grouped" not in found.plan.facts
             if reduces:
                 _complete(found.plan, step, ranks, gradients)
             if self.division is None:
                 self.division = Division.of(ranks, part.fraction, self.session.ranks.get("pp"))
-            gradients.update(self.division.step(curvature, gradients, fresh, reduces=reduces))
+            result = self.division.step(
+                curvature, gradients, fresh, reduces=reduces, loss_scale=self.session.loss_scale
+            )
+            gradients.update(result)
         curvature.advance()
 
     def _without_layers(self, part: Curvature, step: Step) -> None:
@@ -171,10 +181,11 @@ class Kfac(RuntimePart[Curvature]):
         return dict(self.state) if self.division is None else self.division.whole(self.state)
 
     def notes(self) -> tuple[str, ...]:
-        """How often statistics are renewed now, and what ranks send."""
+        """How often statistics are renewed now, what low rank leaves out, and what ranks send."""
         found = (int(v[0]) for n, v in self.state.items() if n.startswith("interval/"))
         chosen = sorted(found)
         sent = () if self.division is None else self.division.notes()
+        sent = (*self._left_out(), *sent)
         if not chosen:
             return sent
         steps, middle = int(self.state["step"]), chosen[len(chosen) // 2]
@@ -184,9 +195,22 @@ class Kfac(RuntimePart[Curvature]):
             *sent,
         )
 
+    def _left_out(self) -> Iterator[str]:
+        """A line for each side of low rank that this rank keeps."""
+        for name, size in self._large.items():
+            value = self.state.get(f"now/{name}")
+            if value is not None:
+                share, error = bound(value, size)
+                rank = value.shape[1] // size - 1
+                yield (
+                    f"kfac: {name}, {rank} directions of {size} and the diagonal, leaves out "
+                    f"{share:.2%} of the trace; its Frobenius norm is wrong by at most {error:.2%}"
+                )
+
     def copy(self, session: Session) -> Self:
         """The same owners, with messages of their own."""
         other = type(self)(session)
+        other._large.update(self._large)
         if self.division is not None:
             other.division = self.division.copy(session.ranks["dp"], session.ranks.get("pp"))
         return other

@@ -187,6 +187,7 @@ class Division:
         fresh: Mapping[str, Tensor],
         *,
         reduces: bool,
+        loss_scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Renew statistics and solutions, and precondition.
 
@@ -195,6 +196,7 @@ class Division:
             gradients: of the whole step by parameter name.
             fresh: statistics, and rows of examples, that this step computed.
             reduces: whether nobody else averages gradients over ranks.
+            loss_scale: what the loss was multiplied with.
 
         Returns:
             Preconditioned gradients by parameter name; where gradients are reduced here, all.
@@ -223,7 +225,11 @@ class Division:
 
         if fresh:
             own = [b for u, bs in blocks.items() if self.owner(u) == self.rank for b in bs]
-            changed = curvature.take_over(own, _of_kind(received, "statistics"))
+            means_of = {
+                name: curvature.mean_of_ranks(name, value) if curvature.is_low_rank(name) else value
+                for name, value in _of_kind(received, "statistics").items()
+            }
+            changed = curvature.take_over(own, means_of)
             self._share_solutions(curvature, changed)
             self._share_intervals(curvature, list(fresh), owner)
             self.trim(curvature.state)
@@ -233,12 +239,24 @@ class Division:
         for unit, members in blocks.items():
             columns[grid.column(self.owner(unit))] += members
         mine = columns[grid.column(self.rank)]
-        means.update(curvature.precondition(mine, means))
+        shortened = curvature.precondition(mine, means)
+        length = curvature.length(shortened, means, loss_scale)
+        if curvature.curvature.clip and grid.columns > 1:
+            length = self._over_columns(length)
+        means.update(curvature.clipped(shortened, length))
         if grid.columns > 1:
             names = ([n for n in _parameters(bs) if n in gradients] for bs in columns)
             parts = [{n: means[n] for n in some} for some in names]
             means.update(self.exchange.spread("gradients", self.row, parts))
         return means
+
+    def _over_columns(self, length: Tensor | None) -> Tensor:
+        """The sum over the columns; each has its part on as many ranks as there are rows."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.exchange.device)
+        if length is not None:
+            total += length
+        self.exchange.sum_everywhere("lengths", total)
+        return (total / self.grid.rows).squeeze(0)
 
     def _statistics(
         self, curvature: CurvatureState, fresh: Mapping[str, Tensor], owner: Mapping[str, int]
@@ -248,11 +266,14 @@ class Division:
         narrow = curvature.curvature.wire == "bf16"
         for name, value in fresh.items():
             rows = name not in curvature.sides
+            low_rank = curvature.is_low_rank(name)
             if rows and name.endswith(":g") and curvature.curvature.reduction == "mean":
                 # The mean over all ranks' examples weighs each less than that over one rank's.
                 value = value / self.exchange.world
-            wire = torch.bfloat16 if narrow and not rows else value.dtype
-            found.append(Parcel("statistics", name, value, owner[name], wire, mean=not rows))
+            # Rounded rows would make the trace of what they leave out a bound no longer.
+            apart = rows or low_rank
+            wire = torch.bfloat16 if narrow and not apart else value.dtype
+            found.append(Parcel("statistics", name, value, owner[name], wire, mean=not apart))
         return found
 
     def _share_solutions(self, curvature: CurvatureState, changed: Sequence[Block]) -> None:

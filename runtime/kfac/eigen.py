@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graphopt.errors import ArgumentError
 from graphopt.runtime.kfac.factored import multiply
 from graphopt.runtime.kfac.solve import (
     Problem,
@@ -58,6 +59,12 @@ class Eigen:
                 damping, dtype=torch.float64, device=problem.left.device
             )
             for side, matrix in (("left", problem.left), ("right", problem.right)):
+                if side in problem.low_rank:
+                    raise ArgumentError(
+                        f"the {side} side is of low rank, and has no eigenvectors here",
+                        where=problem.name,
+                        hint="use solver=factored or lowrank, or cut it into blocks by rank=0",
+                    )
                 if matrix.dim() == 3:
                     dense.append((index, side, matrix.to(problem.dtype)))
                 else:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
+from graphopt.runtime.kfac import woodbury
 from graphopt.runtime.kfac.solve import (
     Problem,
     Solution,
@@ -43,19 +44,25 @@ class Inversion:
     Attributes:
         problem: index of the problem.
         side: ``"left"`` or ``"right"``.
-        matrix: ``[B, d, d]`` or, of diagonal form, ``[B, d]``.
+        matrix: ``[B, d, d]`` or, of diagonal form, ``[B, d]``; ``[B, r + 1, d]`` of low rank.
         damping: what is added to the diagonals, ``[B]``.
+        low_rank: whether it is of low rank.
     """
 
     problem: int
     side: str
     matrix: Tensor
     damping: Tensor
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
 class Factored:
-    """The solver; its solutions hold ``left_inverse`` and ``right_inverse``."""
+    """The solver; its solutions hold ``left_inverse`` and ``right_inverse``.
+
+    Of a side of low rank they hold ``left_rows`` ``[B, r, d]`` and ``left_reciprocal`` ``[B, d]``
+    (`graphopt.runtime.kfac.woodbury`).
+    """
 
     def solve(self, problems: Sequence[Problem], damping: float) -> list[Solution | None]:
         """See `Solver.solve`."""
@@ -63,14 +70,15 @@ class Factored:
 
     def apply(self, solution: Solution, gradient: Tensor) -> Tensor:
         """See `Solver.apply`."""
-        left, right = solution["left_inverse"], solution["right_inverse"]
-        wide = gradient.to(torch.promote_types(gradient.dtype, left.dtype))
-        wide = on_rows(wide, len(left), partial(multiply, left))
-        if right.shape == (len(wide), wide.shape[2], wide.shape[2]):
+        blocks, operation = on_side(solution, "left")
+        wide = gradient.to(torch.promote_types(gradient.dtype, dtype_of(solution)))
+        wide = on_rows(wide, blocks, operation)
+        right = solution.get("right_inverse")
+        if right is not None and right.shape == (len(wide), wide.shape[2], wide.shape[2]):
             # The product that needs no transposed copy.
             wide = wide @ right.to(wide.dtype)
         else:
-            wide = on_columns(wide, len(right), partial(multiply, right))
+            wide = on_columns(wide, *on_side(solution, "right"))
         return wide.to(gradient.dtype).contiguous()
 
 
@@ -118,15 +126,40 @@ def solve_damped(
 def invert(tasks: Sequence[Inversion]) -> list[Solution]:
     """``inverse`` of each side, of its matrix's shape; with NaN where not positive definite.
 
-    All dense matrices of one size are inverted by one batched Cholesky.
+    All dense matrices of one size are inverted by one batched Cholesky. Of low rank it is ``rows``
+    and ``reciprocal``.
     """
-    dense = [task for task in tasks if task.matrix.dim() == 3]
-    items = [(task.matrix, task.damping) for task in dense]
-    inverses = iter(in_batches(items, _cholesky_inverse))
-    return [
-        {"inverse": next(inverses)[0] if task.matrix.dim() == 3 else _reciprocal(task)}
-        for task in tasks
-    ]
+    flat = [task.low_rank for task in tasks]
+    dense = [task.matrix.dim() == 3 and not task.low_rank for task in tasks]
+    inverses = iter(in_batches(_items(tasks, dense), _cholesky_inverse))
+    pairs = iter(in_batches(_items(tasks, flat), woodbury.invert))
+    found: list[Solution] = []
+    for task, is_low, is_dense in zip(tasks, flat, dense, strict=True):
+        if is_low:
+            found.append(dict(zip(("rows", "reciprocal"), next(pairs), strict=True)))
+        else:
+            found.append({"inverse": next(inverses)[0] if is_dense else _reciprocal(task)})
+    return found
+
+
+def _items(tasks: Sequence[Inversion], wanted: Sequence[bool]) -> list[tuple[Tensor, ...]]:
+    return [(t.matrix, t.damping) for t, is_wanted in zip(tasks, wanted, strict=True) if is_wanted]
+
+
+def dtype_of(solution: Solution) -> torch.dtype:
+    """What a solution of this module is kept in."""
+    one = solution.get("left_inverse", solution.get("left_reciprocal"))
+    assert one is not None
+    return one.dtype
+
+
+def on_side(solution: Solution, side: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Number of blocks of a side, and what multiplies pieces ``[B, d, m]`` by its inverses."""
+    inverse = solution.get(f"{side}_inverse")
+    if inverse is not None:
+        return len(inverse), partial(multiply, inverse)
+    rows, scale = solution[f"{side}_rows"], solution[f"{side}_reciprocal"]
+    return len(rows), partial(woodbury.multiply, rows, scale)
 
 
 def multiply(inverse: Tensor, pieces: Tensor) -> Tensor:
@@ -147,21 +180,33 @@ def multiply(inverse: Tensor, pieces: Tensor) -> Tensor:
 def _ratio(problem: Problem) -> Tensor:
     """π of each group; 1 where a trace is not positive, as with zero gradients."""
     left, right = (
-        (side.diagonal(dim1=1, dim2=2) if side.dim() == 3 else side)
+        _diagonal(side, low_rank=name in problem.low_rank)
         .to(problem.dtype)
         .reshape(problem.groups, -1)
         .mean(1)
-        for side in (problem.left, problem.right)
+        for name, side in (("left", problem.left), ("right", problem.right))
     )
     ratio = right.sqrt() / left.sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+
+
+def _diagonal(side: Tensor, *, low_rank: bool) -> Tensor:
+    if side.dim() == 2:
+        return side
+    return side[:, -1] if low_rank else side.diagonal(dim1=1, dim2=2)
 
 
 def _tasks(index: int, problem: Problem, ratio: Tensor, root: float) -> tuple[Inversion, ...]:
     left, right = problem.left.to(problem.dtype), problem.right.to(problem.dtype)
     dampings = (root / ratio, root * ratio)
     return tuple(
-        Inversion(index, name, side, damping.repeat_interleave(len(side) // problem.groups))
+        Inversion(
+            index,
+            name,
+            side,
+            damping.repeat_interleave(len(side) // problem.groups),
+            name in problem.low_rank,
+        )
         for name, side, damping in zip(("left", "right"), (left, right), dampings, strict=True)
     )
 

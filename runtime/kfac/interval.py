@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.plan.kfac import DENSE
+from graphopt.ops.low_rank import inner
+from graphopt.plan.kfac import DENSE, LOW_RANK
 from graphopt.runtime.kfac.packing import frobenius
 
 
@@ -63,16 +64,20 @@ class Interval:
         return Interval(last=chosen, before=self.last, next=step + chosen)
 
 
-def similar(new: Tensor, old: Tensor | None, alpha: float = 0.1, form: str = DENSE) -> Tensor:
+def similar(
+    new: Tensor, old: Tensor | None, alpha: float = 0.1, form: str = DENSE, size: int = 0
+) -> Tensor:
     """Whether ``|X - Y| / |Y| < alpha`` in the Frobenius norm of the full matrices.
 
     False where Y is zero, as no change is small against it, and where a number is not finite.
 
     Args:
-        new: X, shape ``[B, d (d + 1) / 2]`` of dense form or ``[B, d]`` of diagonal form.
+        new: X, shape ``[B, d (d + 1) / 2]`` of dense form, ``[B, d]`` of diagonal form, or
+            ``[B, (r + 1) d]`` of low rank: then it is what stands for X.
         old: Y, same shape; ``None`` where there is none yet.
         alpha: largest change that counts as none, relative to Y.
-        form: `graphopt.plan.kfac.DENSE` or `graphopt.plan.kfac.DIAGONAL`.
+        form: `graphopt.plan.kfac.DENSE`, `DIAGONAL` or `LOW_RANK`.
+        size: d, where the form is of low rank.
 
     Returns:
         A boolean tensor of no dimension on the device of `new`, so that a caller with many
@@ -80,6 +85,10 @@ def similar(new: Tensor, old: Tensor | None, alpha: float = 0.1, form: str = DEN
     """
     if old is None:
         return torch.zeros((), dtype=torch.bool, device=new.device)
+    if form == LOW_RANK:
+        norm = inner(old, old, size)
+        apart = inner(new, new, size) - 2 * inner(new, old, size) + norm
+        return apart.abs() < alpha**2 * norm
     change: Tensor = new.to(torch.promote_types(new.dtype, torch.float32)) - old
     near: Tensor = _norm(change, form) < alpha * _norm(old, form)
     return near

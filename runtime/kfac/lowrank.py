@@ -22,7 +22,13 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.runtime.kfac.eigen import decompose
-from graphopt.runtime.kfac.factored import Inversion, invert, multiply, solve_damped
+from graphopt.runtime.kfac.factored import (
+    Inversion,
+    invert,
+    multiply,
+    on_side,
+    solve_damped,
+)
 from graphopt.runtime.kfac.solve import Problem, Solution, in_batches, on_columns, on_rows
 
 # Directions beyond the rank, and multiplications of the subspace: both sharpen the pairs kept.
@@ -54,7 +60,8 @@ class LowRank:
         kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
 
         def inverter(tasks: Sequence[Inversion]) -> list[Solution]:
-            large = [t for t in tasks if t.matrix.dim() == 3 and t.matrix.shape[1] > 4 * self.rank]
+            square = [task for task in tasks if task.matrix.dim() == 3 and not task.low_rank]
+            large = [task for task in square if task.matrix.shape[1] > 4 * self.rank]
             new = [task for task in large if (task.problem, task.side) not in kept]
             pairs = in_batches([(task.matrix,) for task in new], self._pairs)
             kept.update({(t.problem, t.side): p for t, p in zip(new, pairs, strict=True)})
@@ -69,12 +76,16 @@ class LowRank:
 
     def apply(self, solution: Solution, gradient: Tensor) -> Tensor:
         """See `Solver.apply`."""
-        wide = gradient
+        first = next(value for key, value in solution.items() if key != "damping")
+        wide = gradient.to(torch.promote_types(gradient.dtype, first.dtype))
         for side, cut in (("left", on_rows), ("right", on_columns)):
-            first = solution.get(f"{side}_inverse", solution.get(f"{side}_basis"))
-            assert first is not None
-            wide = wide.to(torch.promote_types(wide.dtype, first.dtype))
-            wide = cut(wide, len(first), partial(_apply, solution, side))
+            basis = solution.get(f"{side}_basis")
+            blocks, operation = (
+                on_side(solution, side)
+                if basis is None
+                else (len(basis), partial(_apply, solution, side))
+            )
+            wide = cut(wide, blocks, operation)
         return wide.to(gradient.dtype).contiguous()
 
     def _pairs(self, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,9 +136,6 @@ def woodbury(pairs: Sequence[Tensor], damping: Tensor) -> Solution:
 
 
 def _apply(solution: Solution, side: str, pieces: Tensor) -> Tensor:
-    inverse = solution.get(f"{side}_inverse")
-    if inverse is not None:
-        return multiply(inverse, pieces)
     basis, weights, scale = (
         solution[f"{side}_{name}"].to(pieces.dtype) for name in ("basis", "weights", "scale")
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.plan.kfac import DENSE, Block
+from graphopt.plan.kfac import DENSE, LOW_RANK, Block
 from graphopt.runtime.kfac.solve import Problem, Solver
 
 # Larger matrices are not measured, but taken to cost the cube of their size.
@@ -108,8 +108,9 @@ def assign(costs: Mapping[str, float], load: Sequence[float]) -> dict[str, int]:
 
 def sizes(blocks: Sequence[Block]) -> list[int]:
     """Sizes that are measured: of all matrices, the largest ones cut."""
-    dense = {s.size for b in blocks for s in b.sides if s.form == DENSE and b.kind != "unitwise"}
-    return sorted({min(size, LARGEST_MEASURED) for size in dense})
+    sides = [s for b in blocks for s in b.sides if b.kind != "unitwise"]
+    found = {s.size for s in sides if s.form == DENSE} | {s.rank for s in sides if s.rank}
+    return sorted({min(size, LARGEST_MEASURED) for size in found})
 
 
 def measure(solver: Solver, wanted: Sequence[int], device: torch.device) -> dict[int, float]:
@@ -139,4 +140,7 @@ def cost(blocks: Sequence[Block], seconds: Mapping[int, float]) -> float:
             if side.form == DENSE and block.kind != "unitwise":
                 size = min(side.size, LARGEST_MEASURED)
                 total += side.blocks * seconds[size] * (side.size / size) ** 3
+            elif side.form == LOW_RANK:  # rank² d multiplications, and rank³
+                size = min(side.rank, LARGEST_MEASURED)
+                total += side.blocks * seconds[size] * (side.rank / size) ** 2 * side.size / size
     return total

@@ -97,6 +97,7 @@ def _both(size: int, device: torch.device) -> Tensor:
     return _cached_both(size, device) if size <= _LARGEST_CACHED else _make_both(size, device)
 
 
+@lru_cache(maxsize=128)
 def _diagonal(size: int, device: torch.device) -> Tensor:
     index = torch.arange(size, device=device)
     return index * (index + 3) // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.plan.kfac import DENSE, Block, Curvature, Side
+from graphopt.plan.kfac import DENSE, LOW_RANK, Block, Curvature, Side
 from graphopt.runtime.kfac.lowrank import LowRank
 from graphopt.runtime.kfac.state import prefix_of
 
@@ -38,6 +38,8 @@ def _of_solution(solver: str, block: Block) -> dict[str, Shape]:
 
 def _of_side(solver: str, side: Side) -> dict[str, Shape]:
     blocks, size, rank = side.blocks, side.size, LowRank().rank
+    if side.form == LOW_RANK:
+        return {"rows": (blocks, side.rank, size), "reciprocal": (blocks, size)}
     dense = side.form == DENSE
     whole = (blocks, size, size) if dense else (blocks, size)
     if solver in ("eigen", "ekfac"):

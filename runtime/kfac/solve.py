@@ -29,12 +29,14 @@ class Problem:
 
     Attributes:
         name: weight, for messages.
-        left: moment G of output gradients: ``[B, d, d]`` of dense form or ``[B, d]`` of diagonal
-            form. B is a multiple of the groups of the weight, and B d their rows together.
+        left: moment G of output gradients: ``[B, d, d]`` of dense form, ``[B, d]`` of diagonal form
+            or, of low rank, ``[B, r + 1, d]``: r rows R and the diagonal of what RᵀR stands for. B
+            is a multiple of the groups of the weight, and B d their rows together.
         right: moment A of inputs, likewise with columns.
         samples: per use of a weight of one group, output gradients of each example
             ``[n, R, rows]`` and inputs ``[n, R, columns]`` at its R positions. Only EKFAC reads it.
         groups: matrices that the weight consists of; each has a damping ratio of its own.
+        low_rank: which of ``"left"`` and ``"right"`` are of low rank.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Problem:
     right: Tensor
     samples: tuple[tuple[Tensor, Tensor], ...] = ()
     groups: int = 1
+    low_rank: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,8 +122,10 @@ def usable(problems: Sequence[Problem]) -> list[int]:
         ArgumentError: a statistic has an impossible shape.
     """
     for problem in problems:
-        for side in (problem.left, problem.right):
-            if side.dim() not in (2, 3) or (side.dim() == 3 and side.shape[1] != side.shape[2]):
+        for name, side in (("left", problem.left), ("right", problem.right)):
+            square = side.dim() == 3 and side.shape[1] == side.shape[2]
+            rows = side.dim() == 3 and name in problem.low_rank
+            if side.dim() != 2 and not square and not rows:
                 raise ArgumentError(
                     f"a statistic has shape {tuple(side.shape)}",
                     where=problem.name,
@@ -133,14 +138,16 @@ def usable(problems: Sequence[Problem]) -> list[int]:
 def all_finite(tensors: Sequence[Sequence[Tensor]]) -> list[bool]:
     """Per sequence, whether every number in it is finite; waits for each device once."""
     # The least and the largest number tell the same as a mask of the size of the tensor.
-    extremes = [[torch.stack(t.aminmax()) for t in some] for some in tensors]
-    flags = [torch.cat(some).isfinite().all() for some in extremes]
-    places = {flag.device for flag in flags}
-    result = [False] * len(flags)
-    for place in places:
-        here = [index for index, flag in enumerate(flags) if flag.device == place]
-        for index, value in zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True):
-            result[index] = value
+    extremes: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for index, some in enumerate(tensors):
+        for tensor in some:
+            found = extremes.setdefault((tensor.device, tensor.dtype), [])
+            found += ((index, extreme) for extreme in tensor.aminmax())
+    result = [True] * len(tensors)
+    for pairs in extremes.values():
+        finite = torch.stack([extreme for _, extreme in pairs]).isfinite().tolist()
+        for (index, _), is_finite in zip(pairs, finite, strict=True):
+            result[index] &= is_finite
     return result
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from graphopt.plan.kfac import DENSE, Block, Curvature, Side
+from graphopt.ops import low_rank
+from graphopt.plan.kfac import DENSE, LOW_RANK, Block, Curvature, Side
 from graphopt.runtime.kfac import unitwise
 from graphopt.runtime.kfac.interval import Interval, similar
 from graphopt.runtime.kfac.layout import from_matrix, to_matrix
@@ -85,13 +86,13 @@ class CurvatureState:
         first = self.micro_batches == 0
         for name, value in statistics.items():
             if loss_scale != 1.0 and name in self._of_gradients:
-                value = value / loss_scale**2
+                value = self._over(name, value, loss_scale**2)
             elif loss_scale != 1.0 and name.endswith(":g"):
                 value = value / loss_scale
             key = f"sum/{name}"
             if not first and key in self.state:
                 both = (self.state[key], value)
-                value = torch.cat(both) if name in self._rows else both[0] + both[1]
+                value = torch.cat(both) if name in self._rows else self.sum(name, both)
             self.state[key] = value
         self.state[_MICRO] = torch.tensor(self.micro_batches + 1)
 
@@ -109,7 +110,7 @@ class CurvatureState:
                 continue
             grows = name in self._of_gradients and self.curvature.reduction == "mean"
             factor = 1.0 if name in self._rows else float(m) if grows else 1.0 / m
-            found[name] = value if factor == 1.0 else value * factor
+            found[name] = value if factor == 1.0 else self._times(name, value, factor)
         for name in [k for k in self.state if k.startswith("sum/")]:
             del self.state[name]
         self.state.pop(_MICRO, None)
@@ -136,8 +137,9 @@ class CurvatureState:
         if not statistics:
             return renewed
         # One wait for the device for all of them.
-        extremes = torch.stack([torch.stack(v.aminmax()) for v in statistics.values()]).tolist()
-        for (name, fresh), (least, largest) in zip(statistics.items(), extremes, strict=True):
+        extremes = torch.stack([e for v in statistics.values() for e in v.aminmax()]).tolist()
+        both = zip(extremes[::2], extremes[1::2], strict=True)
+        for (name, fresh), (least, largest) in zip(statistics.items(), both, strict=True):
             if not (math.isfinite(least) and math.isfinite(largest)):
                 self._warn(name, f"the statistic {name!r} was not finite; the former one is kept")
             elif f"now/{name}" not in self.state or least or largest:
@@ -148,6 +150,44 @@ class CurvatureState:
                 self.keep_interval(name, Interval(*self._intervals(name), next=self.step + 1))
         return renewed
 
+    def sum(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """The sum of values of one statistic."""
+        side = self.sides.get(name)
+        if side is not None and side.form == LOW_RANK:
+            return low_rank.low_rank_sum(values, side.size)
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total
+
+    def mean_of_ranks(self, name: str, value: Tensor) -> Tensor:
+        """The mean of values of one statistic, which lie behind one another."""
+        side = self.sides[name]
+        parts = torch.split(value, side.blocks)
+        return low_rank.weighted_sum(parts, [1 / len(parts)] * len(parts), side.size)
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether a statistic is kept as low rank plus a diagonal."""
+        return name in self.sides and self.sides[name].form == LOW_RANK
+
+    def _similar(self, name: str, fresh: Tensor, old: Tensor | None) -> bool:
+        side = self.sides[name]
+        return old is not None and bool(similar(fresh, old, ALPHA, side.form, side.size))
+
+    def _times(self, name: str, value: Tensor, factor: float) -> Tensor:
+        if self.is_low_rank(name):
+            return low_rank.scaled(value, factor, self.sides[name].size)
+        return value * factor
+
+    def _over(self, name: str, value: Tensor, divisor: float) -> Tensor:
+        return self._times(name, value, 1 / divisor) if self.is_low_rank(name) else value / divisor
+
+    def _mixed(self, name: str, now: Tensor, fresh: Tensor) -> Tensor:
+        ema = self.curvature.ema
+        if self.is_low_rank(name):
+            return low_rank.weighted_sum([now, fresh], [ema, 1 - ema], self.sides[name].size)
+        return now.lerp(fresh, 1 - ema)
+
     def _intervals(self, name: str) -> tuple[int, int]:
         found = self.interval(name)
         return found.last, found.before
@@ -156,14 +196,12 @@ class CurvatureState:
         now = self.state.get(f"now/{name}")
         ema = self.curvature.ema
         if ema and now is not None:
-            fresh = now.lerp(fresh, 1 - ema)
+            fresh = self._mixed(name, now, fresh)
         if not self.curvature.interval:
             before = self.state.get(f"before/{name}")
-            form = self.sides[name].form
-            last, older = (
-                bool(similar(fresh, old, ALPHA, form)) if old is not None else False
-                for old in (now, before)
-            )
+            last = self._similar(name, fresh, now)
+            # One that has moved since the last refresh is not held against the one before.
+            older = last and self._similar(name, fresh, before)
             self.keep_interval(name, self.interval(name).refreshed(self.step, last, older))
             if now is not None:
                 self.state[f"before/{name}"] = now
@@ -209,19 +247,25 @@ class CurvatureState:
     def _now(self, side: Side) -> Tensor:
         return self.state[f"now/{side.statistic}"]
 
+    def _matrices(self, side: Side) -> Tensor:
+        """The newest value of a statistic as `Problem` has it."""
+        value = self._now(side)
+        if side.form == LOW_RANK:
+            return value.view(side.blocks, side.rank + 1, side.size)
+        return unpack(value) if side.form == DENSE else value
+
     def _problem(self, block: Block, samples: Mapping[str, Tensor]) -> Problem:
         assert block.right is not None
-        left, right = (
-            unpack(self._now(side)) if side.form == DENSE else self._now(side)
-            for side in (block.left, block.right)
-        )
+        left, right = (self._matrices(side) for side in (block.left, block.right))
         rows = [samples[name] for name in block.samples if name in samples]
         mean = self.curvature.reduction == "mean"
         # Gradients of single examples: the mean over n examples divided them by n.
         pairs = tuple(
             (g * len(g) if mean else g, a) for g, a in zip(*[iter(rows)] * 2, strict=True)
         )
-        return Problem(block.weight, left, right, pairs, block.groups)
+        sides = (("left", block.left), ("right", block.right))
+        low_rank = tuple(name for name, side in sides if side.form == LOW_RANK)
+        return Problem(block.weight, left, right, pairs, block.groups, low_rank)
 
     def _forget(self, blocks: Iterable[Block]) -> None:
         """Drop the solutions of these blocks."""
@@ -282,6 +326,36 @@ class CurvatureState:
             else _assembled(gradients[name], values)
             for name, values in parts.items()
         }
+
+    def length(
+        self, found: Mapping[str, Tensor], gradients: Mapping[str, Tensor], loss_scale: float = 1.0
+    ) -> Tensor | None:
+        """The squared length of preconditioned gradients in the metric of the curvature F.
+
+        With ``p = F⁻¹ g`` it is ``pᵀ F p = pᵀ g``; as F, it is that of the loss without its scale.
+
+        Args:
+            found: what `precondition` returned.
+            gradients: what it was given.
+            loss_scale: what the loss was multiplied with.
+
+        Returns:
+            float64 of no dimension; ``None`` where no step is shortened.
+        """
+        if not self.curvature.clip or not found:
+            return None
+        parts = [
+            (value * gradients[name]).sum(dtype=torch.float64) for name, value in found.items()
+        ]
+        return torch.stack(parts).sum() / loss_scale**2
+
+    def clipped(self, found: dict[str, Tensor], length: Tensor | None) -> dict[str, Tensor]:
+        """Preconditioned gradients, shortened to a squared length of at most `clip`."""
+        if length is None:
+            return found
+        factor = (self.curvature.clip / length).sqrt().clamp(max=1.0)
+        factor = torch.where(length > 0, factor, 1.0)
+        return {name: value * factor.to(value.dtype) for name, value in found.items()}
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:

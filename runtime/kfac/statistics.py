@@ -148,4 +148,4 @@ class WithStatistics:
             if name not in total:
                 total[name] = value
             elif self.curvature.is_of_gradients(name):
-                total[name] = total[name] + value
+                total[name] = self.curvature.sum(name, (total[name], value))

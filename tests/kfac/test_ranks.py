@@ -234,6 +234,10 @@ def test_solvers_and_wire(tmp_path: Path) -> None:
     base = "kfac{damping=0.02,interval=1,%s}"
     specs = {base % f"solver={name}": CLOSE for name in ("eigen", "ekfac", "lowrank")}
     specs[base % "fisher=type2"] = specs[base % "ema=0.9"] = CLOSE
+    # The input side of `mix` keeps as many directions as the batch has examples.
+    specs[base % "max_dim=40,rank=9,fraction=1"] = CLOSE
+    specs[base % "max_dim=40,rank=9,ema=0.5,wire=bf16"] = 0.05
+    specs[base % "clip=0.01"] = specs[base % "clip=0.01,fraction=1"] = CLOSE
     wanted = {spec: Run(spec).steps(3) for spec in specs}
     exact = base % "solver=factored"
     narrow = base % "wire=bf16"

@@ -22,7 +22,7 @@ from graphopt.passbase import (
     lowered,
 )
 from graphopt.plan import Role, Signature, Slot
-from graphopt.testing import check_pass, inference_graphs, joint_graphs
+from graphopt.testing import check_pass, forward_graphs, inference_graphs, joint_graphs
 from graphopt.testing.obligations import OBLIGATIONS
 
 aten = torch.ops.aten
@@ -332,7 +332,32 @@ def test_passes_that_are_wrong(pass_: Pass, obligation: str, detail: str, kinds:
 
 def test_every_obligation_has_a_pass_that_violates_it() -> None:
     cases = test_passes_that_are_wrong.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    assert set(OBLIGATIONS) - {"survives-printing"} <= {case[1] for case in cases}
+    apart = {"survives-printing", "same-gradients"}
+    assert set(OBLIGATIONS) - apart <= {case[1] for case in cases}
+
+
+@dataclass(frozen=True)
+class StopGradient(Demo):
+    """Detaches what a ReLU gets: the same values, and no gradient."""
+
+    levels: ClassVar[frozenset[str]] = frozenset({"forward"})
+
+    def rewrite(self, graph: Graph, node: fx.Node) -> bool:
+        if node.target is not aten.relu.default:
+            return False
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.target is aten.detach.default:
+            return False
+        node.args = (insert_after(graph, source, aten.detach.default, (source,)),)
+        return True
+
+
+def test_a_backward_that_is_lost() -> None:
+    graphs = forward_graphs(kinds=["unary", "linear"])
+    with pytest.raises(AssertionError, match="fails 'same-gradients'") as failure:
+        check_pass(StopGradient(), graphs=graphs, max_examples=100)
+    assert "gopt 1 forward" in str(failure.value)
 
 
 @dataclass(frozen=True)
@@ -373,10 +398,10 @@ class Needy(DropDetach):
 
 
 @dataclass(frozen=True)
-class ForwardOnly(DropDetach):
+class OfAnotherLevel(DropDetach):
     """Works on a level that is not generated."""
 
-    levels: ClassVar[frozenset[str]] = frozenset({"forward"})
+    levels: ClassVar[frozenset[str]] = frozenset({"middle"})
 
 
 def test_bad_passes_are_refused() -> None:
@@ -385,7 +410,7 @@ def test_bad_passes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="pass 'demo' requires partitioned"):
         check_pass(Needy())
     with pytest.raises(ArgumentError, match="levels of pass 'demo' cannot be generated"):
-        check_pass(ForwardOnly())
+        check_pass(OfAnotherLevel())
 
 
 def test_a_pass_may_own_state():

@@ -189,5 +189,3 @@ def test_failures_shrink_to_a_few_nodes(target: object) -> None:
 def test_only_known_kinds_can_be_asked_for() -> None:
     with pytest.raises(ArgumentError, match="unknown kinds of operators: convolutoin"):
         joint_graphs(kinds=["convolutoin", "unary"])
-    with pytest.raises(ArgumentError, match="joint and inference"):
-        build(Program(), Level.FORWARD)

@@ -198,8 +198,9 @@ def _without_value() -> Graph:
     return graph
 
 
-def _forward_level() -> Graph:
+def _function_without_name() -> Graph:
     graph = linear_graph()
+    next(graph.operators).target = lambda *values: values[0]
     return Graph(graph.module, graph.signature, Level.FORWARD)
 
 
@@ -211,7 +212,7 @@ def _python_function() -> Graph:
 
 def _odd_argument() -> Graph:
     graph = linear_graph()
-    next(graph.operators).args = (slice(1, 2),)
+    next(graph.operators).args = (range(1, 2),)
     return graph
 
 
@@ -237,9 +238,9 @@ def _short_signature() -> Graph:
     ("make", "message"),
     [
         (_without_value, r"a node without meta\['val'\]"),
-        (_forward_level, "a forward-level graph has no text form"),
+        (_function_without_name, "only ATen and other registered operators"),
         (_python_function, "only ATen and other registered operators"),
-        (_odd_argument, "an argument of type slice"),
+        (_odd_argument, "an argument of type range"),
         (_sparse, "a tensor with layout torch.sparse_coo"),
         (_odd_tag, "partitioner tag 'must_be_in_forward'"),
         (_short_signature, "the graph returns 2 values, its signature names 1"),
@@ -262,7 +263,7 @@ def _replaced(old: str, new: str, text: str = LINEAR) -> str:
     ("old", "new", "message", "line", "under", "hint"),
     [
         ("gopt 1", "gopt 2", "has format 2, and this graphopt reads format 1", 1, "2", "print"),
-        ("joint", "forward", "`forward` is not a level", 1, "forward", "joint or inference"),
+        ("joint", "middle", "`middle` is not a level", 1, "middle", "forward or joint"),
         ("inputs", "input", "no such section", 3, "forward input", "sections are"),
         ("aten.mm.", "aten.mmm.", "no operator aten.mmm.default", 11, "aten.mmm", "aten.mm.d"),
         ("aten.mm.default", "mm", "no operator mm", 11, "mm(", "aten.add.Tensor"),

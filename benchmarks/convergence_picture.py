@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as Xml
 
 from graphopt.render.svg import FAINT, INK, colour, finished, line, page, text
@@ -26,6 +28,41 @@ class Curve:
 
     points: Sequence[tuple[int, float]]
     note: str
+
+
+UNITS = {"digits": "validation accuracy", "characters": "validation loss, nats per character"}
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a picture per task, from what `benchmarks.convergence` has kept."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, task in results.items():
+        lines = {
+            method: Curve(
+                [(step, value) for step, value in found["curve"] if math.isfinite(value)],
+                _steps(found),
+            )
+            for method, found in task["methods"].items()
+        }
+        subtitle = (
+            "The middle one of five trainings per method, as tuned; beside the name, steps to "
+            f"{task['target']:g}: median (lowest to highest)."
+        )
+        path = folder / f"convergence_{name}.svg"
+        path.write_text(
+            curves(f"Steps to a target: {name}", subtitle, UNITS[name], lines, task["target"])
+        )
+        written.append(path)
+    return written
+
+
+def _steps(found: Mapping[str, Any]) -> str:
+    median, low, high = (
+        "never" if found["steps"][part] is None else f"{found['steps'][part]:.0f}"
+        for part in ("median", "low", "high")
+    )
+    return f"{median} ({low} to {high})"
 
 
 def curves(title: str, subtitle: str, unit: str, series: Mapping[str, Curve], target: float) -> str:

@@ -1,0 +1,1 @@
+"""Sums, products, factors, systems and inverses of matrices in blocks, each with its error."""

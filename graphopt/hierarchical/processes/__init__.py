@@ -1,0 +1,1 @@
+"""Gaussian processes on kernel matrices: HODLR factors, what they tell, and likelihoods."""

@@ -1,0 +1,315 @@
+"""Gaussian processes: the log-likelihood, its gradient and predictions, each with its error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import ArgumentError, IndefiniteError
+from graphopt.hierarchical.bounded import Bounded
+from graphopt.hierarchical.clusters import ClusterTree, by_points
+from graphopt.hierarchical.kernel_matrix import from_kernel
+from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
+from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.processes.differentiable import log_determinant, quadratic
+from graphopt.hierarchical.processes.exact import product
+from graphopt.hierarchical.processes.hodlr import whiten
+from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
+from graphopt.hierarchical.processes.kernel_operator import KernelOperator
+from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
+from graphopt.hierarchical.rounding import gamma
+
+_SEMIDEFINITE = (Exponential, Matern32, Matern52, Gaussian)
+_PROBES = 96
+# New points whose variances are computed at once.
+_AT_ONCE = 256
+_TRIES = 4
+# Relative; below it no matrix is asked for.
+_FINEST = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Of the process without noise, at m new points; all are [m] and float64.
+
+    Attributes:
+        mean: expected values.
+        variance: their variances.
+        mean_bound: the most that each mean may be off.
+        variance_bound: the most that each variance may be off.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    mean_bound: Tensor
+    variance_bound: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """``x = A^-1 y`` in the order of positions.
+
+    Attributes:
+        inverse: of A.
+        right: y, [n, 1].
+        x: [n, 1].
+        away: the most that A x may be away from y, in the norm of A^-1.
+        form: ``y^T A^-1 y``.
+    """
+
+    inverse: Inverse
+    right: Tensor
+    x: Tensor
+    away: float
+    form: Quadratic
+
+
+class GaussianProcess:
+    """Values at points that are normal with mean zero and covariance ``kernel + noise * identity``.
+
+    Nothing is approximated but the arithmetic: matrices are hierarchical, memory grows with the
+    number n of points and not with its square. Everything is computed in float64, whatever the
+    dtype of points. Bounds hold with a probability of at least 1 - 1e-9 over random probes that do
+    not depend on the data, in every call anew.
+
+    Args:
+        kernel: such as ``Matern32(scale, variance)``; its tensors get gradients.
+        noise: the variance of the noise, a number or a tensor that gets a gradient; zero or more.
+        points: [n, d], or [n] for one coordinate.
+        tolerance: of the log-likelihood for each point: its bound is at most ``tolerance * n``.
+        seed: of the random vectors.
+
+    Raises:
+        ArgumentError: points that are not finite, or a negative noise.
+    """
+
+    def __init__(
+        self,
+        kernel: Radial,
+        noise: float | Tensor,
+        points: Tensor,
+        *,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < tolerance < 1:
+            raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
+        self.kernel = kernel
+        self.noise = (
+            noise if isinstance(noise, Tensor) else torch.tensor(float(noise), dtype=torch.float64)
+        )
+        level = float(self.noise.detach()) if self.noise.numel() == 1 else math.nan
+        if not (level >= 0 and math.isfinite(level)):
+            raise ArgumentError(
+                f"a noise of {self.noise.tolist()}", hint="pass one variance of zero or more"
+            )
+        points = points.unsqueeze(1) if points.dim() == 1 else points
+        self.tree: ClusterTree = by_points(points.detach().double(), 64)
+        self.tolerance = tolerance
+        self.seed = seed
+        # Of the matrix, absolute; what probes are to say of the factor.
+        self._wrong = (0.5 * level * len(self) ** 0.5 if level else 1e-3) * tolerance
+        self._accuracy = self._goal / (3 * norm_factor(_PROBES) * trace_factor(_PROBES))
+        self._operator: KernelOperator | None = None
+        self._inverse: Inverse | None = None
+        self._state: tuple[int, ...] = ()
+        self._solution: _Solution | None = None
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def log_likelihood(self, y: Tensor) -> Bounded[Tensor]:
+        """Of values [n] at the points; a scalar in float64 that autograd knows.
+
+        It is differentiable by the tensors of the kernel, the noise, and `y`. The bound is that of
+        the value; derivatives are those of it, to the same accuracy.
+
+        Raises:
+            ArgumentError: values of another shape, or not finite; a tolerance out of reach.
+            IndefiniteError: points that coincide without noise, for instance.
+        """
+        right = self._checked(y)
+        goal = self.tolerance * len(self)
+        reached = math.inf
+        for _ in range(_TRIES):
+            inverse = self.inverse()
+            solution = self._solved(right.detach())
+            form = solution.form
+            determinant = inverse.log_determinant
+            wrong = (float(form.wrong) + determinant.wrong) / 2
+            bound = (float(form.error) + determinant.error) / 2 + wrong
+            if bound <= goal:
+                noise = self.noise.double()
+                total = quadratic(inverse, noise, right, solution.x, form.value)
+                total = total + log_determinant(inverse, noise)
+                value = (total + len(self) * math.log(2 * math.pi)) / -2
+                return Bounded(value, bound * (1 + 1e-12))
+            reached = min(reached, bound)
+            self._tighten(goal, wrong, bound - wrong)
+        raise ArgumentError(
+            f"an error of {self.tolerance:.1e} for each point is out of reach: "
+            f"{reached / len(self):.1e} was reached",
+            hint="pass a larger tolerance, or add noise",
+        )
+
+    @torch.no_grad()
+    def predict(self, y: Tensor, new_points: Tensor) -> Prediction:
+        """Mean and variance of the process at new points [m, d], given values y [n]."""
+        new = new_points.unsqueeze(1) if new_points.dim() == 1 else new_points
+        dimensions = self._points.shape[1]
+        if new.dim() != 2 or new.shape[1] != dimensions or not bool(new.isfinite().all()):
+            raise ArgumentError(
+                f"new points are {tuple(new_points.shape)}, or not finite",
+                hint=f"pass finite points of [m, {dimensions}]",
+            )
+        solution = self._solved(self._checked(y.detach()))
+        new = new.detach().double()
+        if not len(new):
+            return Prediction(*[new[:, 0]] * 4)
+        parts = [self._predicted(solution, part) for part in torch.split(new, _AT_ONCE)]
+        return Prediction(*(torch.cat(own) for own in zip(*parts, strict=True)))
+
+    def inverse(self) -> Inverse:
+        """Of the covariance, with the hyperparameters as they are now."""
+        state = tuple(t._version for t in (self.noise, *self.kernel.parameters()))
+        if self._inverse is None or state != self._state:
+            if state != self._state:
+                self._operator = None
+            self._state = state
+            self._inverse = self._made()
+        return self._inverse
+
+    @property
+    def _goal(self) -> float:
+        """Of the error of the log-determinant that comes from the factor."""
+        return min(1.2 * self.tolerance * len(self.tree), 0.5)
+
+    @property
+    def _points(self) -> Tensor:
+        assert self.tree.points is not None
+        return self.tree.points
+
+    @torch.no_grad()
+    def _solved(self, right: Tensor) -> _Solution:
+        """Of the covariance and values [n, 1].
+
+        Its error by that of the matrix grows with the squared norm of the solution; where that is
+        too much, the residual is that of the kernel itself, entry by entry.
+        """
+        inverse, known = self.inverse(), self._solution
+        if known is not None and known.inverse is inverse and torch.equal(known.right, right):
+            return known
+        goal = self.tolerance * math.sqrt(len(self)) / 10
+        solved = inverse.solve(right, goal)
+        form, x = inverse.quadratic(right, solved), solved.x
+        wrong, rest = inverse.operator.bound + inverse.operator.rounding, 0.0
+        if float(form.wrong) > 0.2 * self.tolerance * len(self) and _semidefinite(self.kernel):
+            applied, lost = product(self.kernel, self._points, x)
+            residual = right - applied - inverse.shift * x
+            form = inverse.exact_quadratic(right, inverse.with_residual(solved, residual), lost)
+            solved = inverse.solve(residual, goal)
+            x, rest = x + solved.x, float(torch.linalg.vector_norm(lost))
+        # A x differs from the right side by what is left, and by what the matrix has wrong of the
+        # last step; in the norm of A^-1.
+        smallest = inverse.smallest - inverse.operator.bound
+        energy = float(inverse.energy(solved))
+        length = float(torch.linalg.vector_norm(solved.x))
+        away = math.sqrt(energy * inverse.smallest / smallest)
+        away += (wrong * length + rest) / math.sqrt(smallest)
+        self._solution = _Solution(inverse, right, x, away, form)
+        return self._solution
+
+    @torch.no_grad()
+    def _made(self) -> Inverse:
+        if self._operator is None:
+            self._operator = KernelOperator(self._matrix(), self.kernel)
+        noise = float(self.noise)
+        last: IndefiniteError | None = None
+        for _ in range(3):
+            generator = torch.Generator().manual_seed(self.seed)
+            try:
+                whitening = whiten(self._operator, noise, self._accuracy, generator=generator)
+                return Inverse(
+                    self._operator,
+                    noise,
+                    whitening,
+                    semidefinite=_semidefinite(self.kernel),
+                    probes=_PROBES,
+                    generator=generator,
+                )
+            except IndefiniteError as error:
+                last = error
+                self._accuracy /= 8
+        assert last is not None
+        raise last
+
+    def _matrix(self) -> HMatrix:
+        goal = min(max(self._wrong / self._norm(), _FINEST), 1e-5)
+        while True:
+            try:
+                return from_kernel(self.kernel, self.tree, tolerance=goal)
+            except ArgumentError:
+                if goal > 1e-9:
+                    raise
+                goal *= 8
+
+    def _norm(self) -> float:
+        """Of the matrix, estimated from random entries."""
+        generator = torch.Generator().manual_seed(self.seed)
+        pairs = torch.randint(len(self), (2, 20000), generator=generator)
+        values = self.kernel(
+            self._points[pairs[0]].unsqueeze(1), self._points[pairs[1]].unsqueeze(1)
+        )
+        return float(values.square().mean().sqrt()) * len(self)
+
+    def _tighten(self, goal: float, wrong: float, error: float) -> None:
+        """Ask for more of what the bound is made of."""
+        self._inverse = None
+        if wrong > goal / 3:
+            self._wrong *= goal / wrong / 5
+            self._operator = None
+        if error > goal / 2:
+            self._accuracy *= max(goal / error / 3, 1e-3)
+
+    def _checked(self, y: Tensor) -> Tensor:
+        """[n, 1] in the order of positions."""
+        if y.shape != (len(self),):
+            raise ArgumentError(
+                f"values are {tuple(y.shape)} for {len(self)} points",
+                hint=f"pass a tensor of [{len(self)}]",
+            )
+        finite = y.detach().isfinite()
+        if not bool(finite.all()):
+            raise ArgumentError(
+                f"value {int((~finite).nonzero()[0])} is not finite", hint="remove it and its point"
+            )
+        return self.tree.to_positions(y.double()).unsqueeze(1)
+
+    def _predicted(self, data: _Solution, new: Tensor) -> tuple[Tensor, ...]:
+        """Mean, variance and their bounds at [m, d]."""
+        inverse = data.inverse
+        across = self.kernel(self._points, new)
+        size = float(self.kernel.rounding(across.abs().max(), new.shape[1]))
+        at = new.unsqueeze(1)
+        prior = self.kernel(at, at).flatten()
+        solved = inverse.solve(across, math.sqrt(self.tolerance))
+        form = inverse.quadratic(across, solved)
+        # The norm of A^-1 of the right side is the root of what it explains.
+        explained = form.value + form.error + form.wrong
+        length, root = float(torch.linalg.vector_norm(data.x)), math.sqrt(len(self))
+        lost = (gamma(len(self), torch.float64) * across.abs().amax(0) + size) * root * length
+        # What the kernel's own rounding does to the quadratic form, to first order and doubled.
+        moved = 4 * size * root * (explained / inverse.smallest).sqrt()
+        return (
+            across.T @ data.x[:, 0],
+            prior - form.value,
+            explained.sqrt() * data.away + lost,
+            form.error + form.wrong + moved + size,
+        )
+
+
+def _semidefinite(kernel: Radial) -> bool:
+    return isinstance(kernel, _SEMIDEFINITE) and float(torch.as_tensor(kernel.variance)) >= 0
