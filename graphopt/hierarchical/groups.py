@@ -7,7 +7,7 @@ have the shape of the largest, and what the others lack is zero.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,6 +23,22 @@ from graphopt.hierarchical.rounding import gamma, norms
 _CHUNK = 2**20
 
 Source = Callable[[slice], Tensor]
+
+
+def add_derivatives(
+    total: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    source: Source,
+    own: slice,
+    weights: Tensor,
+) -> None:
+    """Add to `total` the derivatives of ``sum(weights * source(own))`` by the parameters."""
+    with torch.enable_grad():
+        values = source(own)
+        found = torch.autograd.grad(values, parameters, weights.to(values.dtype), allow_unused=True)
+    for sum_, gradient in zip(total, found, strict=True):
+        if gradient is not None:
+            sum_.add_(gradient)
 
 
 class Gathered:

@@ -13,7 +13,14 @@ from graphopt.hierarchical.admissibility import Pairs, first, refined
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, placed
 from graphopt.hierarchical.blocks import transposed as transposed_block
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Collected, Factored, Gathered, Group, Tiles
+from graphopt.hierarchical.groups import (
+    Collected,
+    Factored,
+    Gathered,
+    Group,
+    Tiles,
+    add_derivatives,
+)
 from graphopt.hierarchical.rounding import unit
 
 _Key = tuple[int, int, int, int]
@@ -90,14 +97,7 @@ class Packed:
             if group.source is None:
                 continue
             for own, weights in group.gradients(part, left, right):
-                with torch.enable_grad():
-                    values = group.source(own)
-                    found = torch.autograd.grad(
-                        values, self.parameters, weights.to(values.dtype), allow_unused=True
-                    )
-                for sum_, gradient in zip(total, found, strict=True):
-                    if gradient is not None:
-                        sum_.add_(gradient)
+                add_derivatives(total, self.parameters, group.source, own, weights)
         return total
 
     def level_norms(self, level: int) -> Tensor:

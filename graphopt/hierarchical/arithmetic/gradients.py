@@ -26,7 +26,7 @@ from graphopt.hierarchical.blocks import (
     transposed,
 )
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Group
+from graphopt.hierarchical.groups import Group, add_derivatives
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed
 
@@ -113,14 +113,7 @@ def _kernel_gradients(packed: Packed, weights: Block) -> list[Tensor]:
             continue
         for own in group.chunks(slice(0, len(group.pairs)), group.tensors[0][0].numel()):
             gradients = _group_gradients(group, own, packed.rows, packed.columns, weights)
-            with torch.enable_grad():
-                values = group.source(own)
-                found = torch.autograd.grad(
-                    values, packed.parameters, gradients.to(values.dtype), allow_unused=True
-                )
-            for sum_, gradient in zip(total, found, strict=True):
-                if gradient is not None:
-                    sum_.add_(gradient)
+            add_derivatives(total, packed.parameters, group.source, own, gradients)
     return total
 
 
