@@ -87,7 +87,7 @@ def _average_on_one_rank(rank: int) -> None:
 
 
 def test_an_averaged_copy_on_one_rank_does_not_hang(tmp_path: Path) -> None:
-    on_ranks(tmp_path, 2, _average_on_one_rank, timeout=10)
+    on_ranks(tmp_path, 2, _average_on_one_rank, timeout=30)
 
 
 def _silence_is_its_own(rank: int) -> None:
