@@ -35,7 +35,7 @@ from graphopt.model.arguments import (
     split_example_inputs,
 )
 from graphopt.model.backend_choice import Built, choose
-from graphopt.model.dimensions import Declared, Dim
+from graphopt.model.declared import Declared, Dim
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.parametrize import named_parameters

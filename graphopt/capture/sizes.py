@@ -91,7 +91,8 @@ class Dimensions:
             if id(value) not in made:
                 shape, stride = value.shape, value.stride()
                 copy = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-                made[id(value)] = copy.copy_(value)
+                _fill(copy, value)
+                made[id(value)] = copy
             return made[id(value)]
 
         if not self:
@@ -99,6 +100,14 @@ class Dimensions:
         given = pytree.tree_map(own, (args, kwargs))
         copies = {id(copy): self.names[number] for number, copy in made.items()}
         return given, Dimensions({**self.names, **copies})
+
+
+def _fill(copy: Tensor, value: Tensor) -> None:
+    """Copy values to a tensor of the same strides; a dimension that was expanded lies there once."""
+    for number, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[number] > 1:
+            copy, value = copy.narrow(number, 0, 1), value.narrow(number, 0, 1)
+    copy.copy_(value)
 
 
 NONE = Dimensions()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.capture.sizes import NONE, Dimensions
-from graphopt.model.dimensions import Declared
+from graphopt.model.declared import Declared
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
 
@@ -33,6 +33,7 @@ class Variant:
         failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
         roles: what each parameter is, by name; empty where nothing is trained.
+        mode: of the model when it was made (training, gradients, autocast).
     """
 
     call: Callable[..., object]
@@ -41,6 +42,7 @@ class Variant:
     failure: Callable[..., str]
     entry: Specialisation
     roles: Mapping[str, ParameterRole] = field(default_factory=dict)
+    mode: Hashable = None
 
 
 @dataclass(frozen=True, kw_only=True)
