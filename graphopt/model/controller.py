@@ -112,10 +112,7 @@ class Controller:
             return run_plain(self.session, self.plain, model, args, kwargs)
         site = self.sites.of(kind.mode, model)
         if site.enough:
-            if self.compiler.fallback == "error":
-                raise site.too_many(type(model).__name__)
-            if not site.ended:
-                self.notes += (site.end(type(model).__name__),)
+            self._end(site, model)
             return run_plain(self.session, self.plain, model, args, kwargs)
         try:
             with one_at_a_time():
@@ -274,6 +271,19 @@ class Controller:
             f"{note}. Keep the value in a tensor (register_buffer), or outside of forward."
         )
 
+    def _end(self, site: Site, model: nn.Module) -> None:
+        """Say once that calls of a site run plain from now on; raise where they must not."""
+        error = site.too_many(type(model).__name__)
+        if reduces(self.session) and model.training:
+            raise RankError(
+                f"{error.message}, and a plain call would leave gradients unreduced across ranks",
+                hint=error.hint,
+            )
+        if self.compiler.fallback == "error":
+            raise error
+        if not site.ended:
+            self.notes += (site.end(type(model).__name__),)
+
     def bypass(self) -> bool:
         """Note that torch.compile runs the plain forward.
 
@@ -297,7 +307,7 @@ class Controller:
         report = self.compiler.report(type(model).__name__)
         return replace(
             report,
-            specialisations=tuple(v.entry for v in reversed(self.variants)),
+            specialisations=tuple(v.reported for v in reversed(self.variants)),
             notes=(
                 *report.notes,
                 *self.session.notes(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.capture.sizes import NONE, Dimensions
+from graphopt.model.bands import PerBand
 from graphopt.model.declared import Declared
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
@@ -43,6 +44,14 @@ class Variant:
     entry: Specialisation
     roles: Mapping[str, ParameterRole] = field(default_factory=dict)
     mode: Hashable = None
+
+    @property
+    def reported(self) -> Specialisation:
+        """The entry, with the backend that runs calls by now where that depends on their sizes."""
+        call = self.call
+        return (
+            replace(self.entry, backend=call.choice()) if isinstance(call, PerBand) else self.entry
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
