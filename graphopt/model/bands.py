@@ -71,13 +71,16 @@ class Bands:
 
     def choice(self, band: int) -> BackendChoice:
         """What runs calls of a band, and what runs those of others."""
-        told = (
-            f"{faster(s)} at {max(1, 2 ** (2 * b - 1))} to {2 ** (2 * b + 1) - 1} (inductor takes "
-            f"{s['inductor'] / s['eager']:.2f}x the time of eager)"
+        told = ", ".join(
+            f"{faster(s)} at {max(1, 2 ** (2 * b - 1))} to {2 ** (2 * b + 1) - 1} "
+            f"({s['inductor'] / s['eager']:.2f}x)"
             for b, s in sorted(self.seconds.items())
         )
-        kept = ", kept from an earlier run" if self.kept else ""
-        reason = f"measured per product of the sizes that vary{kept}: {', '.join(told)}"
+        kept = ", some in an earlier run" if self.kept else ""
+        reason = (
+            f"measured per product of the sizes that vary{kept}, inductor's time over eager's: "
+            f"{told}"
+        )
         return BackendChoice(self.backend(band), "auto", reason, self.seconds.get(band, {}))
 
 

@@ -39,7 +39,9 @@ _TRY = (
 
 _MISMATCH = re.compile(r"^tensor '(L\[.+)' (\w+) mismatch.*?\. expected (.+), actual (.+)$")
 _REQUIRES_GRAD = re.compile(r"^tensor '(L\[.+)' requires_grad mismatch\. expected .*=(\d)$")
-_SIZES = re.compile(r"(size|stride) mismatch|\.size\(\)|\.stride\(\)|\.storage_offset\(\)")
+_SIZES = re.compile(
+    r"(size|stride) mismatch|\.size\(\)|\.stride\(\)|\.storage_offset\(\)|^a pass or a backend"
+)
 _TYPE = re.compile(r"^___check_type_id\((L\[.+?), \d+\), type=<class '(.+?)'>$")
 _EQUAL = re.compile(r"^(.*L\[.+?) (?:==|is) (.+)$")
 

@@ -60,9 +60,7 @@ def test_a_band_is_measured_once_and_the_report_says_what_runs(timed: list[int])
     assert timed == [8, 100]
     assert controller_of(model).made == 1
     assert "backend    eager (asked: auto)" in model.explain()
-    assert "eager at 8 to 31 (inductor takes 2.00x the time of eager), inductor at 32 to 127" in (
-        model.explain()
-    )
+    assert "eager at 8 to 31 (2.00x), inductor at 32 to 127 (0.50x)" in model.explain()
 
 
 def test_a_later_run_measures_nothing_again(timed: list[int]) -> None:
@@ -73,7 +71,7 @@ def test_a_later_run_measures_nothing_again(timed: list[int]) -> None:
     for batch in (20, 70):
         again(_x(batch))
     assert timed == [8, 100]
-    assert "kept from an earlier run" in again.explain()
+    assert "some in an earlier run" in again.explain()
 
 
 def test_a_call_that_cannot_be_timed_runs(
