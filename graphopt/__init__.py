@@ -15,7 +15,7 @@ _HOMES = {
     "optimize": "graphopt.api",
     "calibrate": "graphopt.calibration.run",
     "Calibration": "graphopt.calibration.record",
-    "Dim": "graphopt.model.dimensions",
+    "Dim": "graphopt.model.declared",
     "serve": "graphopt.model.serving",
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # the `as` says that they are public
     from graphopt.model.checkpoint import (
         use_scaler as use_scaler,
     )
+    from graphopt.model.declared import Dim as Dim
     from graphopt.model.dense import (
         dense_state_dict as dense_state_dict,
     )
@@ -73,7 +74,6 @@ if TYPE_CHECKING:  # the `as` says that they are public
     from graphopt.model.dense import (
         restructure as restructure,
     )
-    from graphopt.model.dimensions import Dim as Dim
     from graphopt.model.report import Report as Report
     from graphopt.model.serving import serve as serve
     from graphopt.passbase import (

@@ -34,8 +34,9 @@ from graphopt.model.arguments import (
     parse_mesh,
     split_example_inputs,
 )
-from graphopt.model.backend_choice import Built, choose
-from graphopt.model.dimensions import Declared, Dim
+from graphopt.model.backend_choice import Built, choose, times
+from graphopt.model.bands import PerBand, band_of
+from graphopt.model.declared import Declared, Dim
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.parametrize import named_parameters
@@ -43,8 +44,8 @@ from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
-from graphopt.model.trial import Trial, describe_call
-from graphopt.model.verification import Check, Stage
+from graphopt.model.trial import Call, Trial, describe_call
+from graphopt.model.verification import Check, Stage, Stages
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.step import parts_of
@@ -276,7 +277,9 @@ class Compiler(Specialiser):
         steps = pipeline.run(captured.graph, ctx, level, early.steps)
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
-        choice, built = choose(self._backend(session), make, trial, captured.graph)
+        band = band_of(captured.sizes_of(model, *args, **kwargs)) if captured.symbolic else None
+        chosen = choose(self._backend(session), make, trial, captured.graph, band)
+        choice, built, others = chosen.choice, chosen.built, chosen.others
         verification = Verification(self.verify, "not run")
         if compares:
             run = partial(self._run, captured, session)
@@ -293,11 +296,17 @@ class Compiler(Specialiser):
                         raise
                     log.warning("running eager instead: %s", error)
                     choice, built = BackendChoice("eager", "auto", error.message), make("eager")
+                    others = {}
                     verification = check(stages.stages, choice.backend, built.call)
+                others = self._right(others, check, stages)
             except MismatchError as error:
-                verification = self._mismatched(error)
+                verification, others = self._mismatched(error), {}
         plan = self._plan(captured, captured.graph, parts, choice.backend)
         session.agree(plan)
+        call: Call = built.call
+        if chosen.bands is not None and others and band is not None:
+            calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
+            call = PerBand(chosen.bands, calls, captured.sizes_of, partial(_timed, session), band)
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -311,7 +320,20 @@ class Compiler(Specialiser):
             sizes=captured.sizes,
         )
         captured.finish()
-        return Variant(built.call, built.engine, captured.holds, captured.failure, entry, roles)
+        return Variant(call, built.engine, captured.holds, captured.failure, entry, roles)
+
+    def _right(
+        self, others: Mapping[str, Built], check: Check, stages: Stages
+    ) -> Mapping[str, Built]:
+        """Those of the backends that other sizes may run in whose results are eager's, too."""
+        right = {}
+        for name, other in others.items():
+            try:
+                check(stages.stages, name, other.call)
+                right[name] = other
+            except BackendMismatchError as error:
+                log.warning("%s is not used at any size: %s", name, error)
+        return right
 
     def constant_sizes(self) -> str:
         """See `Specialiser.constant_sizes`."""
@@ -381,6 +403,17 @@ class Compiler(Specialiser):
             facts=tuple(sorted(graph.facts)),
             parts=parts,
         )
+
+
+def _timed(
+    session: Session,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    calls: Mapping[str, Call],
+) -> dict[str, float]:
+    """Seconds of one call in each backend."""
+    return times(Trial(model, args, kwargs, session.trial), calls)
 
 
 def _owned(

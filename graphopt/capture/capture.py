@@ -44,6 +44,7 @@ class Capture:
         notes: what the user should know about how it was captured.
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
         sizes: those that were to be symbols, and what became of them.
+        sizes_of: reads the sizes that are symbols off a call; of equal ones, the first.
         finish: to be called when passes and backend are done; `holds` then has what they ask, too.
         earlier: the graphs that there would be without the last rewrites of the forward graph,
             without the last but one, …; oldest first.
@@ -60,8 +61,14 @@ class Capture:
     notes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
+    sizes_of: Callable[..., tuple[int, ...]] = lambda *_, **__: ()
     finish: Callable[[], None] = lambda: None
     earlier: tuple[Graph, ...] = ()
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether some sizes are symbols of the graph."""
+        return any(slot.role is Role.SIZE for slot in self.graph.signature.inputs)
 
 
 def capture(
@@ -135,6 +142,7 @@ def capture(
         notes=flat.notes,
         keeps=flat.keeps,
         sizes=sizes,
+        sizes_of=flat.sizes_of,
         finish=flat.finish,
         earlier=tuple(earlier),
     )

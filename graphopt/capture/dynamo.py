@@ -109,6 +109,7 @@ def by_dynamo(
             _build_guards(output, guard, forward)
         _forget_globals(scope, before, backend_input.backend_id, guard)
         watches.append(sizes.Watch(shape_env))
+        guard.reading = sizes.Reading(shape_env, found)
         return sizes.sizes_of(shape_env, found)
 
     def finish() -> None:
@@ -152,6 +153,7 @@ def by_dynamo(
         bind=bind,
         holds=guard,
         failure=guard.failure,
+        sizes_of=guard.sizes,
         changes_objects=bool(changes.objects),
         keeps=tuple(dict.fromkeys(changes.kept)),
         settle=settle if wanted else nothing_symbolic,

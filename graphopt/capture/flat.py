@@ -32,7 +32,7 @@ class FlatForward:
     not made itself; `keeps` which of them it gives tensors or numbers, as Dynamo names them.
     Where sizes are symbols, they are whole numbers among the inputs; `settle` makes `holds`
     complete once the graph is derived, and says what became of them, and `finish` once passes and
-    backend are done.
+    backend are done. `sizes_of` reads the sizes that are symbols off a call.
     """
 
     module: fx.GraphModule
@@ -47,6 +47,7 @@ class FlatForward:
     changes_objects: bool = False
     keeps: tuple[str, ...] = ()
     settle: Callable[[], tuple[Size, ...]] = nothing_symbolic
+    sizes_of: Callable[..., tuple[int, ...]] = lambda *_, **__: ()
     finish: Callable[[], None] = lambda: None
 
     @property

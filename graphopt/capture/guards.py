@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.modules import module as of_all_modules
 
 from graphopt.capture.flat import first_line
-from graphopt.capture.sizes import Conditions
+from graphopt.capture.sizes import Conditions, Reading
 
 
 class Guard:
@@ -22,6 +22,7 @@ class Guard:
 
     manager: Any = None  # Dynamo's own
     late: Conditions | None = None  # found after Dynamo's were built
+    reading: Reading | None = None  # of the sizes that are symbols
 
     def __init__(self, forward: Callable[..., object]) -> None:
         # The guards speak of the variables of the code itself, whatever function it wraps.
@@ -53,6 +54,11 @@ class Guard:
         if not parts and self.late is not None and not self.late(variables):
             return f"a pass or a backend holds for {self.late} only"
         return first_line(parts[0]) if parts else ""
+
+    def sizes(self, *args: object, **kwargs: object) -> tuple[int, ...]:
+        """The sizes of a call that are symbols of the graph; the call is one that it is for."""
+        variables = self._variables(args, kwargs) if self.reading is not None else None
+        return self.reading(variables) if self.reading and variables is not None else ()
 
     def _variables(
         self, args: tuple[object, ...], kwargs: dict[str, object]

@@ -91,7 +91,8 @@ class Dimensions:
             if id(value) not in made:
                 shape, stride = value.shape, value.stride()
                 copy = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-                made[id(value)] = copy.copy_(value)
+                _fill(copy, value)
+                made[id(value)] = copy
             return made[id(value)]
 
         if not self:
@@ -99,6 +100,14 @@ class Dimensions:
         given = pytree.tree_map(own, (args, kwargs))
         copies = {id(copy): self.names[number] for number, copy in made.items()}
         return given, Dimensions({**self.names, **copies})
+
+
+def _fill(copy: Tensor, value: Tensor) -> None:
+    """Copy values to a tensor of the same strides; an expanded dimension lies there once."""
+    for number, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[number] > 1:
+            copy, value = copy.narrow(number, 0, 1), value.narrow(number, 0, 1)
+    copy.copy_(value)
 
 
 NONE = Dimensions()
@@ -254,6 +263,30 @@ class Conditions:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self._conditions))
+
+
+class Reading:
+    """Reads the sizes that are symbols off a call's variables ``L``; of equal ones, the first.
+
+    Args:
+        shape_env: of the capture, once nothing more is asked of it.
+        found: names of the sizes that were to be symbols.
+    """
+
+    def __init__(self, shape_env: Any, found: Mapping[str, Names]) -> None:
+        codes = {}
+        for symbol, sources in shape_env.var_to_sources.items():
+            now = shape_env.simplify(symbol)
+            for source in sources:
+                of_size = isinstance(source, TensorPropertySource) and source.base.name in found
+                if of_size and source.prop is TensorProperty.SIZE and not now.is_number:
+                    codes.setdefault(now, compile(source.name, "<a size>", "eval"))
+        self._codes = tuple(codes.values())
+
+    def __call__(self, variables: dict[str, object]) -> tuple[int, ...]:
+        """Sizes of a call."""
+        scope = {"L": variables}
+        return tuple(eval(code, scope) for code in self._codes)
 
 
 class Watch:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.cache import JsonCache, fingerprint, is_duration
 from graphopt.errors import BackendError
 from graphopt.graph import Graph
+from graphopt.model.bands import MARGIN, Bands
 from graphopt.model.entries import BackendChoice
 from graphopt.model.trial import Call, Trial
 from graphopt.text import print_graph
@@ -19,8 +21,6 @@ from graphopt.text import print_graph
 log = logging.getLogger("graphopt")
 
 CACHE = JsonCache("backends")
-# A compiling backend has to win by this much; anything less is noise.
-MARGIN = 0.98
 ROUNDS = 7
 SECONDS = 4.0
 
@@ -33,9 +33,30 @@ class Built:
     call: Call
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The backend for a graph, and what was built with it.
+
+    Attributes:
+        choice: which one, and why.
+        built: with it.
+        bands: what was measured, where the choice depends on sizes of the call.
+        others: what else was built, by backend, where it does.
+    """
+
+    choice: BackendChoice
+    built: Built
+    bands: Bands | None = None
+    others: Mapping[str, Built] = field(default_factory=dict)
+
+
 def choose(
-    requested: str, make: Callable[[str], Built], trial: Trial, graph: Graph
-) -> tuple[BackendChoice, Built]:
+    requested: str,
+    make: Callable[[str], Built],
+    trial: Trial,
+    graph: Graph,
+    band: int | None = None,
+) -> Chosen:
     """The backend for this graph, and what was built with it.
 
     Args:
@@ -43,37 +64,59 @@ def choose(
         make: builds the engine and the call by backend name; may raise `BackendError`.
         trial: the user's own step.
         graph: what will run; its text is part of the key under which the choice is cached.
+        band: of the sizes of the call, where sizes are symbols.
     """
     if requested != "auto":
         try:
-            return BackendChoice(requested, requested, "requested", {}), make(requested)
+            return Chosen(BackendChoice(requested, requested, "requested", {}), make(requested))
         except BackendError as error:
             log.warning("falling back to eager: %s", error)
-            return BackendChoice("eager", requested, error.message, {}), make("eager")
-    return _measured(make, trial, graph)
+            return Chosen(BackendChoice("eager", requested, error.message, {}), make("eager"))
+    text = print_graph(graph)
+    if band is None:
+        return _measured(make, trial, fingerprint(text))
+    # Whatever sizes were captured, the graph is the same.
+    return _per_band(make, trial, fingerprint(_HINT.sub(r"\1", text)), band)
 
 
-def _measured(
-    make: Callable[[str], Built], trial: Trial, graph: Graph
-) -> tuple[BackendChoice, Built]:
-    key = fingerprint(print_graph(graph))
-    cached = _cached(key)
-    if cached is not None and cached.backend == "eager":
-        return cached, make("eager")
+_HINT = re.compile(r"^(symbol \w+ =) \d+", re.MULTILINE)
+
+
+def _per_band(make: Callable[[str], Built], trial: Trial, key: str, band: int) -> Chosen:
+    bands = Bands(key)
+    if band in bands.seconds and not bands.compiles:
+        return Chosen(bands.choice(band), make("eager"))
     eager = make("eager")
     try:
         inductor = make("inductor")
     except BackendError as error:
-        return BackendChoice("eager", "auto", error.message, {}), eager
+        return Chosen(BackendChoice("eager", "auto", error.message, {}), eager)
+    built = {"eager": eager, "inductor": inductor}
+    if band not in bands.seconds and not bands.full:
+        bands.add(band, times(trial, {name: one.call for name, one in built.items()}))
+    choice = bands.choice(band)
+    others = {name: one for name, one in built.items() if name != choice.backend}
+    return Chosen(choice, built[choice.backend], bands, others)
+
+
+def _measured(make: Callable[[str], Built], trial: Trial, key: str) -> Chosen:
+    cached = _cached(key)
+    if cached is not None and cached.backend == "eager":
+        return Chosen(cached, make("eager"))
+    eager = make("eager")
+    try:
+        inductor = make("inductor")
+    except BackendError as error:
+        return Chosen(BackendChoice("eager", "auto", error.message, {}), eager)
     if cached is not None:
-        return cached, inductor
-    seconds = _time(trial, {"eager": eager.call, "inductor": inductor.call})
+        return Chosen(cached, inductor)
+    seconds = times(trial, {"eager": eager.call, "inductor": inductor.call})
     ratio = seconds["inductor"] / seconds["eager"]
     faster = "inductor" if ratio < MARGIN else "eager"
     reason = f"measured on this step: inductor takes {ratio:.2f}x the time of eager"
     CACHE.write(key, {"backend": faster, "reason": reason, "seconds": seconds})
     choice = BackendChoice(faster, "auto", reason, seconds)
-    return choice, inductor if faster == "inductor" else eager
+    return Chosen(choice, inductor if faster == "inductor" else eager)
 
 
 def _cached(key: str) -> BackendChoice | None:
@@ -89,7 +132,7 @@ def _cached(key: str) -> BackendChoice | None:
     return None
 
 
-def _time(trial: Trial, calls: dict[str, Call]) -> dict[str, float]:
+def times(trial: Trial, calls: Mapping[str, Call]) -> dict[str, float]:
     """Median seconds per step, alternating, after one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with trial.untouched():

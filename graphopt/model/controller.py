@@ -24,6 +24,15 @@ from graphopt.model.kinds import Kind, PlainKinds, kind_of
 from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
 from graphopt.model.report import Report
+from graphopt.model.sites import (
+    MANY,
+    MAX_SPECIALISATIONS,
+    Site,
+    Sites,
+    changes_of,
+    variables_of,
+    warn_at_call,
+)
 from graphopt.model.specialiser import Specialiser, Variant
 from graphopt.model.trial import describe_call
 from graphopt.model.varying import Cause, Varying, cause_of
@@ -32,9 +41,6 @@ if TYPE_CHECKING:
     from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
-
-# How many specialisations one model keeps; the least recently used one goes first.
-MAX_SPECIALISATIONS = 8
 
 _NO_NUMBERS: frozenset[str] = frozenset()
 
@@ -73,6 +79,7 @@ class Controller:
         self.kinds = PlainKinds()
         self.varying = Varying()
         self.seen = Seen(compiler.dynamic)
+        self.sites = Sites()
         self.notes: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
@@ -103,6 +110,10 @@ class Controller:
         kind = kind_of(model, args, kwargs)
         if kind in self.kinds or self._ended(model, args, kwargs):
             return run_plain(self.session, self.plain, model, args, kwargs)
+        site = self.sites.of(kind.mode, model)
+        if site.enough:
+            self._end(site, model)
+            return run_plain(self.session, self.plain, model, args, kwargs)
         try:
             with one_at_a_time():
                 # Another thread may have made it meanwhile.
@@ -120,6 +131,9 @@ class Controller:
         """The variant whose conditions hold for a call, made where none does; it is not run."""
         found = self._holding(model, args, kwargs)
         if found is None:
+            site = self.sites.of(kind_of(model, args, kwargs).mode, model)
+            if site.enough:
+                raise site.too_many(type(model).__name__)
             with one_at_a_time():
                 found = self._holding(model, args, kwargs) or self.specialise(model, args, kwargs)
         self.trained |= found.entry.level == "joint"
@@ -130,26 +144,38 @@ class Controller:
     ) -> Variant:
         """Make the variant for this call; an error leaves everything as it was."""
         with one_at_a_time():
-            reason = self.variants[0].failure(model, *args, **kwargs) if self.variants else ""
+            mode = kind_of(model, args, kwargs).mode
+            site = self.sites.of(mode, model)
+            before = next((v for v in self.variants if v.mode == mode), None)
+            reason = before.failure(model, *args, **kwargs) if before else ""
             causes = self._causes(model, args, kwargs)
-            self.seen.look(model, args, kwargs)
-            variant = self._compile(model, args, kwargs, causes)
+            sizes = self.seen.look(model, args, kwargs)
+            variables = variables_of(self.plain, model, args, kwargs)
+            changes = changes_of(reason, sizes, variables) if site.captures else ()
+            made = self._compile(model, args, kwargs, causes)
+            entry = replace(made.entry, because=", ".join(map(str, changes)))
+            variant = replace(made, entry=entry, mode=mode)
             self.seen.captured(model, args, kwargs)
             self.made += 1
-            with self._lock:
-                self.variants = (variant, *self.variants[: MAX_SPECIALISATIONS - 1])
-        if reason:
-            log.info("captured again for %s, because of %s", variant.entry.signature, reason)
+            site.captured(changes)
+            self._keep(variant, site)
+        if entry.because:
+            log.info("captured again for %s, because %s", entry.signature, entry.because)
         for cause in self.varying.count(causes):
             self._say_ended(cause)
-        if self.made == MAX_SPECIALISATIONS + 1:
-            warnings.warn(
-                f"this model was captured {self.made} times, for as many kinds of calls (the "
-                f"last: {variant.entry.signature}, because of {reason}); only "
-                f"{MAX_SPECIALISATIONS} are kept. Pad or bucket the inputs to a few shapes.",
-                stacklevel=7,
-            )
+        if site.captures == MANY:
+            warn_at_call(site.many(type(model).__name__, self.seen.why))
         return variant
+
+    def _keep(self, variant: Variant, site: Site) -> None:
+        """Keep a new variant, and drop the one of its site that ran longest ago."""
+        with self._lock:
+            others = [v for v in self.variants if v.mode == variant.mode]
+            dropped = others[MAX_SPECIALISATIONS - 1 :]
+            kept = (v for v in self.variants if not any(v is one for one in dropped))
+            self.variants = (variant, *kept)
+        for one in dropped:
+            site.drop(one.entry.signature)
 
     def _compile(
         self,
@@ -177,8 +203,8 @@ class Controller:
             self.seen.made(variant.entry.sizes)
             return variant
         variant = self._compile_static(model, args, kwargs, tried)
-        if dimensions:
-            self.seen.refused(model, args, kwargs, constant)
+        if dimensions and (said := self.seen.refused(model, args, kwargs, constant)):
+            warn_at_call(said)
         return variant
 
     def _compile_static(
@@ -241,10 +267,22 @@ class Controller:
             f"with further values run plain (read at: {cause.line})"
         )
         self.notes += (note,)
-        warnings.warn(
-            f"{note}. Keep the value in a tensor (register_buffer), or outside of forward.",
-            stacklevel=8,
+        warn_at_call(
+            f"{note}. Keep the value in a tensor (register_buffer), or outside of forward."
         )
+
+    def _end(self, site: Site, model: nn.Module) -> None:
+        """Say once that calls of a site run plain from now on; raise where they must not."""
+        error = site.too_many(type(model).__name__)
+        if reduces(self.session) and model.training:
+            raise RankError(
+                f"{error.message}, and a plain call would leave gradients unreduced across ranks",
+                hint=error.hint,
+            )
+        if self.compiler.fallback == "error":
+            raise error
+        if not site.ended:
+            self.notes += (site.end(type(model).__name__),)
 
     def bypass(self) -> bool:
         """Note that torch.compile runs the plain forward.
@@ -269,12 +307,13 @@ class Controller:
         report = self.compiler.report(type(model).__name__)
         return replace(
             report,
-            specialisations=tuple(v.entry for v in reversed(self.variants)),
+            specialisations=tuple(v.reported for v in reversed(self.variants)),
             notes=(
                 *report.notes,
                 *self.session.notes(),
                 *self.notes,
                 *self.seen.notes.values(),
+                *self.sites.notes(),
             ),
             plain=self.kinds.entries(),
         )
@@ -291,10 +330,9 @@ class Controller:
         entry = self.kinds.add(kind, describe_call(model, args, kwargs), error)
         at = f" at {entry.where}" if entry.where else ""
         later = "; so do all later calls in this mode that are captured not yet"
-        warnings.warn(
+        warn_at_call(
             f"calls of {type(model).__name__} with {entry.signature} run as plain PyTorch, without "
-            f"the passes{later if entry.every_later else ''}: {entry.reason}{at}",
-            stacklevel=8,
+            f"the passes{later if entry.every_later else ''}: {entry.reason}{at}"
         )
 
 

@@ -65,6 +65,7 @@ class Specialisation:
         plan: what the runtime obeys.
         notes: what else the user should know.
         sizes: those that vary, with the range that its graph holds for.
+        because: what was other than in earlier calls, where it is not the first of its site.
     """
 
     signature: str
@@ -77,6 +78,7 @@ class Specialisation:
     plan: Plan
     notes: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
+    because: str = ""
 
 
 @dataclass(frozen=True)

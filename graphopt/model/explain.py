@@ -75,6 +75,8 @@ def _specialisation(item: Specialisation) -> Iterator[str]:
 
 def _head(item: Specialisation) -> Iterator[str]:
     yield f"captured   {item.level} graph by {item.route} in {_time(item.capture_seconds)}"
+    if item.because:
+        yield f"because    {item.because}"
     if item.sizes:
         yield f"sizes      {', '.join(map(str, item.sizes))}"
     ran = [step for step in item.steps if not step.skipped]

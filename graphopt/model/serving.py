@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from graphopt.errors import ArgumentError, ServingError
-from graphopt.model.controller import MAX_SPECIALISATIONS, controller_of
+from graphopt.model.controller import controller_of
+from graphopt.model.sites import MAX_SPECIALISATIONS
 from graphopt.plan import Role
 
 if TYPE_CHECKING:

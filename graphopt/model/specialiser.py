@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.capture.sizes import NONE, Dimensions
-from graphopt.model.dimensions import Declared
+from graphopt.model.bands import PerBand
+from graphopt.model.declared import Declared
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
 
@@ -33,6 +34,7 @@ class Variant:
         failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
         roles: what each parameter is, by name; empty where nothing is trained.
+        mode: of the model when it was made (training, gradients, autocast).
     """
 
     call: Callable[..., object]
@@ -41,6 +43,15 @@ class Variant:
     failure: Callable[..., str]
     entry: Specialisation
     roles: Mapping[str, ParameterRole] = field(default_factory=dict)
+    mode: Hashable = None
+
+    @property
+    def reported(self) -> Specialisation:
+        """The entry, with the backend that runs calls by now where that depends on their sizes."""
+        call = self.call
+        return (
+            replace(self.entry, backend=call.choice()) if isinstance(call, PerBand) else self.entry
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from graphopt.analysis.profile import profile_graph
 from graphopt.graph import Graph
 from graphopt.network.named import link_curve
 from graphopt.passbase import EXACT, Applied, Declined, Number, Numerics, Outcome, Pass, PassContext
-from graphopt.passes.schedule.rewrite import arrange, outline
+from graphopt.passes.schedule.rewrite import arrange, outline, renamed, tail
 from graphopt.passes.schedule.search import OrderSearch
 from graphopt.passes.schedule.trial import confirmed
 
@@ -65,7 +65,8 @@ class Schedule(Pass):
             return _declined(choice["reason"], choice["detail"], choice["numbers"])
         if choice["graph"] != outline(graph):
             return _declined("other-graph", "rank 0 chose the order for other operators")
-        arrange(graph, choice["split"], choice["order"])
+        own = renamed(choice["tail"], graph)
+        arrange(graph, [own[n] for n in choice["split"]], [own[n] for n in choice["order"]])
         return Outcome((Applied("backward", choice["detail"], choice["numbers"]),))
 
     def _choice(self, graph: Graph, ctx: PassContext, world: int) -> dict[str, Any]:
@@ -80,13 +81,15 @@ class Schedule(Pass):
         def search(order: GradientOrder) -> OrderSearch:
             return OrderSearch(graph, order, curve, world, self.memory)
 
+        known_by = {"graph": outline(graph), "tail": [node.name for node in tail(graph)]}
+
         def decide() -> str:
             mine = search(measured_order(graph, profile_graph(graph)))
-            return json.dumps({**confirmed(mine, mine.best()), "graph": outline(graph)})
+            return json.dumps({**confirmed(mine, mine.best()), **known_by})
 
         order = graph.get(gradient_order)
         if ranks is None:
-            return {**search(order).best(), "graph": outline(graph)}
+            return {**search(order).best(), **known_by}
         known = "\n".join([f"passes {self}", *order.sizes])
         choice: dict[str, Any] = json.loads(ranks.agree("gradients", known, decide))
         return choice

@@ -15,6 +15,7 @@ from graphopt.plan import Phase
 
 aten = torch.ops.aten
 
+_HALF = "_weight"  # ends the name of the second half of a convolution
 _MASK = 10  # position of `output_mask` in the arguments of `convolution_backward`
 
 
@@ -48,11 +49,25 @@ def arrange(graph: Graph, apart: Iterable[str], order: Iterable[str]) -> dict[fx
 def outline(graph: Graph) -> str:
     """Digest of what `arrange` relies on; an order found for a graph is legal for its equals.
 
-    Names, operators and operands count, but not sizes: batches may differ between ranks.
+    Operators of `tail` and what they read of each other count, but neither names nor sizes: batches
+    may differ between ranks, and sizes be symbols in one of the graphs.
     """
-    lines = [f"{n.name} {n.target} {[i.name for i in n.all_input_nodes]}" for n in tail(graph)]
-    lines += [node.name for node in splittable(graph)]
+    nodes = tail(graph)
+    place = {node: index for index, node in enumerate(nodes)}
+    lines = [f"{n.target} {[place[i] for i in n.all_input_nodes if i in place]}" for n in nodes]
+    lines += [str(place[node]) for node in splittable(graph)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def renamed(names: Sequence[str], graph: Graph) -> dict[str, str]:
+    """What operators of `tail`, and halves that `split` makes, are called in a graph.
+
+    Args:
+        names: of the operators of `tail` in another graph with the same outline.
+        graph: this one.
+    """
+    own = {name: node.name for name, node in zip(names, tail(graph), strict=True)}
+    return own | {f"{name}{_HALF}": f"{here}{_HALF}" for name, here in own.items()}
 
 
 def splittable(graph: Graph) -> tuple[fx.Node, ...]:
@@ -86,7 +101,7 @@ def split(graph: Graph, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
                 "call_function",
                 node.target,
                 (*node.args[:_MASK], second),
-                name=f"{node.name}_weight",
+                name=f"{node.name}{_HALF}",
             )
         other.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         values = node.meta["val"]

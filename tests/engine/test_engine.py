@@ -264,8 +264,8 @@ def _contest(convs: Convs, delays: dict[str, float]) -> Any:
 
         return Built(call, call)
 
-    choice, _ = choose("auto", make, Trial(convs, (X,), {}), graph)
-    return choice, built
+    chosen = choose("auto", make, Trial(convs, (X,), {}), graph)
+    return chosen.choice, built
 
 
 def test_the_faster_backend_wins_and_the_verdict_is_kept(convs: Convs) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 
 import pytest
@@ -50,20 +49,6 @@ def test_non_tensor_input_that_changes_specialises_and_stays_right() -> None:
     for times in (1, 2, 3, 1):
         assert torch.equal(model(x, times), plain(x, times))
     assert model.explain().count("specialisation") >= 3
-
-
-def test_signature_that_changes_every_step_warns_once() -> None:
-    model = graphopt.optimize(
-        nn.Linear(2, 2), backend="eager", passes="", verify="off", dynamic=False
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for batch in range(1, 13):
-            model(torch.ones(batch, 2))
-    about = [w for w in caught if "captured" in str(w.message)]
-    assert len(about) == 1
-    assert "float32[9, 2]" in str(about[0].message)
-    assert "Pad or bucket" in str(about[0].message)
 
 
 def test_model_on_meta() -> None:

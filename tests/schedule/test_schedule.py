@@ -13,6 +13,7 @@ from torch import fx, nn
 from graphopt.analysis.gradient_order import gradient_order, roofline
 from graphopt.analysis.liveness import liveness
 from graphopt.capture import capture
+from graphopt.capture.sizes import Dimensions
 from graphopt.errors import ArgumentError, PipelineError, SpecError
 from graphopt.graph import Graph, phase_of
 from graphopt.grouping.planner import plan
@@ -24,7 +25,7 @@ from graphopt.passes.schedule import Schedule
 from graphopt.passes.schedule import search as schedule_search
 from graphopt.passes.schedule import trial as schedule_trial
 from graphopt.passes.schedule.order import best_first
-from graphopt.passes.schedule.rewrite import outline, split, splittable
+from graphopt.passes.schedule.rewrite import outline, split, splittable, tail
 from graphopt.pipeline.order import check_order
 from graphopt.pipeline.spec import parse_spec
 from graphopt.plan import Phase
@@ -235,6 +236,22 @@ def test_an_order_for_other_operators_is_declined() -> None:
     outcome = Schedule().apply(other, PassContext(ranks={"dp": OneOfTwo(first.told)}))
     assert reasons(outcome) == [("backward", "other-graph")]
     assert print_graph(other) == text
+
+
+@pytest.mark.usefixtures("by_roofline")
+def test_the_order_of_a_graph_for_one_size_holds_where_sizes_are_symbols() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)]
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 12, 12)
+    sizes = Dimensions({id(x): {0: "x.0", 2: "x.2", 3: "x.3"}})
+    first, fixed = OneOfTwo(), capture(model, (x,), {}).graph
+    assert Schedule().apply(fixed, PassContext(ranks={"dp": first})).changed
+    symbolic = capture(model, (x,), {}, dimensions=sizes).graph
+    symbolic.output.prev.name = "another_name"
+    second = PassContext(ranks={"dp": OneOfTwo(first.told)})
+    assert Schedule().apply(symbolic, second).changed
+    verify(symbolic, full=True)
+    targets = [[n.target for n in tail(g)] for g in (fixed, symbolic)]
+    assert targets[0] == targets[1]
 
 
 def test_the_outline_of_a_graph_knows_operators_and_no_sizes() -> None:
