@@ -12,7 +12,7 @@ from graphopt.graph import Graph, value_of
 from graphopt.passbase import ALGORITHM, Applied, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.kfac.emit import Batch, emit_statistics
 from graphopt.passes.kfac.sites import find_sites
-from graphopt.passes.kfac.sizes import Size, Sizes
+from graphopt.sizes import Size, Sizes
 from graphopt.plan import Phase, Role, Slot
 from graphopt.plan.kfac import DIAGONAL, LOW_RANK, Block, Curvature, Side
 

@@ -28,7 +28,7 @@ from graphopt.passes.kfac.rows import (
     with_ones,
 )
 from graphopt.passes.kfac.sites import Site
-from graphopt.passes.kfac.sizes import Scale, Size, Sizes
+from graphopt.sizes import Scale, Size, Sizes
 from graphopt.plan.kfac import Block
 
 

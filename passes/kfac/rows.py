@@ -21,7 +21,7 @@ import graphopt.ops.packed_diagonal  # noqa: F401  (all define operators)
 from graphopt.analysis.weight_uses import Use, depends_on_tangents
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.rnn import rnn_rows
-from graphopt.passes.kfac.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
+from graphopt.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
 from graphopt.plan.kfac import DENSE, LOW_RANK, Side
 from graphopt.rewrite import emit
 
