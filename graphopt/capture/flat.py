@@ -57,9 +57,12 @@ class FlatForward:
 
     @property
     def fakes(self) -> tuple[Any, ...]:
-        """The inputs as Dynamo saw them, with symbols for sizes that vary."""
-        placeholders = self.module.graph.find_nodes(op="placeholder")
-        return tuple(node.meta["example_value"] for node in placeholders)
+        """The inputs as Dynamo saw them, with symbols for sizes that vary.
+
+        A graph that passes have rewritten has them under the name of ours.
+        """
+        found = [node.meta for node in self.module.graph.find_nodes(op="placeholder")]
+        return tuple(m["example_value" if "example_value" in m else "val"] for m in found)
 
 
 def name_inputs(

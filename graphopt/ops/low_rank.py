@@ -1,8 +1,8 @@
 """Second moments of large sides as low rank plus a diagonal, never formed as matrices.
 
-    low_rank_moment(Tensor rows, bool ones, int rank, float scale) -> Tensor
+    low_rank_moment(Tensor rows, bool ones, int rank, Scalar scale) -> Tensor
     low_rank_patch_moment(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,
-        int groups, bool transposed, int[] output_padding, bool ones, int rank, float scale)
+        int groups, bool transposed, int[] output_padding, bool ones, int rank, Scalar scale)
         -> Tensor
     low_rank_diagonal(Tensor diagonal, int rank) -> Tensor
     low_rank_sum(Tensor[] values, int size) -> Tensor
@@ -44,8 +44,8 @@ _WINDOW = (
 )
 _library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
-    "low_rank_moment(Tensor rows, bool ones, int rank, float scale) -> Tensor",
-    f"low_rank_patch_moment(Tensor x, {_WINDOW}, bool ones, int rank, float scale) -> Tensor",
+    "low_rank_moment(Tensor rows, bool ones, int rank, Scalar scale) -> Tensor",
+    f"low_rank_patch_moment(Tensor x, {_WINDOW}, bool ones, int rank, Scalar scale) -> Tensor",
     "low_rank_diagonal(Tensor diagonal, int rank) -> Tensor",
     "low_rank_sum(Tensor[] values, int size) -> Tensor",
 ):

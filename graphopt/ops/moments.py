@@ -1,13 +1,13 @@
 """Second moments of layer inputs and output gradients: the statistics of K-FAC.
 
-    second_moment(Tensor rows, bool ones, int pieces, float scale) -> Tensor
-    diagonal_moment(Tensor rows, bool ones, float scale) -> Tensor
+    second_moment(Tensor rows, bool ones, int pieces, Scalar scale) -> Tensor
+    diagonal_moment(Tensor rows, bool ones, Scalar scale) -> Tensor
     patch_moment(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,
-        bool transposed, int[] output_padding, bool ones, int pieces, float scale) -> Tensor
+        bool transposed, int[] output_padding, bool ones, int pieces, Scalar scale) -> Tensor
     patch_diagonal_moment(... the same without pieces ...) -> Tensor
-    token_counts(Tensor indices, int size, int padding_idx, float scale) -> Tensor
-    norm_moment(Tensor grad, Tensor x, Tensor? mean, Tensor rstd, int[] statistics_shape,
-        int[] parameter_shape, bool shift, float scale) -> Tensor
+    token_counts(Tensor indices, int size, int padding_idx, Scalar scale) -> Tensor
+    norm_moment(Tensor grad, Tensor x, Tensor? mean, Tensor rstd, SymInt[] statistics_shape,
+        int[] parameter_shape, bool shift, Scalar scale) -> Tensor
 
 `ones` appends a constant 1 to every row, the homogeneous coordinate of a bias. `pieces` cuts the
 matrix into that many equal diagonal blocks. Symmetric matrices are returned as their lower
@@ -38,13 +38,13 @@ _WINDOW = (
 # Typed `Any` because torch leaves the methods of `Library` untyped.
 _library: Any = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
-    "second_moment(Tensor rows, bool ones, int pieces, float scale) -> Tensor",
-    "diagonal_moment(Tensor rows, bool ones, float scale) -> Tensor",
-    f"patch_moment(Tensor x, {_WINDOW}, bool ones, int pieces, float scale) -> Tensor",
-    f"patch_diagonal_moment(Tensor x, {_WINDOW}, bool ones, float scale) -> Tensor",
-    "token_counts(Tensor indices, int size, int padding_idx, float scale) -> Tensor",
-    "norm_moment(Tensor grad, Tensor x, Tensor? mean, Tensor rstd, int[] statistics_shape, "
-    "int[] parameter_shape, bool shift, float scale) -> Tensor",
+    "second_moment(Tensor rows, bool ones, int pieces, Scalar scale) -> Tensor",
+    "diagonal_moment(Tensor rows, bool ones, Scalar scale) -> Tensor",
+    f"patch_moment(Tensor x, {_WINDOW}, bool ones, int pieces, Scalar scale) -> Tensor",
+    f"patch_diagonal_moment(Tensor x, {_WINDOW}, bool ones, Scalar scale) -> Tensor",
+    "token_counts(Tensor indices, int size, int padding_idx, Scalar scale) -> Tensor",
+    "norm_moment(Tensor grad, Tensor x, Tensor? mean, Tensor rstd, SymInt[] statistics_shape, "
+    "int[] parameter_shape, bool shift, Scalar scale) -> Tensor",
 ):
     _library.define(_schema)
 

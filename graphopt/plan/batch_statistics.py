@@ -2,7 +2,8 @@
 
 The forward returns two values per use of a norm, its batch's mean and ``1 / sqrt(var + eps)``, as
 ``AUX`` results. How many values a channel has is part of their names and not of the plan part:
-ranks must agree on plan parts, and the last batch of one of them may be smaller.
+ranks must agree on plan parts, and the last batch of one of them may be smaller. Where sizes are
+symbols, the forward returns it, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from graphopt.plan.part import PlanPart
 from graphopt.plan.signature import Role, Slot
 
 _PASS = "batch_statistics"
-MEAN, INVERSE = "mean", "inverse"
+MEAN, INVERSE, COUNT = "mean", "inverse", "count"
+_VARIES = "varies"
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,22 @@ class Statistic:
     """What one ``AUX`` result is.
 
     Attributes:
-        what: `MEAN` or `INVERSE`.
+        what: `MEAN`, `INVERSE`, or `COUNT` of the values per channel, float64 of no dimension.
         use: number of the use of its norm.
-        values: per channel that it was computed from.
+        values: per channel that it was computed from; ``None`` where `COUNT` tells.
         norm: the norm's buffer of means.
     """
 
     what: str
     use: int
-    values: int
+    values: int | None
     norm: str
 
     @property
     def slot(self) -> Slot:
         """Where the forward returns it."""
-        return Slot(Role.AUX, f"{_PASS}/{self.what}/{self.use}/{self.values}/{self.norm}")
+        values = _VARIES if self.values is None else self.values
+        return Slot(Role.AUX, f"{_PASS}/{self.what}/{self.use}/{values}/{self.norm}")
 
     @classmethod
     def of(cls, slot: Slot) -> Statistic | None:
@@ -75,4 +78,4 @@ class Statistic:
         if slot.role is not Role.AUX or not slot.name.startswith(f"{_PASS}/"):
             return None
         _, what, use, values, norm = slot.name.split("/", 4)
-        return cls(what, int(use), int(values), norm)
+        return cls(what, int(use), None if values == _VARIES else int(values), norm)

@@ -49,7 +49,9 @@ def _fake_mode(scan: Scan) -> FakeTensorMode | None:
 def _recompute(scan: Scan, node: fx.Node, mode: FakeTensorMode) -> object:
     if node.op == "get_attr":
         value = scan.attribute(node)
-        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value_of(node)
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value, static_shapes=True)
+        return value_of(node)
 
     if node.target is operator.getitem:
         source, index = cast("tuple[fx.Node, int]", node.args)

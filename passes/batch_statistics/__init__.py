@@ -6,8 +6,10 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
+from graphopt.analysis.hints import hint
 from graphopt.errors import ArgumentError
 from graphopt.graph import KEPT_META, Graph, value_of
 from graphopt.passbase import EXACT, Applied, Declined, Numerics, Outcome, Pass, PassContext
@@ -19,7 +21,11 @@ from graphopt.passes.batch_statistics.sites import (
     values_per_channel,
 )
 from graphopt.plan import Slot
-from graphopt.plan.batch_statistics import INVERSE, MEAN, Norm, Norms, Statistic
+from graphopt.plan.batch_statistics import COUNT, INVERSE, MEAN, Norm, Norms, Statistic
+from graphopt.rewrite import emit
+from graphopt.sizes import Sizes
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class BatchStatistics(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"batch_statistics", "lowered", "staged"})
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
+    symbolic: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Akiba et al., arXiv 1711.04325"
 
@@ -65,8 +72,9 @@ class BatchStatistics(Pass):
         if not sites:
             return Outcome(declined=tuple(declined))
         results: dict[Slot, fx.Node] = {}
+        sizes = Sizes(graph)
         for site in sites:
-            results |= _results(graph, site)
+            results |= _results(graph, site, sizes)
         graph.set_outputs(results | dict(zip(graph.signature.outputs, graph.outputs, strict=True)))
         graph.changed()
         applied = tuple(self._applied(site) for site in sites)
@@ -74,7 +82,7 @@ class BatchStatistics(Pass):
 
     def _applied(self, site: Site) -> Applied:
         steps = "the last step" if self.last == 1 else f"the last {self.last} steps"
-        values = sum(values_per_channel(use) for use in site.uses)
+        values = sum(hint(values_per_channel(use)) or 0 for use in site.uses)
         return Applied(
             site.name,
             f"evaluates with the statistics of {steps}, whatever its momentum",
@@ -87,13 +95,26 @@ def _norm(site: Site) -> Norm:
     return Norm(site.mean, site.var, channels, tuple(map(epsilon, site.uses)))
 
 
-def _results(graph: Graph, site: Site) -> dict[Slot, fx.Node]:
+def _results(graph: Graph, site: Site, sizes: Sizes) -> dict[Slot, fx.Node]:
     found = {}
     for number, use in enumerate(site.uses):
-        values = values_per_channel(use)
+        size = values_per_channel(use)
+        values = None if isinstance(size, torch.SymInt) else size
+        if values is None:
+            found[Statistic(COUNT, number, None, site.mean).slot] = _count(graph, use, sizes)
         for index, what in ((1, MEAN), (2, INVERSE)):
             found[Statistic(what, number, values, site.mean).slot] = _item(graph, use, index)
     return found
+
+
+def _count(graph: Graph, norm: fx.Node, sizes: Sizes) -> fx.Node:
+    """How many values a norm takes the statistics of a channel from."""
+    x = norm.all_input_nodes[0]
+    with graph.fx.inserting_before(norm.next):
+        found = sizes.all_of(x)
+        count = sizes.product([*found[:1], *found[2:]], norm)
+        given = (x, [], count)
+        return emit(graph, aten.new_full.default, *given, like=norm, dtype=torch.float64)
 
 
 def _item(graph: Graph, norm: fx.Node, index: int) -> fx.Node:

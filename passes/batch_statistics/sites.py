@@ -69,7 +69,7 @@ class Site:
     uses: list[fx.Node] = field(default_factory=list)
 
 
-def values_per_channel(norm: fx.Node) -> int:
+def values_per_channel(norm: fx.Node) -> int | torch.SymInt:
     """How many values a norm takes the statistics of a channel from."""
     shape = value_of(norm.all_input_nodes[0]).shape
     return math.prod(size for dimension, size in enumerate(shape) if dimension != 1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 from graphopt.passbase import ALGORITHM, Applied, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.kfac.emit import Batch, emit_statistics
 from graphopt.passes.kfac.sites import find_sites
+from graphopt.sizes import Size, Sizes
 from graphopt.plan import Phase, Role, Slot
 from graphopt.plan.kfac import DIAGONAL, LOW_RANK, Block, Curvature, Side
 
@@ -66,6 +67,7 @@ class Kfac(Pass):
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     reduces: ClassVar[bool] = True
+    symbolic: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Osawa et al., Scalable and Practical Natural Gradient, 2002.06015"
 
@@ -123,8 +125,10 @@ class Kfac(Pass):
         sites, declined = find_sites(graph, self.max_dim, 0 if whole else self.rank)
         if not sites:
             return Outcome(declined=tuple(declined))
+        sizes = Sizes(graph)
         batch = Batch(
-            _batch_size(graph),
+            sizes,
+            _batch_size(graph, sizes),
             self.reduction == "mean" or (self.reduction == "auto" and _is_mean(graph)),
             self.sharing == "reduce",
             self.solver == "ekfac",
@@ -159,11 +163,13 @@ class Kfac(Pass):
         )
 
 
-def _batch_size(graph: Graph) -> int:
+def _batch_size(graph: Graph, sizes: Sizes) -> Size:
     """Leading dimension of the model's first input."""
     for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
-        if slot.role is Role.INPUT and value_of(node).dim():
-            return int(value_of(node).shape[0])
+        value = value_of(node)
+        if slot.role is Role.INPUT and isinstance(value, Tensor) and value.dim():
+            with graph.fx.inserting_after(graph.inputs[-1]):
+                return sizes.of(node, 0)
     return 1
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from operator import getitem
 from typing import cast
 
-import torch
 from torch import fx
 
 from graphopt.analysis.weight_uses import Use
-from graphopt.graph import Graph, value_of
+from graphopt.graph import Graph
 from graphopt.passes.kfac.norm import norm_moments
 from graphopt.passes.kfac.rnn import ROWS, rnn_count
 from graphopt.passes.kfac.rows import (
@@ -30,6 +28,7 @@ from graphopt.passes.kfac.rows import (
     with_ones,
 )
 from graphopt.passes.kfac.sites import Site
+from graphopt.sizes import Scale, Size, Sizes
 from graphopt.plan.kfac import Block
 
 
@@ -38,21 +37,28 @@ class Batch:
     """How the examples of a batch enter the loss.
 
     Attributes:
+        sizes: of the tensors of the graph.
         size: n.
         mean: whether the loss is their mean.
         reduced: whether shared positions are reduced before the moment (``sharing=reduce``).
         samples: whether a solver needs the rows themselves.
     """
 
-    size: int
+    sizes: Sizes
+    size: Size
     mean: bool
     reduced: bool
     samples: bool
 
-    @property
-    def undo(self) -> float:
-        """What squares of output gradients are multiplied with, to be those of single losses."""
-        return float(self.size) ** 2 if self.mean else 1.0
+    def scale(self, like: fx.Node, rows: Size | None = None) -> Scale:
+        """Of squares of output gradients: a mean over rows, by default over the examples.
+
+        Where the loss is a mean over the n examples, gradients were divided by n.
+        """
+        if rows is None:
+            return self.size if self.mean else self.sizes.quotient(1, self.size, like)
+        over = self.sizes.product((self.size, self.size), like) if self.mean else 1
+        return self.sizes.quotient(over, rows, like)
 
 
 def emit_statistics(
@@ -72,16 +78,18 @@ def emit_statistics(
         moments_of = []
         for use in site.uses:
             with graph.fx.inserting_before(_behind(use.node)):
-                moments_of.append(norm_moments(graph, block, use, batch.undo / batch.size))
+                scale = batch.scale(use.node)
+                moments_of.append(norm_moments(graph, block, use, scale, batch.sizes))
         with graph.fx.inserting_before(behind):
             return block, {block.left.statistic: add_up(graph, moments_of)}, ""
     assert block.right is not None
     scales = _Scales(batch, [u for u, _ in uses])
+    size = batch.size
     parts: dict[str, list[fx.Node]] = {side.statistic: [] for side in block.sides}
     everything = []
     for use, flipped in uses:
         with graph.fx.inserting_before(_behind(use.node)):
-            rows = rows_of(graph, use, batch.size)
+            rows = rows_of(graph, use, size, batch.sizes)
             everything.append(rows)
             if scales.reduced:
                 continue
@@ -93,10 +101,12 @@ def emit_statistics(
                 parts[side.statistic].append(make(side, ones, scale))
     with graph.fx.inserting_before(behind):
         if scales.reduced:
-            rows = reduced(graph, everything, batch.size)
+            rows = reduced(graph, everything, size, batch.sizes)
+            like = uses[-1][0].node
             for side in block.sides:
                 make = rows.gradient if side is block.left else rows.input
-                scale = batch.undo / batch.size if side is block.left else 1 / batch.size
+                of_gradient = side is block.left
+                scale = batch.scale(like) if of_gradient else batch.sizes.quotient(1, size, like)
                 parts[side.statistic] = [
                     make(side, bool(block.bias) and side is block.right, scale)
                 ]
@@ -121,32 +131,34 @@ class _Scales:
         self.reduced = batch.reduced and all(
             examples_first(u, batch.size) is not None for u in uses
         )
-        self.rows = sum(_count(u) for u in uses)
 
-    def gradient(self, use: Use) -> float:
+    def gradient(self, use: Use) -> Scale:
         """Of output gradients: a mean over the positions of a convolution, else their sum."""
-        scale = self.batch.undo / self.batch.size
         if use.kind == "convolution":
-            scale /= _count(use) / self.batch.size
-        return scale
+            return self.batch.scale(use.node, _count(use, self.batch.sizes))
+        return self.batch.scale(use.node)
 
-    def input(self, use: Use) -> float:
+    def input(self, use: Use) -> Scale:
         """Of inputs: a sum over the positions of a convolution, else their mean."""
+        sizes, like = self.batch.sizes, use.node
         if use.kind == "convolution":
-            return 1.0 / (self.batch.size * len(self.uses))
-        return 1.0 / self.rows
+            rows = sizes.product((self.batch.size, len(self.uses)), like)
+        else:
+            rows = sizes.sum([_count(u, sizes) for u in self.uses], like)
+        return sizes.quotient(1, rows, like)
 
 
-def _count(use: Use) -> int:
+def _count(use: Use, sizes: Sizes) -> Size:
     """Rows that a use contributes: examples times shared positions."""
     if use.kind == "rnn":
-        return rnn_count(use)
-    value: torch.Tensor = value_of(cast("fx.Node", use.node.args[0]))
+        return rnn_count(use, sizes)
+    operand = cast("fx.Node", use.node.args[use.kind == "embedding"])
+    found = sizes.all_of(operand)
     if use.kind == "convolution":
-        return value.shape[0] * prod(value.shape[2:])
-    if use.kind == "embedding":
-        return int(value_of(cast("fx.Node", use.node.args[1])).numel())
-    return value.shape[-1] * (value.shape[0] if use.summed else 1)
+        del found[1]
+    elif use.kind == "matmul":
+        found = [found[-1], *found[:1]] if use.summed else found[-1:]
+    return sizes.product(found, use.node)
 
 
 def _behind(node: fx.Node) -> fx.Node:

@@ -16,6 +16,7 @@ from torch import fx
 import graphopt.ops.rnn_rows  # noqa: F401  (defines the operator)
 from graphopt.analysis.weight_uses import Use
 from graphopt.graph import KEPT_META, Graph, value_of
+from graphopt.sizes import Size, Sizes
 from graphopt.plan.kfac import OUT_IN, Block, Side
 from graphopt.rewrite import arguments, emit
 
@@ -95,10 +96,10 @@ def _is_random(call: dict[str, Any]) -> bool:
     return projects or (call["train"] and call["dropout"] > 0 and call["num_layers"] > 1)
 
 
-def rnn_count(use: Use) -> int:
+def rnn_count(use: Use, sizes: Sizes) -> Size:
     """Time steps times examples."""
-    shape = value_of(arguments(use.node)["input"]).shape
-    return int(shape[0] * shape[1])
+    x = arguments(use.node)["input"]
+    return sizes.product((sizes.of(x, 0), sizes.of(x, 1)), use.node)
 
 
 def rnn_rows(graph: Graph, use: Use) -> tuple[fx.Node, fx.Node]:

@@ -21,13 +21,14 @@ import graphopt.ops.packed_diagonal  # noqa: F401  (all define operators)
 from graphopt.analysis.weight_uses import Use, depends_on_tangents
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.rnn import rnn_rows
+from graphopt.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
 from graphopt.plan.kfac import DENSE, LOW_RANK, Side
 from graphopt.rewrite import emit
 
 aten = torch.ops.aten
 moments = torch.ops.graphopt
 
-Moment = Callable[[Side, bool, float], fx.Node]
+Moment = Callable[[Side, bool, Scale], fx.Node]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Rows:
     by_example: Callable[[], list[fx.Node]] | None = None
 
 
-def rows_of(graph: Graph, use: Use, n: int) -> Rows:
+def rows_of(graph: Graph, use: Use, n: Size, sizes: Sizes) -> Rows:
     """Insert what one use's moments are made from, for a batch of n examples."""
     if use.kind == "convolution":
-        return _convolution(graph, use)
+        return _convolution(graph, use, sizes)
     if use.kind == "embedding":
         return _embedding(graph, use)
     if use.kind == "rnn":
@@ -61,14 +62,14 @@ def rows_of(graph: Graph, use: Use, n: int) -> Rows:
     return _plain(graph, gradient, x, examples_first(use, n), n)
 
 
-def examples_first(use: Use, n: int) -> bool | None:
+def examples_first(use: Use, size: Size) -> bool | None:
     """Whether rows are those of one example after the other, or of one position after the other.
 
     ``None`` where neither can be told from the shape that was flattened into rows.
     """
     if use.kind != "matmul" or not (use.summed or value_of(use.node).dim() == 2):
         return None
-    node = cast("fx.Node", use.node.args[1])
+    node, n = cast("fx.Node", use.node.args[1]), value(size)
     count = value_of(node).shape[-2] * (value_of(node).shape[0] if use.summed else 1)
     while node.target in (aten.clone.default, aten._to_copy.default, aten.detach.default):
         node = node.all_input_nodes[0]
@@ -76,16 +77,17 @@ def examples_first(use: Use, n: int) -> bool | None:
     if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
         shape = value_of(node.all_input_nodes[0]).shape
     leading = list(shape)
-    while leading and prod(leading) > count:
+    while leading and prod(map(at_hint, leading)) > at_hint(count):
         leading.pop()  # what was flattened into one row
-    if count == n:
+    if same(count, n):
         return True
-    if count % n or len(leading) < 2 or leading.count(n) != 1:
+    are = [same(size, n) for size in leading]
+    if not same(count % n, 0) or len(are) < 2 or sum(are) != 1:
         return None
-    return bool(leading[0] == n) if n in (leading[0], leading[-1]) else None
+    return are[0] if are[0] or are[-1] else None
 
 
-def _plain(graph: Graph, gradient: fx.Node, x: fx.Node, first: bool | None, n: int) -> Rows:
+def _plain(graph: Graph, gradient: fx.Node, x: fx.Node, first: bool | None, n: Size) -> Rows:
     """Rows ``[groups, N, d]`` that exist in memory."""
 
     def by_example() -> list[fx.Node]:
@@ -108,14 +110,15 @@ def _as_rows(graph: Graph, node: fx.Node, use: Use) -> fx.Node:
     return node
 
 
-def _moment(graph: Graph, rows: fx.Node, side: Side, ones: bool, scale: float) -> fx.Node:
+def _moment(graph: Graph, rows: fx.Node, side: Side, ones: bool, scale: Scale) -> fx.Node:
+    scale = as_float(scale)
     if side.form == DENSE:
-        given = (ones, side.blocks // value_of(rows).shape[0], float(scale))
+        given = (ones, side.blocks // int(value_of(rows).shape[0]), scale)
         return emit(graph, moments.second_moment.default, rows, *given, like=rows)
     if side.form == LOW_RANK:
-        kept = (ones, side.rank, float(scale))
+        kept = (ones, side.rank, scale)
         return emit(graph, moments.low_rank_moment.default, rows, *kept, like=rows)
-    return emit(graph, moments.diagonal_moment.default, rows, ones, float(scale), like=rows)
+    return emit(graph, moments.diagonal_moment.default, rows, ones, scale, like=rows)
 
 
 def add_up(graph: Graph, parts: Sequence[fx.Node]) -> fx.Node:
@@ -133,11 +136,11 @@ def add_up_side(graph: Graph, parts: Sequence[fx.Node], side: Side) -> fx.Node:
     return emit(graph, moments.low_rank_sum.default, list(parts), side.size, like=parts[0])
 
 
-def _convolution(graph: Graph, use: Use) -> Rows:
+def _convolution(graph: Graph, use: Use, sizes: Sizes) -> Rows:
     arguments: list[Any] = list(use.node.args)
     gradient, x, weight = arguments[:3]
     stride, padding, dilation, transposed, output_padding, groups = arguments[4:10]
-    value: torch.Tensor = value_of(gradient)
+    channels = int(value_of(gradient).shape[1])
     kernel = list(value_of(weight).shape[2:])
     # One number stands for all dimensions.
     stride, padding, dilation, output_padding = (
@@ -145,14 +148,14 @@ def _convolution(graph: Graph, use: Use) -> Rows:
         for a in (stride, padding, dilation, output_padding)
     )
 
-    def of_gradient(side: Side, ones: bool, scale: float) -> fx.Node:
-        n, each = value.shape[0], value.shape[1] // groups
+    def of_gradient(side: Side, ones: bool, scale: Scale) -> fx.Node:
+        n, each = sizes.of(gradient, 0), channels // groups
         node = emit(graph, aten.reshape.default, gradient, [n, groups, each, -1], like=use.node)
         node = emit(graph, aten.permute.default, node, [1, 0, 3, 2], like=use.node)
         node = emit(graph, aten.reshape.default, node, [groups, -1, each], like=use.node)
         return _moment(graph, node, side, ones, scale)
 
-    def of_input(side: Side, ones: bool, scale: float) -> fx.Node:
+    def of_input(side: Side, ones: bool, scale: Scale) -> fx.Node:
         geometry: tuple[Any, ...] = (
             kernel,
             stride,
@@ -171,7 +174,7 @@ def _convolution(graph: Graph, use: Use) -> Rows:
             operator = moments.low_rank_patch_moment.default
         else:
             operator = moments.patch_diagonal_moment.default
-        return emit(graph, operator, x, *geometry, float(scale), like=use.node)
+        return emit(graph, operator, x, *geometry, as_float(scale), like=use.node)
 
     return Rows(of_gradient, of_input)
 
@@ -179,7 +182,7 @@ def _convolution(graph: Graph, use: Use) -> Rows:
 def _embedding(graph: Graph, use: Use) -> Rows:
     gradient, indices, size, padding = (cast("Any", a) for a in use.node.args[:4])
 
-    def of_gradient(side: Side, ones: bool, scale: float) -> fx.Node:
+    def of_gradient(side: Side, ones: bool, scale: Scale) -> fx.Node:
         width = value_of(gradient).shape[-1]
         rows = emit(graph, aten.reshape.default, gradient, [1, -1, width], like=use.node)
         if padding >= 0:
@@ -188,12 +191,12 @@ def _embedding(graph: Graph, use: Use) -> Rows:
             rows = emit(graph, aten.mul.Tensor, rows, seen, like=use.node)
         return _moment(graph, rows, side, ones, scale)
 
-    def of_input(side: Side, ones: bool, scale: float) -> fx.Node:
+    def of_input(side: Side, ones: bool, scale: Scale) -> fx.Node:
         given = (indices, size, padding, 1.0)
         counts = emit(graph, moments.token_counts.default, *given, like=use.node)
         # Counts are exact in any type; their scale is not.
         counts = _cast(graph, counts, value_of(gradient))
-        counts = emit(graph, aten.mul.Tensor, counts, float(scale), like=use.node)
+        counts = emit(graph, aten.mul.Scalar, counts, as_float(scale), like=use.node)
         if side.form == DENSE:
             counts = emit(graph, moments.packed_diagonal.default, counts, like=use.node)
         elif side.form == LOW_RANK:
@@ -214,7 +217,7 @@ def _cast(graph: Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
 # -- one row per example ---------------------------------------------------------------------------
 
 
-def _per_example(graph: Graph, rows: fx.Node, n: int, *, first: bool) -> fx.Node:
+def _per_example(graph: Graph, rows: fx.Node, n: Size, *, first: bool) -> fx.Node:
     """Rows ``[n, R, d]``."""
     width = value_of(rows).shape[-1]
     if first:
@@ -228,20 +231,20 @@ def with_ones(graph: Graph, rows: fx.Node) -> fx.Node:
     return emit(graph, aten.constant_pad_nd.default, rows, [0, 1], 1.0, like=rows)
 
 
-def reduced(graph: Graph, uses: Sequence[Rows], n: int) -> Rows:
+def reduced(graph: Graph, uses: Sequence[Rows], n: Size, sizes: Sizes) -> Rows:
     """Sums of output gradients and means of inputs over all positions of an example.
 
     Eschenhagen et al., arXiv 2311.00636: the "reduce" setting.
     """
     found: tuple[list[fx.Node], list[fx.Node]] = ([], [])
-    positions = 0
+    positions: list[Size] = []
     for use in uses:
         assert use.by_example is not None
         both = use.by_example()
-        positions += value_of(both[1]).shape[1]
+        positions.append(sizes.of(both[1], 1))
         for node, into in zip(both, found, strict=True):
             into.append(emit(graph, aten.sum.dim_IntList, node, [1], like=node))
     gradient, x = (add_up(graph, nodes) for nodes in found)
-    x = emit(graph, aten.div.Scalar, x, positions, like=x)
+    x = emit(graph, aten.div.Scalar, x, sizes.sum(positions, x), like=x)
     gradient, x = (emit(graph, aten.unsqueeze.default, r, 0, like=r) for r in (gradient, x))
     return _plain(graph, gradient, x, True, n)

@@ -62,6 +62,7 @@ class LowRank(Pass):
     levels: ClassVar[frozenset[str]] = frozenset({"forward"})
     changes_signature: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
+    symbolic: ClassVar[bool] = True
     source: ClassVar[str] = (
         "HODLR: Ambikasaran and Darve 2013; BLR: Amestoy et al. 2015; ranks: Halko et al. 2011"
     )

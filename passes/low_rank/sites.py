@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.hints import hints
 from graphopt.graph import Graph, operator_name, value_of
 from graphopt.ops import structured  # noqa: F401, registers the operators
 from graphopt.plan import Role
@@ -53,10 +55,12 @@ class Use:
 
     @property
     def columns(self) -> int:
-        """How many vectors W is multiplied with."""
-        x = value_of(self.x)
-        size = x.shape[-2] if self.left and x.dim() > 1 else x.shape[-1]
-        return int(x.numel()) // max(int(size), 1)
+        """How many vectors W is multiplied with, in the captured call."""
+        shape = hints(value_of(self.x).shape)
+        if shape is None:  # it depends on data
+            return 1
+        size = shape[-2] if self.left and len(shape) > 1 else shape[-1]
+        return prod(shape) // max(size, 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphopt.plan.batch_statistics import MEAN, Norm, Statistic
+from graphopt.plan.batch_statistics import COUNT, INVERSE, MEAN, Norm, Statistic
 
 
 def width(norm: Norm) -> int:
@@ -69,18 +69,25 @@ class Taking:
     def __init__(self, layout: Layout, statistics: Sequence[Statistic]) -> None:
         norms = {norm.mean: norm for norm in layout.norms}
         # A batch without values has no statistics.
-        kept = [(i, s) for i, s in enumerate(statistics) if s.what == MEAN and s.values]
-        partner = {(s.norm, s.use): i for i, s in enumerate(statistics) if s.what != MEAN}
+        kept = [(i, s) for i, s in enumerate(statistics) if s.what == MEAN and s.values != 0]
+        inverses, counts = (
+            {(s.norm, s.use): i for i, s in enumerate(statistics) if s.what == what}
+            for what in (INVERSE, COUNT)
+        )
         self._means = [i for i, _ in kept]
-        self._inverses = [partner[s.norm, s.use] for _, s in kept]
+        self._inverses = [inverses[s.norm, s.use] for _, s in kept]
+        told = [(n, counts[s.norm, s.use]) for n, (_, s) in enumerate(kept) if s.values is None]
+        self._counts = [i for _, i in told]
+        # Of the kept norms those whose number of values the forward returns.
+        self._varying = torch.tensor([n for n, _ in told], dtype=torch.int64)
         self._width = sum(layout.widths)
         channels = [norms[s.norm].channels for _, s in kept]
         starts = [layout.starts[s.norm] for _, s in kept]
         repeated = torch.tensor(channels, dtype=torch.int64)
-        self._values = torch.tensor([float(s.values) for _, s in kept], dtype=torch.float64)
-        self._per_channel = self._values.repeat_interleave(repeated)
+        self._norm_of = torch.arange(len(kept)).repeat_interleave(repeated)
+        self._values = torch.tensor([float(s.values or 0) for _, s in kept], dtype=torch.float64)
         eps = torch.tensor([norms[s.norm].eps[s.use] for _, s in kept], dtype=torch.float64)
-        self._eps = eps.repeat_interleave(repeated)
+        self._eps = eps[self._norm_of]
         sums = [torch.arange(c) + start + 1 for c, start in zip(channels, starts, strict=True)]
         squares = [place + c for c, place in zip(channels, sums, strict=True)]
         self._places = torch.cat([torch.tensor(starts, dtype=torch.int64), *sums, *squares])
@@ -89,7 +96,8 @@ class Taking:
         """The moments of one forward, float64.
 
         Args:
-            results: mean and ``1 / sqrt(var + eps)`` of each use of a norm.
+            results: mean and ``1 / sqrt(var + eps)`` of each use of a norm, and how many values
+                these are of, where that varies.
         """
         device = results[0].device
         self._to(device)
@@ -99,13 +107,18 @@ class Taking:
         mean = torch.cat([results[i].to(device) for i in self._means]).double()
         inverse = torch.cat([results[i].to(device) for i in self._inverses]).double()
         var = (inverse.square().reciprocal() - self._eps).clamp(min=0)
-        sums = self._per_channel * mean
-        squares = self._per_channel * (var + mean.square())
-        return moments.index_add_(0, self._places, torch.cat([self._values, sums, squares]))
+        values = self._values
+        if self._counts:
+            counts = torch.stack([results[i].to(device) for i in self._counts])
+            values = values.index_copy(0, self._varying, counts)
+        per_channel = values[self._norm_of]
+        sums = per_channel * mean
+        squares = per_channel * (var + mean.square())
+        return moments.index_add_(0, self._places, torch.cat([values, sums, squares]))
 
     def _to(self, device: torch.device) -> None:
         if self._values.device != device:
-            for name in ("_values", "_per_channel", "_eps", "_places"):
+            for name in ("_values", "_varying", "_norm_of", "_eps", "_places"):
                 setattr(self, name, getattr(self, name).to(device))
 
 

@@ -99,6 +99,24 @@ def test_later_calls_keep_the_factors(mode: str) -> None:
     assert {a.site for a in last.applied} == IN_FACTORS
 
 
+def test_batches_of_other_sizes_share_a_graph() -> None:
+    plain, x = Mixer(), batch()
+    model = _optimized(Mixer(), x, f"{ANY},cleanup", verify="structure")
+    for n in (5, 2, 7):
+        x = torch.randn(n, TOKENS, CHANNELS)
+        results = []
+        for m in (model, plain):
+            m.zero_grad()
+            y = m(x)
+            y.square().sum().backward()
+            results.append([y, m.get_parameter("mix.bias").grad])
+        for a, b in zip(*results, strict=True):
+            _close(a, b)
+    last = graphopt.model.surface.report(model).specialisations
+    assert [[str(size) for size in entry.sizes] for entry in last] == [[], ["x.0 2.."]]
+    assert {a.site for a in last[-1].steps[0].outcome.applied} == IN_FACTORS
+
+
 def test_factors_train() -> None:
     model, x = _optimized(Mixer(), batch()), batch()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
