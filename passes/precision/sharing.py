@@ -6,12 +6,13 @@ from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.aliasing import storage
 from graphopt.graph import KEPT_META, Graph, phase_of, value_of
 from graphopt.passes.precision.rules import packet_of
 from graphopt.plan import Phase
-from graphopt.rewrite import emit
+from graphopt.rewrite import emit, result_of
 
 _CAST = torch.ops.aten._to_copy.default
 # Operators that compute in the wider of their operands' types.
@@ -90,8 +91,11 @@ def _keeps_all(view: fx.Node) -> bool:
     if not isinstance(view.target, torch._ops.OpOverload) or len(view.all_input_nodes) != 1:
         return False
     here, before = value_of(view), value_of(view.all_input_nodes[0])
-    same = isinstance(here, Tensor) and isinstance(before, Tensor)
-    return same and here.numel() == before.numel() and here.dtype is before.dtype
+    if not (isinstance(here, Tensor) and isinstance(before, Tensor)):
+        return False
+    # Sizes that are equal by chance in the captured call do not count.
+    same = statically_known_true(here.numel() == before.numel())
+    return same and here.dtype is before.dtype
 
 
 def _in_half_of(node: fx.Node, other: fx.Node) -> None:
@@ -134,8 +138,7 @@ def promote(graph: Graph, casts: Sequence[fx.Node]) -> list[fx.Node]:
         cast.replace_all_uses_with(value)
         graph.fx.erase_node(cast)
         for view in views:
-            args, kwargs = fx.map_arg((view.args, view.kwargs), value_of)
-            view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
+            view.meta["val"] = result_of(view)
     if len(kept) < len(casts):
         graph.changed()
     return kept
