@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.aliasing import storage
 from graphopt.graph import KEPT_META, Graph, phase_of, value_of
+from graphopt.ops.numbers import is_number
 from graphopt.passes.precision.rules import packet_of
 from graphopt.plan import Phase
 from graphopt.rewrite import emit, result_of
@@ -88,7 +89,8 @@ def _chain(value: fx.Node, views: frozenset[fx.Node]) -> list[fx.Node]:
 
 
 def _keeps_all(view: fx.Node) -> bool:
-    if not isinstance(view.target, torch._ops.OpOverload) or len(view.all_input_nodes) != 1:
+    tensors = [n for n in view.all_input_nodes if not is_number(value_of(n))]
+    if not isinstance(view.target, torch._ops.OpOverload) or len(tensors) != 1:
         return False
     here, before = value_of(view), value_of(view.all_input_nodes[0])
     if not (isinstance(here, Tensor) and isinstance(before, Tensor)):
@@ -112,7 +114,7 @@ def _erase(graph: Graph, cast: fx.Node, views: frozenset[fx.Node]) -> None:
     """A cast without readers, and the views that only it has read."""
     node = cast
     while not node.users and (node is cast or (node in views and _keeps_all(node))):
-        (before,) = node.all_input_nodes
+        before = node.all_input_nodes[0]
         graph.fx.erase_node(node)
         node = before
 
