@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -25,6 +26,13 @@ def emit(graph: Graph, target: OpOverload, *args: Any, like: fx.Node, **kwargs: 
     with keeping_symbols(map(value_of, node.all_input_nodes)):
         node.meta["val"] = target(*values[0], **values[1])
     return node
+
+
+def result_of(node: fx.Node) -> Any:
+    """The fake value that an operator returns for the values that its operands have now."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with torch.no_grad(), keeping_symbols(map(value_of, node.all_input_nodes)):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def parametrized_name(parameter: str, number: int) -> str:

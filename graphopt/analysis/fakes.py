@@ -7,7 +7,7 @@ choice of a kernel only; the graph would then hold for that size, or for a few.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -43,6 +43,21 @@ def keeping_symbols(values: Iterable[Any]) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def unasked(values: Iterable[Any]) -> Iterator[None]:
+    """As `keeping_symbols`, for what is the same at every size, such as a dtype.
+
+    Nothing that operators ask of a symbol becomes a condition of the graph.
+    """
+    known = list(values)
+    symbol = next((s for s in map(_symbol, known) if s is not None), None)
+    with ExitStack() as stack:
+        stack.enter_context(keeping_symbols(known))
+        if symbol is not None:
+            stack.enter_context(symbol.node.shape_env.suppress_guards())
+        yield
+
+
+@contextmanager
 def symbolic_kernels() -> Iterator[None]:
     """Within, operators keep symbols, where torch or this module knows how."""
     own = mock.patch.dict(fake_impls.get_fast_op_impls(), _kernels())
@@ -51,11 +66,15 @@ def symbolic_kernels() -> Iterator[None]:
 
 
 def _has_symbol(value: Any) -> bool:
+    return _symbol(value) is not None
+
+
+def _symbol(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return any(isinstance(size, torch.SymInt) for size in value.shape)
+        value = value.shape
     if isinstance(value, list | tuple):
-        return any(map(_has_symbol, value))
-    return isinstance(value, torch.SymInt)
+        return next((s for s in map(_symbol, value) if s is not None), None)
+    return value if isinstance(value, torch.SymInt) else None
 
 
 @cache

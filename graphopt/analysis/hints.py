@@ -6,6 +6,7 @@ comparing a symbol would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,12 @@ def hints(sizes: Iterable[Any]) -> tuple[int, ...] | None:
 def is_known(value: Tensor) -> bool:
     """Whether no size of a tensor depends on data."""
     return hints(value.shape) is not None
+
+
+def elements(value: Tensor) -> int | None:
+    """How many elements a tensor had in the captured call; ``None`` where data decide it."""
+    shape = hints(value.shape)
+    return None if shape is None else math.prod(shape)
 
 
 def at_hint(values: Any) -> Any:

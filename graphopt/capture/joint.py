@@ -29,7 +29,7 @@ from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
 from graphopt.capture.opaque import checks_without_order, eager_resampling
-from graphopt.capture.sizes import in_terms_of, tangents_like_outputs
+from graphopt.capture.sizes import in_terms_of, sizes_named_apart, tangents_like_outputs
 from graphopt.errors import CaptureError
 from graphopt.graph import KEPT_META, Graph, Level
 from graphopt.plan import OutputAlias, Phase, Role, Signature, Slot
@@ -86,6 +86,7 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         checks_without_order(),
         cumulative_averages(),
         tangents_like_outputs(),
+        sizes_named_apart(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

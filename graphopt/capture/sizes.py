@@ -27,6 +27,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
 from graphopt.errors import CaptureError
+from graphopt.ops.numbers import number_function
 
 Names = Mapping[int, str]
 """What dimensions of one tensor are called."""
@@ -163,6 +164,23 @@ def tangents_like_outputs() -> Iterator[None]:
         return MemoryFormatMeta(size=tensor.shape, stride=tensor.stride())
 
     with mock.patch.object(MemoryFormatMeta, "from_tensor", from_tensor):
+        yield
+
+
+@contextmanager
+def sizes_named_apart() -> Iterator[None]:
+    """Name what computes sizes ``size_mul`` and so on.
+
+    Else operators would have other numbers in their names than in a graph of fixed sizes, and what
+    is known of them by name, as a calibration is, would be taken for that of another one.
+    """
+    honest = fx.Graph._target_to_str
+
+    def named(graph: fx.Graph, target: Any) -> str:
+        prefix = "size_" if number_function(target) else ""
+        return prefix + str(honest(graph, target))
+
+    with mock.patch.object(fx.Graph, "_target_to_str", named):
         yield
 
 

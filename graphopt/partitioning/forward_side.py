@@ -1,7 +1,8 @@
 """The forward half of a captured graph as operators and the values between them.
 
 A view, an in-place operator and a piece of a tuple belong to the operator that allocated the
-memory, so no cut comes between them. A view of a parameter belongs to whoever reads it.
+memory, so no cut comes between them. A view of a parameter belongs to whoever reads it, and so does
+a number that follows from sizes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ from torch import fx
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.cost import tensor_bytes
 from graphopt.graph import Graph, module_of, phase_of, value_of
+from graphopt.ops.numbers import is_number, number_function
 from graphopt.plan import Phase, Role
 
 STORED = frozenset({Role.PARAM, Role.BUFFER, Role.STATE})
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a number that follows from the sizes of the step's inputs."""
+    if node.op == "placeholder":
+        return is_number(value_of(node))
+    return bool(number_function(node.target)) and all(map(is_size, node.all_input_nodes))
 
 
 @dataclass
@@ -99,8 +108,8 @@ class ForwardSide:
     def _collect(self) -> None:
         views = self._storage.views
         for node in self.graph.operators:
-            if phase_of(node) is not Phase.FORWARD:
-                continue
+            if phase_of(node) is not Phase.FORWARD or is_size(node):
+                continue  # of sizes: whoever reads it computes it again
             owner = self.owner(node)
             source = node.all_input_nodes[0] if node in views else owner
             if node in views or owner is not node:

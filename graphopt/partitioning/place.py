@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.aliasing import Storage, storage
+from graphopt.analysis.hints import hints
 from graphopt.graph import Graph, phase_of, value_of
-from graphopt.partitioning.forward_side import ForwardSide
+from graphopt.partitioning.forward_side import ForwardSide, is_size
 from graphopt.partitioning.twins import twins
 from graphopt.plan import Phase, Role
 
@@ -57,10 +58,12 @@ def place(graph: Graph, assignment: Mapping[str, int]) -> Placement:
 
 
 def floating(node: fx.Node, memory: Storage) -> bool:
-    """Whether a node is a view of what is in several stages anyway.
+    """Whether a node is a view of what is in several stages anyway, or a number made of sizes.
 
     That is a view of an input of the step, and in backward also one of a value of the forward.
     """
+    if is_size(node):
+        return True
     if node not in memory.views:
         return False
     owner = memory.owner[node]
@@ -145,7 +148,8 @@ def _adds(node: fx.Node) -> bool:
         return False
     values = [value_of(n) if isinstance(n, fx.Node) else None for n in (*node.args, node)]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    return len(tensors) == 3 and len({(t.shape, t.dtype) for t in tensors}) == 1
+    # No symbol is 1, so sizes that are equal in one call are equal in all.
+    return len(tensors) == 3 and len({(hints(t.shape), t.dtype) for t in tensors}) == 1
 
 
 def _with_operands(node: fx.Node) -> tuple[fx.Node, ...]:

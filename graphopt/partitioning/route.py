@@ -21,7 +21,7 @@ from graphopt.plan import Phase, Role, Signature, Slot
 
 _RECOMPUTED = frozenset({CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE})
 # Inputs of the step that every stage has at hand.
-_EVERYWHERE = frozenset({Role.PARAM, Role.BUFFER, Role.STATE})
+_EVERYWHERE = frozenset({Role.PARAM, Role.BUFFER, Role.STATE, Role.SIZE})
 
 _WAYS = (False, True)  # with the gradients, with the activations
 

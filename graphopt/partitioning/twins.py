@@ -14,13 +14,13 @@ from torch import fx
 
 from graphopt.analysis.aliasing import storage
 from graphopt.graph import Graph, module_of, phase_of
-from graphopt.partitioning.forward_side import ForwardSide
+from graphopt.partitioning.forward_side import ForwardSide, is_size
 from graphopt.plan import Phase, Role
 
 
 def twins(graph: Graph, side: ForwardSide) -> dict[fx.Node, int]:
     """The operator of each backward node, in graph order."""
-    backward = [n for n in graph.operators if phase_of(n) is Phase.BACKWARD]
+    backward = [n for n in graph.operators if phase_of(n) is Phase.BACKWARD and not is_size(n)]
     numbered: dict[int, list[tuple[str, int]]] = {}
     for node, index in side.host.items():
         number = node.meta.get("seq_nr")

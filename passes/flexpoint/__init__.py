@@ -62,6 +62,7 @@ class Flexpoint(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled", "staged"})
     changes_signature: ClassVar[bool] = True
+    symbolic: ClassVar[bool] = True
     communicates: ClassVar[frozenset[str]] = frozenset({"dp"})
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = "Köster et al., Flexpoint, NIPS 2017, arXiv 1711.02213"

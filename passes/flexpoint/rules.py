@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.hints import elements
 from graphopt.graph import value_of
 from graphopt.rewrite import arguments
 
@@ -226,6 +227,5 @@ def _pair(value: list[int]) -> list[int]:
 
 
 def elements_of(node: fx.Node) -> int:
-    """How many elements a tensor has; 0 where data decide it."""
-    sizes = list(value_of(node).shape)
-    return math.prod(sizes) if all(type(s) is int for s in sizes) else 0
+    """How many elements a tensor has in the captured call; 0 where data decide it."""
+    return elements(value_of(node)) or 0

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.effects import writes
+from graphopt.analysis.fakes import keeping_symbols
 from graphopt.graph import Graph, operator_name, phase_of, value_of
 from graphopt.passbase import Declined
 from graphopt.passes.flexpoint import rules
@@ -153,7 +155,10 @@ def _needed(graph: Graph) -> set[fx.Node]:
 
 def _is_dense(value: Tensor) -> bool:
     """Whether a new tensor like it has its strides."""
-    return torch.empty_like(value).stride() == value.stride()
+    with keeping_symbols([value]):
+        strides = torch.empty_like(value).stride()
+    # Sizes that are equal by chance in the captured call do not count.
+    return all(statically_known_true(a == b) for a, b in zip(strides, value.stride(), strict=True))
 
 
 def _device(graph: Graph) -> torch.device:

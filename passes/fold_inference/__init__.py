@@ -34,6 +34,7 @@ class FoldInference(Pass):
     name: ClassVar[str] = "fold_inference"
     numerics: ClassVar[Numerics] = REASSOCIATED
     levels: ClassVar[frozenset[str]] = frozenset({"inference"})
+    symbolic: ClassVar[bool] = True
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Fold, then freeze."""

@@ -70,6 +70,7 @@ class Partition(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"staged", "grouped"})
     communicates: ClassVar[frozenset[str]] = frozenset({"pp"})
     owns_step: ClassVar[bool] = True
+    symbolic: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (
         "objectives of Narayanan et al. 2019, Zheng et al. 2022 and Tanaka et al. 2021; the search "

@@ -65,6 +65,7 @@ class Precision(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered", "grouped", "scheduled", "staged"})
     changes_signature: ClassVar[bool] = True
+    symbolic: ClassVar[bool] = True
     idempotent: ClassVar[bool] = False
     source: ClassVar[str] = (
         "TensorFlow's auto_mixed_precision for the classes of operators; minimum s-t cuts"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.aliasing import storage
+from graphopt.analysis.fakes import unasked
+from graphopt.analysis.hints import elements
 from graphopt.graph import Graph, value_of
 from graphopt.passes.precision.formats import Format
 from graphopt.passes.precision.rules import KEPT_ARGUMENTS, KEPT_RESULTS, Kind, kinds, packet_of
@@ -39,7 +41,7 @@ class Unit:
         """Of an *infer* operator what it reads in the size of its result; not its biases."""
         if self.kind is not Kind.INFER:
             return ()
-        sizes = [value_of(value).numel() for value in self.read]
+        sizes = [elements(value_of(value)) or 0 for value in self.read]
         largest = max(sizes)
         return tuple(v for v, size in zip(self.read, sizes, strict=True) if size == largest)
 
@@ -156,7 +158,7 @@ def find_problem(graph: Graph, format: Format, kept: frozenset[fx.Node]) -> Prob
 
 
 def lowered_call(node: fx.Node, dtype: torch.dtype) -> Any:
-    """The fake result of an operator whose float32 operands have `dtype`."""
+    """The fake result of an operator whose float32 operands have `dtype`, to read dtypes off."""
     read = set(_read(node))
 
     def operand(argument: fx.Node) -> Any:
@@ -167,7 +169,7 @@ def lowered_call(node: fx.Node, dtype: torch.dtype) -> Any:
     args = [
         fx.map_arg(a, value_of if index in kept else operand) for index, a in enumerate(node.args)
     ]
-    with torch.no_grad():
+    with torch.no_grad(), unasked(map(value_of, node.all_input_nodes)):
         return node.target(*args, **fx.map_arg(node.kwargs, operand))  # type: ignore[operator]
 
 

@@ -7,10 +7,10 @@ import operator
 import torch
 from torch import fx
 
-from graphopt.graph import Graph, phase_of, value_of
+from graphopt.graph import Graph, phase_of
 from graphopt.passes.precision.problem import Problem
 from graphopt.plan import Phase
-from graphopt.rewrite import emit
+from graphopt.rewrite import emit, result_of
 
 _CAST = torch.ops.aten._to_copy.default
 
@@ -58,10 +58,8 @@ def _insert(graph: Graph, value: fx.Node, to: torch.dtype, readers: list[fx.Node
 def _recompute(graph: Graph, low: frozenset[fx.Node]) -> None:
     """Fake values of what is lowered, and of the casts after it."""
     changed: set[fx.Node] = set(low)
-    with torch.no_grad():
-        for node in graph.operators:
-            if node in changed or changed.intersection(node.all_input_nodes):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-                if node.target is operator.getitem:
-                    changed.add(node)
+    for node in graph.operators:
+        if node in changed or changed.intersection(node.all_input_nodes):
+            node.meta["val"] = result_of(node)
+            if node.target is operator.getitem:
+                changed.add(node)

@@ -6,12 +6,14 @@ from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.analysis.aliasing import storage
 from graphopt.graph import KEPT_META, Graph, phase_of, value_of
+from graphopt.ops.numbers import is_number
 from graphopt.passes.precision.rules import packet_of
 from graphopt.plan import Phase
-from graphopt.rewrite import emit
+from graphopt.rewrite import emit, result_of
 
 _CAST = torch.ops.aten._to_copy.default
 # Operators that compute in the wider of their operands' types.
@@ -87,11 +89,15 @@ def _chain(value: fx.Node, views: frozenset[fx.Node]) -> list[fx.Node]:
 
 
 def _keeps_all(view: fx.Node) -> bool:
-    if not isinstance(view.target, torch._ops.OpOverload) or len(view.all_input_nodes) != 1:
+    tensors = [n for n in view.all_input_nodes if not is_number(value_of(n))]
+    if not isinstance(view.target, torch._ops.OpOverload) or len(tensors) != 1:
         return False
     here, before = value_of(view), value_of(view.all_input_nodes[0])
-    same = isinstance(here, Tensor) and isinstance(before, Tensor)
-    return same and here.numel() == before.numel() and here.dtype is before.dtype
+    if not (isinstance(here, Tensor) and isinstance(before, Tensor)):
+        return False
+    # Sizes that are equal by chance in the captured call do not count.
+    same = statically_known_true(here.numel() == before.numel())
+    return same and here.dtype is before.dtype
 
 
 def _in_half_of(node: fx.Node, other: fx.Node) -> None:
@@ -108,7 +114,7 @@ def _erase(graph: Graph, cast: fx.Node, views: frozenset[fx.Node]) -> None:
     """A cast without readers, and the views that only it has read."""
     node = cast
     while not node.users and (node is cast or (node in views and _keeps_all(node))):
-        (before,) = node.all_input_nodes
+        before = node.all_input_nodes[0]
         graph.fx.erase_node(node)
         node = before
 
@@ -134,8 +140,7 @@ def promote(graph: Graph, casts: Sequence[fx.Node]) -> list[fx.Node]:
         cast.replace_all_uses_with(value)
         graph.fx.erase_node(cast)
         for view in views:
-            args, kwargs = fx.map_arg((view.args, view.kwargs), value_of)
-            view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
+            view.meta["val"] = result_of(view)
     if len(kept) < len(casts):
         graph.changed()
     return kept

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.analysis.fakes import keeping_symbols
 from graphopt.ops.convolution import available
 
 aten = torch.ops.aten
@@ -86,15 +88,18 @@ def _pack(graph: fx.Graph, convolution: fx.Node) -> fx.Node:
     with graph.inserting_before(last):
         arguments = (x, weight, bias, stride, padding, dilation, groups, other, relu is not None)
         fused = graph.call_function(torch.ops.graphopt.packed_convolution.default, arguments)
-    fused.meta = {
-        **last.meta,
-        "val": last.meta["val"].contiguous(memory_format=torch.channels_last),
-    }
+    fused.meta = {**last.meta, "val": _in_layout(last, torch.channels_last)}
     last.replace_all_uses_with(fused)
     for node in dict.fromkeys((last, *([addition] if other is not None else []), convolution)):
         if node is not None and not node.users:
             graph.erase_node(node)
     return fused
+
+
+def _in_layout(node: fx.Node, layout: torch.memory_format) -> Tensor:
+    value: Tensor = node.meta["val"]
+    with keeping_symbols([value]):
+        return torch.empty_like(value, memory_format=layout)
 
 
 def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
@@ -106,7 +111,9 @@ def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     x, y = a.meta["val"], b.meta["val"]
-    return isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+    if not isinstance(x, Tensor) or x.dim() != y.dim() or x.dtype != y.dtype:
+        return False
+    return all(statically_known_true(n == m) for n, m in zip(x.shape, y.shape, strict=True))
 
 
 def _keep_layouts(graph: fx.Graph, packed: set[fx.Node]) -> None:
@@ -124,5 +131,8 @@ def _keep_layouts(graph: fx.Graph, packed: set[fx.Node]) -> None:
                 contiguous = graph.call_function(
                     aten.clone.default, (argument,), {"memory_format": torch.contiguous_format}
                 )
-            contiguous.meta = {**argument.meta, "val": argument.meta["val"].contiguous()}
+            contiguous.meta = {
+                **argument.meta,
+                "val": _in_layout(argument, torch.contiguous_format),
+            }
             node.replace_input_with(argument, contiguous)

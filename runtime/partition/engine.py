@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from graphopt.errors import ArgumentError
 from graphopt.partitioning.place import Placement
 from graphopt.partitioning.split import Half, Kind, in_two, split
-from graphopt.plan import Plan, Role, Slot
+from graphopt.plan import Plan, Role
 from graphopt.plan.partition import Stages
 from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.step import Compile
-from graphopt.runtime.partition.messages import Form
+from graphopt.runtime.partition.forms import Sized, Sizes
 from graphopt.runtime.partition.stage import Stage
 from graphopt.runtime.session import Session
 
@@ -41,8 +41,7 @@ class PipelineEngine(Engine):
         visit: gives what a step does with a call, if there is a step.
 
     Attributes:
-        forward_forms: what crosses each cut with the activations: names and forms.
-        backward_forms: what comes back.
+        forms: of outputs, and of what crosses the cuts.
     """
 
     def __init__(
@@ -64,10 +63,7 @@ class PipelineEngine(Engine):
         self._split = split(module, plan.signature, placement)
         self._two = part.schedule == "zero_bubble"
         self._stages: dict[int, Stage] = {}
-        self._forms = {s.name: _form(s, v) for s, v in _outputs(module, plan)}
-        cuts = range(len(part.stages) - 1)
-        self.forward_forms = [_crossing(self._split.forward[s], part, s, s + 1) for s in cuts]
-        self.backward_forms = [_crossing(self._split.backward[s + 1], part, s + 1, s) for s in cuts]
+        self.forms = Sized(module, plan, part, self._split)
 
     @property
     def sums(self) -> Half | None:
@@ -121,70 +117,21 @@ class PipelineEngine(Engine):
             self._stages[number] = Stage(self.plan, self.session, self._compile, forward, halves)
         return self._stages[number]
 
-    def placeholders(self) -> list[Tensor]:
-        """Outputs of their forms, without values."""
-        return [
-            torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape)
-            for v in self._forms.values()
-        ]
+    def placeholders(self, sizes: Sizes) -> list[Tensor]:
+        """Outputs of a call of these sizes, without values."""
+        outputs = self.forms.at(sizes).outputs.values()
+        return [v.new_zeros(()).expand(v.shape) for v in outputs]
 
-    def made_up(self, generator: torch.Generator) -> list[Tensor]:
-        """Outputs of their forms with random values between 0 and 1; of integers, zeros.
+    def made_up(self, sizes: Sizes, generator: torch.Generator) -> list[Tensor]:
+        """Outputs of a call of these sizes with random values between 0 and 1; of integers, zeros.
 
         As those of a step they require gradients.
         """
         tangents = set(self.plan.signature.names(Role.TANGENT))
         found = []
-        for name, value in self._forms.items():
+        for name, value in self.forms.at(sizes).outputs.items():
             made = torch.rand(tuple(value.shape), generator=generator, dtype=torch.float32)
             made = made if value.is_floating_point() else made.mul(0)
             made = made.to(dtype=value.dtype, device=value.device)
             found.append(made.requires_grad_(name in tangents))
         return found
-
-
-def _outputs(module: fx.GraphModule, plan: Plan) -> list[tuple[Slot, Any]]:
-    nodes: Any = module.graph.output_node().args[0]
-    values = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes)
-    found = zip(plan.signature.outputs, values, strict=True)
-    return [(slot, value) for slot, value in found if slot.role is Role.OUTPUT]
-
-
-def _form(slot: Slot, value: Any) -> Tensor:
-    """A recorded output of the model.
-
-    Raises:
-        ArgumentError: it is no tensor of known size.
-    """
-    if not isinstance(value, Tensor) or any(type(size) is not int for size in value.shape):
-        raise ArgumentError(
-            f"output {slot.name} of the model is a number or has a size that depends on data, "
-            "which stages that do not compute it cannot know",
-            where="forward",
-            hint="return tensors of sizes that follow from those of the inputs",
-        )
-    return value
-
-
-def _crossing(half: Half, part: Stages, made: int, read: int) -> tuple[list[str], list[Form]]:
-    """Names and forms of what a half sends.
-
-    Raises:
-        ArgumentError: it is no tensor of known size.
-    """
-    returned: Any = half.module.graph.output_node().args[0]
-    names, forms = [], []
-    for port, node in zip(half.outputs, returned, strict=True):
-        if port.kind is not Kind.SENT:
-            continue
-        value = node.meta["val"]
-        if not isinstance(value, Tensor) or any(type(size) is not int for size in value.shape):
-            raise ArgumentError(
-                f"{port.name!r} goes from stage {made} to stage {read}, and its size depends on "
-                "data",
-                where=f"stage {made}: {', '.join(part.stages[made].modules)}",
-                hint="ask for other stages=, or keep what has such sizes in one module",
-            )
-        names.append(port.name)
-        forms.append(Form.of(value))
-    return names, forms

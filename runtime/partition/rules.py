@@ -50,10 +50,10 @@ class Rules:
         owned, generator, outputs = self._owned, torch.Generator().manual_seed(0), []
         visited = False
 
-        def made(engine: PipelineEngine, _: object) -> Sequence[Any]:
+        def made(engine: PipelineEngine, inputs: Sequence[Any]) -> Sequence[Any]:
             nonlocal visited
             visited = True
-            return engine.made_up(generator)
+            return engine.made_up(engine.forms.sizes(inputs), generator)
 
         for micro in batches:
             kind = owned.kind_of(micro.args, micro.kwargs)

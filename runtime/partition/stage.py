@@ -14,6 +14,7 @@ from graphopt.partitioning.split import Half as Cut
 from graphopt.partitioning.split import Kind, Port
 from graphopt.plan import Phase, Plan, Role, Slot
 from graphopt.runtime.engine.build import stack
+from graphopt.runtime.engine.halves import sized_by_data
 from graphopt.runtime.engine.plain import PlainBackward, PlainForward
 from graphopt.runtime.engine.step import Backward, Compile, Half, Step
 from graphopt.runtime.partition.adding import SUM, adding
@@ -98,6 +99,7 @@ class Stage:
                 if p.kind is Kind.STEP and self._index[p.position] >= 0
             }
         )
+        self._sized_by_call = any(sized_by_data(b.module) for b in backwards)
         self._backward_finds = [frozenset(_found(b)) for b in backwards]
 
     def forward(self, flight: InFlight, inputs: Sequence[Tensor], received: Values) -> Values:
@@ -118,6 +120,10 @@ class Stage:
             self._write_back(self._written, inputs.__getitem__, results)
         flight.step.inputs = {i: inputs[i] for i in self._read_late}
         flight.outputs = dict(zip(self._forward.returns, results[:count], strict=True))
+        outputs = {s.name: v for s, v in flight.outputs.items() if s.role is Role.OUTPUT}
+        if self._sized_by_call and outputs.keys() >= set(self._tangents):
+            with_tangent = [outputs[name] for name in self._tangents]
+            flight.step.geometry = [(v.shape, v.stride()) for v in with_tangent]
         sent: Values = {}
         saved: Values = {}
         for port, value in zip(self._passed, results[count:], strict=True):

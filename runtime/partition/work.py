@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from graphopt.errors import ArgumentError
 from graphopt.plan import Phase, Role, Slot
@@ -16,6 +17,7 @@ from graphopt.runtime.engine.step import Step
 from graphopt.runtime.owned_step import Called, OwnedStep
 from graphopt.runtime.partition.batch import MicroBatch
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
+from graphopt.runtime.partition.forms import Forms, Sizes
 from graphopt.runtime.partition.loss import loss_of, tangents_of
 from graphopt.runtime.partition.messages import Arriving, Form, Messages
 from graphopt.runtime.partition.stage import InFlight, Stage
@@ -23,6 +25,9 @@ from graphopt.runtime.partition.update import Gathered
 from graphopt.runtime.session import Session
 
 LOSS = Form((), (), torch.float32)
+
+# Of so many shapes of calls the sizes are kept.
+_KEPT = 256
 
 
 @dataclass(eq=False)
@@ -34,6 +39,7 @@ class Task:
         batch: its part of the batch.
         kind: the captured kind of its call.
         engine: of that kind.
+        forms: of its tensors.
         factor: of its loss, in the gradients that add up.
         ends: whether it is the last of a step.
         loss: of the last stage, or what came back with the gradients.
@@ -43,6 +49,7 @@ class Task:
     batch: MicroBatch
     kind: Called
     engine: PipelineEngine
+    forms: Forms
     factor: float = 1.0
     ends: bool = False
     loss: Tensor | None = None
@@ -68,6 +75,7 @@ class Work:
         self.owned = owned
         self.messages = messages
         self.visit: Visit | None = None
+        self._sizes: dict[tuple[PipelineEngine, tuple[torch.Size, ...]], Sizes] = {}
         self._asked: dict[tuple[Phase, int, int], Arriving] = {}
 
     def task(self, number: int, batch: MicroBatch) -> Task:
@@ -77,7 +85,30 @@ class Work:
             ArgumentError: calls of this kind have no stages.
         """
         kind = self.owned.kind_of(batch.args, batch.kwargs)
-        return Task(number, batch, kind, engine_of(kind))
+        engine = engine_of(kind)
+        return Task(number, batch, kind, engine, self._forms(batch, kind, engine))
+
+    def _forms(self, batch: MicroBatch, kind: Called, engine: PipelineEngine) -> Forms:
+        """The forms of a call, whose sizes its flat inputs say."""
+        if not engine.forms.vary:
+            return engine.forms.at(())
+        leaves = tree_leaves((batch.args, batch.kwargs))
+        key = engine, tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+        if key not in self._sizes:
+            if len(self._sizes) >= _KEPT:
+                self._sizes.clear()
+
+            def visit(_: PipelineEngine, values: list[Tensor]) -> Sequence[Any]:
+                self._sizes[key] = sizes = engine.forms.sizes(values)
+                return engine.placeholders(sizes)
+
+            self.visit = visit
+            try:
+                with self.owned.untouched(batch.args, batch.kwargs):
+                    kind.call(self.owned.model(), *batch.args, **batch.kwargs)
+            finally:
+                self.visit = None
+        return engine.forms.at(self._sizes[key])
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -88,10 +119,10 @@ class Work:
             return
         forward = phase is Phase.FORWARD
         other = stage - 1 if forward else stage + 1
-        forms = task.engine.forward_forms if forward else task.engine.backward_forms
+        forms = task.forms.forward if forward else task.forms.backward
         names, laid = forms[stage - 1 if forward else stage]
         if not forward:
-            names, laid = ["", *names], [LOSS, *laid]
+            names, laid = ("", *names), (LOSS, *laid)
         what = _words(phase, stage, other, task.number)
         rank = task.engine.part.stages[other].rank
         self._asked[key] = self.messages.ask(phase, names, laid, rank, what)
@@ -106,7 +137,7 @@ class Work:
     def _send(self, phase: Phase, stage: int, task: Task, values: Mapping[str, Any]) -> None:
         forward = phase is Phase.FORWARD
         other = stage + 1 if forward else stage - 1
-        forms = task.engine.forward_forms if forward else task.engine.backward_forms
+        forms = task.forms.forward if forward else task.forms.backward
         names, laid = forms[stage if forward else stage - 1]
         given = [(form, values[name]) for name, form in zip(names, laid, strict=True)]
         if not forward:
@@ -149,7 +180,7 @@ class Work:
             if given is not values:
                 flight.step.inputs = {i: values[i] for i in flight.step.inputs}
             if stage < last:
-                return engine.placeholders()
+                return engine.placeholders(engine.forms.sizes(values))
             leaves.update(_leaves(engine, flight.outputs))
             return list(leaves.values())
 
