@@ -7,7 +7,7 @@ import dis
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def by_dynamo(
     forward: Callable[..., object],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: Iterable[str] = (),
+    numbers: scalars.Numbers = scalars.NONE,
     dimensions: sizes.Dimensions = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
@@ -77,11 +77,12 @@ def by_dynamo(
     before = set(scope)
     given, wanted = dimensions.stand_ins(args, kwargs)
     guard = Guard(forward)
+    symbolic = bool(wanted or numbers.sources)
     with (
         _dynamo_settings(),
-        symbolic_kernels() if wanted else contextlib.nullcontext(),
+        symbolic_kernels() if symbolic else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
-        scalars.as_inputs(numbers),
+        scalars.as_inputs(numbers.sources),
         checkpoints.noting_changes() as changes,
     ):
         try:
@@ -89,7 +90,7 @@ def by_dynamo(
                 output = fullgraph_capture(bound, *given)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
             raise refused(error, forward, model, (args, kwargs)) from error
-        if not wanted:
+        if not symbolic:
             _build_guards(output, guard, forward)
     if output.backend_input is None:
         raise CaptureError(
@@ -131,7 +132,7 @@ def by_dynamo(
         inputs = taken.tensors
 
     module, bind = backend_input.graph_module, bind_all
-    if outside := scalars.take_out(module):
+    if outside := scalars.take_out(module, numbers):
         inputs, _ = outside.split(inputs)
         around = outside.around
         bind = lambda runner: bind_all(around(runner))  # noqa: E731
@@ -154,8 +155,10 @@ def by_dynamo(
         failure=guard.failure,
         changes_objects=bool(changes.objects),
         keeps=tuple(dict.fromkeys(changes.kept)),
-        settle=settle if wanted else nothing_symbolic,
+        settle=settle if symbolic else nothing_symbolic,
         finish=finish,
+        constants=lambda: scalars.constants(shape_env, numbers.sources),
+        counters=scalars.counters(output, changes.kept),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 

@@ -32,7 +32,8 @@ class FlatForward:
     not made itself; `keeps` which of them it gives tensors or numbers, as Dynamo names them.
     Where sizes are symbols, they are whole numbers among the inputs; `settle` makes `holds`
     complete once the graph is derived, and says what became of them, and `finish` once passes and
-    backend are done.
+    backend are done. `constants` are the numbers that were to be inputs and are not, and `counters`
+    those that forward reads and assigns and are none either.
     """
 
     module: fx.GraphModule
@@ -48,6 +49,8 @@ class FlatForward:
     keeps: tuple[str, ...] = ()
     settle: Callable[[], tuple[Size, ...]] = nothing_symbolic
     finish: Callable[[], None] = lambda: None
+    constants: Callable[[], frozenset[str]] = frozenset
+    counters: frozenset[str] = frozenset()
 
     @property
     def symbolic(self) -> bool:
