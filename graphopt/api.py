@@ -44,6 +44,7 @@ from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial, describe_call
+from graphopt.model.varying import readable
 from graphopt.model.verification import Check, Stage
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
@@ -263,6 +264,7 @@ class Compiler(Specialiser):
             numbers=numbers,
             dimensions=dimensions,
             rewrite=early.rewriter,
+            symbols=not self.constant_sizes(),
         )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
@@ -309,9 +311,19 @@ class Compiler(Specialiser):
             plan=plan,
             notes=captured.notes + features.note(features.features_of(captured.graph)),
             sizes=captured.sizes,
+            numbers=tuple(sorted(map(readable, captured.numbers))),
         )
         captured.finish()
-        return Variant(built.call, built.engine, captured.holds, captured.failure, entry, roles)
+        return Variant(
+            built.call,
+            built.engine,
+            captured.holds,
+            captured.failure,
+            entry,
+            roles,
+            captured.numbers,
+            captured.changed,
+        )
 
     def constant_sizes(self) -> str:
         """See `Specialiser.constant_sizes`."""

@@ -42,6 +42,7 @@ class Capture:
         bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
         holds: whether a call ``(model, *args, **kwargs)`` is one this capture was made for.
         failure: says which condition does not hold for a call.
+        changed: says which numbers are other ones in a call, as conditions that do not hold.
         notes: what the user should know about how it was captured.
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
         sizes: those that were to be symbols, and what became of them.
@@ -59,6 +60,7 @@ class Capture:
     bind: Bind
     holds: Callable[..., bool]
     failure: Callable[..., str]
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
     notes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
@@ -126,6 +128,7 @@ def capture(
         bind=found.bind,
         holds=flat.holds,
         failure=flat.failure,
+        changed=flat.changed,
         notes=flat.notes,
         keeps=flat.keeps,
         sizes=found.sizes,

@@ -36,7 +36,7 @@ from graphopt.capture.flat import (
     refused,
 )
 from graphopt.capture.frozen import refusing_frozen_values
-from graphopt.capture.guards import Guard
+from graphopt.capture.guards import Constants, Guard
 from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
@@ -153,6 +153,7 @@ def by_dynamo(
         bind=bind,
         holds=guard,
         failure=guard.failure,
+        changed=guard.changed,
         changes_objects=bool(changes.objects),
         keeps=tuple(dict.fromkeys(changes.kept)),
         settle=settle if symbolic else nothing_symbolic,
@@ -250,6 +251,8 @@ def _build_guards(output: CaptureOutput, guard: Guard, forward: Callable[..., ob
         # Dynamo evaluates the sources of guards, and whatever that raises means: it cannot.
         raise refused(error, forward) from error
     guard.manager = made.guard_manager
+    graph = output.graph_capture_output.output_graph
+    guard.constants = Constants(graph.guards, {"L": graph.local_scope, "G": graph.global_scope})
 
 
 def _source_name(placeholder: fx.Node) -> str:

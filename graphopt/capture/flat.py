@@ -45,6 +45,7 @@ class FlatForward:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...]
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
     changes_objects: bool = False
     keeps: tuple[str, ...] = ()
     settle: Callable[[], tuple[Size, ...]] = nothing_symbolic

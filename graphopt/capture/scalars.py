@@ -26,7 +26,6 @@ from torch.fx.experimental.sym_node import SymNode
 
 from graphopt.capture.sizes import is_size
 from graphopt.capture.varied_calls import can_replace, replace_call
-from graphopt.errors import CaptureError
 
 # Where a number and a tensor without dimensions are the same to eager.
 _ARITHMETIC = frozenset(
@@ -191,9 +190,6 @@ def take_out(module: fx.GraphModule, wanted: Numbers = NONE) -> Outside | None:
 
     Returns:
         What was moved; ``None`` where the graph has no numbers as inputs.
-
-    Raises:
-        CaptureError: a number meets an operator that takes no tensor for it, and must not be a symbol.
     """
     graph = module.graph
     inputs = graph.find_nodes(op="placeholder")
@@ -266,7 +262,8 @@ def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Ta
             continue
         value = _value(number)
         if isinstance(value, torch.SymBool):
-            raise CaptureError("whether something holds of a number enters the graph")
+            _fix(users, number, bool(value))
+            continue
         whole = isinstance(value, torch.SymInt)
         dtype = torch.int64 if whole else torch.float64
         one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype))
@@ -285,9 +282,8 @@ def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Ta
         if not others:
             continue
         if whole and not wanted.symbols:
-            raise CaptureError(
-                f"a number that changes meets {others[0].target}, which takes no tensor for it"
-            )
+            _fix(others, number, int(value))
+            continue
         if whole or wanted.backed:
             read = enter(number, None, value)
         else:
@@ -298,6 +294,14 @@ def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Ta
         for user in others:
             user.replace_input_with(number, read)
     return taken
+
+
+def _fix(users: Sequence[fx.Node], number: fx.Node, value: int) -> None:
+    """Let calls have the value of this call, which has become a condition of the graph."""
+    for user in users:
+        user.args, user.kwargs = fx.map_arg(
+            (user.args, user.kwargs), lambda node: value if node is number else node
+        )
 
 
 def _called(number: fx.Node, graph: fx.Graph) -> str:

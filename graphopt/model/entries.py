@@ -65,6 +65,7 @@ class Specialisation:
         plan: what the runtime obeys.
         notes: what else the user should know.
         sizes: those that vary, with the range that its graph holds for.
+        numbers: those that are inputs of its graph, as users write them (``self.steps``).
     """
 
     signature: str
@@ -77,6 +78,7 @@ class Specialisation:
     plan: Plan
     notes: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Variant:
         failure: which condition of `holds` a call does not meet.
         entry: what is reported about it.
         roles: what each parameter is, by name; empty where nothing is trained.
+        numbers: those that are inputs of the graph, by where Dynamo finds them.
+        changed: which numbers are other ones in a call, as conditions that do not hold.
     """
 
     call: Callable[..., object]
@@ -41,6 +43,8 @@ class Variant:
     failure: Callable[..., str]
     entry: Specialisation
     roles: Mapping[str, ParameterRole] = field(default_factory=dict)
+    numbers: frozenset[str] = frozenset()
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
 
 
 @dataclass(frozen=True, kw_only=True)
