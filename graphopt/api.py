@@ -45,6 +45,7 @@ from graphopt.model.report import Report
 from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Call, Trial, describe_call
+from graphopt.model.varying import readable
 from graphopt.model.verification import Check, Stage, Stages
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline import Pipeline
@@ -264,6 +265,7 @@ class Compiler(Specialiser):
             numbers=numbers,
             dimensions=dimensions,
             rewrite=early.rewriter,
+            symbols=not self.constant_sizes(),
         )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
@@ -318,9 +320,19 @@ class Compiler(Specialiser):
             plan=plan,
             notes=captured.notes + features.note(features.features_of(captured.graph)),
             sizes=captured.sizes,
+            numbers=tuple(sorted(map(readable, captured.numbers))),
         )
         captured.finish()
-        return Variant(call, built.engine, captured.holds, captured.failure, entry, roles)
+        return Variant(
+            call,
+            built.engine,
+            captured.holds,
+            captured.failure,
+            entry,
+            roles,
+            numbers=captured.numbers,
+            changed=captured.changed,
+        )
 
     def _right(
         self, others: Mapping[str, Built], check: Check, stages: Stages

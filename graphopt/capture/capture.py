@@ -19,6 +19,7 @@ from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
+from graphopt.capture.scalars import Numbers
 from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
@@ -41,10 +42,12 @@ class Capture:
         bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
         holds: whether a call ``(model, *args, **kwargs)`` is one this capture was made for.
         failure: says which condition does not hold for a call.
+        changed: says which numbers are other ones in a call, as conditions that do not hold.
         notes: what the user should know about how it was captured.
         keeps: Python objects that a call has not made itself, and gives tensors or numbers.
         sizes: those that were to be symbols, and what became of them.
         sizes_of: reads the sizes that are symbols off a call; of equal ones, the first.
+        numbers: those that are inputs of the graph, by where Dynamo finds them.
         finish: to be called when passes and backend are done; `holds` then has what they ask, too.
         earlier: the graphs that there would be without the last rewrites of the forward graph,
             without the last but one, …; oldest first.
@@ -58,10 +61,12 @@ class Capture:
     bind: Bind
     holds: Callable[..., bool]
     failure: Callable[..., str]
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
     notes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     sizes_of: Callable[..., tuple[int, ...]] = lambda *_, **__: ()
+    numbers: frozenset[str] = frozenset()
     finish: Callable[[], None] = lambda: None
     earlier: tuple[Graph, ...] = ()
 
@@ -80,6 +85,7 @@ def capture(
     numbers: Iterable[str] = (),
     dimensions: Dimensions = NONE,
     rewrite: Rewriter | None = None,
+    symbols: bool = True,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -89,10 +95,12 @@ def capture(
         kwargs: keyword arguments of the call.
         forward: the unbound ``forward`` to capture; by default the one of the model's class.
         numbers: those that shall be inputs of the graph, by where Dynamo finds them
-            (``L['self'].steps``); all others are constants.
+            (``L['self'].steps``). So are those that forward reads and assigns, where that can be.
+            All others are constants, and so is one whose value torch asks for.
         dimensions: sizes that shall be symbols of the graph; all others are constants.
         rewrite: changes the forward graph in place before a backward is derived. Where it adds
             inputs, the capture is for looking at: no call of the model has them.
+        symbols: whether numbers may be symbols of the graph.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -112,12 +120,96 @@ def capture(
             where=location(forward),
             hint="call the model once outside of the checkpoint before",
         )
-    with tracing_alone(), _drawing_nothing() as drawn, checkpoints.without_hooks():
-        flat = by_dynamo(model, forward, tuple(args), dict(kwargs or {}), numbers, dimensions)
-        if drawn() or flat.changes_objects:
+    call = _Call(model, forward, tuple(args), dict(kwargs or {}), dimensions, rewrite)
+    with tracing_alone(), checkpoints.without_hooks():
+        found = _with_numbers(call, Numbers(frozenset(numbers), symbols))
+    if checkpointed and found.state:
+        raise checkpoints.refusal(location(forward))
+    flat = found.flat
+    return Capture(
+        graph=found.graph,
+        aliases=found.aliases,
+        route=flat.route,
+        seconds=time.perf_counter() - start,
+        inputs=found.inputs,
+        bind=found.bind,
+        holds=flat.holds,
+        failure=flat.failure,
+        changed=flat.changed,
+        notes=flat.notes,
+        keeps=flat.keeps,
+        sizes=found.sizes,
+        sizes_of=flat.sizes_of,
+        numbers=found.numbers,
+        finish=flat.finish,
+        earlier=found.earlier,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is captured, whatever shall become of its numbers."""
+
+    model: nn.Module
+    forward: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    dimensions: Dimensions
+    rewrite: Rewriter | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A call that was captured; `state` says whether it changes Python objects, or draws."""
+
+    flat: FlatForward
+    graph: Graph
+    aliases: tuple[OutputAlias, ...]
+    inputs: tuple[Tensor, ...]
+    bind: Bind
+    sizes: tuple[Size, ...]
+    numbers: frozenset[str]
+    state: bool
+    earlier: tuple[Graph, ...]
+
+
+def _with_numbers(call: _Call, wanted: Numbers) -> _Found:
+    """A capture with those of the numbers as inputs of which torch makes no constants."""
+    try:
+        found = _once(call, wanted)
+    except CaptureError:
+        constants = _constants(call, wanted)
+        if not constants:
+            raise
+        return _once(call, replace(wanted, sources=wanted.sources - constants))
+    if not found.flat.counters:
+        return found
+    counted = replace(wanted, sources=found.numbers | found.flat.counters)
+    try:
+        counting = _once(call, counted)
+    except CaptureError:
+        return found  # a counter that decides what is computed
+    return counting if counting.numbers > found.numbers else found
+
+
+def _constants(call: _Call, wanted: Numbers) -> frozenset[str]:
+    """Of which numbers torch makes constants, where it may."""
+    if not wanted.sources:
+        return frozenset()
+    try:
+        tried = _once(call, replace(wanted, backed=True))
+    except CaptureError:
+        return frozenset()
+    return wanted.sources - tried.numbers
+
+
+def _once(call: _Call, numbers: Numbers) -> _Found:
+    forward, rewrite = call.forward, call.rewrite
+    with _drawing_nothing() as drawn:
+        flat = by_dynamo(call.model, forward, call.args, call.kwargs, numbers, call.dimensions)
+        state = drawn() or flat.changes_objects
+        if state:
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))
-        if checkpointed and (drawn() or flat.changes_objects):
-            raise checkpoints.refusal(location(forward))
         earlier: list[Graph] = []
         if rewrite is not None:
             level = forward_graph(flat)
@@ -130,22 +222,8 @@ def capture(
         sizes = flat.settle()
         if rewrite is not None:
             graph.facts |= level.facts
-    return Capture(
-        graph=graph,
-        aliases=aliases,
-        route=flat.route,
-        seconds=time.perf_counter() - start,
-        inputs=inputs,
-        bind=bind,
-        holds=flat.holds,
-        failure=flat.failure,
-        notes=flat.notes,
-        keeps=flat.keeps,
-        sizes=sizes,
-        sizes_of=flat.sizes_of,
-        finish=flat.finish,
-        earlier=tuple(earlier),
-    )
+    inputs_of_graph = numbers.sources - flat.constants()
+    return _Found(flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier))
 
 
 def capture_forward(

@@ -7,7 +7,7 @@ import dis
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from graphopt.capture.flat import (
     refused,
 )
 from graphopt.capture.frozen import refusing_frozen_values
-from graphopt.capture.guards import Guard
+from graphopt.capture.guards import Constants, Guard
 from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
@@ -56,7 +56,7 @@ def by_dynamo(
     forward: Callable[..., object],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: Iterable[str] = (),
+    numbers: scalars.Numbers = scalars.NONE,
     dimensions: sizes.Dimensions = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
@@ -77,11 +77,12 @@ def by_dynamo(
     before = set(scope)
     given, wanted = dimensions.stand_ins(args, kwargs)
     guard = Guard(forward)
+    symbolic = bool(wanted or numbers.sources)
     with (
         _dynamo_settings(),
-        symbolic_kernels() if wanted else contextlib.nullcontext(),
+        symbolic_kernels() if symbolic else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
-        scalars.as_inputs(numbers),
+        scalars.as_inputs(numbers.sources),
         checkpoints.noting_changes() as changes,
     ):
         try:
@@ -89,7 +90,7 @@ def by_dynamo(
                 output = fullgraph_capture(bound, *given)
         except (TorchDynamoException, AssertionError, RuntimeError) as error:
             raise refused(error, forward, model, (args, kwargs)) from error
-        if not wanted:
+        if not symbolic:
             _build_guards(output, guard, forward)
     if output.backend_input is None:
         raise CaptureError(
@@ -132,7 +133,7 @@ def by_dynamo(
         inputs = taken.tensors
 
     module, bind = backend_input.graph_module, bind_all
-    if outside := scalars.take_out(module):
+    if outside := scalars.take_out(module, numbers):
         inputs, _ = outside.split(inputs)
         around = outside.around
         bind = lambda runner: bind_all(around(runner))  # noqa: E731
@@ -154,10 +155,13 @@ def by_dynamo(
         holds=guard,
         failure=guard.failure,
         sizes_of=guard.sizes,
+        changed=guard.changed,
         changes_objects=bool(changes.objects),
         keeps=tuple(dict.fromkeys(changes.kept)),
-        settle=settle if wanted else nothing_symbolic,
+        settle=settle if symbolic else nothing_symbolic,
         finish=finish,
+        constants=lambda: scalars.constants(shape_env, numbers.sources),
+        counters=scalars.counters(output, changes.kept),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 
@@ -249,6 +253,8 @@ def _build_guards(output: CaptureOutput, guard: Guard, forward: Callable[..., ob
         # Dynamo evaluates the sources of guards, and whatever that raises means: it cannot.
         raise refused(error, forward) from error
     guard.manager = made.guard_manager
+    graph = output.graph_capture_output.output_graph
+    guard.constants = Constants(graph.guards, {"L": graph.local_scope, "G": graph.global_scope})
 
 
 def _source_name(placeholder: fx.Node) -> str:

@@ -32,7 +32,9 @@ class FlatForward:
     not made itself; `keeps` which of them it gives tensors or numbers, as Dynamo names them.
     Where sizes are symbols, they are whole numbers among the inputs; `settle` makes `holds`
     complete once the graph is derived, and says what became of them, and `finish` once passes and
-    backend are done. `sizes_of` reads the sizes that are symbols off a call.
+    backend are done. `sizes_of` reads the sizes that are symbols off a call. `constants` are the
+    numbers that were to be inputs and are not, and `counters` those that forward reads and assigns
+    and are none either.
     """
 
     module: fx.GraphModule
@@ -44,11 +46,14 @@ class FlatForward:
     holds: Callable[..., bool]
     failure: Callable[..., str]
     notes: tuple[str, ...]
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
     changes_objects: bool = False
     keeps: tuple[str, ...] = ()
     settle: Callable[[], tuple[Size, ...]] = nothing_symbolic
     sizes_of: Callable[..., tuple[int, ...]] = lambda *_, **__: ()
     finish: Callable[[], None] = lambda: None
+    constants: Callable[[], frozenset[str]] = frozenset
+    counters: frozenset[str] = frozenset()
 
     @property
     def symbolic(self) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
 from typing import Any
 
 from torch.nn.modules import module as of_all_modules
+
+from torch._dynamo.guards import get_verbose_code_part
 
 from graphopt.capture.flat import first_line
 from graphopt.capture.sizes import Conditions, Reading
@@ -21,6 +24,7 @@ class Guard:
     """
 
     manager: Any = None  # Dynamo's own
+    constants: Constants | None = None  # numbers that must be what they were
     late: Conditions | None = None  # found after Dynamo's were built
     reading: Reading | None = None  # of the sizes that are symbols
 
@@ -60,6 +64,11 @@ class Guard:
         variables = self._variables(args, kwargs) if self.reading is not None else None
         return self.reading(variables) if self.reading and variables is not None else ()
 
+    def changed(self, *args: object, **kwargs: object) -> tuple[str, ...]:
+        """The numbers that are other ones in a call, as conditions that do not hold."""
+        variables = self._variables(args, kwargs)
+        return self.constants.changed(variables) if variables and self.constants else ()
+
     def _variables(
         self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> dict[str, object] | None:
@@ -75,6 +84,38 @@ class Guard:
         except ValueError:  # a variable that was deleted
             return None
         return {**closure, **bound.arguments}
+
+
+class Constants:
+    """The numbers that a captured call holds for.
+
+    Args:
+        guards: of Dynamo.
+        scope: the variables of the captured call (``L``) and of its module (``G``).
+    """
+
+    def __init__(self, guards: Iterable[Any], scope: Mapping[str, Any]) -> None:
+        self._globals = {"G": scope["G"]}
+        self._read: list[tuple[CodeType, object, str]] = []
+        for guard in guards:
+            if guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH"):
+                source = guard.originating_source.name
+                code = compile(source, "<a number>", "eval")
+                value = self._value(code, scope["L"])
+                if type(value) in (int, float):
+                    line = get_verbose_code_part(f"{source} == {value!r}", guard)
+                    self._read.append((code, value, line))
+
+    def changed(self, variables: Mapping[str, object]) -> tuple[str, ...]:
+        """What does not hold for a call with these variables."""
+        found = ((self._value(code, variables), value, line) for code, value, line in self._read)
+        return tuple(line for new, old, line in found if type(new) is type(old) and new != old)
+
+    def _value(self, code: CodeType, variables: Mapping[str, object]) -> object:
+        try:
+            return eval(code, {**self._globals, "L": variables})
+        except Exception:  # it is not there in this call, or only Dynamo can read it
+            return None
 
 
 _HOOKS: tuple[dict[int, Callable[..., Any]], ...] = (

@@ -19,11 +19,13 @@ from unittest import mock
 import torch
 import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo import pgo
+from torch._dynamo import pgo, utils
 from torch._dynamo.variables import builder
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.sym_node import SymNode
 
 from graphopt.capture.sizes import is_size
-from graphopt.errors import CaptureError
+from graphopt.capture.varied_calls import can_replace, replace_call
 
 # Where a number and a tensor without dimensions are the same to eager.
 _ARITHMETIC = frozenset(
@@ -35,6 +37,26 @@ _ARITHMETIC = frozenset(
     for name in names.split()
 )
 _METHODS = frozenset(["add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "true_divide"])
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What shall be done about numbers.
+
+    Attributes:
+        sources: those that shall be inputs, by where Dynamo finds them (``L['self'].steps``).
+        symbols: whether whole numbers may be symbols of the graph, where no tensor can stand for
+            one.
+        backed: let numbers of floating point be symbols as well, of which torch makes constants
+            where it has to.
+    """
+
+    sources: frozenset[str] = frozenset()
+    symbols: bool = True
+    backed: bool = False
+
+
+NONE = Numbers()
 
 
 @contextmanager
@@ -53,7 +75,64 @@ def as_inputs(sources: Iterable[str]) -> Iterator[None]:
         stack.enter_context(torch.compiler.config.patch(dynamic_sources=patterns))  # type: ignore[attr-defined]
         stack.enter_context(torch._dynamo.config.patch(specialize_float=False))
         stack.enter_context(mock.patch.object(builder, "process_automatic_dynamic", process))
+        stack.enter_context(_without_constants())
         yield
+
+
+@contextmanager
+def _without_constants() -> Iterator[None]:
+    """Let Dynamo see what calls return without making constants of numbers that they take.
+
+    What a call returns for a number is found out once more when the backward is derived, where the
+    number has no value, so nothing that depends on it can stay unnoticed.
+    """
+    running = 0
+    run, guard = utils.run_node, SymNode.guard_float
+
+    def run_node(*args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        running += 1
+        try:
+            return run(*args, **kwargs)
+        finally:
+            running -= 1
+
+    def guard_float(self: Any, file: str, line: int) -> float:
+        return float(self.hint) if running and self.has_hint() else guard(self, file, line)
+
+    with (
+        mock.patch.object(utils, "run_node", run_node),
+        mock.patch.object(SymNode, "guard_float", guard_float),
+    ):
+        yield
+
+
+def constants(shape_env: Any, sources: Iterable[str]) -> frozenset[str]:
+    """Which of these numbers a graph holds for one value of.
+
+    Args:
+        shape_env: once nothing more is asked of its symbols.
+        sources: of the numbers.
+    """
+    wanted = frozenset(sources)
+    found = set()
+    for symbol, places in shape_env.var_to_sources.items():
+        if shape_env.simplify(symbol).is_number:
+            found |= {name for place in places for name in wanted if name in place.name}
+    return frozenset(found)
+
+
+def counters(output: Any, assigned: Iterable[str]) -> frozenset[str]:
+    """Numbers that forward reads and assigns, which hence differ at each call.
+
+    Args:
+        output: of Dynamo, whose guards say which values are constants.
+        assigned: where forward assigns numbers.
+    """
+    guards = output.graph_capture_output.output_graph.guards
+    kinds = ("CONSTANT_MATCH", "EQUALS_MATCH")
+    read = {g.originating_source.name for g in guards if g.create_fn_name() in kinds}
+    return frozenset(assigned) & read
 
 
 @dataclass(frozen=True)
@@ -63,13 +142,14 @@ class Outside:
     Attributes:
         numbers: positions of the inputs that are numbers.
         program: from these numbers to those that the graph takes and those that are returned.
-        taken: the dtypes of the tensors that the graph takes them as, after its other inputs.
+        taken: the dtypes of the tensors that the graph takes them as, after its other inputs;
+            ``None`` where it takes the number itself.
         returned: positions of the outputs that are numbers.
     """
 
     numbers: tuple[int, ...]
     program: fx.GraphModule
-    taken: tuple[torch.dtype, ...]
+    taken: tuple[torch.dtype | None, ...]
     returned: tuple[int, ...]
 
     def split(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -79,7 +159,7 @@ class Outside:
         tensors = [value for i, value in enumerate(inputs) if i not in numbers]
         count = len(self.taken)
         made = [
-            torch.scalar_tensor(number, dtype=dtype)
+            number if dtype is None else torch.scalar_tensor(number, dtype=dtype)
             for number, dtype in zip(computed[:count], self.taken, strict=True)
         ]
         return (*tensors, *made), tuple(computed[count:])
@@ -101,14 +181,15 @@ class Outside:
         return call
 
 
-def take_out(module: fx.GraphModule) -> Outside | None:
+def take_out(module: fx.GraphModule, wanted: Numbers = NONE) -> Outside | None:
     """Move what is computed with numbers alone out of a torch-level graph, in place.
+
+    Args:
+        module: as Dynamo made it.
+        wanted: how numbers may enter.
 
     Returns:
         What was moved; ``None`` where the graph has no numbers as inputs.
-
-    Raises:
-        CaptureError: a number meets an operator for which it is no tensor.
     """
     graph = module.graph
     inputs = graph.find_nodes(op="placeholder")
@@ -120,12 +201,13 @@ def take_out(module: fx.GraphModule) -> Outside | None:
     results = list(output.args[0])  # type: ignore[arg-type]
     returned = [i for i, node in enumerate(results) if node in outside]
     output.args = (tuple(node for node in results if node not in outside),)
-    taken = _enter(graph, outside)
-    program = _program(numbers, outside, [*taken, *(results[i] for i in returned)])
+    taken = _enter(graph, outside, wanted)
+    entering = [number for number, _ in taken]
+    program = _program(numbers, outside, [*entering, *(results[i] for i in returned)])
     for node in reversed([n for n in graph.nodes if n in outside]):
         graph.erase_node(node)
     module.recompile()
-    dtypes = tuple(taken.values())
+    dtypes = tuple(dtype for _, dtype in taken)
     return Outside(tuple(map(inputs.index, numbers)), program, dtypes, tuple(returned))
 
 
@@ -139,8 +221,9 @@ def _is_number(node: fx.Node) -> bool:
 
 def _is_boxed(node: fx.Node) -> bool:
     """Whether this input is a float, which Dynamo passes as a tensor and reads by ``item``."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return type(source).__name__ == "FloatTensorSource"
+    # What is read off a tensor of the user depends on data, and has no hint.
+    read = [_value(n) for n in node.users if n.target == "item"]
+    return any(isinstance(v, torch.SymFloat) and v.node.has_hint() for v in read)
 
 
 def _computed_with(numbers: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
@@ -156,46 +239,101 @@ def _computed_with(numbers: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node,
     return found
 
 
-def _enter(graph: fx.Graph, outside: dict[fx.Node, None]) -> dict[fx.Node, torch.dtype]:
-    """Make inputs of the numbers that meet tensors; their dtypes, in order."""
-    taken: dict[fx.Node, torch.dtype] = {}
-    last = graph.find_nodes(op="placeholder")[-1]
+Taken = list[tuple[fx.Node, torch.dtype | None]]
+
+
+def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Taken:
+    """Make inputs of the numbers that meet tensors; these, in order."""
+    taken: Taken = []
+    modes = (_value(n).fake_mode for n in graph.nodes if isinstance(_value(n), FakeTensor))
+    mode = next(modes, None)
+
+    def enter(number: fx.Node, dtype: torch.dtype | None, value: Any) -> fx.Node:
+        last = graph.find_nodes(op="placeholder")[-1]
+        with graph.inserting_after(last):
+            made = graph.placeholder(_called(number, graph))
+        made.meta["example_value"] = value
+        taken.append((number, dtype))
+        return made
+
     for number in outside:
         users = [n for n in number.users if n not in outside and n.op != "output"]
-        if not users:
+        if not users or mode is None:
             continue
-        for user in users:
-            _check_arithmetic(user, number)
         value = _value(number)
+        if isinstance(value, torch.SymBool):
+            _fix(users, number, bool(value))
+            continue
         whole = isinstance(value, torch.SymInt)
         dtype = torch.int64 if whole else torch.float64
-        hint = 1 if whole else 1.0
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"number_{number.name}")
-        mode = next(_value(n).fake_mode for n in user.all_input_nodes if _is_fake(n))
-        last.meta["example_value"] = mode.from_tensor(torch.scalar_tensor(hint, dtype=dtype))
+        one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype))
+        tensor: fx.Node | None = None
+        others = []
         for user in users:
-            user.replace_input_with(number, last)
-        taken[number] = dtype
+            arithmetic = _is_arithmetic(user, number)
+            if not arithmetic and not can_replace(user, number):
+                others.append(user)
+                continue
+            tensor = tensor or enter(number, dtype, one)
+            if arithmetic:
+                user.replace_input_with(number, tensor)
+            else:
+                replace_call(user, number, tensor)
+        if not others:
+            continue
+        if whole and not wanted.symbols:
+            _fix(others, number, int(value))
+            continue
+        if whole or wanted.backed:
+            read = enter(number, None, value)
+        else:
+            tensor = tensor or enter(number, dtype, one)
+            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                read = graph.call_method("item", (tensor,))
+            read.meta["example_value"] = value
+        for user in others:
+            user.replace_input_with(number, read)
     return taken
 
 
-def _is_fake(node: fx.Node) -> bool:
-    return hasattr(_value(node), "fake_mode")
+def _fix(users: Sequence[fx.Node], number: fx.Node, value: int) -> None:
+    """Let calls have the value of this call, which has become a condition of the graph."""
+    for user in users:
+        user.args, user.kwargs = fx.map_arg(
+            (user.args, user.kwargs), lambda node: value if node is number else node
+        )
 
 
-def _check_arithmetic(user: fx.Node, number: fx.Node) -> None:
-    """A tensor with dimensions decides what comes out, whatever the number is a tensor of."""
+def _called(number: fx.Node, graph: fx.Graph) -> str:
+    """What an input is called that is computed with these numbers."""
+    bases: dict[fx.Node, None] = {}
+    seen = [number]
+    while seen:
+        node = seen.pop()
+        seen += node.all_input_nodes
+        if node.op == "placeholder":
+            bases[node] = None
+    names = [str(n.target).removeprefix("L_").removeprefix("self_").strip("_") for n in bases]
+    name = "_".join(dict.fromkeys(sorted(names)))
+    there = {str(node.target) for node in graph.find_nodes(op="placeholder")}
+    while name in there:
+        name += "_"
+    return name
+
+
+def _is_arithmetic(user: fx.Node, number: fx.Node) -> bool:
+    """Whether a tensor without dimensions does to a user of a number what the number does."""
     targets = _METHODS if user.op == "call_method" else _ARITHMETIC
     tensors = [v for n in user.all_input_nodes if isinstance(v := _value(n), Tensor)]
     whole = isinstance(_value(number), torch.SymInt)
+    # A tensor with dimensions decides what comes out, whatever the number is a tensor of.
     fits = bool(tensors) and all(v.dim() > 0 and (v.is_floating_point() or whole) for v in tensors)
-    plain = user.args and all(n not in user.kwargs.values() for n in [number])
-    if user.target not in targets or not fits or not plain or number not in user.args:
-        raise CaptureError(
-            f"a number that changes meets {user.target}, which takes no tensor for it",
-            hint="keep it in a tensor: register_buffer",
-        )
+    return (
+        user.target in targets
+        and fits
+        and number in user.args
+        and number not in user.kwargs.values()
+    )
 
 
 def _program(

@@ -209,19 +209,21 @@ def in_terms_of(inputs: Sequence[Any]) -> Callable[[Any], int | str]:
     """
     known: dict[Any, Any] = {}
     for position, value in enumerate(inputs):
-        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-            symbol = sympy.Symbol(f"n{position}", integer=True, positive=True)
+        if isinstance(value, torch.SymInt) and not value.node.expr.is_number:
+            least = value.node.shape_env.bound_sympy(value.node.expr).lower
+            positive = True if least > 0 else None
+            symbol = sympy.Symbol(f"n{position}", integer=True, positive=positive)
             known.setdefault(value.node.expr, symbol)
 
     def written(size: Any) -> int | str:
         if not isinstance(size, torch.SymInt):
             return int(size)
-        if not size.node.expr.free_symbols <= known.keys():
+        expression = size.node.expr.xreplace(known)
+        if not expression.free_symbols <= set(known.values()):
             raise CaptureError(
                 "forward returns a view of an input whose size depends on data",
                 hint="return a clone of it",
             )
-        expression = size.node.expr.xreplace(known)
         return int(expression) if expression.is_number else PythonPrinter().doprint(expression)
 
     return written

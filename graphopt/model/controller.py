@@ -198,8 +198,7 @@ class Controller:
                 log.info("sizes cannot be symbols of the graph: %s", error)
                 constant = getattr(error, "message", "") or first_line(error)
                 continue
-            if tried:
-                self.varying.learn(tried, works=numbers == tried)
+            self.varying.learn(tried, variant.numbers)
             self.seen.made(variant.entry.sizes)
             return variant
         variant = self._compile_static(model, args, kwargs, tried)
@@ -222,11 +221,13 @@ class Controller:
                 raise
             except GraphoptError as error:
                 log.info("%s cannot be inputs of the graph: %s", sorted(tried), error.message)
-                self.varying.learn(tried, works=False)
+                self.varying.learn(tried, _NO_NUMBERS)
             else:
-                self.varying.learn(tried, works=True)
+                self.varying.learn(tried, variant.numbers)
                 return variant
-        return self._make(model, args, kwargs)
+        variant = self._make(model, args, kwargs)
+        self.varying.learn(_NO_NUMBERS, variant.numbers)
+        return variant
 
     def _make(
         self,
@@ -243,8 +244,16 @@ class Controller:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> list[Cause]:
         """The changing values that keep variants from holding for this call."""
-        found = (cause_of(v.failure(model, *args, **kwargs)) for v in self.variants)
-        return list(dict.fromkeys(cause for cause in found if cause is not None))
+        found: dict[Cause, None] = {}
+        for variant in self.variants:
+            cause = cause_of(variant.failure(model, *args, **kwargs))
+            if cause is None:
+                continue
+            found[cause] = None
+            # Dynamo stops at the first condition that does not hold.
+            others = variant.changed(model, *args, **kwargs) if cause.number else ()
+            found |= {other: None for text in others if (other := cause_of(text)) is not None}
+        return list(found)
 
     def _ended(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether what changed since all captures has made captures enough."""

@@ -66,6 +66,7 @@ class Specialisation:
         notes: what else the user should know.
         sizes: those that vary, with the range that its graph holds for.
         because: what was other than in earlier calls, where it is not the first of its site.
+        numbers: those that are inputs of its graph, as users write them (``self.steps``).
     """
 
     signature: str
@@ -79,6 +80,7 @@ class Specialisation:
     notes: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     because: str = ""
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def _head(item: Specialisation) -> Iterator[str]:
         yield f"because    {item.because}"
     if item.sizes:
         yield f"sizes      {', '.join(map(str, item.sizes))}"
+    if item.numbers:
+        yield f"numbers    {', '.join(item.numbers)}"
     ran = [step for step in item.steps if not step.skipped]
     if ran:
         yield f"nodes      {ran[0].nodes_before} -> {ran[-1].nodes_after}"

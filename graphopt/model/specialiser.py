@@ -35,6 +35,8 @@ class Variant:
         entry: what is reported about it.
         roles: what each parameter is, by name; empty where nothing is trained.
         mode: of the model when it was made (training, gradients, autocast).
+        numbers: those that are inputs of the graph, by where Dynamo finds them.
+        changed: which numbers are other ones in a call, as conditions that do not hold.
     """
 
     call: Callable[..., object]
@@ -44,6 +46,8 @@ class Variant:
     entry: Specialisation
     roles: Mapping[str, ParameterRole] = field(default_factory=dict)
     mode: Hashable = None
+    numbers: frozenset[str] = frozenset()
+    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
 
     @property
     def reported(self) -> Specialisation:

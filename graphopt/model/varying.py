@@ -11,7 +11,7 @@ from dataclasses import dataclass
 MAX_OF_ATTRIBUTE = 4
 MAX_OF_ARGUMENT = 8
 
-_NUMBER = re.compile(r"^(L\[.+?) == -?(\d+(\.\d*)?(e[-+]?\d+)?)$")
+_NUMBER = re.compile(r"^([LG]\[.+?) == -?(\d+(\.\d*)?(e[-+]?\d+)?)$")
 _LENGTH = re.compile(r"^len\((L\[.+)\) == \d+$|^not (L\[.+)$")
 
 
@@ -32,14 +32,19 @@ class Cause:
     @property
     def name(self) -> str:
         """As users write it: ``self.layers.1.steps``, ``temperature``."""
-        text = re.sub(r"\.__dict__\['_modules'\]\['(\w+)'\]", r".\1", self.source)
-        text = re.sub(r"\._modules\['(\w+)'\]", r".\1", text)
-        return re.sub(r"^L\['(\w+)'\]", r"\1", text)
+        return readable(self.source)
 
     @property
     def limit(self) -> int:
         """How many captures it may cause."""
         return MAX_OF_ATTRIBUTE if self.source.startswith("L['self']") else MAX_OF_ARGUMENT
+
+
+def readable(source: str) -> str:
+    """Where a value is, as users write it: ``self.layers.1.steps`` for Dynamo's source."""
+    text = re.sub(r"\.__dict__\['_modules'\]\['(\w+)'\]", r".\1", source)
+    text = re.sub(r"\._modules\['(\w+)'\]", r".\1", text)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", text)
 
 
 def cause_of(failure: str) -> Cause | None:
@@ -73,12 +78,10 @@ class Varying:
         new = {c.source for c in causes if c.number and c.source not in self._fixed}
         return self.inputs | new
 
-    def learn(self, tried: frozenset[str], *, works: bool) -> None:
-        """Whether a capture with these inputs could be made."""
-        if works:
-            self.inputs = tried
-        else:
-            self._fixed |= tried - self.inputs
+    def learn(self, tried: frozenset[str], made: frozenset[str]) -> None:
+        """Which inputs a capture has that should have had those that were tried."""
+        self.inputs |= made
+        self._fixed |= tried - self.inputs
 
     def count(self, causes: Iterable[Cause]) -> list[Cause]:
         """Count a capture; returns the causes that make no further one."""

@@ -19,6 +19,7 @@ from graphopt.ops import (
     scaled_mm,
     statistics,
     structured,
+    varied,
     wire,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "scaled_mm",
     "statistics",
     "structured",
+    "varied",
     "wire",
 ]

@@ -90,16 +90,15 @@ def read_symbol(line: Line, known: Collection[str]) -> Symbol:
         raise line.error(f"{token} {again}", at=token)
     line.expect("=")
     hint = _whole(line, "the size in the captured call")
-    line.expect("from")
-    least = _whole(line, "the smallest size")
+    least = _whole(line, "the smallest size") if line.accept("from") else None
     most = _whole(line, "the largest size") if line.accept("to") else None
-    if not least <= hint or (most is not None and not hint <= most):
+    if (least is not None and hint < least) or (most is not None and hint > most):
         raise line.error(f"{hint} is not within its own range", at=token)
     return Symbol(token.text, hint, least, most)
 
 
 def _whole(line: Line, what: str) -> int:
     token = line.take("number", what)
-    if not token.text.isdecimal():
+    if not token.text.removeprefix("-").isdecimal():
         raise line.error(f"{what} is a whole number", at=token)
     return int(token.text)

@@ -34,11 +34,12 @@ class Made:
         self._own: dict[sympy.Symbol, sympy.Symbol] = {}
         self._hints: dict[sympy.Symbol, int] = {}
         for symbol in symbols:
-            own = shape_env.create_symbol(
-                symbol.hint, ConstantSource(symbol.name), dynamic_dim=DimDynamic.DYNAMIC
-            )
+            positive = symbol.least is not None and symbol.least > 0
+            create = shape_env.create_symbol if positive else shape_env.create_unspecified_symbol
+            own = create(symbol.hint, ConstantSource(symbol.name), dynamic_dim=DimDynamic.DYNAMIC)
+            least = -int_oo if symbol.least is None else symbol.least
             most = int_oo if symbol.most is None else symbol.most
-            shape_env.var_to_range[own] = ValueRanges(symbol.least, most)
+            shape_env.var_to_range[own] = ValueRanges(least, most)
             self.symbols.add(own, symbol)
             self._own[symbol.expression] = own
             self._hints[symbol.expression] = symbol.hint

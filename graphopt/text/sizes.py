@@ -28,19 +28,20 @@ class Symbol:
     Attributes:
         name: what expressions call it.
         hint: the size in the captured call.
-        least: the smallest size that the graph holds for.
+        least: the smallest size that the graph holds for; ``None`` where nothing limits it.
         most: the largest one; ``None`` where nothing limits it.
     """
 
     name: str
     hint: int
-    least: int
+    least: int | None = None
     most: int | None = None
 
     @property
     def expression(self) -> sympy.Symbol:
         """It, as an expression."""
-        return sympy.Symbol(self.name, integer=True, positive=True)
+        positive = True if self.least is not None and self.least > 0 else None
+        return sympy.Symbol(self.name, integer=True, positive=positive)
 
 
 def write_size(size: Size) -> str:
@@ -112,16 +113,25 @@ class Symbols:
         self._ours[own] = symbol.expression
 
     def note(self, value: object) -> None:
-        """Know the symbol that an input of a graph is, if it is one."""
-        if not isinstance(value, torch.SymInt):
+        """Know the symbol that an input of a graph is, if it is one.
+
+        An input that is computed with others (a number, outside of the graph) counts as one.
+        """
+        if not isinstance(value, torch.SymInt) or not value.node.has_hint():
             return
         own = value.node.expr
-        if not isinstance(own, sympy.Symbol) or own in self._ours or not value.node.has_hint():
+        if own.is_number or own in self._ours or own.xreplace(self._ours).free_symbols <= self._all:
             return
-        bounds = value.node.shape_env.var_to_range[own]
-        most = int(bounds.upper) if bounds.upper < _ENDLESS else None
+        bounds = value.node.shape_env.bound_sympy(own)
+        least, most = (
+            int(b) if -_ENDLESS < b < _ENDLESS else None for b in (bounds.lower, bounds.upper)
+        )
         name = f"s{len(self.found)}"
-        self.add(own, Symbol(name, int(value.node.hint), int(bounds.lower), most))
+        self.add(own, Symbol(name, int(value.node.hint), least, most))
+
+    @property
+    def _all(self) -> set[Any]:
+        return set(self._ours.values())
 
     def expression(self, size: Any) -> Size | None:
         """A size in terms of these symbols; ``None`` where that cannot be."""
@@ -130,7 +140,7 @@ class Symbols:
         expression = size.node.expr.xreplace(self._ours)
         if expression.is_Integer:
             return int(expression)
-        known = expression.free_symbols <= set(self._ours.values())
+        known = expression.free_symbols <= self._all
         return expression if known else None
 
 

@@ -50,8 +50,9 @@ def write_program(program: Program) -> str:
 
 
 def _symbol(symbol: Symbol) -> str:
+    least = "" if symbol.least is None else f" from {symbol.least}"
     most = "" if symbol.most is None else f" to {symbol.most}"
-    return f"symbol {symbol.name} = {symbol.hint} from {symbol.least}{most}"
+    return f"symbol {symbol.name} = {symbol.hint}{least}{most}"
 
 
 def _titled_lines(program: Program) -> Iterator[tuple[str, str]]:
