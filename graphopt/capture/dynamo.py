@@ -23,6 +23,7 @@ from torch.utils._device import DeviceContext
 from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.capture import checkpoints, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
+from graphopt.capture.causal import causal_masks
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
 from graphopt.capture.derivatives import derivatives_inside
@@ -220,6 +221,7 @@ def _dynamo_settings() -> Iterator[None]:
         values_as_in_eager(),
         refusing_frozen_values(),
         refusing_nested_encoders(),
+        causal_masks(),
         messages_at_the_end(),
         cumulative_averages(),
         limited_deques(),

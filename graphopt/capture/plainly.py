@@ -50,14 +50,14 @@ def or_plain(
         parts = getattr(getattr(runner, "plan", None), "parts", ("?",))
 
         def call(*args: Any, **kwargs: Any) -> object:
-            state = _random_state() if draws else None
+            state = random_state() if draws else None
             try:
                 return bound(*args, **kwargs)
             except Declined as error:
                 if parts:
                     raise _cannot(error) from error.__cause__
                 if state is not None:
-                    _restore(state)
+                    restore_random_state(state)
             return plain(*args, **kwargs)
 
         return call
@@ -88,13 +88,15 @@ def _draws(node: fx.Node) -> bool:
     )
 
 
-def _random_state() -> tuple[object, Tensor, list[Tensor]]:
+def random_state() -> tuple[object, Tensor, list[Tensor]]:
+    """Where the streams of random numbers are, of Python, of the CPU and of GPUs."""
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpus = torch.cuda.get_rng_state_all() if initialised else []
     return random.getstate(), torch.get_rng_state(), gpus
 
 
-def _restore(state: tuple[Any, Tensor, list[Tensor]]) -> None:
+def restore_random_state(state: tuple[Any, Tensor, list[Tensor]]) -> None:
+    """Put them back there."""
     python, cpu, gpus = state
     random.setstate(python)
     torch.set_rng_state(cpu)

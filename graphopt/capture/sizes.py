@@ -139,7 +139,13 @@ def as_symbols(dimensions: Dimensions) -> Iterator[dict[str, Names]]:
         return entry  # as it is in this call, whatever it was in earlier ones
 
     with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=True))
+        stack.enter_context(
+            torch._dynamo.config.patch(
+                automatic_dynamic_shapes=True,
+                # For symbols it takes longer than the operators that it spares.
+                fake_tensor_cache_enabled=False,
+            )
+        )
         # Sizes that are equal in one call need not be in the next one.
         stack.enter_context(_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(builder, "record_automatic_dynamic", record))
