@@ -14,14 +14,7 @@ from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
 from graphopt.hierarchical.groups import Coupled, Group, Tiles
-from graphopt.hierarchical.interpolation import (
-    Boxes,
-    Decay,
-    Errors,
-    lebesgue,
-    nodes_for,
-    rounding,
-)
+from graphopt.hierarchical.interpolation import Boxes, Estimate, nodes_for, shifted_by
 from graphopt.hierarchical.kernel_sides import Basis, Side, Values, chunks, shaping
 from graphopt.hierarchical.kernels import Analytic, Kernel, parameters
 from graphopt.hierarchical.matrix import HMatrix
@@ -128,9 +121,7 @@ class _Builder:
         self.analytic = cast(Analytic, kernel) if hasattr(kernel, "majorant") else None
         if self.analytic is not None:
             self.scales = self.analytic.scales(self.dimensions)
-            reach = max(float((p / self.scales).abs().max()) for p in self.points)
-            # Positions of points and nodes, in units of the scale, are off by at most this.
-            self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
+            self.moved = max(shifted_by(points, self.scales) for points in self.points)
 
     @cached_property
     def zero(self) -> float:
@@ -269,24 +260,19 @@ class _Builder:
         zero = torch.zeros(len(pairs), dtype=_DOUBLE)
         if self.analytic is None:
             return None, zero, zero
-        boxes = [
-            Boxes.of(*tree.boxes[level], self.scales)
-            for tree, level in zip(self.trees, _levels(pairs), strict=True)
-        ]
-        own, other = boxes[0][pairs.rows], boxes[1][pairs.columns]
-        away, reach = (own.centre - other.centre).abs(), own.half + other.half
-        low = (away - reach - self.moved).clamp(min=0).square().sum(1)
-        size = self.analytic.size(low, (away + reach + self.moved).square().sum(1))
-        lost = self.analytic.rounding(size, self.dimensions)
-        decay = Decay.of(self.analytic, own, other), Decay.of(self.analytic, other, own)
-        errors = Errors(*decay, size)
+        estimate = self._estimate(self.analytic, pairs)
         most = min(_MOST, max(sizes) - 1)
-        nodes = nodes_for(errors, torch.ones_like(zero), _INTERPOLATION * share, most)
+        nodes = nodes_for(estimate.errors, torch.ones_like(zero), _INTERPOLATION * share, most)
         if nodes is None:
             return None, zero, zero
-        once, off = math.prod(lebesgue(count) for count in nodes), rounding(nodes)
-        lost = (1 + once**2) * (self.moved * self.analytic.slope(low) + lost)
-        return nodes, errors.bounds(nodes, nodes), lost + off * (2 * once + off) * size
+        return nodes, *estimate.bounds(nodes)
+
+    def _estimate(self, kernel: Analytic, pairs: Pairs) -> Estimate:
+        own, other = (
+            Boxes.of(*tree.boxes[level], self.scales)
+            for tree, level in zip(self.trees, _levels(pairs), strict=True)
+        )
+        return Estimate.of(kernel, own[pairs.rows], other[pairs.columns], self.moved)
 
     def _side(self, side: int, level: int, nodes: list[int] | None) -> Side:
         points, filled = self._at(side, level), self._filled(side, level)

@@ -15,7 +15,7 @@ from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.processes.differentiable import log_determinant, quadratic
-from graphopt.hierarchical.processes.exact import product
+from graphopt.hierarchical.processes.interpolated import product
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
