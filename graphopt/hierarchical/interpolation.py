@@ -26,6 +26,9 @@ _DOUBLE = torch.float64
 # Fractions of the way from the interval to the nearest singularity; and ellipses of entire kernels.
 _FRACTIONS = torch.tensor([0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99, 1.0], dtype=_DOUBLE)
 _ENTIRE = torch.logspace(0.1, 3.0, 20, dtype=_DOUBLE)
+# Coordinates of nodes, and those at which polynomials are evaluated for a point, are off by at most
+# this, relative to the largest coordinate.
+MOVED = 16 * 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,9 +206,10 @@ def lagrange(points: Tensor, low: Tensor, high: Tensor, nodes: list[int]) -> Ten
 def rounding(nodes: list[int]) -> float:
     """How far rounding may move an interpolated value, relative to the largest value at nodes.
 
-    A Chebyshev polynomial of degree k amplifies the rounding of its argument by k^2; a weight of
-    Lagrange sums 2 / p of them over k, and their sum over nodes that p times.
+    Rounding of a point's place in its box and of the angle of that moves the point; see `MOVED`.
+    What is left moves Chebyshev polynomials of degree k by (pi k + 2) u and those at nodes by
+    (3.5 pi k + 4) u; a weight of Lagrange sums 2 / p times their products over k.
     """
-    own = [4 * 2.0**-53 * count**2 * (count + 4) for count in nodes]
+    own = [20 * 2.0**-53 * count * (count + 1) for count in nodes]
     total = math.prod(lebesgue(c) + lost for c, lost in zip(nodes, own, strict=True))
     return total - math.prod(lebesgue(count) for count in nodes)

@@ -15,6 +15,7 @@ from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, fi
 from graphopt.hierarchical.clusters import ClusterTree
 from graphopt.hierarchical.groups import Coupled, Group, Tiles
 from graphopt.hierarchical.interpolation import (
+    MOVED,
     Boxes,
     Decay,
     Errors,
@@ -31,8 +32,9 @@ from graphopt.hierarchical.rounding import gamma, norms, storage
 _DOUBLE = torch.float64
 # Clusters up to this size may be their own nodes; boxes have no more nodes than that.
 _MOST = 1024
-# Parts of the tolerance for interpolation, and for it together with the truncation of bases.
-_INTERPOLATION, _TOGETHER = 0.3, 0.9
+# Parts of the tolerance for interpolation, for what rounding may add to it, and for both together
+# with the truncation of bases.
+_INTERPOLATION, _ROUNDING, _TOGETHER = 0.3, 0.5, 0.95
 # Random columns for the bases of clusters at first, beside those that make sure.
 _SAMPLES = 48
 
@@ -130,7 +132,7 @@ class _Builder:
             self.scales = self.analytic.scales(self.dimensions)
             reach = max(float((p / self.scales).abs().max()) for p in self.points)
             # Positions of points and nodes, in units of the scale, are off by at most this.
-            self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
+            self.moved = MOVED * math.sqrt(self.dimensions) * reach
 
     @cached_property
     def zero(self) -> float:
@@ -244,7 +246,7 @@ class _Builder:
         own = self._side(0, pairs.row_level, nodes)
         sides = own, own if self.symmetric else self._side(1, pairs.column_level, nodes)
         values = Values(self.kernel, pairs, sides)
-        budget = _TOGETHER * share - float(entry.norm()) * weight
+        budget = _TOGETHER * share - float((entry + lost).norm()) * weight
         found, samples = self._bases(values, budget)
         bases = found[0], found[-1]
         while True:
@@ -262,7 +264,7 @@ class _Builder:
     def _interpolation(
         self, pairs: Pairs, sizes: list[int], share: float
     ) -> tuple[list[int] | None, Tensor, Tensor]:
-        """How many nodes each direction needs; None if points are evaluated themselves.
+        """How many nodes each direction needs; None if points are to be evaluated themselves.
 
         Also [b] bounds of the error of an entry, and of what rounding adds to it.
         """
@@ -286,7 +288,10 @@ class _Builder:
             return None, zero, zero
         once, off = math.prod(lebesgue(count) for count in nodes), rounding(nodes)
         lost = (1 + once**2) * (self.moved * self.analytic.slope(low) + lost)
-        return nodes, errors.bounds(nodes, nodes), lost + off * (2 * once + off) * size
+        lost = lost + off * (2 * once + off) * size
+        if float(lost.norm()) > _ROUNDING * share:
+            return None, zero, zero
+        return nodes, errors.bounds(nodes, nodes), lost
 
     def _side(self, side: int, level: int, nodes: list[int] | None) -> Side:
         points, filled = self._at(side, level), self._filled(side, level)
