@@ -26,6 +26,9 @@ _DOUBLE = torch.float64
 # Fractions of the way from the interval to the nearest singularity; and ellipses of entire kernels.
 _FRACTIONS = torch.tensor([0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99, 1.0], dtype=_DOUBLE)
 _ENTIRE = torch.logspace(0.1, 3.0, 20, dtype=_DOUBLE)
+# Coordinates of nodes, and those at which polynomials are evaluated for a point, are off by at most
+# this, relative to the largest coordinate.
+MOVED = 16 * 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +189,7 @@ class Estimate:
 def shifted_by(points: Tensor, scales: Tensor) -> float:
     """How far rounding may move points [n, d] and nodes of their boxes, in units of the scales."""
     reach = float((points / scales).abs().max())
-    return 8 * 2.0**-53 * math.sqrt(points.shape[1]) * reach
+    return MOVED * math.sqrt(points.shape[1]) * reach
 
 
 def nodes_for(errors: Errors, weights: Tensor, budget: float, most: int) -> list[int] | None:
@@ -256,7 +259,8 @@ def _grid(count: int) -> Tensor:
 def rounding(nodes: list[int], displaced: bool) -> float:
     """How far rounding may move an interpolated value, relative to the largest value at nodes.
 
-    Products of differences are exact up to 4 p + 4 roundings. What is wrong of p nodes themselves,
+    Rounding of a point's place in its box moves the point; see `MOVED`. Products of differences are
+    exact up to 4 p + 4 roundings. What is wrong of p nodes themselves,
     5 u of their angles and 2 u of their sines, moves a polynomial of that degree by at most as
     much times p - 1, and times (p - 1) / sin(angle) <= p (p - 1): Bernstein's inequality.
 

@@ -24,8 +24,9 @@ from graphopt.hierarchical.rounding import gamma, norms, storage
 _DOUBLE = torch.float64
 # Clusters up to this size may be their own nodes; boxes have no more nodes than that.
 _MOST = 1024
-# Parts of the tolerance for interpolation, and for it together with the truncation of bases.
-_INTERPOLATION, _TOGETHER = 0.3, 0.9
+# Parts of the tolerance for interpolation, for what rounding may add to it, and for both together
+# with the truncation of bases.
+_INTERPOLATION, _ROUNDING, _TOGETHER = 0.3, 0.5, 0.95
 # Random columns for the bases of clusters at first, beside those that make sure.
 _SAMPLES = 48
 
@@ -235,7 +236,7 @@ class _Builder:
         own = self._side(0, pairs.row_level, nodes)
         sides = own, own if self.symmetric else self._side(1, pairs.column_level, nodes)
         values = Values(self.kernel, pairs, sides)
-        budget = _TOGETHER * share - float(entry.norm()) * weight
+        budget = _TOGETHER * share - float((entry + lost).norm()) * weight
         found, samples = self._bases(values, budget)
         bases = found[0], found[-1]
         while True:
@@ -253,7 +254,7 @@ class _Builder:
     def _interpolation(
         self, pairs: Pairs, sizes: list[int], share: float
     ) -> tuple[list[int] | None, Tensor, Tensor]:
-        """How many nodes each direction needs; None if points are evaluated themselves.
+        """How many nodes each direction needs; None if points are to be evaluated themselves.
 
         Also [b] bounds of the error of an entry, and of what rounding adds to it.
         """
@@ -265,7 +266,10 @@ class _Builder:
         nodes = nodes_for(estimate.errors, torch.ones_like(zero), _INTERPOLATION * share, most)
         if nodes is None:
             return None, zero, zero
-        return nodes, *estimate.bounds(nodes)
+        entry, lost = estimate.bounds(nodes)
+        if float(lost.norm()) > _ROUNDING * share:
+            return None, zero, zero
+        return nodes, entry, lost
 
     def _estimate(self, kernel: Analytic, pairs: Pairs) -> Estimate:
         own, other = (

@@ -11,15 +11,16 @@ from torch import Tensor
 from graphopt.errors import ArgumentError, IndefiniteError
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_points
+from graphopt.hierarchical.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.processes.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.processes.interpolated import product
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
 from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
+from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
 
 _SEMIDEFINITE = (Exponential, Matern32, Matern52, Gaussian)
@@ -142,9 +143,9 @@ class GaussianProcess:
             wrong = (float(form.wrong) + determinant.wrong) / 2
             bound = (float(form.error) + determinant.error) / 2 + wrong
             if bound <= goal:
-                noise = self.noise.double()
-                total = quadratic(inverse, noise, right, solution.x, form.value)
-                total = total + log_determinant(inverse, noise)
+                system = Covariance(inverse, self.noise.double())
+                total = quadratic(system, right, solution.x, form.value)
+                total = total + log_determinant(system)
                 value = (total + len(self) * math.log(2 * math.pi)) / -2
                 return Bounded(value, bound * (1 + 1e-12))
             reached = min(reached, bound)
