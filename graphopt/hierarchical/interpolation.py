@@ -178,7 +178,8 @@ class Estimate:
         lost = (1 + once**2) * (self.moved * self.kernel.slope(self.low) + own)
         entry, wider = self.errors.bounds(nodes, nodes), 1 + max(constants) * (1 + 1e-9)
         there, kept = (
-            off * (2 * once + off) * self.size for off in (rounding(nodes, c) for c in (True, False))
+            off * (2 * once + off) * self.size
+            for off in (rounding(nodes, c) for c in (True, False))
         )
         # Nodes that are not where they should be count as rounding, or as interpolation.
         better = entry + there <= wider * entry + kept

@@ -83,7 +83,9 @@ _FORMS: dict[type[Radial], _Form] = {
         lambda w: torch.exp(w / -2),
         lambda region: region.high * torch.exp(region.real / -2),
         2.0,
-        lambda low: low.clamp(min=2).sqrt() * (2 + low.clamp(min=2)) * torch.exp(low.clamp(min=2) / -2),
+        lambda low: (
+            low.clamp(min=2).sqrt() * (2 + low.clamp(min=2)) * torch.exp(low.clamp(min=2) / -2)
+        ),
     ),
 }
 
@@ -170,19 +172,27 @@ def by_scales(kernel: Kernel) -> tuple[ByScale, ...] | None:
     return tuple(ByScale(kernel, i) for i in range(len(scale)))
 
 
-def linear(kernel: Radial, values: Tensor, changes: list[Tensor]) -> Tensor:
-    """Values with the gradients by the parameters of their kernel that are stored beside them.
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Values of blocks as functions of hyperparameters: their derivatives are kept beside them.
 
-    Args:
-        kernel: whose hyperparameters are as they were for `values`.
-        values: any shape.
-        changes: of that shape, derivatives in the order of `by_scales`.
+    Attributes:
+        kernel: of the values; its hyperparameters are as they were for them.
+        values: [b, ...].
+        changes: like `values`, derivatives in the order of `by_scales`.
     """
-    if isinstance(kernel.variance, Tensor):
-        ratio = kernel.variance / kernel.factor
-        values = values * ratio.to(values)
-    if changes:
-        assert isinstance(kernel.scale, Tensor)
-        for change, entry in zip(changes, kernel.scale.flatten(), strict=True):
-            values = values + change * (entry / float(entry.detach()) - 1).to(values)
-    return values
+
+    kernel: Radial
+    values: Tensor
+    changes: tuple[Tensor, ...]
+
+    def __call__(self, part: slice) -> Tensor:
+        """Of a slice of blocks; to first order."""
+        values, (scale, variance) = self.values[part], (self.kernel.scale, self.kernel.variance)
+        found = values
+        if isinstance(variance, Tensor) and variance.requires_grad:
+            found = found * (variance / variance.detach()).to(values)
+        if isinstance(scale, Tensor):
+            for change, entry in zip(self.changes, scale.flatten(), strict=False):
+                found = found + change[part] * (entry / entry.detach() - 1).to(values)
+        return found

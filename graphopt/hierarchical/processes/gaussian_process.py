@@ -15,8 +15,8 @@ from graphopt.hierarchical.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.processes.interpolated import product
 from graphopt.hierarchical.processes.hodlr import whiten
+from graphopt.hierarchical.processes.interpolated import product
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
 from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
@@ -208,7 +208,7 @@ class GaussianProcess:
         form, x = inverse.quadratic(right, solved), solved.x
         wrong, rest = inverse.operator.bound + inverse.operator.rounding, 0.0
         if float(form.wrong) > 0.2 * self.tolerance * len(self) and _semidefinite(self.kernel):
-            applied, lost = product(self.kernel, self._points, x)
+            applied, lost = product(self.kernel, self.tree, x, 0.005 * self.tolerance * len(self))
             residual = right - applied - inverse.shift * x
             form = inverse.exact_quadratic(right, inverse.with_residual(solved, residual), lost)
             solved = inverse.solve(residual, goal)

@@ -8,6 +8,7 @@ they say of it (see `probability`) holds with a probability of at least 1 - 1e-1
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,8 @@ from graphopt.hierarchical.processes.whitening import Coupling, Whitening
 from graphopt.hierarchical.rounding import gamma
 
 _SOLVES = 60
+# Of operands that are worth a product of their own.
+_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -210,13 +213,11 @@ class Inverse:
         """
         operator, whitening = self.operator, self.whitening
         layout = whitening.layout
-        inverses = whitening.leaves.mT @ whitening.leaves
-        present = layout.pad(torch.ones(len(layout.places), 1, dtype=inverses.dtype))
-        present = present.view(*inverses.shape[:2])
-        shift = (inverses.diagonal(dim1=1, dim2=2) * present).sum()
-        found = operator.diagonal_gradient(layout.depth, inverses)
-        panels: list[Tensor] = []
-        scaled: list[Tensor] = []
+        # What the inverse has on the diagonal blocks of the leaves.
+        leaves = whitening.leaves.mT @ whitening.leaves
+        size = leaves.shape[:2]
+        found = [torch.zeros_like(p, dtype=torch.float64) for p in operator.parameters]
+        terms: list[tuple[Tensor, Tensor]] = []
         for number in reversed(range(len(whitening.levels))):
             coupling = whitening.levels[number]
             level = len(whitening.levels) - 1 - number
@@ -224,17 +225,17 @@ class Inverse:
                 continue
             a, b = coupling.function(torch.reciprocal)
             below = Whitening(layout, whitening.leaves, whitening.levels[:number])
-            padded = below.backward(_panel(coupling))
-            inner, along, across = (
-                layout.cut(panel) for panel in (padded, _weighted(padded, a), _weighted(padded, b))
-            )
-            shift = shift + (along * inner).sum()
-            panels.append(inner)
-            _add(found, operator, [*scaled, across], panels, level)
-            scaled.append(along)
-        for level in range(len(whitening.levels), operator.tree.depth + 1):
-            _add(found, operator, scaled, panels, level)
-        return shift, found
+            inner = below.backward(_panel(coupling))
+            for w, v in _batches([*terms, (inner, b)]):
+                gradients = operator.inner_gradient(layout.cut(w), layout.cut(v), level)
+                for total, own in zip(found, gradients, strict=True):
+                    total.add_(own)
+            leaves.baddbmm_(_weighted(inner, a).view(*size, -1), inner.view(*size, -1).mT)
+            terms.append((inner, a))
+        for total, own in zip(found, operator.diagonal_gradient(layout.depth, leaves), strict=True):
+            total.add_(own)
+        present = layout.pad(torch.ones(len(layout.places), 1, dtype=leaves.dtype)).view(size)
+        return (leaves.diagonal(dim1=1, dim2=2) * present).sum(), found
 
     def _smallest(
         self, semidefinite: bool, generator: torch.Generator | None
@@ -263,11 +264,13 @@ def _weighted(panel: Tensor, weights: Tensor) -> Tensor:
     return (panel.view(len(weights), -1, panel.shape[1]) * weights.unsqueeze(1)).view_as(panel)
 
 
-def _add(
-    found: list[Tensor], operator: Operator, w: list[Tensor], v: list[Tensor], level: int
-) -> None:
-    if not v:
-        return
-    gradients = operator.inner_gradient(torch.cat(w, 1), torch.cat(v, 1), level)
-    for total, own in zip(found, gradients, strict=True):
-        total.add_(own)
+def _batches(terms: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Panels times their weights, and panels, some of them beside each other; in padded rows."""
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    for number, (panel, weights) in enumerate(terms):
+        left.append(_weighted(panel, weights))
+        right.append(panel)
+        if number + 1 == len(terms) or sum(own.shape[1] for own in right) >= _COLUMNS:
+            yield torch.cat(left, 1), torch.cat(right, 1)
+            left, right = [], []
