@@ -49,7 +49,7 @@ def _matern32_slope(low: Tensor) -> Tensor:
 
 
 def _matern52_slope(low: Tensor) -> Tensor:
-    """Sqrt(5) / 3 a (2 + 2 a + a^2) exp(-a), which falls from the root of a^3 = a^2 + 2 a + 2 on."""
+    """Sqrt(5) / 3 a (2 + 2 a + a^2) exp(-a), falling from the root of a^3 = a^2 + 2 a + 2 on."""
     a = (5 * low).sqrt().clamp(min=2.27)
     # The root is 2.2695, where it is larger than at 2.27 by less than that.
     return (1 + 1e-6) * math.sqrt(5) / 3 * a * (2 + 2 * a + a.square()) * torch.exp(-a)

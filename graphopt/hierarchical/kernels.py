@@ -153,7 +153,7 @@ class Radial:
     def squared(self, x: Tensor, y: Tensor) -> Tensor:
         """[..., m, d] and [..., n, d] to [..., m, n] squared distances over squared scales."""
         dtype = torch.promote_types(x.dtype, y.dtype)
-        inverse = torch.as_tensor(self.scale).detach().to(dtype).square().reciprocal()
+        inverse = torch.as_tensor(self.scale, dtype=dtype).detach().square().reciprocal()
         own, other = x.mT.contiguous(), y.mT.contiguous()
         total: Tensor | None = None
         for i, weight in enumerate(inverse.expand(x.shape[-1]).tolist()):
@@ -173,7 +173,7 @@ class Radial:
     @property
     def factor(self) -> float:
         """The variance."""
-        return float(torch.as_tensor(self.variance).detach())
+        return float(torch.as_tensor(self.variance, dtype=torch.float64).detach())
 
     def _differentiable(self, x: Tensor, y: Tensor) -> bool:
         return any(t.requires_grad for t in (x, y, *self.parameters()))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from graphopt import hierarchical as h
 from graphopt.hierarchical.differentiable import log_determinant, solve
-from graphopt.hierarchical.processes.exact import product
 from graphopt.hierarchical.processes.system import Covariance
 from tests.hierarchical.oracles import KERNELS, distances, geometries, points
 
@@ -154,13 +153,3 @@ def test_single_precision_is_computed_in_double() -> None:
     found.value.backward()
     assert scale.grad is not None
     assert scale.grad.dtype is torch.float32
-
-
-def test_products_by_all_entries_say_what_rounding_did() -> None:
-    x = points("uniform", 700, 3)
-    kernel = h.Matern32(0.4, 1.7)
-    vector = torch.randn(700, 1, dtype=_DOUBLE)
-    found, lost = product(kernel, x, vector)
-    exact = kernel(x, x) @ vector
-    assert bool(((found - exact).abs() <= lost).all())
-    assert float(lost.max()) < 1e-9

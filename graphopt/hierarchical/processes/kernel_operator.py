@@ -68,9 +68,10 @@ class KernelOperator:
 
     @cached_property
     def diagonal_bound(self) -> float:
-        """What the trace may have wrong by rounding: diagonals are evaluated."""
-        most = float(self.diagonal(0 if len(self.tree) == 1 else self.tree.depth).abs().amax())
-        return 16 * storage(self.dtype) * len(self.tree) * most
+        """See `Operator`: diagonals are evaluated, and rounded."""
+        here = self._points.unsqueeze(1)
+        with torch.no_grad():
+            return 16 * storage(self.dtype) * float(self.kernel(here, here).abs().sum())
 
     def _changes(self) -> tuple[Change, ...] | None:
         """By all numbers that there are; None where that is not known in closed form."""

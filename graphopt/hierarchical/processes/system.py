@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graphopt.hierarchical.processes.inverse import Inverse
+from graphopt.hierarchical.processes.kernel_operator import KernelOperator
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +22,14 @@ class Covariance:
         inverse: of the covariance.
         shift: what was added to the diagonal, for its gradient.
         goal: of the norm of whitened residuals of `solve`, relative to that of the right side.
+        products: the derivatives of the covariance times one column, by the numbers of
+            `KernelOperator.changes`; None for those of the stored matrix.
     """
 
     inverse: Inverse
     shift: Tensor
     goal: float = 1e-10
+    products: Callable[[Tensor], list[Tensor]] | None = None
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -37,7 +42,11 @@ class Covariance:
 
     def inner_gradient(self, w: Tensor, v: Tensor) -> list[Tensor]:
         """See `System`."""
-        return [(w * v).sum(), *self.inverse.operator.inner_gradient(w, v)]
+        operator = self.inverse.operator
+        if self.products is None or not isinstance(operator, KernelOperator):
+            return [(w * v).sum(), *operator.inner_gradient(w, v)]
+        numbers = [(w * product).sum() for product in self.products(v)]
+        return [(w * v).sum(), *operator.gathered(numbers)]
 
     def log_determinant(self) -> float:
         """See `System`."""
