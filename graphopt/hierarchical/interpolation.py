@@ -26,6 +26,9 @@ _DOUBLE = torch.float64
 # Fractions of the way from the interval to the nearest singularity; and ellipses of entire kernels.
 _FRACTIONS = torch.tensor([0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99, 1.0], dtype=_DOUBLE)
 _ENTIRE = torch.logspace(0.1, 3.0, 20, dtype=_DOUBLE)
+# Coordinates of nodes, and those at which polynomials are evaluated for a point, are off by at most
+# this, relative to the largest coordinate.
+MOVED = 16 * 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,56 @@ class Errors:
         return torch.minimum(found, (1 + factor) * self.size)
 
 
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What is known of kernels on blocks before any is evaluated.
+
+    Attributes:
+        kernel: that is interpolated.
+        errors: of interpolation.
+        low: [b] lower bounds of squared scaled distances.
+        size: [b] upper bounds of absolute values.
+        moved: how far points and nodes may be off, in units of the scale, see `shifted_by`.
+    """
+
+    kernel: Analytic
+    errors: Errors
+    low: Tensor
+    size: Tensor
+    moved: float
+
+    @classmethod
+    def of(cls, kernel: Analytic, own: Boxes, other: Boxes, moved: float) -> Estimate:
+        """For boxes [b, d] of rows and of columns."""
+        away, reach = (own.centre - other.centre).abs(), own.half + other.half
+        low = (away - reach - moved).clamp(min=0).square().sum(1)
+        size = kernel.size(low, (away + reach + moved).square().sum(1))
+        decay = Decay.of(kernel, own, other), Decay.of(kernel, other, own)
+        return cls(kernel, Errors(*decay, size), low, size, moved)
+
+    def bounds(self, nodes: list[int]) -> tuple[Tensor, Tensor]:
+        """[b] of the error of an entry, and of what rounding adds to it."""
+        constants = [lebesgue(count) for count in nodes]
+        once = math.prod(constants)
+        own = self.kernel.rounding(self.size, len(nodes))
+        lost = (1 + once**2) * (self.moved * self.kernel.slope(self.low) + own)
+        entry, wider = self.errors.bounds(nodes, nodes), 1 + max(constants) * (1 + 1e-9)
+        there, kept = (
+            off * (2 * once + off) * self.size
+            for off in (rounding(nodes, c) for c in (True, False))
+        )
+        # Nodes that are not where they should be count as rounding, or as interpolation.
+        better = entry + there <= wider * entry + kept
+        entry = torch.where(better, entry, wider * entry)
+        return entry, lost + torch.where(better, there, kept)
+
+
+def shifted_by(points: Tensor, scales: Tensor) -> float:
+    """How far rounding may move points [n, d] and nodes of their boxes, in units of the scales."""
+    reach = float((points / scales).abs().max())
+    return MOVED * math.sqrt(points.shape[1]) * reach
+
+
 def nodes_for(errors: Errors, weights: Tensor, budget: float, most: int) -> list[int] | None:
     """The fewest nodes of each direction for which the errors of blocks stay within a budget.
 
@@ -177,10 +230,7 @@ def nodes_for(errors: Errors, weights: Tensor, budget: float, most: int) -> list
 
 def chebyshev(low: Tensor, high: Tensor, nodes: list[int]) -> Tensor:
     """[c, prod(nodes), d] tensor grids of Chebyshev points in boxes of corners [c, d]."""
-    grids = [torch.cos(math.pi * (torch.arange(p, dtype=_DOUBLE) + 0.5) / p) for p in nodes]
-    unit = torch.cartesian_prod(*grids).reshape(-1, len(nodes))
-    # Exactly the middle where there is one node.
-    unit = torch.where(torch.tensor(nodes) == 1, 0.0, unit)
+    unit = torch.cartesian_prod(*(_grid(count) for count in nodes)).reshape(-1, len(nodes))
     return (low + high).unsqueeze(1) / 2 + (high - low).unsqueeze(1) / 2 * unit
 
 
@@ -190,22 +240,43 @@ def lagrange(points: Tensor, low: Tensor, high: Tensor, nodes: list[int]) -> Ten
     half = (high - low) / 2
     place = (points - ((low + high) / 2).unsqueeze(1)) / half.clamp(min=1e-300).unsqueeze(1)
     for i, count in enumerate(nodes):
-        angle = torch.acos(place[..., i].clamp(-1, 1))
-        order = torch.arange(count, dtype=_DOUBLE)
-        ours = torch.cos(angle.unsqueeze(2) * order)
-        grid = torch.cos(order.unsqueeze(1) * math.pi * (order + 0.5) / count)
-        grid = grid * torch.where(order == 0, 1.0, 2.0).unsqueeze(1) / count
-        own = ours @ grid
+        grid = _grid(count)
+        # Twice the distances, whose products neither vanish nor overflow.
+        away = 2 * (place[..., i].clamp(-1, 1).unsqueeze(2) - grid)
+        apart = 2 * (grid.unsqueeze(1) - grid)
+        ones = torch.ones_like(away[..., :1])
+        before = torch.cat([ones, away[..., :-1].cumprod(2)], 2)
+        after = torch.cat([ones, away[..., 1:].flip(2).cumprod(2)], 2).flip(2)
+        own = before * after / apart.fill_diagonal_(1).prod(1)
         found = (found.unsqueeze(3) * own.unsqueeze(2)).flatten(2)
     return found
 
 
-def rounding(nodes: list[int]) -> float:
+def _grid(count: int) -> Tensor:
+    """Chebyshev points of [-1, 1]."""
+    return torch.sin(math.pi / 2 * (count - 1 - 2 * torch.arange(count, dtype=_DOUBLE)) / count)
+
+
+def rounding(nodes: list[int], displaced: bool) -> float:
     """How far rounding may move an interpolated value, relative to the largest value at nodes.
 
-    A Chebyshev polynomial of degree k amplifies the rounding of its argument by k^2; a weight of
-    Lagrange sums 2 / p of them over k, and their sum over nodes that p times.
+    Rounding of a point's place in its box moves the point; see `MOVED`. Products of differences are
+    exact up to 4 p + 4 roundings. What is wrong of p nodes themselves,
+    5 u of their angles and 2 u of their sines, moves a polynomial of that degree by at most as
+    much times p - 1, and times (p - 1) / sin(angle) <= p (p - 1): Bernstein's inequality.
+
+    Args:
+        nodes: of each direction.
+        displaced: that is in it; otherwise the interpolant in the nodes as they are is meant, for
+            which errors are 1 + its Lebesgue constant times as large: it is that of the difference
+            to the interpolant in the exact nodes, which is that small in the nodes as they are.
     """
-    own = [4 * 2.0**-53 * count**2 * (count + 4) for count in nodes]
-    total = math.prod(lebesgue(c) + lost for c, lost in zip(nodes, own, strict=True))
-    return total - math.prod(lebesgue(count) for count in nodes)
+    unit, most, exact = 2.0**-53, 1.0, 1.0
+    for count in nodes:
+        once = lebesgue(count)
+        moved = unit * (count - 1) * (5 + 2 * count) if displaced else 0.0
+        # The constant of displaced nodes is larger by their displacement.
+        grown = once * (1 + 2 * unit * (count - 1) * (5 + 2 * count) * once)
+        most *= grown * (1 + (4 * count + 5) * unit) + 2 * grown * moved * once
+        exact *= once
+    return most - exact

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -13,17 +14,11 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group, Tiles
-from graphopt.hierarchical.interpolation import (
-    Boxes,
-    Decay,
-    Errors,
-    lebesgue,
-    nodes_for,
-    rounding,
-)
+from graphopt.hierarchical.groups import Coupled, Group, Source, Tiles
+from graphopt.hierarchical.interpolation import Boxes, Estimate, nodes_for, shifted_by
+from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernel_sides import Basis, Side, Values, chunks, shaping
-from graphopt.hierarchical.kernels import Analytic, Kernel, parameters
+from graphopt.hierarchical.kernels import Analytic, Kernel, Radial, parameters
 from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed, sorted_by_ancestor
 from graphopt.hierarchical.rounding import gamma, norms, storage
@@ -31,8 +26,11 @@ from graphopt.hierarchical.rounding import gamma, norms, storage
 _DOUBLE = torch.float64
 # Clusters up to this size may be their own nodes; boxes have no more nodes than that.
 _MOST = 1024
-# Parts of the tolerance for interpolation, and for it together with the truncation of bases.
-_INTERPOLATION, _TOGETHER = 0.3, 0.9
+# Parts of the tolerance for interpolation, for what rounding may add to it, and for both together
+# with the truncation of bases.
+_INTERPOLATION, _ROUNDING, _TOGETHER = 0.3, 0.5, 0.95
+# How much the errors of derivatives weigh in the choice of bases.
+_CHANGED = 0.2
 # Random columns for the bases of clusters at first, beside those that make sure.
 _SAMPLES = 48
 
@@ -88,7 +86,7 @@ def from_kernel(
     size, best = builder.guess(), math.inf
     for _ in range(4):
         groups, error = builder.groups(max(tolerance * size, builder.zero / 2))
-        packed = Packed(groups, rows, other, parameters(kernel))
+        packed = Packed(groups, rows, other, parameters(kernel), builder.derivative_bounds)
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
         if not math.isfinite(error):
             raise ArgumentError(
@@ -123,14 +121,20 @@ class _Builder:
         self.symmetric = symmetric
         self.rule = rule
         self.dtype = dtype
+        # What is stored beside the blocks; None if derivatives are not known in closed form.
+        self.changes = by_scales(kernel) if parameters(kernel) else None
+        self.missed: list[float] = []
         self.points = tuple(_padded_points(tree) for tree in self.trees)
         self.dimensions = self.points[0].shape[1]
         self.analytic = cast(Analytic, kernel) if hasattr(kernel, "majorant") else None
         if self.analytic is not None:
             self.scales = self.analytic.scales(self.dimensions)
-            reach = max(float((p / self.scales).abs().max()) for p in self.points)
-            # Positions of points and nodes, in units of the scale, are off by at most this.
-            self.moved = 8 * 2.0**-53 * math.sqrt(self.dimensions) * reach
+            self.moved = max(shifted_by(points, self.scales) for points in self.points)
+
+    @property
+    def derivative_bounds(self) -> tuple[float, ...]:
+        """Of the Frobenius norms of the errors of the changes."""
+        return tuple(math.sqrt(square) * (1 + 1e-12) for square in self.missed)
 
     @cached_property
     def zero(self) -> float:
@@ -161,6 +165,7 @@ class _Builder:
         share = budget / math.sqrt(max(1, rows.depth + columns.depth) / 2 + 1)
         groups: list[Group] = []
         squares = 0.0
+        self.missed = [0.0] * len(self.changes or ())
         pairs = first()
         while True:
             admissible = self.rule(rows, columns, pairs)
@@ -205,27 +210,40 @@ class _Builder:
         filled = self._filled(0, pairs.row_level), self._filled(1, pairs.column_level)
         full = bool(filled[0].all()) and bool(filled[1].all())
 
-        def source(part: slice) -> Tensor:
+        def evaluated(kernel: Kernel, part: slice) -> Tensor:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            found = self.kernel(own[rows], other[columns])
+            found = kernel(own[rows], other[columns])
             if full:
                 return found
             return found * (filled[0][rows].unsqueeze(2) * filled[1][columns].unsqueeze(1))
 
-        values = torch.empty(len(pairs), own.shape[1], other.shape[1], dtype=self.dtype)
-        squares = 0.0
-        for part in chunks(len(pairs), values[0].numel()):
-            exact = source(part).double()
-            values[part] = exact
-            error = exact.new_zeros(len(exact))
-            if self.analytic is not None:
-                error = norms(self.analytic.rounding(exact.abs(), self.dimensions))
-            if self.dtype is not _DOUBLE:
-                error = error + norms(exact - values[part].double())
-            squares += float(error.square().sum())
-        work = values[0].numel()
-        tiles = Tiles(pairs, values, mirrored=mirrored, source=source, work=work)
-        return tiles, math.sqrt(squares * (1 + mirrored))
+        def stored(kernel: Kernel) -> tuple[Tensor, float]:
+            values = torch.empty(len(pairs), own.shape[1], other.shape[1], dtype=self.dtype)
+            squares = 0.0
+            for part in chunks(len(pairs), values[0].numel()):
+                exact = evaluated(kernel, part).double()
+                values[part] = exact
+                error = exact.new_zeros(len(exact))
+                if self.analytic is not None:
+                    bound = cast(Analytic, kernel).rounding
+                    error = norms(bound(exact.abs(), self.dimensions))
+                if self.dtype is not _DOUBLE:
+                    error = error + norms(exact - values[part].double())
+                squares += float(error.square().sum())
+            return values, squares * (1 + mirrored)
+
+        values, squares = stored(self.kernel)
+        source: Source = partial(evaluated, self.kernel)
+        if self.changes is not None:
+            changes = [stored(change) for change in self.changes]
+            self._miss([missed for _, missed in changes])
+            source = Stored(cast(Radial, self.kernel), values, tuple(own for own, _ in changes))
+        tiles = Tiles(pairs, values, mirrored=mirrored, source=source, work=values[0].numel())
+        return tiles, math.sqrt(squares)
+
+    def _miss(self, squares: Sequence[float]) -> None:
+        """Add to the squared errors of the changes."""
+        self.missed = [a + b for a, b in zip(self.missed, squares, strict=True)]
 
     @torch.no_grad()
     def _far(self, pairs: Pairs, share: float) -> tuple[Coupled, float] | None:
@@ -244,7 +262,7 @@ class _Builder:
         own = self._side(0, pairs.row_level, nodes)
         sides = own, own if self.symmetric else self._side(1, pairs.column_level, nodes)
         values = Values(self.kernel, pairs, sides)
-        budget = _TOGETHER * share - float(entry.norm()) * weight
+        budget = _TOGETHER * share - float((entry + lost).norm()) * weight
         found, samples = self._bases(values, budget)
         bases = found[0], found[-1]
         while True:
@@ -254,39 +272,62 @@ class _Builder:
             grown = [basis.more() for basis in found]
             if not any(grown):
                 break
-        if parameters(self.kernel):
+        if self.changes is not None:
+            group = self._changed(group, sides, bases, nodes, weight)
+        elif parameters(self.kernel):
             source, work = values.source(bases, samples)
             group = replace(group, source=source, work=work)
         return group, float(((entry + lost) * weight + rest).norm())
 
+    def _changed(
+        self,
+        group: Coupled,
+        sides: tuple[Side, Side],
+        bases: tuple[Basis, Basis],
+        nodes: list[int] | None,
+        weight: float,
+    ) -> Coupled:
+        """With the derivatives of its cores, whose errors are noted."""
+        assert self.changes is not None
+        cores, squares = [], []
+        for change in self.changes:
+            values = Values(change, group.pairs, sides, keep=False)
+            own, rest = self._cores(values, *(basis.columns() for basis in bases))
+            if nodes is not None:
+                entry, lost = self._estimate(change, group.pairs).bounds(nodes)
+                rest = rest + (entry + lost) * weight
+            cores.append(own.cores)
+            squares.append(float(rest.square().sum()))
+        self._miss(squares)
+        kernel = cast(Radial, self.kernel)
+        return replace(group, source=Stored(kernel, group.cores, tuple(cores)), work=1)
+
     def _interpolation(
         self, pairs: Pairs, sizes: list[int], share: float
     ) -> tuple[list[int] | None, Tensor, Tensor]:
-        """How many nodes each direction needs; None if points are evaluated themselves.
+        """How many nodes each direction needs; None if points are to be evaluated themselves.
 
         Also [b] bounds of the error of an entry, and of what rounding adds to it.
         """
         zero = torch.zeros(len(pairs), dtype=_DOUBLE)
         if self.analytic is None:
             return None, zero, zero
-        boxes = [
-            Boxes.of(*tree.boxes[level], self.scales)
-            for tree, level in zip(self.trees, _levels(pairs), strict=True)
-        ]
-        own, other = boxes[0][pairs.rows], boxes[1][pairs.columns]
-        away, reach = (own.centre - other.centre).abs(), own.half + other.half
-        low = (away - reach - self.moved).clamp(min=0).square().sum(1)
-        size = self.analytic.size(low, (away + reach + self.moved).square().sum(1))
-        lost = self.analytic.rounding(size, self.dimensions)
-        decay = Decay.of(self.analytic, own, other), Decay.of(self.analytic, other, own)
-        errors = Errors(*decay, size)
+        estimate = self._estimate(self.analytic, pairs)
         most = min(_MOST, max(sizes) - 1)
-        nodes = nodes_for(errors, torch.ones_like(zero), _INTERPOLATION * share, most)
+        nodes = nodes_for(estimate.errors, torch.ones_like(zero), _INTERPOLATION * share, most)
         if nodes is None:
             return None, zero, zero
-        once, off = math.prod(lebesgue(count) for count in nodes), rounding(nodes)
-        lost = (1 + once**2) * (self.moved * self.analytic.slope(low) + lost)
-        return nodes, errors.bounds(nodes, nodes), lost + off * (2 * once + off) * size
+        entry, lost = estimate.bounds(nodes)
+        if float(lost.norm()) > _ROUNDING * share:
+            return None, zero, zero
+        return nodes, entry, lost
+
+    def _estimate(self, kernel: Analytic, pairs: Pairs) -> Estimate:
+        own, other = (
+            Boxes.of(*tree.boxes[level], self.scales)
+            for tree, level in zip(self.trees, _levels(pairs), strict=True)
+        )
+        return Estimate.of(kernel, own[pairs.rows], other[pairs.columns], self.moved)
 
     def _side(self, side: int, level: int, nodes: list[int] | None) -> Side:
         points, filled = self._at(side, level), self._filled(side, level)
@@ -320,6 +361,7 @@ class _Builder:
         generator = torch.Generator().manual_seed(0)
         changed = shaping(self.kernel)
         kinds = 1 + sum(parameter.numel() for parameter in changed)
+        changes = self.changes or ()
         random, total = [], []
         for side in sides:
             clusters, nodes = side.at.shape[:2]
@@ -329,9 +371,15 @@ class _Builder:
             total.append(noise.new_zeros(kinds, clusters, nodes, count))
         if self.symmetric:
             random[1], total[1] = random[0], total[0]
+
+        def changes_of(part: slice) -> list[Tensor]:
+            if self.changes is None:
+                return values.derivatives(part, changed)
+            return [_CHANGED * values.evaluated(change, part) for change in changes]
+
         for part, kernel in values:
             rows, columns = pairs.rows[part], pairs.columns[part]
-            for kind, block in enumerate([kernel, *values.derivatives(part, changed)]):
+            for kind, block in enumerate([kernel, *changes_of(part)]):
                 total[0][kind].index_add_(0, rows, block @ random[1][columns])
                 total[1][kind].index_add_(0, columns, block.mT @ random[0][rows])
         return [torch.cat(list(own), 2) for own in total[: 2 - self.symmetric]]
@@ -356,7 +404,8 @@ class _Builder:
             size = norms(core)
             if own.mix is None and self.analytic is not None:
                 # Of nodes the largest possible value is known, here those that there are.
-                rounded = norms(self.analytic.rounding(kernel.abs(), self.dimensions))
+                bound = cast(Analytic, values.kernel).rounding
+                rounded = norms(bound(kernel.abs(), self.dimensions))
                 rest[part] = rounded
             error = norms(block - u @ core @ v.mT) + 2 * short * norms(u) * size * norms(v)
             error = error + short * norms(block)

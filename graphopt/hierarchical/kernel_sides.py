@@ -20,7 +20,7 @@ _DOUBLE = torch.float64
 # Entries of kernels that are evaluated at once: they fit into a cache.
 _CHUNK = 2**17
 # Entries of blocks that are kept between two passes over them.
-_KEPT = 2**27
+_KEPT = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +152,13 @@ class Values:
     is room for.
     """
 
-    def __init__(self, kernel: Kernel, pairs: Pairs, sides: tuple[Side, Side]) -> None:
+    def __init__(
+        self, kernel: Kernel, pairs: Pairs, sides: tuple[Side, Side], keep: bool = True
+    ) -> None:
         self.kernel = kernel
         self.pairs = pairs
         self.sides = sides
+        self._keep = _KEPT if keep else 0
         self._kept: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
@@ -164,10 +167,14 @@ class Values:
         for part in chunks(len(self.pairs), size):
             found = self._kept.get(part.start)
             if found is None:
-                found = self.kernel(*self._nodes(part)).double()
-                if part.stop * size <= _KEPT:
+                found = self.evaluated(self.kernel, part)
+                if part.stop * size <= self._keep:
                     self._kept[part.start] = found
             yield part, found
+
+    def evaluated(self, kernel: Kernel, part: slice) -> Tensor:
+        """[b, k, l] the values of this or another kernel."""
+        return kernel(*self._nodes(part)).double()
 
     def _nodes(self, part: slice) -> tuple[Tensor, Tensor]:
         return (

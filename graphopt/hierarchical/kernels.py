@@ -132,6 +132,9 @@ class Radial:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """[..., m, d] and [..., n, d] to [..., m, n]; float64 unless both are float32."""
         self.scales(x.shape[-1])
+        if not (torch.is_grad_enabled() and self._differentiable(x, y)):
+            values = self.profile_(self.squared(x, y))
+            return values if self.factor == 1 else values.mul_(self.factor)
         dtype = torch.promote_types(x.dtype, y.dtype)
         inverse = torch.as_tensor(self.scale, dtype=dtype).square().reciprocal()
         # From differences, scaled afterwards: anything else would cancel for near points.
@@ -146,6 +149,35 @@ class Radial:
             return found
         return torch.as_tensor(self.variance, dtype=dtype) * found
 
+    @torch.no_grad()
+    def squared(self, x: Tensor, y: Tensor) -> Tensor:
+        """[..., m, d] and [..., n, d] to [..., m, n] squared distances over squared scales."""
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        inverse = torch.as_tensor(self.scale, dtype=dtype).detach().square().reciprocal()
+        own, other = x.mT.contiguous(), y.mT.contiguous()
+        total: Tensor | None = None
+        for i, weight in enumerate(inverse.expand(x.shape[-1]).tolist()):
+            part = own[..., i, :, None] - other[..., i, None, :]
+            factor = weight if inverse.dim() else 1.0
+            if total is None:
+                total = part.square_().mul_(factor) if factor != 1 else part.square_()
+            else:
+                total.addcmul_(part, part, value=factor)
+        assert total is not None
+        return total if inverse.dim() else total.mul_(float(inverse))
+
+    def profile_(self, squared: Tensor) -> Tensor:
+        """`profile`, which may use the memory of its argument; not differentiable."""
+        return self.profile(squared)
+
+    @property
+    def factor(self) -> float:
+        """The variance."""
+        return float(torch.as_tensor(self.variance, dtype=torch.float64).detach())
+
+    def _differentiable(self, x: Tensor, y: Tensor) -> bool:
+        return any(t.requires_grad for t in (x, y, *self.parameters()))
+
     def rounding(self, size: Tensor, dimensions: int) -> Tensor:
         """See `Analytic`: squared distances are off by (d + 7) u, roots by half of it.
 
@@ -157,7 +189,7 @@ class Radial:
     @property
     def _factor(self) -> float:
         """The absolute variance."""
-        return abs(float(torch.as_tensor(self.variance).detach()))
+        return abs(self.factor)
 
 
 class Exponential(Radial):
@@ -166,6 +198,10 @@ class Exponential(Radial):
     def profile(self, squared: Tensor) -> Tensor:
         """See `Radial`."""
         return torch.exp(-_root(squared))
+
+    def profile_(self, squared: Tensor) -> Tensor:
+        """See `Radial`."""
+        return _root_(squared).neg_().exp_()
 
     def majorant(self, region: Region) -> Tensor:
         """abs(exp(-sqrt(w))) = exp(-Re sqrt(w))."""
@@ -187,6 +223,11 @@ class Matern32(Radial):
         """See `Radial`."""
         a = math.sqrt(3) * _root(squared)
         return (1 + a) * torch.exp(-a)
+
+    def profile_(self, squared: Tensor) -> Tensor:
+        """See `Radial`."""
+        a = _root_(squared).mul_(math.sqrt(3))
+        return torch.exp(-a).mul_(a.add_(1))
 
     def majorant(self, region: Region) -> Tensor:
         """The polynomial at abs(a), the exponential at Re a."""
@@ -211,6 +252,12 @@ class Matern52(Radial):
         a = math.sqrt(5) * _root(squared)
         return (1 + a + a.square() / 3) * torch.exp(-a)
 
+    def profile_(self, squared: Tensor) -> Tensor:
+        """See `Radial`."""
+        a = _root_(squared).mul_(math.sqrt(5))
+        decay = torch.exp(-a)
+        return decay.mul_(torch.addcmul(a, a, a, value=1 / 3).add_(1))
+
     def majorant(self, region: Region) -> Tensor:
         """The polynomial at abs(a), the exponential at Re a."""
         a, root = math.sqrt(5) * region.high.sqrt(), math.sqrt(5) * region.root
@@ -234,6 +281,10 @@ class Gaussian(Radial):
     def profile(self, squared: Tensor) -> Tensor:
         """See `Radial`."""
         return torch.exp(squared / -2)
+
+    def profile_(self, squared: Tensor) -> Tensor:
+        """See `Radial`."""
+        return squared.mul_(-0.5).exp_()
 
     def majorant(self, region: Region) -> Tensor:
         """abs(exp(-w / 2)) = exp(-Re w / 2)."""
@@ -311,3 +362,8 @@ class InverseDistance(Radial):
 def _root(squared: Tensor) -> Tensor:
     """The square root, with gradient 0 at 0."""
     return squared.clamp(min=_TINY).sqrt()
+
+
+def _root_(squared: Tensor) -> Tensor:
+    """`_root` in place."""
+    return squared.clamp_(min=_TINY).sqrt_()

@@ -37,6 +37,8 @@ class Packed:
         rows: clusters of rows.
         columns: clusters of columns.
         parameters: what the values of groups with a source are functions of.
+        derivative_bounds: of the Frobenius norms of what the derivatives stored in `Stored` sources
+            have wrong, where there are any.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Packed:
         rows: ClusterTree,
         columns: ClusterTree,
         parameters: tuple[Tensor, ...] = (),
+        derivative_bounds: tuple[float, ...] = (),
     ) -> None:
         self.groups = tuple(groups)
         self.rows = rows
         self.columns = columns
         self.parameters = parameters
+        self.derivative_bounds = derivative_bounds
 
     @property
     def dtype(self) -> torch.dtype:

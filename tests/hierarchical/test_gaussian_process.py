@@ -93,6 +93,20 @@ def test_no_noise_needs_points_that_differ() -> None:
         h.GaussianProcess(h.Exponential(0.2), 0.0, x.repeat(2)).log_likelihood(y.repeat(2))
 
 
+def test_a_nugget_is_added_where_it_is_needed() -> None:
+    x = torch.linspace(0, 1, 60, dtype=_DOUBLE).repeat(2)
+    y = torch.sin(6 * x)
+    process = h.GaussianProcess(h.Exponential(0.2), 0.0, x, tolerance=1e-3, nugget=1e-4)
+    with pytest.warns(UserWarning, match="was added to its noise"):
+        found = process.log_likelihood(y)
+    added = process.inverse().shift
+    assert added >= 1e-4
+    covariance = h.Exponential(0.2)(x.unsqueeze(1), x.unsqueeze(1))
+    covariance = covariance + added * torch.eye(120, dtype=_DOUBLE)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(120, dtype=_DOUBLE), covariance)
+    assert abs(float(found.value - exact.log_prob(y))) <= found.bound + 1e-9
+
+
 def _refused() -> dict[str, tuple[Callable[[], object], str]]:
     ones, bad = torch.ones(50), torch.ones(50)
     bad[7] = float("nan")
@@ -106,6 +120,15 @@ def _refused() -> dict[str, tuple[Callable[[], object], str]]:
         "negative noise": (lambda: _process(noise=-0.1), "noise of -0.1"),
         "nan noise": (lambda: _process(noise=float("nan")), "noise of nan"),
         "negative scale": (lambda: h.Matern32(-1.0), "scale"),
+        "negative nugget": (lambda: _process(nugget=-1.0), "nugget=-1.0"),
+        "derivatives of an unknown kernel": (
+            lambda: h.GaussianProcess(
+                h.InverseDistance(torch.ones(()).double().requires_grad_(), at_zero=1e4),
+                1.0,
+                points("uniform", 50, 2),
+            ).gradient(ones),
+            "closed form",
+        ),
         "no tolerance": (lambda: _process(tolerance=0.0), "tolerance of 0.0"),
         "tolerance out of reach": (
             lambda: _process(300, tolerance=1e-16).log_likelihood(torch.ones(300)),

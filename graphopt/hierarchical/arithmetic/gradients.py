@@ -1,14 +1,14 @@
-"""Solutions and log-determinants that autograd differentiates, in blocks and never densely.
+"""Derivatives by what a factored matrix is made of, in blocks and never densely.
 
-With ``w = A^-T g`` for a gradient g of the solution of ``A x = b``, the gradient of b is w and that
-of A is ``-w x.T``, which only ever meets A in a product: ``-w . (dA x)``. The derivative of the
-log-determinant is the trace of ``A^-1 dA``, which is a sum over blocks.
+Those of a solution meet the matrix in a product. The derivative of the log-determinant is the trace
+of ``A^-1 dA``, a sum over blocks of their derivatives times the blocks of the inverse across from
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,57 +31,75 @@ from graphopt.hierarchical.matrix import HMatrix
 from graphopt.hierarchical.packed import Packed
 
 
-def solve(
-    matrix: HMatrix | Callable[[Tensor], Tensor], factorization: Factorization, b: Tensor
-) -> Tensor:
-    """``x`` with ``A x = b``, differentiable in b and in what the matrix is made of.
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A `System` in the original order: ``matrix + shift * identity`` with its factors.
 
-    Args:
-        matrix: the one that was factored: gradients reach the parameters of its kernel, or tensors
-            of its blocks. Or a function that multiplies it with [n, c] in the original order.
-        factorization: of that matrix.
-        b: [n] or [n, c], in the dtype of the matrix.
+    Values are those of ``factorization.solve(b)`` and ``factorization.logdet()``, whose bounds hold
+    for them. Gradients reach the parameters of the kernel of the matrix, or tensors of its blocks.
 
-    Returns:
-        The value of ``factorization.solve(b)``, whose bound holds for it.
+    Attributes:
+        matrix: that was factored, without the shift.
+        factorization: of it.
+        tolerance: of the inverse, and so of the gradient of the log-determinant.
+        shift: what was added to the diagonal before it was factored, a scalar that gets a gradient;
+            None where there is none to get.
     """
-    found = factorization.solve(b).value
-    x = found.reshape(b.shape[0], -1)
-    image = matrix @ x if isinstance(matrix, HMatrix) else matrix(x)
-    image = image.reshape(b.shape)
-    rest: Tensor = _Inverse.apply(b - image, factorization, False)  # type: ignore[no-untyped-call]
-    return found + (rest - rest.detach())
 
+    matrix: HMatrix
+    factorization: Factorization
+    tolerance: float
+    shift: Tensor | None = None
 
-def logdet(
-    matrix: HMatrix, factorization: Factorization, tolerance: float, shift: Tensor | None = None
-) -> Tensor:
-    """``log |det A|``, differentiable in what the matrix is made of.
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """See `System`: those of the kernel or the tensors, then the shift."""
+        own = self.matrix.packed.parameters or self._tensors
+        return own if self.shift is None else (*own, self.shift)
 
-    Args:
-        matrix: the one that was factored: gradients reach the parameters of its kernel, or tensors
-            of its blocks.
-        factorization: of that matrix.
-        tolerance: of the inverse, and so of the gradient.
-        shift: what was added to the diagonal of `matrix` before it was factored, a scalar that
-            gets its gradient, too.
+    def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
+        """See `System`."""
+        return self.factorization.solve(b, transpose=transpose).value
 
-    Returns:
-        A scalar with the value of ``factorization.logdet()``, whose bound holds for it.
-    """
-    value = factorization.logdet().value
-    weights = inverse(factorization, tolerance).root
-    total = torch.zeros((), dtype=torch.float64, device=any_tensor(weights).device)
-    if matrix.packed.parameters:
-        found = _kernel_gradients(matrix.packed, weights)
-        parameters = matrix.packed.parameters
-        total = total + _Linear.apply(found, *parameters)  # type: ignore[no-untyped-call]
-    elif matrix.packed.trainable:
-        for place in placed(matrix.root):
-            total = total + _product(place, weights)
-    if shift is not None:
-        total = total + shift * diagonal(weights).sum()
-    return value + (total - total.detach())
+    def inner_gradient(self, w: Tensor, v: Tensor) -> list[Tensor]:
+        """See `System`."""
+        matrix = self.matrix
+        left = matrix.rows.to_positions(w).reshape(len(w), -1)
+        right = matrix.columns.to_positions(v).reshape(len(v), -1)
+        if matrix.packed.parameters:
+            found = matrix.inner_gradient(left, right)
+        else:
+            with torch.enable_grad():
+                found = self._by_tensors((left * apply(matrix.root, right)).sum())
+        return found if self.shift is None else [*found, (w * v).sum()]
+
+    def log_determinant(self) -> float:
+        """See `System`."""
+        return self.factorization.logdet().value
+
+    def log_determinant_gradient(self) -> list[Tensor]:
+        """See `System`."""
+        weights = inverse(self.factorization, self.tolerance).root
+        if self.matrix.packed.parameters:
+            found = _kernel_gradients(self.matrix.packed, weights)
+        else:
+            with torch.enable_grad():
+                total = any_tensor(weights).new_zeros(())
+                for place in placed(self.matrix.root):
+                    total = total + _product(place, weights)
+                found = self._by_tensors(total)
+        return found if self.shift is None else [*found, diagonal(weights).sum()]
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All of the blocks that require a gradient."""
+        found = [t for place in placed(self.matrix.root) for t in vars(place.block).values()]
+        return tuple(t for t in found if t is not None and t.requires_grad)
+
+    def _by_tensors(self, total: Tensor) -> list[Tensor]:
+        if not self._tensors:
+            return []
+        return list(torch.autograd.grad(total, self._tensors, materialize_grads=True))
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -141,32 +159,3 @@ def _group_gradients(
 def _span(tree: ClusterTree, level: int, index: int) -> tuple[int, int]:
     starts = tree.starts[level]
     return int(starts[index]), int(starts[index + 1])
-
-
-class _Inverse(torch.autograd.Function):
-    """``A^-1 b``, linear in b, and so its own derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, factorization: Factorization, transpose: bool) -> Tensor:
-        ctx.factorization, ctx.transpose = factorization, transpose
-        return factorization.solve(b, transpose=transpose).value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        solve = _Inverse.apply
-        found = solve(gradients[0], ctx.factorization, not ctx.transpose)  # type: ignore[no-untyped-call]
-        return found, None, None
-
-
-class _Linear(torch.autograd.Function):
-    """0, with derivatives by parameters that are known."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradients[0].to(own.dtype) * own for own in ctx.saved_tensors)

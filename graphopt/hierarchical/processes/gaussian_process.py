@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +12,29 @@ from torch import Tensor
 from graphopt.errors import ArgumentError, IndefiniteError
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.clusters import ClusterTree, by_points
+from graphopt.hierarchical.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
-from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
+from graphopt.hierarchical.kernels import (
+    Analytic,
+    Exponential,
+    Gaussian,
+    Matern32,
+    Matern52,
+    Radial,
+)
 from graphopt.hierarchical.matrix import HMatrix
-from graphopt.hierarchical.processes.differentiable import log_determinant, quadratic
-from graphopt.hierarchical.processes.exact import product
+from graphopt.hierarchical.processes.gradient_bounds import (
+    Changed,
+    Correction,
+    shift_error,
+    trace_error,
+)
 from graphopt.hierarchical.processes.hodlr import whiten
-from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
-from graphopt.hierarchical.processes.kernel_operator import KernelOperator
+from graphopt.hierarchical.processes.interpolated import product
+from graphopt.hierarchical.processes.inverse import Inverse, Quadratic, Solved
+from graphopt.hierarchical.processes.kernel_operator import Change, KernelOperator
 from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
+from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
 
 _SEMIDEFINITE = (Exponential, Matern32, Matern52, Gaussian)
@@ -27,6 +42,12 @@ _PROBES = 96
 # New points whose variances are computed at once.
 _AT_ONCE = 256
 _TRIES = 4
+# Of refinement by exact residuals.
+_STEPS = 6
+# Each with ten times the nugget of the one before.
+_ATTEMPTS = 8
+# Points of which the spectrum is guessed.
+_SAMPLE = 400
 # Relative; below it no matrix is asked for.
 _FINEST = 1e-10
 
@@ -81,6 +102,9 @@ class GaussianProcess:
         points: [n, d], or [n] for one coordinate.
         tolerance: of the log-likelihood for each point: its bound is at most ``tolerance * n``.
         seed: of the random vectors.
+        nugget: where the covariance is not positive definite, this much of the variance is added to
+            the noise, ten times more with each attempt, with a warning. Everything is then about
+            the covariance with what was added. 0 raises instead.
 
     Raises:
         ArgumentError: points that are not finite, or a negative noise.
@@ -94,7 +118,10 @@ class GaussianProcess:
         *,
         tolerance: float = 1e-6,
         seed: int = 0,
+        nugget: float = 0.0,
     ) -> None:
+        if not 0 <= nugget < math.inf:
+            raise ArgumentError(f"nugget={nugget}", hint="pass none below 0")
         if not 0 < tolerance < 1:
             raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
         self.kernel = kernel
@@ -110,13 +137,16 @@ class GaussianProcess:
         self.tree: ClusterTree = by_points(points.detach().double(), 64)
         self.tolerance = tolerance
         self.seed = seed
-        # Of the matrix, absolute; what probes are to say of the factor.
-        self._wrong = (0.5 * level * len(self) ** 0.5 if level else 1e-3) * tolerance
+        # Of what the matrix may have wrong, a factor; what probes are to say of the factor.
+        self._strict = 1.0
+        self.nugget = nugget
+        self._added = 0.0
         self._accuracy = self._goal / (3 * norm_factor(_PROBES) * trace_factor(_PROBES))
         self._operator: KernelOperator | None = None
         self._inverse: Inverse | None = None
         self._state: tuple[int, ...] = ()
         self._solution: _Solution | None = None
+        self._changed: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -125,7 +155,7 @@ class GaussianProcess:
         """Of values [n] at the points; a scalar in float64 that autograd knows.
 
         It is differentiable by the tensors of the kernel, the noise, and `y`. The bound is that of
-        the value; derivatives are those of it, to the same accuracy.
+        the value; `gradient` bounds derivatives.
 
         Raises:
             ArgumentError: values of another shape, or not finite; a tolerance out of reach.
@@ -142,9 +172,11 @@ class GaussianProcess:
             wrong = (float(form.wrong) + determinant.wrong) / 2
             bound = (float(form.error) + determinant.error) / 2 + wrong
             if bound <= goal:
-                noise = self.noise.double()
-                total = quadratic(inverse, noise, right, solution.x, form.value)
-                total = total + log_determinant(inverse, noise)
+                assert isinstance(inverse.operator, KernelOperator)
+                products = None if inverse.operator.changes is None else self._changed_by
+                system = Covariance(inverse, self.noise.double(), products=products)
+                total = quadratic(system, right, solution.x, form.value)
+                total = total + log_determinant(system)
                 value = (total + len(self) * math.log(2 * math.pi)) / -2
                 return Bounded(value, bound * (1 + 1e-12))
             reached = min(reached, bound)
@@ -154,6 +186,63 @@ class GaussianProcess:
             f"{reached / len(self):.1e} was reached",
             hint="pass a larger tolerance, or add noise",
         )
+
+    @torch.no_grad()
+    def gradient(self, y: Tensor) -> dict[str, Bounded[Tensor]]:
+        """The derivatives of `log_likelihood` by the tensors among its hyperparameters, bounded.
+
+        Args:
+            y: values [n].
+
+        Returns:
+            By ``scale``, ``variance`` and ``noise``, those of them that require a gradient: the
+            derivatives and a bound of the error of each of their entries, which also is one of
+            those that autograd computes. `tolerance` is not that of derivatives: ask for a smaller
+            one where bounds are too large.
+
+        Raises:
+            ArgumentError: a kernel whose derivatives are not known in closed form.
+        """
+        right = self._checked(y.detach())
+        self.log_likelihood(y.detach())
+        inverse, x = self.inverse(), self._solved(right).x
+        operator = inverse.operator
+        assert isinstance(operator, KernelOperator)
+        correction = Correction.of(inverse, right, x, *self._product(self.kernel, x))
+        by_noise, traces = inverse.log_determinant_gradient
+        values, bounds = ([torch.zeros_like(t) for t in (*traces, by_noise)] for _ in range(2))
+        places = [(change.parameter, change.entry, change.factor) for change in self._changes()]
+        found = [
+            (self._stored(operator, change, *applied), trace_error)
+            for change, applied in zip(self._changes(), self._products(x), strict=True)
+        ]
+        if self.noise.requires_grad:
+            places.append((len(traces), 0, 1.0))
+            found.append((Changed.identity(inverse, x), shift_error))
+        for (number, entry, factor), (changed, trace) in zip(places, found, strict=True):
+            form, error, added = correction.form(changed)
+            own = (*traces, by_noise)[number].view(-1)[entry]
+            # Autograd goes without what was added.
+            error += abs(added) + trace(inverse, changed)
+            values[number].view(-1)[entry] = (factor * form - own) / 2
+            bounds[number].view(-1)[entry] = abs(factor) * error / 2 * (1 + 1e-9)
+        return {
+            self._name(parameter): Bounded(values[number], float(bounds[number].max()))
+            for number, parameter in enumerate((*operator.parameters, self.noise))
+            if parameter.requires_grad
+        }
+
+    def _stored(
+        self, operator: KernelOperator, change: Change, applied: Tensor, lost: Tensor
+    ) -> Changed:
+        probes = operator.changed(change, self.inverse().inner)
+        norm = operator.norm(change) + change.bound
+        return Changed(probes, change.bound, operator.diagonal_bound, norm, applied, lost)
+
+    def _name(self, parameter: Tensor) -> str:
+        if parameter is self.noise:
+            return "noise"
+        return "scale" if parameter is self.kernel.scale else "variance"
 
     @torch.no_grad()
     def predict(self, y: Tensor, new_points: Tensor) -> Prediction:
@@ -177,7 +266,7 @@ class GaussianProcess:
         state = tuple(t._version for t in (self.noise, *self.kernel.parameters()))
         if self._inverse is None or state != self._state:
             if state != self._state:
-                self._operator = None
+                self._operator, self._added = None, 0.0
             self._state = state
             self._inverse = self._made()
         return self._inverse
@@ -206,12 +295,17 @@ class GaussianProcess:
         solved = inverse.solve(right, goal)
         form, x = inverse.quadratic(right, solved), solved.x
         wrong, rest = inverse.operator.bound + inverse.operator.rounding, 0.0
-        if float(form.wrong) > 0.2 * self.tolerance * len(self) and _semidefinite(self.kernel):
-            applied, lost = product(self.kernel, self._points, x)
-            residual = right - applied - inverse.shift * x
-            form = inverse.exact_quadratic(right, inverse.with_residual(solved, residual), lost)
-            solved = inverse.solve(residual, goal)
-            x, rest = x + solved.x, float(torch.linalg.vector_norm(lost))
+        allowed = 0.2 * self.tolerance * len(self)
+        if float(form.wrong) > allowed and _semidefinite(self.kernel):
+            for _ in range(_STEPS):
+                applied, lost = self._product(self.kernel, x)
+                residual = right - applied - inverse.shift * x
+                last = inverse.with_residual(Solved(x, residual, solved.whitened), residual)
+                form = inverse.exact_quadratic(right, last, lost)
+                solved = inverse.solve(residual, goal)
+                x, rest = x + solved.x, float(torch.linalg.vector_norm(lost))
+                if float(form.error) <= allowed:
+                    break
         # A x differs from the right side by what is left, and by what the matrix has wrong of the
         # last step; in the norm of A^-1.
         smallest = inverse.smallest - inverse.operator.bound
@@ -222,11 +316,64 @@ class GaussianProcess:
         self._solution = _Solution(inverse, right, x, away, form)
         return self._solution
 
+    def _product(self, kernel: Analytic, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the matrix of a kernel with x, and bounds of the errors of entries."""
+        return product(kernel, self.tree, x, 0.005 * self.tolerance * len(self))
+
+    @torch.no_grad()
+    def _products(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`_product` of all changes with a solution, kept with it."""
+        known = self._changed
+        if known is None or not torch.equal(known[0], x):
+            changes = self._changes()
+            found = {change.kind: self._product(change.kernel, x) for change in changes}
+            known = self._changed = x, [found[change.kind] for change in changes]
+        return known[1]
+
+    def _changed_by(self, x: Tensor) -> list[Tensor]:
+        return [applied for applied, _ in self._products(x)]
+
+    def _changes(self) -> tuple[Change, ...]:
+        operator = self.inverse().operator
+        assert isinstance(operator, KernelOperator)
+        if operator.changes is None:
+            raise ArgumentError(
+                f"derivatives of {type(self.kernel).__name__} are not known in closed form",
+                hint="use Exponential, Matern32, Matern52 or Gaussian",
+            )
+        return operator.changes
+
     @torch.no_grad()
     def _made(self) -> Inverse:
+        accuracy = self._accuracy
+        for attempt in range(_ATTEMPTS + 1):
+            try:
+                found = self._factored()
+            except IndefiniteError:
+                if not self.nugget or attempt == _ATTEMPTS:
+                    raise
+                here = self._points[:1]
+                self._added = self.nugget * float(self.kernel(here, here)) * 10.0**attempt
+                self._operator, self._accuracy = None, accuracy
+                continue
+            if attempt:
+                warnings.warn(
+                    f"the covariance is not positive definite: {self._added:.3g} was added to its "
+                    "noise",
+                    stacklevel=4,
+                )
+            return found
+        raise AssertionError
+
+    @property
+    def _level(self) -> float:
+        """Of the noise, with what was added."""
+        return float(self.noise.detach()) + self._added
+
+    def _factored(self) -> Inverse:
         if self._operator is None:
             self._operator = KernelOperator(self._matrix(), self.kernel)
-        noise = float(self.noise)
+        noise = self._level
         last: IndefiniteError | None = None
         for _ in range(3):
             generator = torch.Generator().manual_seed(self.seed)
@@ -247,7 +394,12 @@ class GaussianProcess:
         raise last
 
     def _matrix(self) -> HMatrix:
-        goal = min(max(self._wrong / self._norm(), _FINEST), 1e-5)
+        level = self._level
+        wrong = 1e-3 * self.tolerance
+        if level:
+            wrong = 0.5 * self.tolerance * len(self) / self._spread(level)
+            wrong = min(wrong, 0.05 * level)
+        goal = min(max(wrong * self._strict / self._norm(), _FINEST), 1e-5)
         while True:
             try:
                 return from_kernel(self.kernel, self.tree, tolerance=goal)
@@ -255,6 +407,20 @@ class GaussianProcess:
                 if goal > 1e-9:
                     raise
                 goal *= 8
+
+    def _spread(self, level: float) -> float:
+        """Twice the Frobenius norm of ``A^-1 - identity / noise``, guessed from some points.
+
+        Eigenvalues grow with the number of points; those that a sample does not have are unknown.
+        """
+        n = len(self)
+        generator = torch.Generator().manual_seed(self.seed)
+        some = self._points[torch.randperm(n, generator=generator)[:_SAMPLE]]
+        values = torch.linalg.eigvalsh(self.kernel(some, some)) * (n / len(some))
+        if not bool(values.isfinite().all()) or (len(some) < n and float(values[0]) > level):
+            return 2 * math.sqrt(n) / level
+        values = values.clamp(min=0)
+        return max(2 * float((values / (values + level)).norm()), 1.0) / level
 
     def _norm(self) -> float:
         """Of the matrix, estimated from random entries."""
@@ -269,7 +435,7 @@ class GaussianProcess:
         """Ask for more of what the bound is made of."""
         self._inverse = None
         if wrong > goal / 3:
-            self._wrong *= goal / wrong / 5
+            self._strict *= goal / wrong / 5
             self._operator = None
         if error > goal / 2:
             self._accuracy *= max(goal / error / 3, 1e-3)

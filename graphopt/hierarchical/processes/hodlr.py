@@ -43,6 +43,11 @@ class Operator(Protocol):
         ...
 
     @property
+    def diagonal_bound(self) -> float:
+        """Of the absolute trace of that difference."""
+        ...
+
+    @property
     def rounding(self) -> float:
         """What rounding adds at most to the product with a vector of norm 1."""
         ...

@@ -8,6 +8,7 @@ they say of it (see `probability`) holds with a probability of at least 1 - 1e-1
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,8 @@ from graphopt.hierarchical.processes.whitening import Coupling, Whitening
 from graphopt.hierarchical.rounding import gamma
 
 _SOLVES = 60
+# Of operands that are worth a product of their own.
+_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,16 @@ class Solved:
 class Inverse:
     """Solves, the log-determinant and its derivatives.
 
+    Attributes:
+        probes: [n, k] random vectors.
+        inner: ``L^-T probes``, [n, k].
+        deviations: ``F probes``, [n, k].
+        lost: what rounding may have added to norms of F.
+        smallest: a lower bound of the eigenvalues of H.
+        inverse_norm: a bound of the Frobenius norm of the inverse of H.
+        centre: c, the inverse of the shift; 0 where no eigenvalues are known to be near it.
+        spread: a bound of the Frobenius norm of ``H^-1 - c identity``.
+
     Args:
         operator: symmetric.
         shift: added to its diagonal.
@@ -100,17 +113,17 @@ class Inverse:
         self.whitening = whitening
         layout = whitening.layout
         shape = (len(layout.places), probes)
-        self._omega = torch.randn(shape, dtype=operator.dtype, generator=generator)
-        self._inner = layout.cut(whitening.backward(layout.pad(self._omega)))
-        applied = self.apply(self._inner)
-        self._products = layout.cut(whitening.forward(layout.pad(applied))) - self._omega
-        self.probed = Probed.of(self._products, self._omega)
-        norms = [float(t.double().square().sum()) / probes for t in (self._inner, applied)]
+        self.probes = torch.randn(shape, dtype=operator.dtype, generator=generator)
+        self.inner = layout.cut(whitening.backward(layout.pad(self.probes)))
+        applied = self.apply(self.inner)
+        self.deviations = layout.cut(whitening.forward(layout.pad(applied))) - self.probes
+        self.probed = Probed.of(self.deviations, self.probes)
+        norms = [float(t.double().square().sum()) / probes for t in (self.inner, applied)]
         lost = operator.rounding * norms[0]
         terms = layout.size + 2 * sum(whitening.ranks) + 8
         lost += gamma(terms, operator.dtype) * math.sqrt(norms[0] * norms[1] * shape[0])
-        self._lost = lost + 8 * shape[0] * gamma(1, torch.float64)
-        if not self.probed.norm + self._lost < 1:
+        self.lost = lost + 8 * shape[0] * gamma(1, torch.float64)
+        if not self.probed.norm + self.lost < 1:
             raise IndefiniteError(
                 "the factor is too far from the matrix to say anything",
                 hint="ask for a smaller tolerance, or add more to the diagonal (noise, nugget)",
@@ -122,15 +135,26 @@ class Inverse:
                 f"is {operator.bound:.1e}",
                 hint="ask for a smaller tolerance, or add more to the diagonal (noise, nugget)",
             )
+        self.centre, self.spread = self._spread(semidefinite)
 
     @property
     def deviation(self) -> float:
         """A bound of the spectral norm of F."""
-        return self.probed.norm + self._lost
+        return self.probed.norm + self.lost
 
     def apply(self, values: Tensor) -> Tensor:
         """H times [n, k]."""
         return self.operator.product(values) + self.shift * values
+
+    def whitened(self, values: Tensor) -> Tensor:
+        """L^-1 times [n, k]."""
+        return self.whitening.layout.cut(self.forward(values))
+
+    def deviated(self, values: Tensor) -> Tensor:
+        """F times [n, k]."""
+        layout = self.whitening.layout
+        inner = layout.cut(self.whitening.backward(layout.pad(values)))
+        return self.whitened(self.apply(inner)) - values
 
     def forward(self, values: Tensor) -> Tensor:
         """L^-1 times [n, k]; padded rows."""
@@ -195,8 +219,12 @@ class Inverse:
         value, error = self.probed.log_determinant()
         own = float(self.whitening.log_determinant())
         bound = self.operator.bound
-        wrong = bound * self.inverse_norm / (1 - bound / self.smallest)
-        lost = self._lost + gamma(4, torch.float64) * abs(own)
+        away = bound / self.smallest
+        # tr(H^-1 E) and the rest of the series, for a difference E of small trace.
+        first = self.spread * bound + self.centre * self.operator.diagonal_bound
+        wrong = first + away**2 / (2 * (1 - away))
+        wrong = min(wrong, bound * self.inverse_norm / (1 - away))
+        lost = self.lost + gamma(4, torch.float64) * abs(own)
         return LogDeterminant(own, abs(value) + error + lost, wrong)
 
     @cached_property
@@ -210,13 +238,11 @@ class Inverse:
         """
         operator, whitening = self.operator, self.whitening
         layout = whitening.layout
-        inverses = whitening.leaves.mT @ whitening.leaves
-        present = layout.pad(torch.ones(len(layout.places), 1, dtype=inverses.dtype))
-        present = present.view(*inverses.shape[:2])
-        shift = (inverses.diagonal(dim1=1, dim2=2) * present).sum()
-        found = operator.diagonal_gradient(layout.depth, inverses)
-        panels: list[Tensor] = []
-        scaled: list[Tensor] = []
+        # What the inverse has on the diagonal blocks of the leaves.
+        leaves = whitening.leaves.mT @ whitening.leaves
+        size = leaves.shape[:2]
+        found = [torch.zeros_like(p, dtype=torch.float64) for p in operator.parameters]
+        terms: list[tuple[Tensor, Tensor]] = []
         for number in reversed(range(len(whitening.levels))):
             coupling = whitening.levels[number]
             level = len(whitening.levels) - 1 - number
@@ -224,17 +250,17 @@ class Inverse:
                 continue
             a, b = coupling.function(torch.reciprocal)
             below = Whitening(layout, whitening.leaves, whitening.levels[:number])
-            padded = below.backward(_panel(coupling))
-            inner, along, across = (
-                layout.cut(panel) for panel in (padded, _weighted(padded, a), _weighted(padded, b))
-            )
-            shift = shift + (along * inner).sum()
-            panels.append(inner)
-            _add(found, operator, [*scaled, across], panels, level)
-            scaled.append(along)
-        for level in range(len(whitening.levels), operator.tree.depth + 1):
-            _add(found, operator, scaled, panels, level)
-        return shift, found
+            inner = below.backward(_panel(coupling))
+            for w, v in _batches([*terms, (inner, b)]):
+                gradients = operator.inner_gradient(layout.cut(w), layout.cut(v), level)
+                for total, own in zip(found, gradients, strict=True):
+                    total.add_(own)
+            leaves.baddbmm_(_weighted(inner, a).view(*size, -1), inner.view(*size, -1).mT)
+            terms.append((inner, a))
+        for total, own in zip(found, operator.diagonal_gradient(layout.depth, leaves), strict=True):
+            total.add_(own)
+        present = layout.pad(torch.ones(len(layout.places), 1, dtype=leaves.dtype)).view(size)
+        return (leaves.diagonal(dim1=1, dim2=2) * present).sum(), found
 
     def _smallest(
         self, semidefinite: bool, generator: torch.Generator | None
@@ -243,7 +269,7 @@ class Inverse:
 
         Without the shift both are from ||(L L^T)^-1||_F, which is larger by 1 - F at most.
         """
-        n, count = self._omega.shape
+        n, count = self.probes.shape
         if semidefinite and self.shift > self.operator.bound:
             smallest = self.shift - self.operator.bound
             return smallest, math.sqrt(n) / smallest
@@ -251,6 +277,18 @@ class Inverse:
         size = float(torch.linalg.vector_norm(self.whitening.solve(omega).double()))
         norm = norm_factor(count, FAILURE) * size / math.sqrt(count) / (1 - self.deviation)
         return 1 / norm, norm
+
+    def _spread(self, semidefinite: bool) -> tuple[float, float]:
+        """``centre`` and ``spread``: by the probes for L L^T, and what F adds for H."""
+        if not (semidefinite and self.shift > 0):
+            return 0.0, self.inverse_norm
+        centre, count = 1 / self.shift, self.probes.shape[1]
+        away = self.whitening.solve(self.probes) - centre * self.probes
+        size = norm_factor(count, FAILURE) / math.sqrt(count)
+        size *= float(torch.linalg.vector_norm(away.double()))
+        f = self.deviation
+        rest = (1 + f) * f / (1 - f) + 8 * self.lost * math.sqrt(len(self.probes))
+        return centre, size + rest / self.smallest
 
 
 def _panel(coupling: Coupling) -> Tensor:
@@ -263,11 +301,13 @@ def _weighted(panel: Tensor, weights: Tensor) -> Tensor:
     return (panel.view(len(weights), -1, panel.shape[1]) * weights.unsqueeze(1)).view_as(panel)
 
 
-def _add(
-    found: list[Tensor], operator: Operator, w: list[Tensor], v: list[Tensor], level: int
-) -> None:
-    if not v:
-        return
-    gradients = operator.inner_gradient(torch.cat(w, 1), torch.cat(v, 1), level)
-    for total, own in zip(found, gradients, strict=True):
-        total.add_(own)
+def _batches(terms: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Panels times their weights, and panels, some of them beside each other; in padded rows."""
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    for number, (panel, weights) in enumerate(terms):
+        left.append(_weighted(panel, weights))
+        right.append(panel)
+        if number + 1 == len(terms) or sum(own.shape[1] for own in right) >= _COLUMNS:
+            yield torch.cat(left, 1), torch.cat(right, 1)
+            left, right = [], []
