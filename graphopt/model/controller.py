@@ -91,7 +91,7 @@ class Controller:
         """Run the variant whose conditions hold; make one where none does."""
         if self.session.before_call is not None:
             self.session.before_call()
-        if self.seen.declared.limited:
+        if self.seen.limited:
             self.seen.declared.check(model, args, kwargs)
         for variant in self.variants:
             if variant.holds(model, *args, **kwargs):

@@ -23,11 +23,13 @@ class Seen:
         declared: what the user says.
 
     Attributes:
+        limited: whether a call may break what was declared.
         notes: why sizes stay constants, by where.
     """
 
     def __init__(self, declared: Declared) -> None:
         self.declared = declared
+        self.limited = declared.limited
         self.notes: dict[str, str] = {}
         self._declared: set[str] = set()
         self._varied: set[tuple[str, int]] = set()

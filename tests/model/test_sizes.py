@@ -99,6 +99,27 @@ def test_an_expanded_batch() -> None:
     assert _made(model) == 2
 
 
+class Messages(nn.Module):
+    """A graph convolution that leaves loops out, so that the number of messages depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.lin(x)
+        kept = edges[:, edges[0] != edges[1]]
+        return torch.zeros_like(h).index_add(0, kept[1], h[kept[0]])
+
+
+def test_graphs_of_many_sizes_take_three_captures() -> None:
+    torch.manual_seed(0)
+    model = graphopt.optimize(Messages(), backend="eager")
+    sizes = [(10, 30), (10, 41), (12, 17), (9, 55), (31, 2), (5, 90)]
+    _train(model, [(torch.randn(n, 8), torch.randint(0, n, (2, m))) for n, m in sizes])
+    assert _made(model) <= 3
+
+
 class Static(Pass):
     name = "static_only"
 
