@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from graphopt.analysis.hints import hint
 from graphopt.plan import Role
 from graphopt.testing.recording import Recorder
 
@@ -15,6 +17,24 @@ T = TypeVar("T")
 
 MAX_NUMEL = 256
 """Operators that grow a tensor leave one above this size alone."""
+
+SYMBOLS: Mapping[str, int] = {"batch": 3, "length": 4}
+"""Names that stand for sizes in shapes of inputs, and what they are in the recorded call."""
+
+
+def is_fixed(*sizes: object) -> bool:
+    """Whether none of them is a symbol."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def least(size: Any) -> int:
+    """The smallest number that a size can be."""
+    return int(size) if is_fixed(size) else 2
+
+
+def numel(value: Tensor) -> int:
+    """How many elements a tensor has in the recorded call."""
+    return prod(hint(size) or 0 for size in value.shape)
 
 
 class Choices:
@@ -85,14 +105,18 @@ class Builder:
 
     def input(
         self,
-        shape: Sequence[int],
+        shape: Sequence[Any],
         dtype: torch.dtype = torch.float32,
         *,
         requires_grad: bool = False,
     ) -> Tensor:
-        """A plain input; floating ones join the pool."""
+        """A plain input; floating ones join the pool. Names in its shape are symbols."""
         name = str(self._num_inputs)
         self._num_inputs += 1
+        shape = [
+            self.recorder.size(size, f"{name}.{dimension}") if isinstance(size, str) else size
+            for dimension, size in enumerate(shape)
+        ]
         new = self.recorder.placeholder(
             Role.INPUT, name, shape, dtype, requires_grad=requires_grad and self.training
         )
@@ -113,7 +137,11 @@ class Builder:
     ) -> Tensor:
         """A value of the pool that `fits`, mostly a recent one; else a new input."""
         options = [v for v in self.pool if v.is_floating_point() and fits(v)]
-        return choices.recent(options) if options else self.input(fresh)
+        return choices.recent(options) if options else self.input(self.batched(fresh))
+
+    def batched(self, shape: Sequence[int]) -> Sequence[Any]:
+        """A shape whose first size is the batch, where that is a symbol."""
+        return ["batch", *shape[1:]] if self.recorder.symbolic else shape
 
     def _unique(self, role: Role, name: str) -> str:
         name = f"{self.scope}.{name}" if self.scope else name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from graphopt.pipeline.values import format_value, parse_value
 from graphopt.plan import Role
 from graphopt.testing.inputs import inputs_for
 from graphopt.testing.obligations import OBLIGATIONS, Application
+from graphopt.testing.sizes import at_sizes, other_sizes
 from graphopt.testing.strategies import forward_graphs, inference_graphs, joint_graphs
 from graphopt.text import print_graph
 from graphopt.verify import verify
@@ -32,6 +34,7 @@ def check_pass(
     *,
     graphs: st.SearchStrategy[Graph] | None = None,
     max_examples: int = 50,
+    symbolic_examples: int = 8,
     mesh: Mapping[str, int] | None = None,
 ) -> None:
     """Prove a pass on generated graphs, or show the smallest one that it fails on.
@@ -39,7 +42,10 @@ def check_pass(
     Args:
         pass_: the pass, with the options to be checked.
         graphs: graphs to try; by default generated ones of every level that the pass works on.
+            One with symbols has the sizes of its call where the pass takes none.
         max_examples: how many of them.
+        symbolic_examples: how many more in which sizes are symbols, where the pass takes these
+            and `graphs` are not given.
         mesh: sizes of the parallel dimensions that the pass is told.
 
     Raises:
@@ -48,9 +54,27 @@ def check_pass(
         ArgumentError: the pass requires facts that no generated graph has.
     """
     _check_options(pass_)
+    both = [(graphs, max_examples)] if graphs is not None else []
     if graphs is None:
-        graphs = _default_graphs(pass_)
+        both.append((_default_graphs(pass_), max_examples))
+    if graphs is None and pass_.symbolic and symbolic_examples:
+        both.append((_default_graphs(pass_, symbolic=True), symbolic_examples))
+    sites = sum(_check_all(pass_, tried, count, mesh or {}) for tried, count in both)
+    assert sites, (
+        f"pass {pass_.name!r} applied and declined nothing in {max_examples} generated graphs, so "
+        "nothing was proved; give `graphs=` with the operators that it is about, such as "
+        "joint_graphs(kinds=[...])"
+    )
 
+
+class _PassFailure(AssertionError):
+    """One application that violates an obligation."""
+
+
+def _check_all(
+    pass_: Pass, graphs: st.SearchStrategy[Graph], max_examples: int, mesh: Mapping[str, int]
+) -> int:
+    """Check one application on each of some graphs; the number of sites of all of them."""
     sites = 0
 
     @settings(
@@ -63,25 +87,19 @@ def check_pass(
     @given(graph=graphs, seed=st.integers(0, 3))
     def property_holds(graph: Graph, seed: int) -> None:
         nonlocal sites
-        sites += _check_once(pass_, graph, seed, mesh or {})
+        sites += _check_once(pass_, graph, seed, mesh)
 
     try:
         property_holds()
     except _PassFailure as failure:
         raise AssertionError(str(failure)) from failure.__cause__
-    assert sites, (
-        f"pass {pass_.name!r} applied and declined nothing in {max_examples} generated graphs, so "
-        "nothing was proved; give `graphs=` with the operators that it is about, such as "
-        "joint_graphs(kinds=[...])"
-    )
-
-
-class _PassFailure(AssertionError):
-    """One application that violates an obligation."""
+    return sites
 
 
 def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -> int:
     """Check one application; the number of sites that the pass applied or declined."""
+    if not pass_.symbolic:
+        graph = at_sizes(graph, {})
     verify(graph, full=True)
     if missing := sorted(pass_.requires - graph.facts):
         raise ArgumentError(
@@ -90,10 +108,10 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
         )
     before, after, inputs = graph.copy(), graph.copy(), inputs_for(graph, seed)
     ctx = PassContext(mesh=mesh, running=pass_.name, parameters=_parameters(graph, inputs))
-    name = "runs"
+    name, sizes = "runs", other_sizes(graph)
     try:
         outcome = pass_.apply(after, ctx)
-        application = Application(pass_, before, after, outcome, ctx, inputs)
+        application = Application(pass_, before, after, outcome, ctx, inputs, sizes)
         for name, obligation in OBLIGATIONS.items():  # noqa: B007
             obligation(application)
     except Exception as error:
@@ -101,7 +119,7 @@ def _check_once(pass_: Pass, graph: Graph, seed: int, mesh: Mapping[str, int]) -
     return len(outcome.applied) + len(outcome.declined)
 
 
-def _parameters(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _parameters(graph: Graph, inputs: Sequence[Any]) -> dict[str, Tensor]:
     """What a pass on a forward graph may replace."""
     slots = graph.signature.inputs if graph.level is Level.FORWARD else ()
     pairs = zip(slots, inputs, strict=False)
@@ -120,11 +138,11 @@ def _check_options(pass_: Pass) -> None:
         assert parse_spec(spec) == (pass_,), f"spec {spec!r} does not read back as {pass_!r}"
 
 
-def _default_graphs(pass_: Pass) -> st.SearchStrategy[Graph]:
+def _default_graphs(pass_: Pass, *, symbolic: bool = False) -> st.SearchStrategy[Graph]:
     strategies = {
-        "joint": joint_graphs(),
-        "inference": inference_graphs(),
-        "forward": forward_graphs(),
+        "joint": joint_graphs(symbolic=symbolic),
+        "inference": inference_graphs(symbolic=symbolic),
+        "forward": forward_graphs(symbolic=symbolic),
     }
     usable = [graphs for level, graphs in strategies.items() if level in pass_.levels]
     if not usable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def relative_error(expected: Tensor, actual: Tensor, unit: float = 0.0) -> float
 
 
 def amplification_of(
-    graph: Graph, inputs: Sequence[Tensor], outputs: Sequence[Tensor], seed: int = 0
+    graph: Graph, inputs: Sequence[Any], outputs: Sequence[Tensor], seed: int = 0
 ) -> list[float]:
     """How much more than usual a graph amplifies rounding, per output; at least 1.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 from graphopt.plan import Role
+from graphopt.testing.sizes import At, Sizes, hints_of
 
 aten = torch.ops.aten
 
@@ -23,40 +25,46 @@ _ROWS = {
 _DEFAULT_LIMIT = 2
 
 
-def inputs_for(graph: Graph, seed: int = 0) -> list[Tensor]:
+def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> list[Any]:
     """One real tensor per placeholder, on its device and with its strides; a function of the seed.
 
+    A placeholder that is a size gets a whole number, as `sizes` says or as in the captured call.
     Floating inputs are normal, buffers lie in [0.5, 1.5) so that they can be variances. Whole
     numbers stay below the number of rows, classes or entries that operators index with them,
     looking through views and casts; elsewhere they are 0 or 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    result = []
+    given = hints_of(graph) | dict(sizes or {})
+    at = At(graph, given)
+    result: list[Any] = []
     for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
         fake = value_of(node)
+        if slot.role is Role.SIZE:
+            result.append(given.get(slot.name, fake))
+            continue
         if not isinstance(fake, Tensor):
             raise ArgumentError("an input is not a tensor", where=f"{slot} ({node.name})")
-        shape = tuple(fake.shape)
+        shape = at.shape(fake.shape)
         if fake.dtype.is_floating_point or fake.dtype.is_complex:
             if slot.role is Role.BUFFER:
                 values = torch.rand(shape, generator=generator) + 0.5
             else:
                 values = torch.randn(shape, generator=generator)
         else:
-            limit = 2 if fake.dtype is torch.bool else _limit(node)
+            limit = 2 if fake.dtype is torch.bool else _limit(node, at)
             values = torch.randint(0, limit, shape, generator=generator)
-        result.append(_like(fake, values))
+        result.append(_like(fake, values, at))
     return result
 
 
-def _like(fake: Tensor, values: Tensor) -> Tensor:
+def _like(fake: Tensor, values: Tensor, at: At) -> Tensor:
     real = torch.empty_strided(
-        tuple(fake.shape), tuple(fake.stride()), dtype=fake.dtype, device=fake.device
+        at.shape(fake.shape), at.shape(fake.stride()), dtype=fake.dtype, device=fake.device
     )
     return real.copy_(values)
 
 
-def _limit(node: fx.Node) -> int:
+def _limit(node: fx.Node, at: At) -> int:
     """The largest number of entries that every operator indexing with `node` has."""
     limits, seen, todo = [], {node}, [node]
     while todo:
@@ -65,19 +73,19 @@ def _limit(node: fx.Node) -> int:
             if user.target in _ROWS:
                 index, table, dim = _ROWS[user.target]
                 if user.args[index] is current:
-                    limits.append(_size(user, table, dim))
+                    limits.append(at(_size(user, table, dim)))
             elif user not in seen and _is_integer(user):
                 seen.add(user)
                 todo.append(user)
     return min(limits, default=_DEFAULT_LIMIT)
 
 
-def _size(user: fx.Node, table: int, dim: int | None) -> int:
+def _size(user: fx.Node, table: int, dim: int | None) -> Any:
     operand = user.args[table]
     position = user.args[1] if dim is None else dim
     assert isinstance(operand, fx.Node)
     assert isinstance(position, int)
-    return int(value_of(operand).shape[position])
+    return value_of(operand).shape[position]
 
 
 def _is_integer(node: fx.Node) -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from graphopt.graph import Graph, Level
 from graphopt.ops.unrounded import unrounded
-from graphopt.passbase import REASSOCIATED, Outcome, Pass, PassContext
+from graphopt.passbase import REASSOCIATED, Numerics, Outcome, Pass, PassContext
 from graphopt.plan import Role, Slot
 from graphopt.rewrite import parametrized_name
 from graphopt.testing.comparison import amplification_of, assert_same
+from graphopt.testing.inputs import inputs_for
 from graphopt.testing.oracles import run_graph, run_graph_fp64
+from graphopt.testing.sizes import Sizes, at_sizes, conditions, holds
 from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
 
@@ -32,6 +34,7 @@ class Application:
         outcome: what it says that it did.
         ctx: what it was told.
         inputs: a value for each input of `before`.
+        sizes: for which `before` holds beside those of the recorded call; none without symbols.
     """
 
     pass_: Pass
@@ -39,7 +42,8 @@ class Application:
     after: Graph
     outcome: Outcome
     ctx: PassContext
-    inputs: list[Tensor] = field(repr=False)
+    inputs: list[Any] = field(repr=False)
+    sizes: Sequence[Sizes] = ()
 
     @cached_property
     def text_before(self) -> str:
@@ -62,12 +66,16 @@ class Application:
         return _outputs(self.after, self.inputs_after)
 
     @cached_property
-    def inputs_after(self) -> list[Tensor]:
+    def inputs_after(self) -> list[Any]:
         """The same values for the inputs of `after`; those that the pass added are in `ctx`.
 
         Parameters that it has added are made of those that they take the place of.
         """
-        values = dict(zip(self.before.signature.inputs, self.inputs, strict=True))
+        return self.inputs_from(dict(zip(self.before.signature.inputs, self.inputs, strict=True)))
+
+    def inputs_from(self, values: Mapping[Slot, Any]) -> list[Any]:
+        """A value for each input of `after`, from those of `before`."""
+        values = dict(values)
         for name, made_by in self.outcome.parametrized.items():
             inverse: Any = made_by.right_inverse
             for number, value in enumerate(inverse(self.ctx.parameters[name])):
@@ -117,6 +125,56 @@ def _same_results(application: Application) -> None:
     assert_same(expected, actual, numerics, application.before.signature, amplification)
 
 
+def _same_at_other_sizes(application: Application) -> None:
+    """A graph with symbols is rewritten to what graphs of fixed sizes are rewritten to.
+
+    So a size of the recorded call must not be taken for that of all calls.
+    """
+    if not application.sizes:
+        return
+    after = application.after
+    usable = [sizes for sizes in application.sizes if holds(after, sizes)]
+    assert usable, (
+        "`symbolic` is declared, and the pass asks of sizes what holds for those of the captured "
+        f"call only: {', '.join(conditions(after)[-3:])}"
+    )
+    for sizes in usable[:2]:
+        try:
+            _same_at(application, sizes)
+        except Exception as error:
+            said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise AssertionError(f"in a call with the sizes {said}: {error}") from error
+
+
+def _same_at(application: Application, sizes: Sizes) -> None:
+    before, after = application.before, application.after
+    inputs = inputs_for(before, 0, sizes)
+    fixed = at_sizes(before, sizes)
+    numbers = [value for value in inputs if isinstance(value, Tensor)]
+    again = replace(application, before=fixed, after=fixed.copy(), inputs=numbers, sizes=())
+    ctx = replace(application.ctx, states={})
+    outcome = application.pass_.apply(again.after, ctx)
+    again = replace(again, outcome=outcome, ctx=ctx)
+    given = application.inputs_from(dict(zip(before.signature.inputs, inputs, strict=True)))
+    exact = any(unrounded(node.target) for node in after.operators)
+    run = run_graph_fp64 if exact else run_graph
+    found = dict(zip(after.signature.outputs, run(after, given), strict=True))
+    wanted = dict(zip(fixed.signature.outputs, run(fixed, numbers), strict=True))
+    by_itself = zip(again.after.signature.outputs, run(again.after, again.inputs_after), strict=True)
+    added = {slot: v for slot, v in by_itself if slot in found and slot not in wanted}
+    numerics: Numerics = application.pass_.numerics
+    for outputs, allowed in (
+        (wanted, REASSOCIATED if exact else numerics),
+        (added, REASSOCIATED if numerics.kind == "algorithm" else numerics),
+    ):
+        expected, actual = list(outputs.values()), [found[slot] for slot in outputs]
+        amplification = None
+        if outputs is wanted and allowed.kind in ("reassociated", "lowered") and not exact:
+            amplification = amplification_of(fixed, numbers, expected)
+        signature = replace(fixed.signature, outputs=tuple(outputs))
+        assert_same(expected, actual, allowed, signature, amplification)
+
+
 def _same_gradients(application: Application) -> None:
     """Of a forward graph autograd derives the backward, so that it has to be right too."""
     if application.before.level is not Level.FORWARD:
@@ -132,13 +190,16 @@ def _same_gradients(application: Application) -> None:
         assert off <= allowed, f"the gradient of {slot} is off by {off:.3g}, beyond {allowed:.3g}"
 
 
-def _gradients(graph: Graph, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
+def _gradients(graph: Graph, inputs: Sequence[Any]) -> dict[Slot, Tensor]:
     """Of the sum of the cosines of all outputs; 0 where it does not depend on an input."""
     wants = [
-        t.is_floating_point() and slot.role is not Role.BUFFER
+        isinstance(t, Tensor) and t.is_floating_point() and slot.role is not Role.BUFFER
         for slot, t in zip(graph.signature.inputs, inputs, strict=True)
     ]
-    leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wants, strict=True)]
+    leaves = [
+        t.clone().requires_grad_(w) if isinstance(t, Tensor) else t
+        for t, w in zip(inputs, wants, strict=True)
+    ]
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [t for t in graph.module(*leaves) if isinstance(t, Tensor) and t.requires_grad]
@@ -147,7 +208,7 @@ def _gradients(graph: Graph, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
         loss = sum((t.cos() if t.is_floating_point() else t).double().sum() for t in outputs)
         assert isinstance(loss, Tensor)
         wanted = [(s, t) for s, t in zip(graph.signature.inputs, leaves, strict=True)]
-        wanted = [(s, t) for s, t in wanted if t.requires_grad]
+        wanted = [(s, t) for s, t in wanted if isinstance(t, Tensor) and t.requires_grad]
         grads = torch.autograd.grad(loss, [t for _, t in wanted], allow_unused=True)
     return {
         slot: torch.zeros_like(leaf) if grad is None else grad
@@ -214,6 +275,7 @@ OBLIGATIONS: Mapping[str, Callable[[Application], None]] = {
     "keeps-signature": _keeps_signature,
     "same-results": _same_results,
     "same-gradients": _same_gradients,
+    "same-at-other-sizes": _same_at_other_sizes,
     "no-new-aliases": _no_new_aliases,
     "is-deterministic": _is_deterministic,
     "is-idempotent": _is_idempotent,
@@ -222,18 +284,19 @@ OBLIGATIONS: Mapping[str, Callable[[Application], None]] = {
 """What a pass owes for every graph, in the order in which it is checked."""
 
 
-def _outputs(graph: Graph, inputs: list[Tensor]) -> dict[Slot, Tensor]:
+def _outputs(graph: Graph, inputs: list[Any]) -> dict[Slot, Tensor]:
     return dict(zip(graph.signature.outputs, run_graph(graph, inputs), strict=True))
 
 
 def _sharing(
-    graph: Graph, inputs: list[Tensor], outputs: Mapping[Slot, Tensor]
+    graph: Graph, inputs: list[Any], outputs: Mapping[Slot, Tensor]
 ) -> dict[Slot, set[str]]:
     """For each output but gradients, whose memory it shares.
 
     That of inputs and constants; for an output to the user, that of other such outputs too.
     """
-    owners = {str(s): value for s, value in zip(graph.signature.inputs, inputs, strict=True)}
+    given = zip(graph.signature.inputs, inputs, strict=True)
+    owners = {str(slot): value for slot, value in given if isinstance(value, Tensor)}
     owners |= {f"constant {name!r}": value for name, value in graph.module.named_buffers()}
     returned = {str(slot): v for slot, v in outputs.items() if slot.role is Role.OUTPUT}
     sharing = {}

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphopt.testing.builder import Builder, Choices
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphopt.testing.builder import Builder, Choices, is_fixed
 from graphopt.testing.recording import aten
 
 Unary = Callable[[Tensor], Tensor]
@@ -55,7 +57,7 @@ def binary(b: Builder, c: Choices) -> Tensor:
     """Two tensors that broadcast; a parameter where none does."""
     function = c.pick(_BINARY)
     left = b.value(c)
-    if c.integer(0, 3) == 3:
+    if c.integer(0, 3) == 3 and is_fixed(*left.shape[-1:]):
         right = b.param("scale", left.shape[-1:], c)
     else:
         right = b.value(c, lambda v: _broadcasts(v, left))
@@ -64,7 +66,10 @@ def binary(b: Builder, c: Choices) -> Tensor:
 
 def _broadcasts(one: Tensor, other: Tensor) -> bool:
     pairs = zip(reversed(one.shape), reversed(other.shape), strict=False)
-    return all(m == n or 1 in (m, n) for m, n in pairs)
+    return all(
+        statically_known_true(m == n) or (is_fixed(m) and m == 1) or (is_fixed(n) and n == 1)
+        for m, n in pairs
+    )
 
 
 def compare_and_select(b: Builder, c: Choices) -> Tensor:
@@ -87,6 +92,8 @@ def constant(b: Builder, c: Choices) -> Tensor:
         lambda: b.recorder.constant([(i + 1) / 8 for i in range(max(value.shape[-1:], default=1))]),
         lambda: aten.arange.default(max(value.shape[-1:], default=1), dtype=torch.float32),
     ]
+    if not is_fixed(*value.shape[-1:]):
+        options = options[:3]
     other = c.pick(options)()
     return torch.mul(value, other) if c.flag() else torch.add(value, other)
 

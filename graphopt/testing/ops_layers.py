@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphopt.testing.builder import Builder, Choices
+from graphopt.testing.builder import Builder, Choices, is_fixed, least, numel
 from graphopt.testing.recording import aten
 
 
@@ -19,9 +19,26 @@ def is_float32(value: Tensor) -> bool:
     return value.dtype is torch.float32
 
 
+def _features(value: Tensor, rank: int) -> bool:
+    """Whether a parameter can have the last size of a tensor of at least this rank."""
+    return value.ndim >= rank and is_fixed(value.shape[-1])
+
+
+def _enough(value: Tensor) -> bool:
+    """Whether a channel has more than one value."""
+    return numel(value) > value.shape[1]
+
+
+def _are_examples(value: Tensor) -> bool:
+    """Whether rows are as many as an input has: not sizes computed in the graph."""
+    rows, classes = value.shape
+    simple = not isinstance(rows, torch.SymInt) or rows.node.expr.is_Symbol
+    return simple and is_fixed(classes)
+
+
 def linear(b: Builder, c: Choices) -> Tensor:
     """A linear layer, in bfloat16 where its input is."""
-    value = b.value(c, lambda v: v.ndim >= 2 and v.dtype is not torch.float64)
+    value = b.value(c, lambda v: _features(v, 2) and v.dtype is not torch.float64)
     size = c.integer(1, 4)
     weight = b.param("weight", (size, value.shape[-1]), c)
     bias = b.param("bias", (size,), c) if c.flag() else None
@@ -36,8 +53,10 @@ def product(b: Builder, c: Choices) -> Tensor:
 
 def convolution(b: Builder, c: Choices) -> Tensor:
     """A convolution over images of at least one pixel."""
-    value = b.value(c, lambda v: v.ndim == 4 and is_float32(v), fresh=(2, 2, 4, 4))
-    size = c.integer(1, min(3, *value.shape[2:]))
+    value = b.value(
+        c, lambda v: v.ndim == 4 and is_float32(v) and is_fixed(v.shape[1]), fresh=(2, 2, 4, 4)
+    )
+    size = c.integer(1, min(3, *map(least, value.shape[2:])))
     weight = b.param("weight", (c.integer(1, 3), value.shape[1], size, size), c)
     bias = b.param("bias", weight.shape[:1]) if c.flag() else None
     return F.conv2d(value, weight, bias, padding=c.integer(0, 1))
@@ -46,7 +65,9 @@ def convolution(b: Builder, c: Choices) -> Tensor:
 def batch_norm(b: Builder, c: Choices) -> Tensor:
     """Batch norm: in training it renews its running statistics, a mutation of the step."""
     value = b.value(
-        c, lambda v: v.ndim in (2, 4) and is_float32(v) and v.numel() > v.shape[1], (2, 3)
+        c,
+        lambda v: v.ndim in (2, 4) and is_float32(v) and is_fixed(v.shape[1]) and _enough(v),
+        (2, 3),
     )
     features = value.shape[1:2]
     weight, bias = b.param("weight", features), b.param("bias", features)
@@ -74,7 +95,7 @@ def running_average(b: Builder, c: Choices) -> Tensor | None:
 
 def layer_norm(b: Builder, c: Choices) -> Tensor:
     """Layer norm over the last dimension."""
-    value = b.value(c, lambda v: v.ndim >= 2 and is_float32(v))
+    value = b.value(c, lambda v: _features(v, 2) and is_float32(v))
     shape = value.shape[-1:]
     affine = c.flag()
     weight, bias = (b.param("weight", shape), b.param("bias", shape)) if affine else (None, None)
@@ -84,7 +105,8 @@ def layer_norm(b: Builder, c: Choices) -> Tensor:
 def embedding(b: Builder, c: Choices) -> Tensor:
     """Rows of a table."""
     rows, width = c.integer(2, 4), c.integer(1, 4)
-    return F.embedding(b.input((2, 3), torch.int64), b.param("weight", (rows, width), c))
+    indices = b.input(b.batched((2, 3)), torch.int64)
+    return F.embedding(indices, b.param("weight", (rows, width), c))
 
 
 def softmax(b: Builder, c: Choices) -> Tensor:
@@ -96,5 +118,5 @@ def softmax(b: Builder, c: Choices) -> Tensor:
 
 def cross_entropy(b: Builder, c: Choices) -> Tensor:
     """A loss against class indices."""
-    logits = b.value(c, lambda v: v.ndim == 2 and is_float32(v))
+    logits = b.value(c, lambda v: v.ndim == 2 and is_float32(v) and _are_examples(v))
     return F.cross_entropy(logits, b.input(logits.shape[:1], torch.int64))

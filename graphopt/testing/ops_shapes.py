@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.testing.builder import MAX_NUMEL, Builder, Choices
+from graphopt.testing.builder import MAX_NUMEL, Builder, Choices, is_fixed, least, numel
 from graphopt.testing.recording import aten
 
 
@@ -38,7 +39,7 @@ def transpose(b: Builder, c: Choices) -> Tensor:
 
 def expand(b: Builder, c: Choices) -> Tensor:
     """A new dimension, repeated without a copy."""
-    value = b.value(c, lambda v: v.ndim <= 4 and v.numel() <= MAX_NUMEL)
+    value = b.value(c, lambda v: v.ndim <= 4 and numel(v) <= MAX_NUMEL)
     return torch.unsqueeze(value, 0).expand(c.integer(1, 3), *value.shape)
 
 
@@ -60,17 +61,20 @@ def cat(b: Builder, c: Choices) -> Tensor:
         return (
             other.dtype is value.dtype
             and len(a) == len(o)
-            and a[:dim] + a[dim + 1 :] == (o[:dim] + o[dim + 1 :])
+            and all(
+                statically_known_true(m == n)
+                for m, n in zip(a[:dim] + a[dim + 1 :], o[:dim] + o[dim + 1 :], strict=True)
+            )
         )
 
-    count = c.integer(0, 2) if value.numel() <= MAX_NUMEL else 0
+    count = c.integer(0, 2) if numel(value) <= MAX_NUMEL else 0
     return torch.cat([value, *(b.value(c, fits) for _ in range(count))], dim)
 
 
 def split(b: Builder, c: Choices) -> tuple[Tensor, ...]:
     """A tensor in pieces (an operator with several results)."""
-    value = b.value(c, lambda v: v.ndim >= 1)
-    dim = c.integer(0, value.ndim - 1)
+    value = b.value(c, lambda v: any(map(is_fixed, v.shape)))
+    dim = c.pick([d for d, size in enumerate(value.shape) if is_fixed(size)])
     if c.flag():
         return tuple(torch.unbind(value, dim))
     return tuple(torch.split(value, c.integer(1, value.shape[dim]), dim))
@@ -81,8 +85,10 @@ def slicing(b: Builder, c: Choices) -> Tensor:
     value = b.value(c, lambda v: v.ndim >= 1)
     dim = c.integer(0, value.ndim - 1)
     if c.flag():
-        return torch.select(value, dim, c.integer(0, value.shape[dim] - 1))
-    return torch.narrow(value, dim, 0, value.shape[dim] - c.integer(0, value.shape[dim] - 1))
+        return torch.select(value, dim, c.integer(0, least(value.shape[dim]) - 1))
+    return torch.narrow(
+        value, dim, 0, value.shape[dim] - c.integer(0, least(value.shape[dim]) - 1)
+    )
 
 
 def copies(b: Builder, c: Choices) -> Tensor:

@@ -16,30 +16,37 @@ from torch.utils._pytree import tree_map_only
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 from graphopt.ops.unrounded import unrounded
+from graphopt.plan import Role
+from graphopt.testing.sizes import At
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def run_graph(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def run_graph(graph: Graph, inputs: Sequence[Any], seed: int = 0) -> list[Tensor]:
     """The outputs of `graph` in order, with the random number generator set to `seed`.
 
-    Inputs are not written to; the caller's random state is kept.
+    Inputs are not written to; the caller's random state is kept. Sizes are whole numbers.
 
     Raises:
         ArgumentError: an input is missing, superfluous, or of another shape or dtype.
     """
-    for node, value in zip(graph.inputs, _counted(graph, inputs), strict=True):
+    slots = zip(graph.signature.inputs, _counted(graph, inputs), strict=True)
+    at = At(graph, {slot.name: value for slot, value in slots if slot.role is Role.SIZE})
+    for node, value in zip(graph.inputs, inputs, strict=True):
         fake = value_of(node)
-        if isinstance(fake, Tensor) and (fake.shape, fake.dtype) != (value.shape, value.dtype):
+        if not isinstance(fake, Tensor):
+            continue
+        shape = at.shape(fake.shape)
+        if (shape, fake.dtype) != (value.shape, value.dtype):
             raise ArgumentError(
                 f"an input has shape {tuple(value.shape)} and dtype {value.dtype}, the graph wants "
-                f"{tuple(fake.shape)} and {fake.dtype}",
+                f"{shape} and {fake.dtype}",
                 where=str(graph.slot(node)),
             )
     return _interpret(graph, inputs, seed, _call)
 
 
-def run_graph_fp64(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def run_graph_fp64(graph: Graph, inputs: Sequence[Any], seed: int = 0) -> list[Tensor]:
     """The outputs in double precision: what the graph would return without rounding.
 
     Casts to a shorter floating type have no effect, nor has what else operators round. Random
@@ -60,7 +67,8 @@ def run_graph_fp64(graph: Graph, inputs: Sequence[Tensor], seed: int = 0) -> lis
             args, kwargs = tree_map_only(torch.dtype, _widened_dtype, (args, kwargs))
         return tree_map_only(Tensor, _widened, target(*args, **kwargs))
 
-    return _interpret(graph, [_widened(value) for value in _counted(graph, inputs)], seed, call)
+    wide = tree_map_only(Tensor, _widened, list(_counted(graph, inputs)))
+    return _interpret(graph, wide, seed, call)
 
 
 def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,7 +78,7 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return target(*args, **kwargs)
 
 
-def _interpret(graph: Graph, inputs: Sequence[Tensor], seed: int, call: Call) -> list[Tensor]:
+def _interpret(graph: Graph, inputs: Sequence[Any], seed: int, call: Call) -> list[Tensor]:
     values: dict[fx.Node, Any] = {}
     pending = iter(inputs)
     with torch.random.fork_rng(), torch.no_grad():
@@ -90,7 +98,7 @@ def _interpret(graph: Graph, inputs: Sequence[Tensor], seed: int, call: Call) ->
     return [values[node] for node in graph.outputs]
 
 
-def _counted(graph: Graph, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _counted(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any]:
     if len(inputs) != len(graph.inputs):
         raise ArgumentError(f"the graph has {len(graph.inputs)} inputs, {len(inputs)} were given")
     return inputs

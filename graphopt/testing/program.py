@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Level
-from graphopt.testing.builder import Builder, Choices
+from graphopt.testing.builder import SYMBOLS, Builder, Choices, is_fixed
 from graphopt.testing.ops_catalogue import CATALOGUE
 from graphopt.testing.recording import Recorder
 
@@ -33,13 +33,14 @@ class Program:
 
     Attributes:
         steps: layers and expressions, in order.
-        inputs: shapes of the plain inputs that exist from the start.
+        inputs: shapes of the plain inputs that exist from the start; ``"batch"`` and ``"length"``
+            in them are sizes that vary.
         outputs: which results are returned; ``0`` is the most recent.
         input_grads: whether floating inputs want gradients; they do where nothing else does.
     """
 
     steps: tuple[Instruction, ...] = ()
-    inputs: tuple[tuple[int, ...], ...] = ((2, 3),)
+    inputs: tuple[tuple[int | str, ...], ...] = ((2, 3),)
     outputs: tuple[int, ...] = (0,)
     input_grads: bool = False
 
@@ -48,8 +49,12 @@ def build(program: Program, level: Level = Level.JOINT) -> Graph:
     """The graph that a program means: a training step, inference alone, or a forward.
 
     A forward is made of the ATen operators of inference, which autograd can differentiate.
+
+    Raises:
+        NotWritten: a size is an expression for which there is no node.
     """
-    recorder = Recorder()
+    named = {size for shape in program.inputs for size in shape if isinstance(size, str)}
+    recorder = Recorder({name: hint for name, hint in SYMBOLS.items() if name in named})
     with recorder.recording():
         outputs = _forward(program, Builder(recorder, training=level is Level.JOINT))
         differentiable = any(value.requires_grad for value in outputs)
@@ -71,7 +76,7 @@ def _forward(program: Program, builder: Builder) -> list[Tensor]:
     outputs = _outputs(builder, program.outputs)
     cut_off = program.input_grads and not any(value.requires_grad for value in outputs)
     if not outputs or (builder.training and cut_off):
-        value = builder.value(Choices(()))
+        value = builder.value(Choices(()), lambda v: is_fixed(*v.shape[-1:]))
         outputs.append(torch.mul(value, builder.param("scale", value.shape[-1:])))
     return outputs
 

@@ -8,34 +8,62 @@ because autograd itself produces it while the recorder listens below.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._sympy.functions import FloorDiv, Mod
 
-from graphopt.graph import Graph, Level
+from graphopt.analysis.fakes import symbolic_kernels
+from graphopt.graph import Graph, Level, value_of
 from graphopt.plan import Phase, Role, Signature, Slot
+from graphopt.text.made_sizes import Made
+from graphopt.text.sizes import Symbol
 
 aten = torch.ops.aten
 
-_INPUT_ORDER = (Role.PARAM, Role.BUFFER, Role.INPUT, Role.TANGENT)
+_INPUT_ORDER = (Role.PARAM, Role.BUFFER, Role.SIZE, Role.INPUT, Role.TANGENT)
+# What expressions of sizes consist of.
+_FUNCTIONS: Mapping[Any, Callable[[Any, Any], Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sympy.Pow: operator.pow,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+}
 # The train-mode operator mutates its running statistics; a captured graph holds the functional
 # twin, which returns them. The recorder makes the same exchange.
 _MUTATING_BATCH_NORM = aten._native_batch_norm_legit.default
 _FUNCTIONAL_BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every ATen call that reaches it into an `fx.Graph`."""
+class NotWritten(Exception):
+    """A size is an expression for which there is no node."""
 
-    def __init__(self) -> None:
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes every ATen call that reaches it into an `fx.Graph`.
+
+    Args:
+        symbols: sizes of the recorded call that are symbols of the graph, by name.
+    """
+
+    def __init__(self, symbols: Mapping[str, int] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake = FakeTensorMode()
+        self._hints = dict(symbols or {})
+        self.fake = FakeTensorMode(shape_env=ShapeEnv()) if symbols else FakeTensorMode()
+        named = [Symbol(name, hint, 2) for name, hint in self._hints.items()]
+        self._made = Made(self.fake.shape_env, named)
+        self._symbols = {symbol.name: symbol.expression for symbol in named}
+        self._numbers: dict[Any, fx.Node] = {}
         self.graph = fx.Graph()
         self.phase = Phase.FORWARD
         self.module = ""
@@ -47,6 +75,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._paused = False
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether sizes are symbols."""
+        return bool(self._hints)
 
     # -- what the graph reads --------------------------------------------------------------------
 
@@ -69,12 +102,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bind(tensor, node, phase)
         return tensor
 
+    def size(self, symbol: str, name: str) -> Any:
+        """A symbol as a size of a tensor; an input of this name, where it is used first."""
+        expression = self._symbols[symbol]
+        number = self._made.number(expression)
+        if expression not in self._numbers:
+            node = self.graph.placeholder(f"n_{name.replace('.', '_')}")
+            self.slots[node] = Slot(Role.SIZE, name)
+            node.meta.update(val=number, partitioner_tag="is_forward")
+            self._numbers[expression] = node
+        return number
+
     def constant(self, values: Sequence[float]) -> Tensor:
         """A vector stored on the module and read by ``get_attr``."""
         name = f"_tensor_constant{len(dict(self._constants.named_buffers()))}"
         with _disable_current_modes():
             value = torch.tensor(values)
-            tensor = self.fake.from_tensor(value)
+            tensor = self.fake.from_tensor(value, static_shapes=True)
         self._constants.register_buffer(name, value)
         node = self.graph.create_node("get_attr", name)
         self._bind(tensor, node, self.phase)
@@ -94,7 +138,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record every operator that runs inside."""
-        with self.fake, self:
+        with symbolic_kernels() if self._hints else nullcontext(), self.fake, self:
             yield
 
     def differentiate(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -166,8 +210,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self.graph.create_node(
             "call_function",
             func,
-            tree_map_only(Tensor, self.node, args),
-            tree_map_only(Tensor, self.node, kwargs),
+            tree_map(self._argument, args),
+            tree_map(self._argument, kwargs),
             name=func.overloadpacket.__name__,
         )
         self._bind(result, node, self.phase)
@@ -177,6 +221,42 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     part = self.graph.call_function(operator.getitem, (node, index))
                     self._bind(item, part, self.phase)
         return result
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, torch.SymInt):
+            return self._number(self._made.symbols.expression(value))
+        if isinstance(value, torch.SymFloat | torch.SymBool):
+            raise NotWritten(str(value))
+        return value
+
+    def _number(self, expression: Any) -> fx.Node | int:
+        """A node for an expression of symbols, or a number.
+
+        Raises:
+            NotWritten: it is none of sums, products, powers and quotients.
+        """
+        if isinstance(expression, int) or getattr(expression, "is_Integer", False):
+            return int(expression)
+        if expression in self._numbers:
+            return self._numbers[expression]
+        if type(expression) not in _FUNCTIONS:
+            raise NotWritten(str(expression))
+        function = _FUNCTIONS[type(expression)]
+        operands = [self._number(part) for part in expression.args]
+        found = reduce(lambda a, b: self._combined(function, a, b), operands)
+        assert isinstance(found, fx.Node)
+        self._numbers[expression] = found
+        return found
+
+    def _combined(
+        self, function: Callable[[Any, Any], Any], one: fx.Node | int, other: fx.Node | int
+    ) -> fx.Node:
+        node = self.graph.call_function(function, (one, other))
+        values = fx.map_arg(node.args, value_of)
+        node.meta.update(val=function(*values), partitioner_tag=f"is_{self.phase}")
+        return node
 
     def _bind(self, value: Any, node: fx.Node, phase: Phase) -> None:
         if isinstance(value, Tensor):

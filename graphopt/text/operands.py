@@ -40,7 +40,7 @@ def read_type(line: Line, symbols: Mapping[str, Symbol]) -> Type:
     if line.accept("("):
         return tuple(_until(line, ")", lambda: read_type(line, symbols)))
     token = line.take("word", "a type")
-    if token.text == "int" and (line.peek.kind in ("word", "number") or line.peek.text == "("):
+    if token.text == "int" and _begins_size(line.peek):
         return SizeType(_size(line, symbols))
     if token.text in SCALARS and line.peek.text != "[":
         return token.text
@@ -60,9 +60,13 @@ def read_type(line: Line, symbols: Mapping[str, Symbol]) -> Type:
     return TensorType(DTYPES[token.text], shape, stride, _device(line))
 
 
+def _begins_size(token: Token) -> bool:
+    return token.kind in ("number", "word") or token.text in ("(", "-")
+
+
 def _size(line: Line, symbols: Mapping[str, Symbol]) -> Size:
     token = line.peek
-    if token.kind not in ("number", "word") and token.text != "(":
+    if not _begins_size(token):
         raise line.error(f"expected a size but found {token}")
     text = line.expression()
     if text == token.text and token.kind == "number":
