@@ -40,7 +40,7 @@ def read_type(line: Line, symbols: Mapping[str, Symbol]) -> Type:
     if line.accept("("):
         return tuple(_until(line, ")", lambda: read_type(line, symbols)))
     token = line.take("word", "a type")
-    if token.text == "int" and line.peek.kind in ("word", "number"):
+    if token.text == "int" and (line.peek.kind in ("word", "number") or line.peek.text == "("):
         return SizeType(_size(line, symbols))
     if token.text in SCALARS and line.peek.text != "[":
         return token.text
