@@ -39,23 +39,23 @@ def compute_from_inputs(graph: Graph) -> None:
     reads = [n for target in _READS for n in graph.fx.find_nodes(op="call_function", target=target)]
     if not known or not reads:
         return
-    made: dict[Any, fx.Node | int] = {}
+    made: dict[Any, fx.Node] = {}
     for node in reads:
         value = value_of(node)
         if not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols <= known.keys():
             continue
         expression = value.node.expr
+        if expression.is_number:
+            continue
         if expression not in made:
             made[expression] = _made(graph, known, expression)
-        node.replace_all_uses_with(made[expression])  # type: ignore[arg-type]
+        node.replace_all_uses_with(made[expression])
         graph.fx.erase_node(node)
     graph.changed()
 
 
-def _made(graph: Graph, known: dict[Any, fx.Proxy], expression: Any) -> fx.Node | int:
+def _made(graph: Graph, known: dict[Any, fx.Proxy], expression: Any) -> fx.Node:
     """An expression of sizes as a node, in front of all operators."""
-    if expression.is_number:
-        return int(expression)
     before = set(graph.nodes)
     with sizes_named_apart(), graph.fx.inserting_before(next(graph.operators)):
         found: fx.Proxy = sympy_interp(PythonReferenceAnalysis, known, expression)

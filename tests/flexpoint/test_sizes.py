@@ -9,7 +9,15 @@ from graphopt.passbase import PassContext
 from graphopt.passes.flexpoint import Flexpoint
 from graphopt.text import parse_graph, print_graph
 from tests.support.applying import GOLDEN
-from tests.support.sizes import Images, Tagger, images, outputs_equal, symbolic, tokens, trained_equal
+from tests.support.sizes import (
+    Images,
+    Tagger,
+    images,
+    outputs_equal,
+    symbolic,
+    tokens,
+    trained_equal,
+)
 
 
 def test_golden() -> None:
