@@ -24,6 +24,7 @@ from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.capture import writes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checkpoints import refuse_repeated_writes
+from graphopt.capture.computed_sizes import compute_from_inputs
 from graphopt.capture.derivatives import zeros_with_memory
 from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
@@ -65,6 +66,7 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
     graph = Graph(joint, signature, level)
     _settle(graph)
+    compute_from_inputs(graph)
     zeros_with_memory(graph)
     refuse_repeated_writes(graph)
     share_as_in_eager(graph, flat)

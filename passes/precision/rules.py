@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt.analysis.aliasing import storage
 from graphopt.graph import Graph
+from graphopt.ops.numbers import number_function
 from graphopt.passes.precision.formats import Format
 
 
@@ -105,11 +106,14 @@ def packet_of(node: fx.Node) -> str:
 
 
 def kinds(graph: Graph, format: Format) -> dict[fx.Node, Kind | None]:
-    """The kind of every operator; ``None`` where there is no row for it. Views are clear."""
+    """The kind of every operator; ``None`` where there is no row for it. Views are clear.
+
+    What computes sizes is none: it is the same in every format.
+    """
     views = graph.get(storage).views
     rows = _KINDS | dict.fromkeys(_SUMS, Kind.INFER if format.wide else Kind.DENY)
     return {
         node: Kind.CLEAR if node in views else rows.get(packet_of(node))
         for node in graph.operators
-        if node.target is not operator.getitem
+        if node.target is not operator.getitem and not number_function(node.target)
     }

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +20,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.analysis.fakes import keeping_symbols
 from graphopt.errors import BackendError, GraphoptError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
@@ -86,7 +89,7 @@ def _engine(
 
     def forward(half: fx.GraphModule) -> Executable:
         compiled, layouts = _compile_forward(half, saved, _weights(plan))
-        if strides and strides != layouts:
+        if strides and str(strides) != str(layouts):  # to compare symbols would fix them
             raise BackendError(
                 "Inductor saves values of two forms of this forward in different layouts",
                 hint="use backend='eager'",
@@ -238,9 +241,24 @@ def _compile_forward(
     """The forward executable, and the strides that it gives the values it saves."""
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     count = len(cast("Sequence[Any]", module.graph.output_node().args[0]))
-    with TracingContext.report_output_strides() as strides:
+    with TracingContext.report_output_strides() as strides, _symbolic_strides():
         compiled = _compile(module, values, count - saved, static_input_idxs=list(weights))
     return cast("Executable", compiled), list(strides or [])[count - saved :]
+
+
+@contextlib.contextmanager
+def _symbolic_strides() -> Iterator[None]:
+    """Have strides reported with their symbols, not as they are in the captured call."""
+    context = TracingContext.try_get()
+    if context is None:
+        yield
+        return
+    with mock.patch.object(context, "fakify_first_call", True):
+        yield
+
+
+def _are_equal(strides: Sequence[Any], others: Sequence[Any]) -> bool:
+    return all(statically_known_true(a == b) for a, b in zip(strides, others, strict=True))
 
 
 def _compile_backward(form: fx.GraphModule, halves: Halves, strides: Sequence[Any]) -> Executable:
@@ -252,8 +270,9 @@ def _compile_backward(form: fx.GraphModule, halves: Halves, strides: Sequence[An
         value = node.meta["val"]
         if kind == "saved" and index < len(strides):
             stride = strides[index]
-            if stride is not None and tuple(stride) != value.stride():
-                value = value.as_strided(value.size(), tuple(int(s) for s in stride))
+            if stride is not None and not _are_equal(stride, value.stride()):
+                with keeping_symbols([value]):
+                    value = value.new_empty_strided(value.size(), tuple(stride))
         values.append(value)
     values += [node.meta["val"] for node in nodes[len(values) :]]
     static = [i for i, (kind, _) in enumerate(halves.sources) if kind != "tangent"]

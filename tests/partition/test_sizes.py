@@ -97,7 +97,11 @@ def test_sizes_are_at_hand_in_every_stage() -> None:
     part = step.outcome.part
     placed = {n for s in part.stages for n in (*s.forward_nodes, *s.backward_nodes)}
     assert not placed & {n.name for n in computed}
-    sizes = {n.name for n, s in zip(graph.inputs, graph.signature.inputs) if s.role is Role.SIZE}
+    sizes = {
+        n.name
+        for n, s in zip(graph.inputs, graph.signature.inputs, strict=True)
+        if s.role is Role.SIZE
+    }
     crossing = {c.name for c in part.crossings}
     assert crossing
     assert not crossing & ({n.name for n in computed} | sizes)
