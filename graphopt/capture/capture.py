@@ -215,9 +215,7 @@ def _once(call: _Call, numbers: Numbers) -> _Found:
         if rewrite is not None:
             graph.facts |= level.facts
     inputs_of_graph = numbers.sources - flat.constants()
-    return _Found(
-        flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier)
-    )
+    return _Found(flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier))
 
 
 def capture_forward(

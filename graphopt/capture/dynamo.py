@@ -167,12 +167,13 @@ def by_dynamo(
 def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:
     """A function whose global variables are those of forward, where that can be seen.
 
-    Dynamo gives it a copy of them. What it assigns must not stay there; and a trial has other
-    iterators among them, so that those of the user do not go on.
+    Dynamo gives it a copy of them. What it assigns must not stay there, numbers may be other ones
+    at each call, and a trial has other iterators, so that those of the user do not go on.
     """
     code = dis.get_instructions(made.__code__)
     written = {i.argval for i in code if i.opname == "STORE_GLOBAL"} & scope.keys()
-    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), Iterator)]
+    kinds = (Iterator, int, float)
+    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), kinds)]
     if not names and not written:
         return made  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ of it too, so results keep their bits.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch._dynamo
 from torch import Tensor, fx
@@ -23,6 +25,9 @@ from torch._dynamo import pgo, utils
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.sym_node import SymNode
+
+from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions
 
 from graphopt.capture.sizes import is_size
 from graphopt.capture.varied_calls import can_replace, replace_call
@@ -86,25 +91,56 @@ def _without_constants() -> Iterator[None]:
     What a call returns for a number is found out once more when the backward is derived, where the
     number has no value, so nothing that depends on it can stay unnoticed.
     """
-    running = 0
+    asked: list[list[Any]] = []
     run, guard = utils.run_node, SymNode.guard_float
 
-    def run_node(*args: Any, **kwargs: Any) -> Any:
-        nonlocal running
-        running += 1
+    def run_node(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
+        if (value := _opaque(node, args)) is not None:
+            return value
+        asked.append([])
         try:
-            return run(*args, **kwargs)
+            result = run(tracer, node, args, kwargs, nnmodule)
         finally:
-            running -= 1
+            here = asked.pop()
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            for number in here:  # Python goes on with what came of its value
+                guard(number, "", 0)
+        return result
 
     def guard_float(self: Any, file: str, line: int) -> float:
-        return float(self.hint) if running and self.has_hint() else guard(self, file, line)
+        if not asked or not self.has_hint():
+            return guard(self, file, line)
+        asked[-1].append(self)
+        return float(self.hint)
 
     with (
         mock.patch.object(utils, "run_node", run_node),
         mock.patch.object(SymNode, "guard_float", guard_float),
     ):
         yield
+
+
+def _opaque(node: fx.Node, args: Sequence[Any]) -> Any:
+    """What `math.exp` and the like, and whole powers, are for a symbol; else ``None``.
+
+    Torch makes a constant of the first, and a condition of the sign of the base of the second.
+    """
+    if not args or not isinstance(args[0], torch.SymInt | torch.SymFloat):
+        return None
+    number, *rest = args
+    name = getattr(node.target, "__name__", "")
+    symbolic = getattr(functions, f"OpaqueUnaryFn_{name}", None)
+    if not number.node.has_hint():
+        return None
+    env, expression = number.node.shape_env, number.node.expr
+    if symbolic is not None and getattr(math, name, None) is node.target and not rest:
+        made = symbolic(expression)
+    elif name in ("pow", "ipow") and isinstance(number, torch.SymFloat) and type(rest[0]) is int:
+        made = functions.FloatPow(expression, sympy.Float(rest[0]))
+    else:
+        return None
+    hint = node.target(number.node.hint, *rest)  # type: ignore[operator]
+    return env.create_symfloatnode(made, hint=hint)
 
 
 def constants(shape_env: Any, sources: Iterable[str]) -> frozenset[str]:
@@ -141,20 +177,22 @@ class Outside:
 
     Attributes:
         numbers: positions of the inputs that are numbers.
-        program: from these numbers to those that the graph takes and those that are returned.
+        sizes: positions of those that are sizes, which the graph has, too.
+        program: from these to the numbers that the graph takes and those that are returned.
         taken: the dtypes of the tensors that the graph takes them as, after its other inputs;
             ``None`` where it takes the number itself.
         returned: positions of the outputs that are numbers.
     """
 
     numbers: tuple[int, ...]
+    sizes: tuple[int, ...]
     program: fx.GraphModule
     taken: tuple[torch.dtype | None, ...]
     returned: tuple[int, ...]
 
     def split(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """The inputs of the graph, and the numbers that are outputs."""
-        computed = self.program(*(inputs[i] for i in self.numbers))
+        computed = self.program(*(inputs[i] for i in (*self.numbers, *self.sizes)))
         numbers = set(self.numbers)
         tensors = [value for i, value in enumerate(inputs) if i not in numbers]
         count = len(self.taken)
@@ -193,22 +231,25 @@ def take_out(module: fx.GraphModule, wanted: Numbers = NONE) -> Outside | None:
     """
     graph = module.graph
     inputs = graph.find_nodes(op="placeholder")
-    numbers = [n for n in inputs if (_is_number(n) and not is_size(n)) or _is_boxed(n)]
+    sizes = [n for n in inputs if is_size(n)]
+    numbers = [n for n in inputs if (_is_number(n) and n not in sizes) or _is_boxed(n)]
     if not numbers:
         return None
-    outside = _computed_with(numbers, graph)
+    outside, known = _computed_with(numbers, sizes, graph)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     returned = [i for i, node in enumerate(results) if node in outside]
     output.args = (tuple(node for node in results if node not in outside),)
     taken = _enter(graph, outside, wanted)
     entering = [number for number, _ in taken]
-    program = _program(numbers, outside, [*entering, *(results[i] for i in returned)])
+    results = [*entering, *(results[i] for i in returned)]
+    program = _program([*numbers, *sizes], known, results)
     for node in reversed([n for n in graph.nodes if n in outside]):
         graph.erase_node(node)
     module.recompile()
     dtypes = tuple(dtype for _, dtype in taken)
-    return Outside(tuple(map(inputs.index, numbers)), program, dtypes, tuple(returned))
+    places = [tuple(map(inputs.index, nodes)) for nodes in (numbers, sizes)]
+    return Outside(*places, program, dtypes, tuple(returned))
 
 
 def _value(node: fx.Node) -> Any:
@@ -226,17 +267,36 @@ def _is_boxed(node: fx.Node) -> bool:
     return any(isinstance(v, torch.SymFloat) and v.node.has_hint() for v in read)
 
 
-def _computed_with(numbers: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
-    """The inputs that are numbers, and everything that depends on nothing else."""
+Known = dict[fx.Node, fx.Node | None]
+
+
+def _computed_with(
+    numbers: Sequence[fx.Node], sizes: Sequence[fx.Node], graph: fx.Graph
+) -> tuple[dict[fx.Node, None], Known]:
+    """What depends on numbers, and on nothing but numbers and sizes of inputs.
+
+    Returns:
+        These nodes; and all that is known without the tensors, each with the input that it equals
+        where it is the size of a tensor.
+    """
+    symbols = {_value(n).node.expr: n for n in sizes}
     found = dict.fromkeys(numbers)
+    known: Known = dict.fromkeys([*numbers, *sizes])
     for node in graph.nodes:
         needed = node.all_input_nodes
-        if node.op.startswith("call") and needed and all(n in found for n in needed):
-            if _is_number(node):
-                found[node] = None
-            elif _value(node) is None and not node.users:
-                found[node] = None  # a check of a number
-    return found
+        if not node.op.startswith("call") or not needed:
+            continue
+        value = _value(node)
+        if all(n in known for n in needed):
+            varies = any(n in found for n in needed)
+            # A check of a number returns nothing.
+            if _is_number(node) or (value is None and not node.users and varies):
+                known[node] = None
+                if varies:
+                    found[node] = None
+        elif isinstance(value, torch.SymInt) and value.node.expr in symbols:
+            known[node] = symbols[value.node.expr]
+    return found, known
 
 
 Taken = list[tuple[fx.Node, torch.dtype | None]]
@@ -328,22 +388,26 @@ def _is_arithmetic(user: fx.Node, number: fx.Node) -> bool:
     whole = isinstance(_value(number), torch.SymInt)
     # A tensor with dimensions decides what comes out, whatever the number is a tensor of.
     fits = bool(tensors) and all(v.dim() > 0 and (v.is_floating_point() or whole) for v in tensors)
+    name = user.target if isinstance(user.target, str) else user.target.__name__
+    # A number that is divided by a tensor is multiplied by the reciprocal.
+    first = user.args and user.args[0] is number and name in ("truediv", "itruediv")
     return (
         user.target in targets
         and fits
+        and not first
         and number in user.args
         and number not in user.kwargs.values()
     )
 
 
-def _program(
-    numbers: Sequence[fx.Node], outside: dict[fx.Node, None], results: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """What is computed outside, as a module of its own over the numbers."""
+def _program(inputs: Sequence[fx.Node], known: Known, results: Sequence[fx.Node]) -> fx.GraphModule:
+    """What is computed outside, as a module of its own over numbers and sizes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in (*numbers, *(n for n in outside if n not in set(numbers))):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in (*inputs, *(n for n in known if n not in set(inputs))):
+        same = known[node]
+        copies[node] = copies[same] if same else graph.node_copy(node, copies.__getitem__)
         copies[node].meta.clear()
     graph.output(tuple(copies[node] for node in results))
+    graph.eliminate_dead_code()
     return fx.GraphModule(torch.nn.Module(), graph)

@@ -118,7 +118,12 @@ def _dropout(user: fx.Node, given: Given, p: Any) -> Rewrite | None:
         with user.graph.inserting_before(user):
             both = user.graph.call_function(ops.varied_dropout.default, (x, tensor))
         both.meta = {**user.meta, "example_value": (_value(user), _value(user))}
-        user.op, user.target, user.args, user.kwargs = "call_function", operator.getitem, (both, 0), {}
+        user.op, user.target, user.args, user.kwargs = (
+            "call_function",
+            operator.getitem,
+            (both, 0),
+            {},
+        )
 
     if not given["training"]:
         return nothing

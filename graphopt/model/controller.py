@@ -140,7 +140,7 @@ class Controller:
                 self.variants = (variant, *self.variants[: MAX_SPECIALISATIONS - 1])
         if reason:
             log.info("captured again for %s, because of %s", variant.entry.signature, reason)
-        for cause in self.varying.count(causes):
+        for cause in self.varying.count(c for c in causes if c.source not in variant.numbers):
             self._say_ended(cause)
         if self.made == MAX_SPECIALISATIONS + 1:
             warnings.warn(

@@ -187,7 +187,5 @@ def _loss(name: str, operator: Any, operator_backward: Any) -> None:
     _differentiable(op, differentiate)
 
 
-_loss(
-    "varied_smooth_l1", aten.smooth_l1_loss.default, aten.smooth_l1_loss_backward.default
-)
+_loss("varied_smooth_l1", aten.smooth_l1_loss.default, aten.smooth_l1_loss_backward.default)
 _loss("varied_huber", aten.huber_loss.default, aten.huber_loss_backward.default)
