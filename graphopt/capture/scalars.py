@@ -3,7 +3,8 @@
 Dynamo makes symbols of the numbers that it is told to. What a captured forward computes with these
 symbols alone stays outside of the graph, in Python, as in eager (a counter that goes up). Where a
 number meets a tensor it enters the graph as a tensor without dimensions, which is what eager makes
-of it too, so results keep their bits.
+of it too in arithmetic, and is read off that tensor for all else, so results keep their bits. Whole
+numbers that are no factors, such as indices, are symbols of the graph like sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from torch._dynamo import pgo, utils
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.sym_node import SymNode
-
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 
@@ -197,7 +197,7 @@ class Outside:
         tensors = [value for i, value in enumerate(inputs) if i not in numbers]
         count = len(self.taken)
         made = [
-            number if dtype is None else torch.scalar_tensor(number, dtype=dtype)
+            number if dtype is None else torch.scalar_tensor(number, dtype=dtype, device="cpu")
             for number, dtype in zip(computed[:count], self.taken, strict=True)
         ]
         return (*tensors, *made), tuple(computed[count:])
@@ -326,7 +326,7 @@ def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Ta
             continue
         whole = isinstance(value, torch.SymInt)
         dtype = torch.int64 if whole else torch.float64
-        one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype))
+        one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype, device="cpu"))
         tensor: fx.Node | None = None
         others = []
         for user in users:
