@@ -18,9 +18,9 @@ from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
+from graphopt.capture.number_symbols import Numbers
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
-from graphopt.capture.scalars import Numbers
 from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph

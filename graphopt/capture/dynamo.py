@@ -21,7 +21,7 @@ from torch._guards import CompileContext, TracingContext, compile_context
 from torch.utils._device import DeviceContext
 
 from graphopt.analysis.fakes import symbolic_kernels
-from graphopt.capture import checkpoints, scalars, sizes
+from graphopt.capture import checkpoints, number_symbols, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.checks import checked_branches
 from graphopt.capture.deques import limited_deques
@@ -56,7 +56,7 @@ def by_dynamo(
     forward: Callable[..., object],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: scalars.Numbers = scalars.NONE,
+    numbers: number_symbols.Numbers = number_symbols.NONE,
     dimensions: sizes.Dimensions = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
@@ -82,7 +82,7 @@ def by_dynamo(
         _dynamo_settings(),
         symbolic_kernels() if symbolic else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
-        scalars.as_inputs(numbers.sources),
+        number_symbols.as_inputs(numbers.sources),
         checkpoints.noting_changes() as changes,
     ):
         try:
@@ -158,8 +158,8 @@ def by_dynamo(
         keeps=tuple(dict.fromkeys(changes.kept)),
         settle=settle if symbolic else nothing_symbolic,
         finish=finish,
-        constants=lambda: scalars.constants(shape_env, numbers.sources),
-        counters=scalars.counters(output, changes.kept),
+        constants=lambda: number_symbols.constants(shape_env, numbers.sources),
+        counters=number_symbols.counters(output, changes.kept),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 
