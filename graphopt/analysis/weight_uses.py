@@ -158,7 +158,8 @@ def _pads_rows(node: fx.Node) -> bool:
     """``slice_backward(part, sizes, dim, start, end, step)`` along the first dimension."""
     if node.target is not aten.slice_backward.default:
         return False
-    return bool(node.args[2] == 0 and node.args[5] == 1)
+    known = isinstance(node.args[3], int)  # and no number that varies
+    return bool(node.args[2] == 0 and node.args[5] == 1 and known)
 
 
 def _classified(term: _Term) -> Use:

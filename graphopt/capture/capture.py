@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,9 @@ from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
+from graphopt.capture.number_symbols import Numbers
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
-from graphopt.capture.scalars import Numbers
 from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
@@ -176,20 +177,12 @@ class _Found:
 def _with_numbers(call: _Call, wanted: Numbers) -> _Found:
     """A capture with those of the numbers as inputs of which torch makes no constants."""
     try:
-        found = _once(call, wanted)
+        return _once(call, wanted, counting=True)
     except CaptureError:
         constants = _constants(call, wanted)
         if not constants:
             raise
         return _once(call, replace(wanted, sources=wanted.sources - constants))
-    if not found.flat.counters:
-        return found
-    counted = replace(wanted, sources=found.numbers | found.flat.counters)
-    try:
-        counting = _once(call, counted)
-    except CaptureError:
-        return found  # a counter that decides what is computed
-    return counting if counting.numbers > found.numbers else found
 
 
 def _constants(call: _Call, wanted: Numbers) -> frozenset[str]:
@@ -203,10 +196,14 @@ def _constants(call: _Call, wanted: Numbers) -> frozenset[str]:
     return wanted.sources - tried.numbers
 
 
-def _once(call: _Call, numbers: Numbers) -> _Found:
+def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
+    """A capture with these numbers as inputs, and with counters if `counting`."""
     forward, rewrite = call.forward, call.rewrite
     with _drawing_nothing() as drawn:
         flat = by_dynamo(call.model, forward, call.args, call.kwargs, numbers, call.dimensions)
+        if counting and flat.counters:
+            with contextlib.suppress(CaptureError):  # one may decide what is computed
+                return _once(call, replace(numbers, sources=numbers.sources | flat.counters))
         state = drawn() or flat.changes_objects
         if state:
             flat = replace(flat, holds=checkpoints.outside_checkpoints(flat.holds))

@@ -21,7 +21,7 @@ from torch._guards import CompileContext, TracingContext, compile_context
 from torch.utils._device import DeviceContext
 
 from graphopt.analysis.fakes import symbolic_kernels
-from graphopt.capture import checkpoints, scalars, sizes
+from graphopt.capture import checkpoints, number_symbols, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.causal import causal_masks
 from graphopt.capture.checks import checked_branches
@@ -57,7 +57,7 @@ def by_dynamo(
     forward: Callable[..., object],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: scalars.Numbers = scalars.NONE,
+    numbers: number_symbols.Numbers = number_symbols.NONE,
     dimensions: sizes.Dimensions = sizes.NONE,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
@@ -83,7 +83,7 @@ def by_dynamo(
         _dynamo_settings(),
         symbolic_kernels() if symbolic else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
-        scalars.as_inputs(numbers.sources),
+        number_symbols.as_inputs(numbers.sources),
         checkpoints.noting_changes() as changes,
     ):
         try:
@@ -161,8 +161,8 @@ def by_dynamo(
         keeps=tuple(dict.fromkeys(changes.kept)),
         settle=settle if symbolic else nothing_symbolic,
         finish=finish,
-        constants=lambda: scalars.constants(shape_env, numbers.sources),
-        counters=scalars.counters(output, changes.kept),
+        constants=lambda: number_symbols.constants(shape_env, numbers.sources),
+        counters=number_symbols.counters(output, changes.kept),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
     )
 
@@ -170,12 +170,13 @@ def by_dynamo(
 def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:
     """A function whose global variables are those of forward, where that can be seen.
 
-    Dynamo gives it a copy of them. What it assigns must not stay there; and a trial has other
-    iterators among them, so that those of the user do not go on.
+    Dynamo gives it a copy of them. What it assigns must not stay there, numbers may be other ones
+    at each call, and a trial has other iterators, so that those of the user do not go on.
     """
     code = dis.get_instructions(made.__code__)
     written = {i.argval for i in code if i.opname == "STORE_GLOBAL"} & scope.keys()
-    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), Iterator)]
+    kinds = (Iterator, int, float)
+    names = [n for n in made.__code__.co_names if isinstance(scope.get(n), kinds)]
     if not names and not written:
         return made  # type: ignore[no-any-return]
 

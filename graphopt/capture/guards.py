@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
-from torch.nn.modules import module as of_all_modules
-
 from torch._dynamo.guards import get_verbose_code_part
+from torch.nn.modules import module as of_all_modules
 
 from graphopt.capture.flat import first_line
 from graphopt.capture.sizes import Conditions, Reading

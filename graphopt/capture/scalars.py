@@ -3,27 +3,22 @@
 Dynamo makes symbols of the numbers that it is told to. What a captured forward computes with these
 symbols alone stays outside of the graph, in Python, as in eager (a counter that goes up). Where a
 number meets a tensor it enters the graph as a tensor without dimensions, which is what eager makes
-of it too, so results keep their bits.
+of it too in arithmetic, and is read off that tensor for all else, so results keep their bits. Whole
+numbers that are no factors, such as indices, are symbols of the graph like sizes.
 """
 
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo import pgo, utils
-from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.sym_node import SymNode
 
+from graphopt.capture.number_symbols import NONE, Numbers
 from graphopt.capture.sizes import is_size
 from graphopt.capture.varied_calls import can_replace, replace_call
 
@@ -40,126 +35,32 @@ _METHODS = frozenset(["add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What shall be done about numbers.
-
-    Attributes:
-        sources: those that shall be inputs, by where Dynamo finds them (``L['self'].steps``).
-        symbols: whether whole numbers may be symbols of the graph, where no tensor can stand for
-            one.
-        backed: let numbers of floating point be symbols as well, of which torch makes constants
-            where it has to.
-    """
-
-    sources: frozenset[str] = frozenset()
-    symbols: bool = True
-    backed: bool = False
-
-
-NONE = Numbers()
-
-
-@contextmanager
-def as_inputs(sources: Iterable[str]) -> Iterator[None]:
-    """Let Dynamo make inputs of the numbers with these sources, and constants of all others."""
-    wanted = frozenset(sources)
-    if not wanted:
-        yield
-        return
-
-    def process(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
-        return replace(entry, scalar=pgo.auto_dynamic) if name in wanted else entry
-
-    patterns = ",".join(f"{re.escape(s)}$" for s in sorted(wanted) if "," not in s and ":" not in s)
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.config.patch(dynamic_sources=patterns))  # type: ignore[attr-defined]
-        stack.enter_context(torch._dynamo.config.patch(specialize_float=False))
-        stack.enter_context(mock.patch.object(builder, "process_automatic_dynamic", process))
-        stack.enter_context(_without_constants())
-        yield
-
-
-@contextmanager
-def _without_constants() -> Iterator[None]:
-    """Let Dynamo see what calls return without making constants of numbers that they take.
-
-    What a call returns for a number is found out once more when the backward is derived, where the
-    number has no value, so nothing that depends on it can stay unnoticed.
-    """
-    running = 0
-    run, guard = utils.run_node, SymNode.guard_float
-
-    def run_node(*args: Any, **kwargs: Any) -> Any:
-        nonlocal running
-        running += 1
-        try:
-            return run(*args, **kwargs)
-        finally:
-            running -= 1
-
-    def guard_float(self: Any, file: str, line: int) -> float:
-        return float(self.hint) if running and self.has_hint() else guard(self, file, line)
-
-    with (
-        mock.patch.object(utils, "run_node", run_node),
-        mock.patch.object(SymNode, "guard_float", guard_float),
-    ):
-        yield
-
-
-def constants(shape_env: Any, sources: Iterable[str]) -> frozenset[str]:
-    """Which of these numbers a graph holds for one value of.
-
-    Args:
-        shape_env: once nothing more is asked of its symbols.
-        sources: of the numbers.
-    """
-    wanted = frozenset(sources)
-    found = set()
-    for symbol, places in shape_env.var_to_sources.items():
-        if shape_env.simplify(symbol).is_number:
-            found |= {name for place in places for name in wanted if name in place.name}
-    return frozenset(found)
-
-
-def counters(output: Any, assigned: Iterable[str]) -> frozenset[str]:
-    """Numbers that forward reads and assigns, which hence differ at each call.
-
-    Args:
-        output: of Dynamo, whose guards say which values are constants.
-        assigned: where forward assigns numbers.
-    """
-    guards = output.graph_capture_output.output_graph.guards
-    kinds = ("CONSTANT_MATCH", "EQUALS_MATCH")
-    read = {g.originating_source.name for g in guards if g.create_fn_name() in kinds}
-    return frozenset(assigned) & read
-
-
-@dataclass(frozen=True)
 class Outside:
     """What of a captured call is computed with numbers, outside of the graph.
 
     Attributes:
         numbers: positions of the inputs that are numbers.
-        program: from these numbers to those that the graph takes and those that are returned.
+        sizes: positions of those that are sizes, which the graph has, too.
+        program: from these to the numbers that the graph takes and those that are returned.
         taken: the dtypes of the tensors that the graph takes them as, after its other inputs;
             ``None`` where it takes the number itself.
         returned: positions of the outputs that are numbers.
     """
 
     numbers: tuple[int, ...]
+    sizes: tuple[int, ...]
     program: fx.GraphModule
     taken: tuple[torch.dtype | None, ...]
     returned: tuple[int, ...]
 
     def split(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """The inputs of the graph, and the numbers that are outputs."""
-        computed = self.program(*(inputs[i] for i in self.numbers))
+        computed = self.program(*(inputs[i] for i in (*self.numbers, *self.sizes)))
         numbers = set(self.numbers)
         tensors = [value for i, value in enumerate(inputs) if i not in numbers]
         count = len(self.taken)
         made = [
-            number if dtype is None else torch.scalar_tensor(number, dtype=dtype)
+            number if dtype is None else torch.scalar_tensor(number, dtype=dtype, device="cpu")
             for number, dtype in zip(computed[:count], self.taken, strict=True)
         ]
         return (*tensors, *made), tuple(computed[count:])
@@ -193,22 +94,25 @@ def take_out(module: fx.GraphModule, wanted: Numbers = NONE) -> Outside | None:
     """
     graph = module.graph
     inputs = graph.find_nodes(op="placeholder")
-    numbers = [n for n in inputs if (_is_number(n) and not is_size(n)) or _is_boxed(n)]
+    sizes = [n for n in inputs if is_size(n)]
+    numbers = [n for n in inputs if (_is_number(n) and n not in sizes) or _is_boxed(n)]
     if not numbers:
         return None
-    outside = _computed_with(numbers, graph)
+    outside, known = _computed_with(numbers, sizes, graph)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     returned = [i for i, node in enumerate(results) if node in outside]
     output.args = (tuple(node for node in results if node not in outside),)
     taken = _enter(graph, outside, wanted)
     entering = [number for number, _ in taken]
-    program = _program(numbers, outside, [*entering, *(results[i] for i in returned)])
+    results = [*entering, *(results[i] for i in returned)]
+    program = _program([*numbers, *sizes], known, results)
     for node in reversed([n for n in graph.nodes if n in outside]):
         graph.erase_node(node)
     module.recompile()
     dtypes = tuple(dtype for _, dtype in taken)
-    return Outside(tuple(map(inputs.index, numbers)), program, dtypes, tuple(returned))
+    places = [tuple(map(inputs.index, nodes)) for nodes in (numbers, sizes)]
+    return Outside(*places, program, dtypes, tuple(returned))
 
 
 def _value(node: fx.Node) -> Any:
@@ -226,17 +130,36 @@ def _is_boxed(node: fx.Node) -> bool:
     return any(isinstance(v, torch.SymFloat) and v.node.has_hint() for v in read)
 
 
-def _computed_with(numbers: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
-    """The inputs that are numbers, and everything that depends on nothing else."""
+Known = dict[fx.Node, fx.Node | None]
+
+
+def _computed_with(
+    numbers: Sequence[fx.Node], sizes: Sequence[fx.Node], graph: fx.Graph
+) -> tuple[dict[fx.Node, None], Known]:
+    """What depends on numbers, and on nothing but numbers and sizes of inputs.
+
+    Returns:
+        These nodes; and all that is known without the tensors, each with the input that it equals
+        where it is the size of a tensor.
+    """
+    symbols = {_value(n).node.expr: n for n in sizes}
     found = dict.fromkeys(numbers)
+    known: Known = dict.fromkeys([*numbers, *sizes])
     for node in graph.nodes:
         needed = node.all_input_nodes
-        if node.op.startswith("call") and needed and all(n in found for n in needed):
-            if _is_number(node):
-                found[node] = None
-            elif _value(node) is None and not node.users:
-                found[node] = None  # a check of a number
-    return found
+        if not node.op.startswith("call") or not needed:
+            continue
+        value = _value(node)
+        if all(n in known for n in needed):
+            varies = any(n in found for n in needed)
+            # A check of a number returns nothing.
+            if _is_number(node) or (value is None and not node.users and varies):
+                known[node] = None
+                if varies:
+                    found[node] = None
+        elif isinstance(value, torch.SymInt) and value.node.expr in symbols:
+            known[node] = symbols[value.node.expr]
+    return found, known
 
 
 Taken = list[tuple[fx.Node, torch.dtype | None]]
@@ -266,7 +189,7 @@ def _enter(graph: fx.Graph, outside: dict[fx.Node, None], wanted: Numbers) -> Ta
             continue
         whole = isinstance(value, torch.SymInt)
         dtype = torch.int64 if whole else torch.float64
-        one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype))
+        one = mode.from_tensor(torch.scalar_tensor(1, dtype=dtype, device="cpu"))
         tensor: fx.Node | None = None
         others = []
         for user in users:
@@ -328,22 +251,26 @@ def _is_arithmetic(user: fx.Node, number: fx.Node) -> bool:
     whole = isinstance(_value(number), torch.SymInt)
     # A tensor with dimensions decides what comes out, whatever the number is a tensor of.
     fits = bool(tensors) and all(v.dim() > 0 and (v.is_floating_point() or whole) for v in tensors)
+    name = user.target if isinstance(user.target, str) else user.target.__name__
+    # A number that is divided by a tensor is multiplied by the reciprocal.
+    first = user.args and user.args[0] is number and name in ("truediv", "itruediv")
     return (
         user.target in targets
         and fits
+        and not first
         and number in user.args
         and number not in user.kwargs.values()
     )
 
 
-def _program(
-    numbers: Sequence[fx.Node], outside: dict[fx.Node, None], results: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """What is computed outside, as a module of its own over the numbers."""
+def _program(inputs: Sequence[fx.Node], known: Known, results: Sequence[fx.Node]) -> fx.GraphModule:
+    """What is computed outside, as a module of its own over numbers and sizes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in (*numbers, *(n for n in outside if n not in set(numbers))):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in (*inputs, *(n for n in known if n not in set(inputs))):
+        same = known[node]
+        copies[node] = copies[same] if same else graph.node_copy(node, copies.__getitem__)
         copies[node].meta.clear()
     graph.output(tuple(copies[node] for node in results))
+    graph.eliminate_dead_code()
     return fx.GraphModule(torch.nn.Module(), graph)

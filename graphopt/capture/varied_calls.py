@@ -198,7 +198,7 @@ def _signature(text: str) -> inspect.Signature:
     made = []
     for part in text.split():
         name, has, default = part.partition("=")
-        value = {"1": 1, "True": True, "False": False}.get(default, None) if has else empty
+        value = {"1": 1, "True": True, "False": False}.get(default) if has else empty
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         made.append(inspect.Parameter(name, kind, default=value))
     return inspect.Signature(made)

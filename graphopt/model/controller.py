@@ -161,7 +161,7 @@ class Controller:
             self._keep(variant, site)
         if entry.because:
             log.info("captured again for %s, because %s", entry.signature, entry.because)
-        for cause in self.varying.count(causes):
+        for cause in self.varying.count(c for c in causes if c.source not in variant.numbers):
             self._say_ended(cause)
         if site.captures == MANY:
             warn_at_call(site.many(type(model).__name__, self.seen.why))

@@ -121,7 +121,7 @@ def test_a_schedule_that_the_loop_sets() -> None:
     for step in range(6):
         model.temperature = 1.0 + step
         model(torch.randn(3, 4))
-    assert controller_of(model).made == 2
+    assert controller_of(model).made == 1
 
 
 def test_eval_and_train_of_a_counter() -> None:
