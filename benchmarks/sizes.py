@@ -59,8 +59,10 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether two steps have the same bits."""
     pairs = zip(found, expected, strict=True)
     return len(found) == len(expected) and all(
-        torch.equal(a.nan_to_num() if a.is_floating_point() else a,
-                    b.nan_to_num() if b.is_floating_point() else b)
+        torch.equal(
+            a.nan_to_num() if a.is_floating_point() else a,
+            b.nan_to_num() if b.is_floating_point() else b,
+        )
         for a, b in pairs
     )
 

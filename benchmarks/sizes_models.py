@@ -71,9 +71,7 @@ def t5() -> nn.Module:
     """T5, two layers of width 32 in encoder and decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
-    )
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     config.decoder_start_token_id = 0
     config.use_cache = False
     return _labelled(T5ForConditionalGeneration(config))

