@@ -76,16 +76,17 @@ class Hodlr(Form):
         """See `Form`."""
         wide = weight.double()
         leaves, left, right = map(wide.new_zeros, self.shapes)
+        _, m, n = self.shapes[0]
         for leaf in range(self.leaves):
             leaves[leaf] = self.block(wide, self.levels, leaf, leaf)
         for level in range(1, self.levels + 1):
             own = slice((level - 1) * self.k, level * self.k)
-            by_rows = left[..., own].unflatten(0, (1 << level, -1))
-            by_columns = right[:, own].unflatten(0, (1 << level, -1))
+            by_rows = left[..., own].view(1 << level, -1, m, self.k)
+            by_columns = right[:, own].view(1 << level, -1, self.k, n)
             for row in range(1 << level):
                 u, v = split(self.block(wide, level, row, row ^ 1), self.k)
                 by_rows[row] = u.view_as(by_rows[row])
-                by_columns[row ^ 1] = v.unflatten(1, (by_columns.shape[1], -1)).transpose(0, 1)
+                by_columns[row ^ 1] = v.reshape(self.k, -1, n).transpose(0, 1)
         return tuple(f.to(weight.dtype) for f in (leaves, left, right))
 
     def dense(self, factors: Sequence[Tensor]) -> Tensor:
@@ -95,8 +96,8 @@ class Hodlr(Form):
         for level in range(self.levels, 0, -1):
             own, count = slice((level - 1) * self.k, level * self.k), 1 << level
             by_rows = left[..., own].reshape(count, -1, self.k)
-            by_columns = right[:, own].unflatten(0, (count, -1)).transpose(1, 2).flatten(2)
-            far = by_rows @ _siblings(by_columns)
+            by_columns = right[:, own].reshape(count, -1, self.k, right.shape[2])
+            far = by_rows @ _siblings(by_columns.transpose(1, 2).flatten(2))
             blocks = [
                 torch.cat(
                     [
@@ -112,7 +113,7 @@ class Hodlr(Form):
         """See `Form`."""
         leaves, left, right = factors
         parts = x.view(self.leaves, -1, x.shape[1])
-        seen = torch.bmm(right, parts).split(self.k, 1)
+        seen = torch.split(torch.bmm(right, parts), self.k, 1)
         inner = [_of_sibling(part, level) for level, part in enumerate(seen, start=1)]
         result = torch.baddbmm(torch.bmm(leaves, parts), left, torch.cat(inner, 1))
         return result.view(self.rows, -1)
@@ -128,12 +129,12 @@ class Hodlr(Form):
 
 def _siblings(values: Tensor) -> Tensor:
     """[2^l, ...] with the two of each parent exchanged."""
-    pairs = values.unflatten(0, (-1, 2))
+    pairs = values.reshape(-1, 2, *values.shape[1:])
     return pairs.flip(1).flatten(0, 1)
 
 
 def _of_sibling(seen: Tensor, level: int) -> Tensor:
     """For each leaf the sum over the leaves in the sibling of its cluster, [leaves, k, columns]."""
-    clusters = seen.unflatten(0, (1 << level, -1))
+    clusters = seen.reshape(1 << level, -1, *seen.shape[1:])
     sums = _siblings(clusters.sum(1)).unsqueeze(1)
     return sums.expand_as(clusters).flatten(0, 1)
