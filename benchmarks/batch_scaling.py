@@ -2,7 +2,7 @@
 
 The convolutional network of `examples/kfac_digits` on its 1437 training images, to 98 % of the
 others. Every cell of the table, a method at a batch size, is tuned for itself by the 15 trials of
-`benchmarks.convergence`. Learning rates are constant, so that no length of a schedule favours a
+`benchmarks.tuning`. Learning rates are constant, so that no length of a schedule favours a
 batch size. Five other seeds are reported. No time is measured; other load does not disturb.
 
 Run ``python -m benchmarks.batch_scaling``; it goes on where it was interrupted, ``--again`` begins
@@ -12,10 +12,7 @@ anew. It writes ``benchmarks/results/batch_scaling.json`` and ``docs/images/batc
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,8 +20,22 @@ from typing import Any
 import torch
 
 from benchmarks.batch_scaling_picture import steps_over_batch
-from benchmarks.convergence import IMAGES, RATES, SEEDS, SETTINGS, TUNING_SEEDS, Trial, tune
-from benchmarks.harness import RESULTS, keep
+from benchmarks.convergence import IMAGES
+from benchmarks.harness import keep
+from benchmarks.tuning import (
+    RATES,
+    SEEDS,
+    SETTINGS,
+    TUNING_SEEDS,
+    Trial,
+    about_trial,
+    in_words,
+    kept_of,
+    losses_expected,
+    or_null,
+    spread,
+    tune,
+)
 from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import (
     KFAC,
@@ -72,19 +83,14 @@ def cell(
 
     A run that never reaches it counts as infinitely long, and is ``null``.
     """
-    with warnings.catch_warnings():
-        # A learning rate that is too large is to be expected.
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with losses_expected():
         chosen, tried = tune(task, method, rates, tuning_seeds, settings)
         steps = [_steps(task, method, chosen, seed) for seed in seeds]
-    found = {"median": statistics.median(steps), "low": min(steps), "high": max(steps)}
     return {
-        "rate": chosen.rate,
-        "rate is at the edge of the grid": chosen.rate in (min(rates), max(rates)),
-        "setting": chosen.setting,
+        **about_trial(chosen, rates),
         "setting is": USUAL[method][0],
-        "steps": {name: _or_null(value) for name, value in found.items()},
-        "steps by seed": [_or_null(value) for value in steps],
+        "steps": spread(steps),
+        "steps by seed": [or_null(value) for value in steps],
         "tuning": tried,
     }
 
@@ -94,10 +100,6 @@ def _steps(task: Task, method: str, chosen: Trial, seed: int) -> float:
         if run.steps_to_target is not None:
             return run.steps_to_target
     return math.inf
-
-
-def _or_null(steps: float) -> float | None:
-    return steps if math.isfinite(steps) else None
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -116,12 +118,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _words(found: Mapping[str, Any]) -> str:
-    median, low, high = (
-        "never" if found["steps"][part] is None else f"{found['steps'][part]:.0f}"
-        for part in ("median", "low", "high")
-    )
     star = "*" if found["rate is at the edge of the grid"] else ""
-    return f"{median} ({low} to {high}); {found['rate']:g}{star}"
+    return f"{in_words(found['steps'], '.0f')}; {found['rate']:g}{star}"
 
 
 def main() -> None:
@@ -133,20 +131,15 @@ def main() -> None:
     torch.set_num_threads(1)
     for size in SIZES:
         for method in options.method or METHODS:
-            if options.again or str(size) not in _kept().get(method, {}):
+            if options.again or str(size) not in kept_of(NAME).get(method, {}):
                 found = cell(task(size), method, RATES, TUNING_SEEDS, SEEDS, SETTINGS[method])
                 print(f"{method}, {size}: {_words(found)}", flush=True)
-                kept = _kept()
+                kept = kept_of(NAME)
                 kept[method] = {**kept.get(method, {}), str(size): found}
                 keep(NAME, {m: kept[m] for m in METHODS if m in kept})
-    print(table(_kept()))
+    print(table(kept_of(NAME)))
     IMAGES.mkdir(exist_ok=True)
-    (IMAGES / f"{NAME}.svg").write_text(steps_over_batch(_kept()))
-
-
-def _kept() -> dict[str, Any]:
-    path = RESULTS / f"{NAME}.json"
-    return dict(json.loads(path.read_text())["results"]) if path.exists() else {}
+    (IMAGES / f"{NAME}.svg").write_text(steps_over_batch(kept_of(NAME)))
 
 
 if __name__ == "__main__":

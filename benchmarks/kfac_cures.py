@@ -5,7 +5,7 @@ Three parts, each kept in ``benchmarks/results/kfac_cures_<part>.json``:
 - ``steps``: steps to the target under each cure, by two or three seeds that no table reports; on
   digits with the better of two learning rates. Times nothing, so it may run beside other work.
 - ``times``: milliseconds of a step, cures in turn, and the parts of a step. Needs an idle machine.
-- ``seconds``: seconds to the target with the seeds of `benchmarks.convergence`, methods in
+- ``seconds``: seconds to the target with the seeds of `benchmarks.tuning`, methods in
   turn, each until it is there. Needs an idle machine.
 - ``linear``: a step of models of linear layers only, with whole factors and with low rank.
 
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, fx
 
 import graphopt
-from benchmarks.convergence import SEEDS, THREADS
+from benchmarks.convergence import THREADS
 from benchmarks.harness import RESULTS, Run, alternate, keep, milliseconds, ratio
 from benchmarks.kfac_step_variants import DAMPING, gpt, mlp, optimized, pytorch
+from benchmarks.tuning import SEEDS
 from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import (
     KFAC,

@@ -2,7 +2,7 @@
 
 The task of `examples/kfac_digits` with ``max_dim=128``, which the input sides of the second
 convolution (144), the first linear layer (513) and the second one (129) exceed. Each variant has
-five learning rates to choose from, with the two tuning seeds of `benchmarks.convergence`, and is
+five learning rates to choose from, with the two tuning seeds of `benchmarks.tuning`, and is
 reported for the five others there. What the report of `kfac` says of the error is
 noted after 20 steps, beside the true error of the dense factors of the same batch.
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import graphopt
-from benchmarks.convergence import SEEDS, THREADS, TUNING_SEEDS, tune
+from benchmarks.convergence import THREADS
 from benchmarks.harness import keep
+from benchmarks.tuning import SEEDS, TUNING_SEEDS, tune
 from examples.kfac_digits import train as digits
 from examples.kfac_digits.comparison import KFAC, Run, Task, train
 from graphopt.model.controller import controller_of

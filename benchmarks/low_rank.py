@@ -1,12 +1,13 @@
 """Layers in factors against dense ones: what `low_rank` chooses, and what it costs and gains.
 
-Operators with a geometry (mixing of tokens by a smooth kernel, by one that is smooth off the
+Operators with a geometry (mixing of tokens by a smooth kernel, by two that are smooth off the
 diagonal only, by a long convolution) and ordinary layers, fresh and trained. Each layer is one
 linear map of `COLUMNS` vectors; a step is forward and backward by graphopt's eager backend, dense
 (``cleanup``) and as the pass leaves it (``low_rank,cleanup``), in alternating runs of one process;
 medians of paired ratios with bootstrap intervals. Run ``python -m benchmarks.low_rank`` on an
 otherwise idle machine; results go to ``benchmarks/results/low_rank.json``, with the load of the
-machine when it began.
+machine when each layer began. ``--layer`` and ``--tokens`` measure some of them, beside what was
+kept of the others.
 
 Targets, stated before measuring: at least 2 times faster than dense on each operator with a
 geometry at 2048 tokens, within the tolerance; ordinary layers stay dense.
@@ -14,7 +15,9 @@ geometry at 2048 tokens, within the tolerance; ordinary layers stay dense.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import os
 import time
 from collections.abc import Callable
@@ -24,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from benchmarks.harness import alternate, keep, milliseconds, ratio
+from benchmarks.harness import RESULTS, alternate, keep, milliseconds, ratio
 from graphopt.model.surface import report
 
 TOLERANCE = 1e-3
 COLUMNS = 128
-TOKENS = (1024, 2048)
-ROUNDS = {1024: 21, 2048: 11}
+ROUNDS = {1024: 21, 2048: 15, 4096: 9}
 THREADS = 1
 
 
@@ -44,6 +46,12 @@ def exponential(n: int) -> Tensor:
     """With a kink on the diagonal: exp(-10 |x - y|) of random points, in their order."""
     x = _points(n)
     return torch.exp(-10 * (x[:, None] - x).abs()) / n
+
+
+def inverse_distance(n: int) -> Tensor:
+    """With a peak on the diagonal: 1 / (|x - y| + 1 / n) of random points, in their order."""
+    x = _points(n)
+    return 1 / ((x[:, None] - x).abs() + 1 / n) / n**1.5
 
 
 def convolution(n: int) -> Tensor:
@@ -62,6 +70,7 @@ def _points(n: int) -> Tensor:
 KERNELS: dict[str, Callable[[int], Tensor]] = {
     "gaussian kernel": gaussian,
     "exponential kernel": exponential,
+    "inverse distance": inverse_distance,
     "long convolution": convolution,
 }
 
@@ -133,32 +142,42 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def fresh(n: int) -> Tensor:
+    """As `nn.Linear` begins."""
+    generator = torch.Generator().manual_seed(2)
+    return (2 * torch.rand(n, n, generator=generator) - 1) * n**-0.5
+
+
 def main() -> None:
     """Measure, print and keep."""
+    layers: dict[str, Callable[[int], Tensor]] = {**KERNELS, "fresh layer": fresh}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--layer", choices=[*layers, "trained"], action="append")
+    parser.add_argument("--tokens", type=int, choices=ROUNDS, action="append")
+    options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    results: dict[str, Any] = {
-        "load": os.getloadavg()[0],
-        "tolerance": TOLERANCE,
-        "columns": COLUMNS,
-        "layers": {},
-    }
-    for n in TOKENS:
+    chosen = options.layer or [*layers, "trained"]
+    found: dict[str, Any] = {}
+    for n in options.tokens or ROUNDS:
         x = torch.randn(COLUMNS, n, generator=torch.Generator().manual_seed(1))
-        weights = {name: make(n) for name, make in KERNELS.items()}
-        bound = n**-0.5
-        generator = torch.Generator().manual_seed(2)
-        weights["fresh layer"] = (2 * torch.rand(n, n, generator=generator) - 1) * bound
-        for name, weight in weights.items():
-            found = case(_layer(weight), x, ROUNDS[n])
-            results["layers"][f"{name}, {n}"] = found
-            chosen = [row["form"] for row in found["table"] if row["why"] == "chosen"]
-            gained = found.get("speedup", {}).get("median", 1.0)
-            print(f"{name}, {n}: {chosen}, {gained} x, {found['optimize_seconds']} s", flush=True)
-    digits = trained()
-    found = case(digits, torch.rand(COLUMNS, 64), ROUNDS[1024])
-    results["layers"]["trained on digits, 512"] = found
-    print("trained on digits:", found["declined"], found["optimize_seconds"], "s")
+        for name in [name for name in layers if name in chosen]:
+            found[f"{name}, {n}"] = _told(name, n, _layer(layers[name](n)), x)
+    if "trained" in chosen:
+        x = torch.rand(COLUMNS, 64)
+        found["trained on digits, 512"] = _told("trained on digits", 512, trained(), x)
+    path = RESULTS / "low_rank.json"
+    kept = json.loads(path.read_text())["results"]["layers"] if path.exists() else {}
+    results = {"tolerance": TOLERANCE, "columns": COLUMNS, "layers": {**kept, **found}}
     print(keep("low_rank", results))
+
+
+def _told(name: str, n: int, model: nn.Module, x: Tensor) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    found = {"load": load, **case(model, x, ROUNDS.get(n, 21))}
+    used = [row["form"] for row in found["table"] if row["why"] == "chosen"]
+    gained = found.get("speedup", {}).get("median", 1.0)
+    print(f"{name}, {n}: {used}, {gained} x, {found['optimize_seconds']} s", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
+from graphopt.capture.forward import Rewriter
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph, Level
@@ -169,8 +170,8 @@ def optimize(
         )
     for ranks in session.ranks.values():
         ranks.start(model)
-    with _replacing(compiler, model, example, session):
-        made = made_optimizer(model, optimizer)
+    with _replacing(compiler, model, example, session) as replaced:
+        made = made_optimizer(model, optimizer, replaced)
         controller = install(model, compiler, session)
         if owns:
             count = owns[0].micro_batches(where.sizes)
@@ -187,10 +188,10 @@ def optimize(
 @contextmanager
 def _replacing(
     compiler: Compiler, model: nn.Module, example: Example | None, session: Session
-) -> Iterator[None]:
-    """Within, parameters are replaced; an error gives the old ones back."""
+) -> Iterator[Mapping[str, Tensor]]:
+    """Within, parameters are replaced; gives the old ones, and an error gives them back."""
     if example is None:
-        yield
+        yield {}
         return
     replacement = compiler.replace(model, *example, session)
     try:
@@ -199,7 +200,7 @@ def _replacing(
                 ranks.start(model)  # factors of rank 0 for all
         session.decided.update(replacement.decided)
         replacement.check(raises=compiler.on_mismatch == "raise")
-        yield
+        yield replacement.old
     except BaseException:
         replacement.undo()
         raise
@@ -366,6 +367,10 @@ class Compiler(Specialiser):
             ctx = PassContext(session.ranks, self.mesh, session.states)
             made.make(self.pipeline, ctx, compares=self.verify in ("eager", "full"))
         return made
+
+    def rewriter(self) -> Rewriter | None:
+        """What the passes do with the forward graph once parameters are replaced."""
+        return ForwardPasses(self.pipeline, PassContext(mesh=self.mesh), "off").rewriter
 
     def _parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """Those of the model, where a pass may replace some of them."""

@@ -13,9 +13,11 @@ from graphopt.calibration.batches import Batches, Loss
 from graphopt.calibration.ranges import ranges_of
 from graphopt.calibration.record import Calibration
 from graphopt.capture import capture
+from graphopt.capture.forward import Rewriter
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 from graphopt.model.arguments import check_model, split_example_inputs
+from graphopt.model.controller import controller_of
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Role
 
@@ -56,7 +58,7 @@ def calibrate(
     for number, batch in enumerate(_each(batches)):
         args, kwargs, target = _call(batch, number, with_target=loss is not None)
         if captured is None or not captured.holds(model, *args, **kwargs):
-            captured = capture(model, args, kwargs)
+            captured = capture(model, args, kwargs, rewrite=_rewriter(model))
             Pipeline.parse("cleanup").run(captured.graph)
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(seed + number)
@@ -77,6 +79,12 @@ def calibrate(
         sensitivities=found.sums.found(),
         notes=tuple(found.notes),
     )
+
+
+def _rewriter(model: nn.Module) -> Rewriter | None:
+    """What an optimized model does with its forward graph: names are those of its steps."""
+    controller = controller_of(model)
+    return controller.compiler.rewriter() if controller is not None else None
 
 
 def _each(batches: object) -> Iterator[object]:

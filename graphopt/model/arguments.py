@@ -119,8 +119,15 @@ def _readable(source: str) -> str:
     return re.sub(r"^[LG]\['(\w+)'\]", r"\1", found)
 
 
-def made_optimizer(model: nn.Module, optimizer: object) -> Optimizer | None:
+def made_optimizer(
+    model: nn.Module, optimizer: object, replaced: Mapping[str, Tensor]
+) -> Optimizer | None:
     """The optimizer of a model's parameters, made where a function was given.
+
+    Args:
+        model: the model.
+        optimizer: what `optimize` was given.
+        replaced: parameters that it had before, by name.
 
     Raises:
         ArgumentError: it is none, or has a parameter that is not the model's.
@@ -141,7 +148,15 @@ def made_optimizer(model: nn.Module, optimizer: object) -> Optimizer | None:
             hint="take an optimizer whose step() needs no closure",
         )
     own = set(model.parameters())
+    gone = {id(parameter): name for name, parameter in replaced.items()}
     for number, group in enumerate(optimizer.param_groups):
+        if name := next((gone[id(p)] for p in group["params"] if id(p) in gone), ""):
+            raise ArgumentError(
+                f"the optimizer was made before and holds {name!r}, in whose place optimize has "
+                "put others",
+                hint="give what makes one of them: "
+                "optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
+            )
         if any(parameter not in own for parameter in group["params"]):
             raise ArgumentError(
                 f"group {number} of the optimizer has a parameter that is not the model's",

@@ -140,6 +140,11 @@ class Replacement:
         """Whether parameters are replaced now."""
         return self._done is not None
 
+    @property
+    def old(self) -> Mapping[str, Tensor]:
+        """The parameters that others stand in the place of now, by name."""
+        return {} if self._done is None else self._done.old
+
 
 @contextmanager
 def _noise(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from graphopt.analysis.parameter_roles import ParameterRole
+from graphopt.capture.forward import Rewriter
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.model.bands import PerBand
 from graphopt.model.declared import Declared
@@ -92,3 +93,7 @@ class Specialiser(ABC):
     @abstractmethod
     def report(self, model: str) -> Report:
         """A report without specialisations, for a model of this class name."""
+
+    @abstractmethod
+    def rewriter(self) -> Rewriter | None:
+        """What is done with the forward graph of a later call; ``None`` where nothing is."""

@@ -29,6 +29,7 @@ from graphopt.errors import ArgumentError
 from graphopt.optim.braking import Granularity, braking_factors
 from graphopt.optim.delayed_group import check_group, compensation_of, risk
 from graphopt.optim.prediction import Prediction, predict
+from graphopt.optim.tensors import begin_step
 
 Group = dict[str, Any]
 
@@ -163,10 +164,7 @@ class DelayedSGD(Optimizer):
         Raises:
             ArgumentError: a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss: float | None = begin_step(self.param_groups, closure)
         updates = [
             _Update(self, group, parameters)
             for group in self.param_groups
@@ -221,7 +219,7 @@ class _Update:
         self.group = group
         self.parameters = parameters
         self.states = [optimizer.state[p] for p in parameters]
-        gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if group["maximize"]:
             gradients = list(torch._foreach_neg(gradients))
         decay = float(group["weight_decay"])
@@ -323,15 +321,6 @@ def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     for parameter in parameters:
         found.setdefault((parameter.device, parameter.dtype), []).append(parameter)
     return list(found.values())
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    if gradient.is_sparse:
-        raise ArgumentError(
-            "a sparse gradient cannot be compensated",
-            hint="make the embedding with sparse=False",
-        )
-    return gradient
 
 
 def _warn(groups: Sequence[Group]) -> None:

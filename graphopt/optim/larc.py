@@ -20,7 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 from graphopt.errors import ArgumentError
-from graphopt.optim.tensors import norm_of, refuse_sparse
+from graphopt.optim.tensors import begin_step, norm_of
 
 Group = dict[str, Any]
 
@@ -75,12 +75,7 @@ class LARC(Optimizer):
         Raises:
             ArgumentError: a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            refuse_sparse(group)
+        loss = begin_step(self.param_groups, closure)
         for group in self.param_groups:
             if group.get("adaptive", True):
                 self._scale(group)

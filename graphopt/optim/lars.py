@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from graphopt.errors import ArgumentError
-from graphopt.optim.tensors import norm_of, refuse_sparse
+from graphopt.optim.tensors import begin_step, norm_of
 
 
 class LARS(Optimizer):
@@ -76,12 +76,7 @@ class LARS(Optimizer):
         Raises:
             ArgumentError: a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            refuse_sparse(group)
+        loss = begin_step(self.param_groups, closure)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

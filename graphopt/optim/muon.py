@@ -29,7 +29,7 @@ from graphopt.optim.orthogonal import (
 )
 from graphopt.optim.roles import ParameterRoles, roles_of
 from graphopt.optim.shares import check_group, shared
-from graphopt.optim.tensors import refuse_sparse
+from graphopt.optim.tensors import begin_step
 
 
 class Muon(Optimizer):
@@ -124,12 +124,7 @@ class Muon(Optimizer):
             ArgumentError: a gradient is sparse.
             RankError: ranks have gradients of different parameters.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            refuse_sparse(group)
+        loss = begin_step(self.param_groups, closure)
         for group in self.param_groups:
             if group["method"] == "muon":
                 self._muon(group)

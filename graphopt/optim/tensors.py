@@ -1,7 +1,8 @@
-"""What several optimizers ask of tensors."""
+"""What several optimizers ask of tensors, and how their steps begin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,11 +18,32 @@ def norm_of(tensor: Tensor) -> Tensor:
     return norm
 
 
-def refuse_sparse(group: dict[str, Any]) -> None:
-    """Raise `ArgumentError` for a gradient that is sparse."""
+def begin_step(groups: Iterable[dict[str, Any]], closure: Callable[[], Any] | None) -> Any:
+    """What every `step` begins with: the gradients of the closure, of which none may be sparse.
+
+    Args:
+        groups: of parameters.
+        closure: computes the gradients and returns the loss, if there is one.
+
+    Returns:
+        What the closure returned.
+
+    Raises:
+        ArgumentError: a gradient is sparse; no parameter has changed then.
+    """
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    for group in groups:
+        _refuse_sparse(group)
+    return loss
+
+
+def _refuse_sparse(group: dict[str, Any]) -> None:
     names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
     for name, parameter in zip(names, group["params"], strict=True):
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             raise ArgumentError(
                 "a sparse gradient cannot be used",
                 where=f"parameter {name!r}",

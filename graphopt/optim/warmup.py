@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import ArgumentError
+from graphopt.optim.tensors import begin_step
 
 Group = dict[str, Any]
 
@@ -147,20 +148,9 @@ class RMSpropWarmup(Optimizer):
         Raises:
             ArgumentError: a gradient is sparse; nothing has changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        found = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
-        for index, parameters in enumerate(found):
-            _check(
-                all(p.grad.layout is torch.strided for p in parameters),
-                "a sparse gradient has no mean square of all its elements",
-                "make the embedding with sparse=False",
-                f"parameter group {index}",
-            )
-        for group, parameters in zip(self.param_groups, found, strict=True):
-            if parameters:
+        loss: float | None = begin_step(self.param_groups, closure)
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
                 self._update(group, parameters)
             group["steps"] += 1
         return loss

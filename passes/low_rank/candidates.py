@@ -72,7 +72,7 @@ def _tiles(weight: Tensor, allowed: float, most: float) -> Iterator[Form]:
 
 
 def _halves(weight: Tensor, allowed: float, most: float) -> Iterator[Form]:
-    """All depths; ranks are those of the deepest, whose blocks are allowed the least."""
+    """All depths; the ranks are such that the deepest keeps the bound, whose blocks are most."""
     rows, cols = weight.shape
     deepest = 0
     while not (rows | cols) & ((2 << deepest) - 1):
@@ -80,16 +80,16 @@ def _halves(weight: Tensor, allowed: float, most: float) -> Iterator[Form]:
             break
         deepest += 1
     each = allowed / math.sqrt(max((2 << deepest) - 2, 1))
-    ranks: list[int] = []
+    largest = 1
     for level in range(1, deepest + 1):
-        shape = Hodlr(rows, cols, (1,) * level)
+        shape = Hodlr(rows, cols, level, 1)
         limit = min(rows, cols) >> (level + 1)
         blocks = (shape.block(weight, level, row, row ^ 1) for row in range(1 << level))
         rank = _largest(blocks, each, limit)
         if rank is None:
             return
-        ranks.append(rank)
-        form = Hodlr(rows, cols, tuple(ranks))
+        largest = max(largest, rank)
+        form = Hodlr(rows, cols, level, largest)
         if form.numbers <= most:
             yield form
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import batch_scaling, convergence
+from benchmarks import batch_scaling, convergence, tuning
 from benchmarks.batch_scaling_picture import steps_over_batch
-from benchmarks.convergence import RATES, SETTINGS, Trial
 from benchmarks.convergence_picture import Curve, curves, draw
 from benchmarks.kfac_step_variants import gpt, resnet
 from benchmarks.muon_step import compare
+from benchmarks.tuning import RATES, SETTINGS, Trial
 from examples.kfac_digits.comparison import (
     KFAC,
     METHODS,
@@ -81,7 +81,7 @@ def test_budgets_are_equal() -> None:
 
 
 def test_tuning_takes_the_fastest_rate_and_survives_lost_runs() -> None:
-    chosen, tried = convergence.tune(problem(), METHODS[0], (1e-6, 0.03, 1e6), (0,))
+    chosen, tried = tuning.tune(problem(), METHODS[0], (1e-6, 0.03, 1e6), (0,))
     assert chosen == Trial(0.03, 0.9)
     lost = {trial["rate"]: trial for trial in tried}
     assert lost[1e6]["steps"] is lost[1e6]["value"] is lost[1e-6]["steps"] is None
@@ -89,7 +89,7 @@ def test_tuning_takes_the_fastest_rate_and_survives_lost_runs() -> None:
 
 def test_the_other_setting_is_tried_around_the_best_rate() -> None:
     rates = (1e-6, 1e-4, 0.01, 0.03, 1e6)
-    chosen, tried = convergence.tune(easy(), SGD_MOMENTUM, rates, (0, 1), (0.0, 0.5))
+    chosen, tried = tuning.tune(easy(), SGD_MOMENTUM, rates, (0, 1), (0.0, 0.5))
     trials = [(trial["rate"], trial["setting"]) for trial in tried]
     usual = [rate for rate, setting in trials if setting == 0.9]
     assert sorted(usual) == sorted(rates)
@@ -101,7 +101,7 @@ def test_the_other_setting_is_tried_around_the_best_rate() -> None:
 
 def test_giving_trials_up_does_not_change_the_choice() -> None:
     rates, seeds = (0.003, 0.01, 0.03, 0.1), (0, 1)
-    chosen, _ = convergence.tune(easy(), SGD_MOMENTUM, rates, seeds, (0.5, 0.8))
+    chosen, _ = tuning.tune(easy(), SGD_MOMENTUM, rates, seeds, (0.5, 0.8))
 
     def steps(trial: Trial) -> float:
         found = 0.0

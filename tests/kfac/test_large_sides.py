@@ -23,6 +23,7 @@ from graphopt.runtime.kfac.ekfac import Ekfac
 from graphopt.runtime.kfac.factored import Factored
 from graphopt.runtime.kfac.interval import similar
 from graphopt.runtime.kfac.lowrank import LowRank
+from graphopt.runtime.kfac.packing import unpack
 from graphopt.runtime.kfac.solve import Problem
 from tests.kfac.brute_force import expected, factors
 from tests.kfac.cases import case
@@ -291,6 +292,35 @@ def test_a_run_resumes_to_the_last_bit() -> None:
     graphopt.load_state_dict(other, saved)
     found = _step(other, *_data(16, seed=2))
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+class Wide(nn.Sequential):
+    """A layer with a large side of outputs, and one with a large side of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3))
+
+
+def _drawn(options: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and statistics of one step, always with the same labels drawn."""
+    model = _model(f"kfac{{damping=0.02,interval=1{options}}}", Wide)
+    torch.manual_seed(5)
+    return _step(model, *_data(6, 6)), _state(model)
+
+
+def test_sides_of_labels_that_are_drawn_from_the_model() -> None:
+    wanted, exact = _drawn(",fisher=mc")
+    found, _ = _drawn(",fisher=mc,max_dim=20,rank=9")  # more than there are rows
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+    _, few = _drawn(",fisher=mc,max_dim=20,rank=2")
+    _, empirical = _drawn(",max_dim=20,rank=2")
+    for side, size in (("0.weight:G", 40), ("2.weight:A", 41)):
+        value, whole = few[f"now/{side}"], unpack(exact[f"now/{side}"])
+        assert value.shape == (1, 3 * size)
+        assert 0 < _error(value, whole) <= low_rank.bound(value, size)[1] + 1e-12
+        drawn = side.endswith("G")  # inputs do not depend on labels
+        assert torch.allclose(value, empirical[f"now/{side}"]) == (not drawn)
 
 
 class Reused(nn.Module):

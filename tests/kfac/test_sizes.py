@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import graphopt
@@ -17,7 +15,6 @@ from graphopt.model.controller import controller_of
 from tests.kfac.brute_force import expected
 from tests.kfac.cases import MODELS, NAMES, case
 from tests.kfac.explicit import compute
-from tests.support.ranks import on_ranks
 
 DAMPING = 1e-3
 SPEC = "kfac{damping=1e-3,interval=1,solver=factored}"

@@ -48,3 +48,26 @@ def batch(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Tokens for a `Mixer`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(3, TOKENS, CHANNELS, generator=generator, dtype=dtype)
+
+
+class Convolution(nn.Module):
+    """A long causal convolution written as a matrix, whose taps are of no low rank."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        taps = torch.randn(TOKENS, generator=generator, dtype=torch.float64) / TOKENS**0.5
+        distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+        weight = torch.where(distance >= 0, taps[distance.clamp(min=0)], 0.0)
+        self.weight = nn.Parameter(weight.to(dtype))
+        self.out = nn.Linear(CHANNELS, CHANNELS, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, channels] to the same."""
+        made: Tensor = self.out(torch.tanh(self.weight @ x))
+        return made
+
+
+def all_forms() -> nn.Module:
+    """Flat, Toeplitz, tiles and halves in one model."""
+    return nn.Sequential(Mixer(), Convolution())

@@ -434,7 +434,7 @@ def test_parameters_and_gradients_that_fit_nothing_are_refused() -> None:
     weight = nn.Parameter(torch.zeros(3, 2))
     optimizer = DelayedSGD([weight])
     weight.grad = torch.zeros(3, 2).to_sparse()
-    with pytest.raises(ArgumentError, match="a sparse gradient cannot be compensated"):
+    with pytest.raises(ArgumentError, match="a sparse gradient cannot be used"):
         optimizer.step()
     with pytest.raises(ArgumentError, match=r"beta1=1.0"):
         delayed_nadam([weight], beta1=1.0)

@@ -35,8 +35,7 @@ def forms(draw: st.DrawFn) -> Form:
         tiles = draw(st.integers(2, 4))
         return Blr(m * tiles, n * tiles, tiles, draw(st.integers(1, min(m, n))))
     levels = draw(st.integers(1, 3))
-    ranks = tuple(draw(st.integers(1, 3)) for _ in range(levels))
-    return Hodlr(m << levels, n << levels, ranks)
+    return Hodlr(m << levels, n << levels, levels, draw(st.integers(1, 3)))
 
 
 def _factors(form: Form, seed: int) -> list[Tensor]:
