@@ -1,8 +1,9 @@
 """What 1,000 distinct sizes leave behind in memory.
 
-Run ``python -m benchmarks.sizes_memory``; it leaves ``benchmarks/results/sizes_memory.json``. Each case trains a small transformer in a process of its own, one step for each of 1,000 pairs of
-batch (2 to 11) and length (2 to 101), all different, in random order, and after them the first 200
-pairs again. Memory is what the process has resident after garbage collection, every 100 steps; an
+Run ``python -m benchmarks.sizes_memory``; it leaves ``benchmarks/results/sizes_memory.json``. Each
+case trains a small transformer in a process of its own, one step for each of 1,000 pairs of batch
+(2 to 11) and length (2 to 101), all different, in random order, and after them the first 200 pairs
+again. Memory is what the process has resident after garbage collection, every 100 steps; an
 allocator keeps some of what was freed, which is why plain PyTorch is among the cases. Times are of
 the processor, captures included.
 """
