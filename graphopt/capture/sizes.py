@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 from unittest import mock
 
@@ -300,7 +301,7 @@ class Reading:
     """
 
     def __init__(self, shape_env: Any, found: Mapping[str, Names]) -> None:
-        codes = {}
+        codes: dict[Any, CodeType] = {}
         for symbol, sources in shape_env.var_to_sources.items():
             now = shape_env.simplify(symbol)
             for source in sources:
