@@ -13,7 +13,8 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group, Tiles
+from graphopt.hierarchical.group_kinds import Coupled, Tiles
+from graphopt.hierarchical.groups import Group
 from graphopt.hierarchical.interpolation import (
     MOVED,
     Boxes,
@@ -35,6 +36,8 @@ _MOST = 1024
 # Parts of the tolerance for interpolation, for what rounding may add to it, and for both together
 # with the truncation of bases.
 _INTERPOLATION, _ROUNDING, _TOGETHER = 0.3, 0.5, 0.95
+# Of the value for equal points: entries below that are zero, as far as rounding can tell.
+_ZERO = 1e-12
 # Random columns for the bases of clusters at first, beside those that make sure.
 _SAMPLES = 48
 
@@ -69,11 +72,12 @@ def from_kernel(
 
     Returns:
         A matrix whose products are differentiable by the kernel's parameters. Its bound is at most
-        `tolerance` times its norm; or, where entries are that small, 1e-12 of the value for equal
-        points for each.
+        `tolerance` times its norm; or, where entries are that small and so much was not asked for,
+        1e-12 of the value for equal points for each.
 
     Raises:
-        ArgumentError: a tolerance below what the dtype reaches, or clusters without points.
+        ArgumentError: a tolerance below what the dtype reaches, clusters without points, or a kernel
+            that is not finite, returns another shape or, with one tree, is not symmetric.
     """
     other = rows if columns is None else columns
     if not 0 < tolerance < 1:
@@ -85,18 +89,22 @@ def from_kernel(
             f"points of {rows.points.shape[1]} and of {other.points.shape[1]} coordinates",
             hint="pass points of one space",
         )
+    if dtype not in (torch.float32, _DOUBLE):
+        raise ArgumentError(f"blocks cannot be stored in {dtype}", hint="pass torch.float32")
     builder = _Builder(kernel, rows, other, columns is None, rule or Strong(1.5), dtype)
     # Sampled, hence a guess; what counts is the comparison afterwards.
     size, best = builder.guess(), math.inf
+    zero = builder.zero if tolerance >= _ZERO else 0.0
     for _ in range(4):
-        groups, error = builder.groups(max(tolerance * size, builder.zero / 2))
+        try:
+            groups, error = builder.groups(max(tolerance * size, zero / 2))
+        except torch.linalg.LinAlgError:
+            raise _not_finite() from None
         packed = Packed(groups, rows, other, parameters(kernel))
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
         if not math.isfinite(error):
-            raise ArgumentError(
-                "the kernel is not finite at all points", hint="state its value for equal points"
-            )
-        if error <= max(tolerance * norm, builder.zero):
+            raise _not_finite()
+        if error <= max(tolerance * norm, zero):
             return HMatrix(None, rows, other, error, packed)
         reached = error / norm if norm > 0 else math.inf
         if reached > best / 2:
@@ -140,7 +148,7 @@ class _Builder:
         with torch.no_grad():
             here = self.points[0][:1]
             most = float(self.kernel(here, here).double().abs().max())
-        return 1e-12 * most * math.sqrt(math.prod(len(tree) for tree in self.trees))
+        return _ZERO * most * math.sqrt(math.prod(len(tree) for tree in self.trees))
 
     @torch.no_grad()
     def guess(self) -> float:
@@ -151,7 +159,23 @@ class _Builder:
             self.points[i][torch.randint(0, size, (20000,), generator=generator)].unsqueeze(1)
             for i, size in enumerate((m, n))
         )
-        found = self.kernel(own, other).double().square().mean() * m * n
+        values = self.kernel(own, other)
+        shape = (20000, 1, 1)
+        if not isinstance(values, Tensor) or values.shape != shape:
+            raise ArgumentError(
+                f"the kernel maps points {list(own.shape)} and {list(other.shape)} to "
+                f"{list(getattr(values, 'shape', [])) or type(values).__name__}",
+                hint="return a tensor of [..., m, n] for points [..., m, d] and [..., n, d]",
+            )
+        if not bool(values.isfinite().all()):
+            raise _not_finite()
+        if self.symmetric and self.analytic is None:
+            far = float((values - self.kernel(other, own)).abs().max())
+            if far > 1e-6 * float(values.abs().max()):
+                raise ArgumentError(
+                    "the kernel is not symmetric", hint="pass the tree as columns, too"
+                )
+        found = values.double().square().mean() * m * n
         if self.symmetric:
             here = self.points[0][:-1].unsqueeze(1)
             found = torch.maximum(found, self.kernel(here, here).double().square().sum())
@@ -380,6 +404,13 @@ class _Builder:
             mirrored=self.symmetric,
         )
         return group, rest * math.sqrt(1 + self.symmetric)
+
+
+def _not_finite() -> ArgumentError:
+    return ArgumentError(
+        "the kernel is not finite at all points",
+        hint="state its value for equal points, and scale points that are too large to be squared",
+    )
 
 
 def _levels(pairs: Pairs) -> tuple[int, int]:

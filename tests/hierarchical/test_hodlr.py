@@ -15,7 +15,7 @@ from graphopt.errors import IndefiniteError
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
-from graphopt.hierarchical.processes.probability import Probed, norm_factor, trace_factor
+from graphopt.hierarchical.probability import Probed, norm_factor, trace_factor
 from graphopt.hierarchical.processes.whitening import Layout, Whitening
 from tests.hierarchical.oracles import points
 

@@ -19,7 +19,7 @@ from graphopt.hierarchical.processes.exact import product
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
-from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
+from graphopt.hierarchical.probability import norm_factor, trace_factor
 from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
 

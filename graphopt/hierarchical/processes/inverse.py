@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graphopt.errors import IndefiniteError
 from graphopt.hierarchical.processes.hodlr import Operator
-from graphopt.hierarchical.processes.probability import FAILURE, Probed, norm_factor
+from graphopt.hierarchical.probability import FAILURE, Probed, norm_factor
 from graphopt.hierarchical.processes.whitening import Coupling, Whitening
 from graphopt.hierarchical.rounding import gamma
 
