@@ -251,7 +251,9 @@ def _probed(product: Product, matrix: HMatrix) -> float:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(matrix.shape[1], _PROBES, generator=generator, dtype=_DOUBLE)
     approximate = (matrix @ noise.to(matrix.dtype)).double()
-    left = (product(noise).cpu() - approximate).norm(dim=0) + matrix.packed.rounding * noise.norm(dim=0)
+    left = (product(noise).cpu() - approximate).norm(dim=0) + matrix.packed.rounding * noise.norm(
+        dim=0
+    )
     if matrix.dtype is not _DOUBLE:
         left = left + matrix.norm * storage(matrix.dtype) * noise.norm(dim=0)
     goal, low, high = _FAILURE ** (2 / _PROBES), 0.0, 1.0

@@ -76,8 +76,8 @@ def from_kernel(
         1e-12 of the value for equal points for each.
 
     Raises:
-        ArgumentError: a tolerance below what the dtype reaches, clusters without points, or a kernel
-            that is not finite, returns another shape or, with one tree, is not symmetric.
+        ArgumentError: a tolerance below what the dtype reaches; clusters without points; a kernel
+            that is not finite, has another shape or, with one tree, is not symmetric.
     """
     other = rows if columns is None else columns
     if not 0 < tolerance < 1:

@@ -52,7 +52,10 @@ def test_dense_matrices_and_products(rule: h.Weak, method: str) -> None:
     found = h.from_dense(values.to(DEVICE), tree, tolerance=1e-6, rule=rule, method=method)  # type: ignore[arg-type]
     assert found.device == DEVICE
     x = _vectors()
-    for product, exact in ((found.apply(x.to(DEVICE)), values @ x), (found.T.apply(x.to(DEVICE)), values.T @ x)):
+    for product, exact in (
+        (found.apply(x.to(DEVICE)), values @ x),
+        (found.T.apply(x.to(DEVICE)), values.T @ x),
+    ):
         assert product.value.device == DEVICE
         assert float((product.value.cpu() - exact).norm(dim=0).max()) <= product.bound
     assert float((found.dense().cpu() - values).norm()) <= found.bound
@@ -61,7 +64,7 @@ def test_dense_matrices_and_products(rule: h.Weak, method: str) -> None:
 
 
 def test_kernel_matrices_are_moved_and_keep_their_gradients() -> None:
-    tree, values = _values()
+    tree, _ = _values()
     scale = torch.tensor(1.0, dtype=_DOUBLE, requires_grad=True)
     here = h.from_kernel(h.Exponential(scale), tree, tolerance=1e-8)
     there = here.to(DEVICE)
@@ -82,7 +85,9 @@ def test_arithmetic() -> None:
     b, inverse = _vectors(), torch.linalg.inv(values)
     for factors in (h.lu(matrix, 1e-8), h.cholesky(matrix, 1e-8, least_eigenvalue=1.0)):
         solution = factors.solve(b.to(DEVICE))
-        assert float((solution.value.cpu() - inverse @ b).norm(dim=0).max()) <= solution.bound < 1e-3
+        assert (
+            float((solution.value.cpu() - inverse @ b).norm(dim=0).max()) <= solution.bound < 1e-3
+        )
         logdet = factors.logdet()
         assert abs(logdet.value - float(torch.logdet(values))) <= logdet.bound
     square = h.multiply(matrix, h.add(matrix, h.shifted(h.scaled(matrix, 2.0), 1.0), 1e-8), 1e-8)

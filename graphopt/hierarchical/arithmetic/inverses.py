@@ -56,7 +56,11 @@ def inverse(matrix: HMatrix | Factorization, tolerance: float) -> HMatrix:
     wanted = solved(factors, normal)
     lost = gamma(length(root) + 1, torch.float64) * magnitude(root) * norm(normal)
     lost += norms.spectral * norms.lost * norm(wanted)
-    far = norm_factor(PROBES, FAILURE) * (norm(apply(root, normal) - wanted) + lost) / math.sqrt(PROBES)
+    far = (
+        norm_factor(PROBES, FAILURE)
+        * (norm(apply(root, normal) - wanted) + lost)
+        / math.sqrt(PROBES)
+    )
     bound = far + found.distance * found.inverse_norm if found.bound else far
     bound = bound if math.isfinite(bound) else math.inf
     sure = confidence(plain, lost=RISK)

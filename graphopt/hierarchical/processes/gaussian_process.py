@@ -15,11 +15,11 @@ from graphopt.hierarchical.differentiable import log_determinant, quadratic
 from graphopt.hierarchical.kernel_matrix import from_kernel
 from graphopt.hierarchical.kernels import Exponential, Gaussian, Matern32, Matern52, Radial
 from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.probability import norm_factor, trace_factor
 from graphopt.hierarchical.processes.exact import product
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
-from graphopt.hierarchical.probability import norm_factor, trace_factor
 from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
 
