@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -24,6 +23,13 @@ from graphopt.hierarchical.interpolation import (
     nodes_for,
     rounding,
 )
+from graphopt.hierarchical.kernel_checks import (
+    ZERO,
+    check_arguments,
+    not_finite,
+    sampled_norm,
+    zero_norm,
+)
 from graphopt.hierarchical.kernel_sides import Basis, Side, Values, chunks, shaping
 from graphopt.hierarchical.kernels import Analytic, Kernel, parameters
 from graphopt.hierarchical.matrix import HMatrix
@@ -36,8 +42,6 @@ _MOST = 1024
 # Parts of the tolerance for interpolation, for what rounding may add to it, and for both together
 # with the truncation of bases.
 _INTERPOLATION, _ROUNDING, _TOGETHER = 0.3, 0.5, 0.95
-# Of the value for equal points: entries below that are zero, as far as rounding can tell.
-_ZERO = 1e-12
 # Random columns for the bases of clusters at first, beside those that make sure.
 _SAMPLES = 48
 
@@ -80,30 +84,23 @@ def from_kernel(
             that is not finite, has another shape or, with one tree, is not symmetric.
     """
     other = rows if columns is None else columns
-    if not 0 < tolerance < 1:
-        raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
-    if rows.points is None or other.points is None:
-        raise ArgumentError("clusters by index have no points", hint="build trees by `by_points`")
-    if rows.points.shape[1] != other.points.shape[1]:
-        raise ArgumentError(
-            f"points of {rows.points.shape[1]} and of {other.points.shape[1]} coordinates",
-            hint="pass points of one space",
-        )
-    if dtype not in (torch.float32, _DOUBLE):
-        raise ArgumentError(f"blocks cannot be stored in {dtype}", hint="pass torch.float32")
+    check_arguments(rows, other, tolerance, dtype)
     builder = _Builder(kernel, rows, other, columns is None, rule or Strong(1.5), dtype)
     # Sampled, hence a guess; what counts is the comparison afterwards.
-    size, best = builder.guess(), math.inf
-    zero = builder.zero if tolerance >= _ZERO else 0.0
+    here, there = (points[:-1] for points in builder.points)
+    sure = builder.analytic is not None
+    size = sampled_norm(kernel, here, there, one=builder.symmetric, sure=sure)
+    zero = zero_norm(kernel, here, len(rows) * len(other)) if tolerance >= ZERO else 0.0
+    best = math.inf
     for _ in range(4):
         try:
             groups, error = builder.groups(max(tolerance * size, zero / 2))
         except torch.linalg.LinAlgError:
-            raise _not_finite() from None
+            raise not_finite() from None
         packed = Packed(groups, rows, other, parameters(kernel))
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
         if not math.isfinite(error):
-            raise _not_finite()
+            raise not_finite()
         if error <= max(tolerance * norm, zero):
             return HMatrix(None, rows, other, error, packed)
         reached = error / norm if norm > 0 else math.inf
@@ -141,45 +138,6 @@ class _Builder:
             reach = max(float((p / self.scales).abs().max()) for p in self.points)
             # Positions of points and nodes, in units of the scale, are off by at most this.
             self.moved = MOVED * math.sqrt(self.dimensions) * reach
-
-    @cached_property
-    def zero(self) -> float:
-        """Below this Frobenius norm the matrix is one of zeros, as far as rounding can tell."""
-        with torch.no_grad():
-            here = self.points[0][:1]
-            most = float(self.kernel(here, here).double().abs().max())
-        return _ZERO * most * math.sqrt(math.prod(len(tree) for tree in self.trees))
-
-    @torch.no_grad()
-    def guess(self) -> float:
-        """Of the Frobenius norm: random entries, and the diagonal."""
-        generator = torch.Generator().manual_seed(0)
-        m, n = (len(tree) for tree in self.trees)
-        own, other = (
-            self.points[i][torch.randint(0, size, (20000,), generator=generator)].unsqueeze(1)
-            for i, size in enumerate((m, n))
-        )
-        values = self.kernel(own, other)
-        shape = (20000, 1, 1)
-        if not isinstance(values, Tensor) or values.shape != shape:
-            raise ArgumentError(
-                f"the kernel maps points {list(own.shape)} and {list(other.shape)} to "
-                f"{list(getattr(values, 'shape', [])) or type(values).__name__}",
-                hint="return a tensor of [..., m, n] for points [..., m, d] and [..., n, d]",
-            )
-        if not bool(values.isfinite().all()):
-            raise _not_finite()
-        if self.symmetric and self.analytic is None:
-            far = float((values - self.kernel(other, own)).abs().max())
-            if far > 1e-6 * float(values.abs().max()):
-                raise ArgumentError(
-                    "the kernel is not symmetric", hint="pass the tree as columns, too"
-                )
-        found = values.double().square().mean() * m * n
-        if self.symmetric:
-            here = self.points[0][:-1].unsqueeze(1)
-            found = torch.maximum(found, self.kernel(here, here).double().square().sum())
-        return float(found.sqrt())
 
     def groups(self, budget: float) -> tuple[list[Group], float]:
         """All blocks, and a bound of the error of all of them."""
@@ -404,13 +362,6 @@ class _Builder:
             mirrored=self.symmetric,
         )
         return group, rest * math.sqrt(1 + self.symmetric)
-
-
-def _not_finite() -> ArgumentError:
-    return ArgumentError(
-        "the kernel is not finite at all points",
-        hint="state its value for equal points, and scale points that are too large to be squared",
-    )
 
 
 def _levels(pairs: Pairs) -> tuple[int, int]:
