@@ -10,7 +10,7 @@ import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class Group(abc.ABC):
             value = getattr(self, own.name)
             if isinstance(value, Tensor) and id(value) not in moved:
                 moved[id(value)] = value.to(device)
-        found = {
+        found: dict[str, Any] = {
             own.name: moved[id(getattr(self, own.name))]
             for own in fields(self)
             if id(getattr(self, own.name)) in moved
