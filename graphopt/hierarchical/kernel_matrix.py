@@ -95,7 +95,7 @@ def from_kernel(
     for _ in range(4):
         try:
             groups, error = builder.groups(max(tolerance * size, zero / 2))
-        except torch._C._LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise not_finite() from None
         packed = Packed(groups, rows, other, parameters(kernel))
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
