@@ -11,7 +11,8 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group
+from graphopt.hierarchical.group_kinds import Coupled
+from graphopt.hierarchical.groups import Group
 from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernels import Analytic, Kernel, Radial
 from graphopt.hierarchical.matrix import HMatrix
