@@ -79,7 +79,7 @@ def _now(node: fx.Node) -> bool | None:
     values: dict[fx.Node, Any] = {}
     before = random_state()
     try:
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():  # type: ignore[no-untyped-call]
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
             for needed in _needed(node):
                 values[needed] = _value(needed, values)
             drawn = not torch.equal(before[1], torch.get_rng_state())
