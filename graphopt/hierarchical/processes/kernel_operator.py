@@ -121,17 +121,27 @@ class KernelOperator:
             return self.matrix.packed.product(values)
         return self._levels(values, level, [0])[0]
 
-    def inner_gradient(self, w: Tensor, v: Tensor, level: int | None = None) -> list[Tensor]:
+    def inner_gradient(
+        self, w: Tensor, v: Tensor, level: int | None = None, own: bool = True
+    ) -> list[Tensor]:
         """See `Operator`."""
         if self.changes is None:
             return self.matrix.packed.inner_gradient(w, v, level)
-        kinds = sorted({change.kind for change in self.changes})
+        kinds = sorted({change.kind for change in self.changes if own or change.kind})
         if level is None:
             found = [self._packed(kind).product(v) for kind in kinds]
         else:
             found = self._levels(v, level, kinds)
-        sums = [(w * own).sum() for own in found]
-        return self.gathered([sums[kinds.index(change.kind)] for change in self.changes])
+        sums = {kind: (w * image).sum() for kind, image in zip(kinds, found, strict=True)}
+        zero = w.new_zeros(())
+        return self.gathered([sums.get(change.kind, zero) for change in self.changes])
+
+    def own_gradient(self, number: Tensor) -> list[Tensor]:
+        """See `Operator`: the variance."""
+        if self.changes is None:
+            return [torch.zeros_like(p) for p in self.parameters]
+        zero = torch.zeros_like(number)
+        return self.gathered([zero if change.kind else number for change in self.changes])
 
     def changed(self, change: Change, values: Tensor) -> Tensor:
         """A change times [n, k]."""
@@ -175,6 +185,8 @@ class KernelOperator:
             for part in parts:
                 own = torch.where(filled[part], weights[part], 0.0)
                 for number, change in zip(numbers, self.changes, strict=True):
+                    if not change.kind:
+                        continue
                     number += (own * blocks(change.kernel, part)).sum()
             return self.gathered(numbers)
         total = [torch.zeros_like(p) for p in self.parameters]
