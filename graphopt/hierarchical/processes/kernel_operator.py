@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group
+from graphopt.hierarchical.groups import Coupled, Group, Tiles
 from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernels import Analytic, Kernel, Radial
 from graphopt.hierarchical.matrix import HMatrix
@@ -165,8 +165,10 @@ class KernelOperator:
             return packed
         groups: list[Group] = []
         for group, own in zip(packed.groups, self._kinds[kind], strict=True):
-            name = "cores" if isinstance(group, Coupled) else "values"
-            groups.append(replace(group, source=None, **{name: own}))
+            if isinstance(group, Coupled):
+                groups.append(replace(group, source=None, cores=own))
+            elif isinstance(group, Tiles):
+                groups.append(replace(group, source=None, values=own))
         return Packed(groups, packed.rows, packed.columns)
 
     @torch.no_grad()
