@@ -53,25 +53,59 @@ def hyperparameters(dimensions: int) -> list[Tensor]:
 def ours(n: int, dimensions: int, tolerance: float) -> dict[str, Any]:
     points, values = data(n, dimensions)
     scale, variance, noise = hyperparameters(dimensions)
-    start = time.perf_counter(), time.process_time()
+    clock = _Clock()
     process = GaussianProcess(Matern32(scale, variance), noise, points, tolerance=tolerance)
-    found = process.log_likelihood(values)
-    forward = time.perf_counter() - start[0], time.process_time() - start[1]
-    print(found, forward, file=sys.stderr, flush=True)
-    found.value.backward()
     inverse = process.inverse()
-    return {
+    clock.stage("matrix and factor")
+    found = process.log_likelihood(values)
+    clock.stage("solution")
+    forward = clock.total
+    found.value.backward()
+    clock.stage("gradient")
+    seconds, cpu = clock.total
+    line = {
         "value": float(found.value.detach()),
         "bound": found.bound,
         "tolerance": tolerance,
         "gradient": [float(p.grad) for p in (scale, variance, noise) if p.grad is not None],
         "forward seconds": forward[0],
         "forward CPU seconds": forward[1],
-        "seconds": time.perf_counter() - start[0],
-        "CPU seconds": time.process_time() - start[1],
+        "seconds": seconds,
+        "CPU seconds": cpu,
+        "stages": clock.stages,
         "ranks": inverse.whitening.ranks,
         "factor GiB": inverse.whitening.nbytes / 2**30,
+        "matrix bound": inverse.operator.bound,
     }
+    # Bounds of the gradient are not counted, and come last.
+    print(json.dumps(line), file=sys.stderr, flush=True)
+    line["gradient bounds"] = [own.bound for own in process.gradient(values).values()]
+    clock.stage("bounds of the gradient, not counted")
+    return line
+
+
+class _Clock:
+    """Seconds of stages, and CPU seconds."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+        self._start = self._last = time.perf_counter(), time.process_time()
+
+    def stage(self, name: str) -> None:
+        """The end of one; its peak of memory so far, too."""
+        now = time.perf_counter(), time.process_time()
+        self.stages[name] = {
+            "seconds": now[0] - self._last[0],
+            "CPU seconds": now[1] - self._last[1],
+            "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        print(name, self.stages[name], file=sys.stderr, flush=True)
+        self._last = now
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """Since the start."""
+        return self._last[0] - self._start[0], self._last[1] - self._start[1]
 
 
 def dense(n: int, dimensions: int) -> dict[str, Any]:
@@ -136,7 +170,11 @@ def table(path: str) -> None:
             line["inside the bound"] = line["error"] <= line["bound"]
         if "gradient" in line:
             pairs = zip(line["gradient"], known["gradient"], strict=True)
-            line["gradient error"] = max(abs(a - b) for a, b in pairs)
+            errors = [abs(a - b) for a, b in pairs]
+            line["gradient error"] = max(errors)
+            if "gradient bounds" in line:
+                pairs = zip(errors, line["gradient bounds"], strict=True)
+                line["gradient inside the bounds"] = all(error <= most for error, most in pairs)
     print(keep("gaussian_processes", lines))
 
 

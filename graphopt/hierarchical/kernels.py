@@ -52,7 +52,10 @@ class Region:
 class Analytic(Protocol):
     """A kernel that says how large it is in the complex plane, in units of its scale."""
 
-    entire: bool
+    @property
+    def entire(self) -> bool:
+        """Whether it is analytic everywhere."""
+        ...
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """[..., m, d] and [..., n, d] to [..., m, n]."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -146,7 +149,7 @@ class GaussianProcess:
         self._inverse: Inverse | None = None
         self._state: tuple[int, ...] = ()
         self._solution: _Solution | None = None
-        self._changed: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        self._changed: tuple[_Solution, list[tuple[Tensor, Tensor]]] | None = None
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -173,7 +176,9 @@ class GaussianProcess:
             bound = (float(form.error) + determinant.error) / 2 + wrong
             if bound <= goal:
                 assert isinstance(inverse.operator, KernelOperator)
-                products = None if inverse.operator.changes is None else self._changed_by
+                products: Callable[[], list[Tensor]] | None = None
+                if inverse.operator.changes is not None:
+                    products = partial(self._changed_by, solution)
                 system = Covariance(inverse, self.noise.double(), products=products)
                 total = quadratic(system, right, solution.x, form.value)
                 total = total + log_determinant(system)
@@ -205,27 +210,35 @@ class GaussianProcess:
         """
         right = self._checked(y.detach())
         self.log_likelihood(y.detach())
-        inverse, x = self.inverse(), self._solved(right).x
-        operator = inverse.operator
+        inverse, solution = self.inverse(), self._solved(right)
+        operator, x = inverse.operator, solution.x
         assert isinstance(operator, KernelOperator)
         correction = Correction.of(inverse, right, x, *self._product(self.kernel, x))
         by_noise, traces = inverse.log_determinant_gradient
         values, bounds = ([torch.zeros_like(t) for t in (*traces, by_noise)] for _ in range(2))
-        places = [(change.parameter, change.entry, change.factor) for change in self._changes()]
-        found = [
-            (self._stored(operator, change, *applied), trace_error)
-            for change, applied in zip(self._changes(), self._products(x), strict=True)
-        ]
-        if self.noise.requires_grad:
-            places.append((len(traces), 0, 1.0))
-            found.append((Changed.identity(inverse, x), shift_error))
-        for (number, entry, factor), (changed, trace) in zip(places, found, strict=True):
-            form, error, added = correction.form(changed)
-            own = (*traces, by_noise)[number].view(-1)[entry]
-            # Autograd goes without what was added.
-            error += abs(added) + trace(inverse, changed)
+
+        def put(number: int, entry: int, factor: float, form: float, error: float) -> None:
+            own = float((*traces, by_noise)[number].view(-1)[entry])
             values[number].view(-1)[entry] = (factor * form - own) / 2
-            bounds[number].view(-1)[entry] = abs(factor) * error / 2 * (1 + 1e-9)
+            most = abs(factor) * error + 4e-16 * (abs(factor * form) + abs(own))
+            bounds[number].view(-1)[entry] = most / 2 * (1 + 1e-9)
+
+        identity = Changed.identity(inverse, x)
+        square, wrong, added = correction.form(identity)
+        noise = wrong + shift_error(inverse, identity)
+        put(len(traces), 0, 1.0, square, noise + abs(added))
+        for change, (applied, lost) in zip(self._changes(), self._products(solution), strict=True):
+            if change.kind:
+                changed = self._stored(operator, change, applied, lost)
+                form, error, added = correction.form(changed)
+                error += trace_error(inverse, changed)
+            else:
+                # y^T a - noise a^T a, and tr(A^-1 (A - noise)).
+                form = float(solution.form.value) - inverse.shift * square
+                error = float(solution.form.error + solution.form.wrong) + inverse.shift * noise
+                added = form - float((x * applied).sum())
+            # Autograd goes without what was added.
+            put(change.parameter, change.entry, change.factor, form, error + abs(added))
         return {
             self._name(parameter): Bounded(values[number], float(bounds[number].max()))
             for number, parameter in enumerate((*operator.parameters, self.noise))
@@ -304,7 +317,7 @@ class GaussianProcess:
                 form = inverse.exact_quadratic(right, last, lost)
                 solved = inverse.solve(residual, goal)
                 x, rest = x + solved.x, float(torch.linalg.vector_norm(lost))
-                if float(form.error) <= allowed:
+                if float(inverse.energy(last)) <= allowed:
                     break
         # A x differs from the right side by what is left, and by what the matrix has wrong of the
         # last step; in the norm of A^-1.
@@ -316,22 +329,25 @@ class GaussianProcess:
         self._solution = _Solution(inverse, right, x, away, form)
         return self._solution
 
-    def _product(self, kernel: Analytic, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _product(self, kernel: Radial | Analytic, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the matrix of a kernel with x, and bounds of the errors of entries."""
-        return product(kernel, self.tree, x, 0.005 * self.tolerance * len(self))
+        return product(cast(Analytic, kernel), self.tree, x, 0.01 * self.tolerance * len(self))
 
     @torch.no_grad()
-    def _products(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """`_product` of all changes with a solution, kept with it."""
-        known = self._changed
-        if known is None or not torch.equal(known[0], x):
-            changes = self._changes()
-            found = {change.kind: self._product(change.kernel, x) for change in changes}
-            known = self._changed = x, [found[change.kind] for change in changes]
+    def _products(self, solution: _Solution) -> list[tuple[Tensor, Tensor]]:
+        """`_product` of all changes with a solution, kept with it.
+
+        The matrix times it is what its equation says.
+        """
+        known, x = self._changed, solution.x
+        if known is None or known[0] is not solution:
+            own = solution.right - solution.inverse.shift * x, torch.zeros_like(x)
+            found = [self._product(c.kernel, x) if c.kind else own for c in self._changes()]
+            known = self._changed = solution, found
         return known[1]
 
-    def _changed_by(self, x: Tensor) -> list[Tensor]:
-        return [applied for applied, _ in self._products(x)]
+    def _changed_by(self, solution: _Solution) -> list[Tensor]:
+        return [applied for applied, _ in self._products(solution)]
 
     def _changes(self) -> tuple[Change, ...]:
         operator = self.inverse().operator

@@ -61,8 +61,17 @@ class Operator(Protocol):
         """With [n, k]; of the blocks of one level, or of all."""
         ...
 
-    def inner_gradient(self, w: Tensor, v: Tensor, level: int | None = None) -> list[Tensor]:
-        """The derivatives of ``sum(w * product(v, level))`` by the parameters."""
+    def inner_gradient(
+        self, w: Tensor, v: Tensor, level: int | None = None, own: bool = True
+    ) -> list[Tensor]:
+        """The derivatives of ``sum(w * product(v, level))`` by the parameters.
+
+        Without `own`, zeros for parameters that `own_gradient` knows.
+        """
+        ...
+
+    def own_gradient(self, number: Tensor) -> list[Tensor]:
+        """What they are for parameters that multiply the matrix, where the sum is a number."""
         ...
 
     def diagonal(self, level: int) -> Tensor:
@@ -70,7 +79,7 @@ class Operator(Protocol):
         ...
 
     def diagonal_gradient(self, level: int, weights: Tensor) -> list[Tensor]:
-        """The derivatives of ``sum(weights * diagonal(level))`` by the parameters."""
+        """The derivatives of ``sum(weights * diagonal(level))``, without `own`."""
         ...
 
 

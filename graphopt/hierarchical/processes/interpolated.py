@@ -99,11 +99,18 @@ class _Product:
         spread = lagrange(points, *box, nodes).mul_(filled)
         given = _times(spread.mT, self.x[positions])
         found = self._blocks(pairs, chebyshev(*box, nodes), given)
-        entry, lost = estimate.bounds(nodes)
-        once = math.prod(lebesgue(count) for count in nodes)
+        # Rounding is of the weights that there are, which are less than their Lebesgue constant.
+        rows = spread.abs().sum(2, keepdim=True)
+        weighted = (rows * self.x[positions].abs()).sum((1, 2))
+        wider = 1 + max(lebesgue(count) for count in nodes) * (1 + 1e-9)
+        moved = self.moved * self.kernel.slope(estimate.low)
+        near = wider * estimate.errors.bounds(nodes, nodes) + moved
         terms = _terms(size) + 2 * _terms(given.shape[1]) + _crowd(pairs)
-        lost = entry + lost + gamma(terms, _DOUBLE) * (once**2 * estimate.size + lost)
-        self._add(pairs, positions, _times(spread, found), lost)
+        terms += 2 * sum(4 * count + 5 for count in nodes)
+        own = moved + self.kernel.rounding(estimate.size, len(nodes))
+        own = own + gamma(terms, _DOUBLE) * (estimate.size + own)
+        lost = _spread(pairs, near, mass) + rows * _spread(pairs, own, weighted)
+        self._add(positions, _times(spread, found), lost)
         return True
 
     def _evaluated(self, pairs: Pairs, estimate: Estimate) -> None:
@@ -112,7 +119,8 @@ class _Product:
         lost = self.kernel.rounding(estimate.size, self.points.shape[1])
         terms = _terms(positions.shape[1]) + _crowd(pairs)
         lost = lost + gamma(terms, _DOUBLE) * (estimate.size + lost)
-        self._add(pairs, positions, found, lost)
+        mass = self.x[positions].abs().sum((1, 2))
+        self._add(positions, found, _spread(pairs, lost, mass).expand_as(found))
 
     def _blocks(self, pairs: Pairs, at: Tensor, given: Tensor) -> Tensor:
         """[c, k, 1] the sums of blocks at [c, k, d] times [c, k, 1], and of their transposes."""
@@ -126,22 +134,25 @@ class _Product:
             found.index_add_(0, columns, _times(block.mT, across))
         return found
 
-    def _add(self, pairs: Pairs, positions: Tensor, found: Tensor, lost: Tensor) -> None:
-        """To the result, with the bounds of the entries of blocks [b]."""
-        mass = self.x[positions].abs().sum((1, 2))
-        own = torch.zeros_like(mass)
-        own.index_add_(0, pairs.rows, lost * mass[pairs.columns])
-        own.index_add_(0, pairs.columns, lost * mass[pairs.rows])
+    def _add(self, positions: Tensor, found: Tensor, lost: Tensor) -> None:
+        """To the result, with bounds of its error; [c, m, 1]."""
         # Each level is one more sum.
-        sums = gamma(self.tree.depth + 1, _DOUBLE) * found.abs()
+        lost = lost + gamma(self.tree.depth + 1, _DOUBLE) * found.abs()
         self.total.index_add_(0, positions.flatten(), found.flatten(0, 1))
-        each = own[:, None, None] + sums
-        self.lost.index_add_(0, positions.flatten(), each.flatten(0, 1))
+        self.lost.index_add_(0, positions.flatten(), lost.flatten(0, 1))
 
     def _points(self, positions: Tensor) -> Tensor:
         """[c, m, d]; what clusters lack is their last point."""
         last = torch.where(positions < len(self.tree), positions, -1).amax(1, keepdim=True)
         return self.points[torch.minimum(positions, last)]
+
+
+def _spread(pairs: Pairs, entries: Tensor, mass: Tensor) -> Tensor:
+    """[c, 1, 1] the sums of entries [b] times the masses [c] of the other clusters."""
+    found = torch.zeros_like(mass)
+    found.index_add_(0, pairs.rows, entries * mass[pairs.columns])
+    found.index_add_(0, pairs.columns, entries * mass[pairs.rows])
+    return found[:, None, None]
 
 
 def _times(matrices: Tensor, columns: Tensor) -> Tensor:

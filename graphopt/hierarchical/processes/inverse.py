@@ -252,7 +252,7 @@ class Inverse:
             below = Whitening(layout, whitening.leaves, whitening.levels[:number])
             inner = below.backward(_panel(coupling))
             for w, v in _batches([*terms, (inner, b)]):
-                gradients = operator.inner_gradient(layout.cut(w), layout.cut(v), level)
+                gradients = operator.inner_gradient(layout.cut(w), layout.cut(v), level, own=False)
                 for total, own in zip(found, gradients, strict=True):
                     total.add_(own)
             leaves.baddbmm_(_weighted(inner, a).view(*size, -1), inner.view(*size, -1).mT)
@@ -260,7 +260,12 @@ class Inverse:
         for total, own in zip(found, operator.diagonal_gradient(layout.depth, leaves), strict=True):
             total.add_(own)
         present = layout.pad(torch.ones(len(layout.places), 1, dtype=leaves.dtype)).view(size)
-        return (leaves.diagonal(dim1=1, dim2=2) * present).sum(), found
+        shift = (leaves.diagonal(dim1=1, dim2=2) * present).sum()
+        # tr(A^-1 (A - shift)) is known from that of the inverse.
+        rest = len(layout.places) - self.shift * shift
+        for total, own in zip(found, operator.own_gradient(rest), strict=True):
+            total.add_(own)
+        return shift, found
 
     def _smallest(
         self, semidefinite: bool, generator: torch.Generator | None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.group_kinds import Coupled
+from graphopt.hierarchical.group_kinds import Coupled, Tiles
 from graphopt.hierarchical.groups import Group
 from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernels import Analytic, Kernel, Radial
@@ -88,7 +89,8 @@ class KernelOperator:
                     bound = packed.derivative_bounds[i]
                     found.append(Change(kernel, number, i, 1 / entry, i + 1, bound))
             else:
-                found.append(Change(self.kernel, number, 0, 1 / entries[0], 0, self.bound))
+                own = cast(Analytic, self.kernel)
+                found.append(Change(own, number, 0, 1 / entries[0], 0, self.bound))
         return tuple(found)
 
     @property
@@ -122,17 +124,27 @@ class KernelOperator:
             return self.matrix.packed.product(values)
         return self._levels(values, level, [0])[0]
 
-    def inner_gradient(self, w: Tensor, v: Tensor, level: int | None = None) -> list[Tensor]:
+    def inner_gradient(
+        self, w: Tensor, v: Tensor, level: int | None = None, own: bool = True
+    ) -> list[Tensor]:
         """See `Operator`."""
         if self.changes is None:
             return self.matrix.packed.inner_gradient(w, v, level)
-        kinds = sorted({change.kind for change in self.changes})
+        kinds = sorted({change.kind for change in self.changes if own or change.kind})
         if level is None:
             found = [self._packed(kind).product(v) for kind in kinds]
         else:
             found = self._levels(v, level, kinds)
-        sums = [(w * own).sum() for own in found]
-        return self.gathered([sums[kinds.index(change.kind)] for change in self.changes])
+        sums = {kind: (w * image).sum() for kind, image in zip(kinds, found, strict=True)}
+        zero = w.new_zeros(())
+        return self.gathered([sums.get(change.kind, zero) for change in self.changes])
+
+    def own_gradient(self, number: Tensor) -> list[Tensor]:
+        """See `Operator`: the variance."""
+        if self.changes is None:
+            return [torch.zeros_like(p) for p in self.parameters]
+        zero = torch.zeros_like(number)
+        return self.gathered([zero if change.kind else number for change in self.changes])
 
     def changed(self, change: Change, values: Tensor) -> Tensor:
         """A change times [n, k]."""
@@ -156,8 +168,10 @@ class KernelOperator:
             return packed
         groups: list[Group] = []
         for group, own in zip(packed.groups, self._kinds[kind], strict=True):
-            name = "cores" if isinstance(group, Coupled) else "values"
-            groups.append(replace(group, source=None, **{name: own}))
+            if isinstance(group, Coupled):
+                groups.append(replace(group, source=None, cores=own))
+            elif isinstance(group, Tiles):
+                groups.append(replace(group, source=None, values=own))
         return Packed(groups, packed.rows, packed.columns)
 
     @torch.no_grad()
@@ -176,6 +190,8 @@ class KernelOperator:
             for part in parts:
                 own = torch.where(filled[part], weights[part], 0.0)
                 for number, change in zip(numbers, self.changes, strict=True):
+                    if not change.kind:
+                        continue
                     number += (own * blocks(change.kernel, part)).sum()
             return self.gathered(numbers)
         total = [torch.zeros_like(p) for p in self.parameters]

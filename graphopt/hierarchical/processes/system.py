@@ -22,14 +22,14 @@ class Covariance:
         inverse: of the covariance.
         shift: what was added to the diagonal, for its gradient.
         goal: of the norm of whitened residuals of `solve`, relative to that of the right side.
-        products: the derivatives of the covariance times one column, by the numbers of
-            `KernelOperator.changes`; None for those of the stored matrix.
+        products: the derivatives of the covariance by the numbers of `KernelOperator.changes`,
+            times the one column that `inner_gradient` is for; None for those of the stored matrix.
     """
 
     inverse: Inverse
     shift: Tensor
     goal: float = 1e-10
-    products: Callable[[Tensor], list[Tensor]] | None = None
+    products: Callable[[], list[Tensor]] | None = None
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ class Covariance:
         operator = self.inverse.operator
         if self.products is None or not isinstance(operator, KernelOperator):
             return [(w * v).sum(), *operator.inner_gradient(w, v)]
-        numbers = [(w * product).sum() for product in self.products(v)]
+        numbers = [(w * product).sum() for product in self.products()]
         return [(w * v).sum(), *operator.gathered(numbers)]
 
     def log_determinant(self) -> float:
