@@ -69,5 +69,5 @@ class Convolution(nn.Module):
 
 
 def all_forms() -> nn.Module:
-    """Flat, Toeplitz, tiles and halves in one model."""
+    """One product, batched ones, and transforms."""
     return nn.Sequential(Mixer(), Convolution())
