@@ -111,8 +111,8 @@ def take_out(module: fx.GraphModule, wanted: Numbers = NONE) -> Outside | None:
         graph.erase_node(node)
     module.recompile()
     dtypes = tuple(dtype for _, dtype in taken)
-    numbers_at, sizes_at = (tuple(map(inputs.index, nodes)) for nodes in (numbers, sizes))
-    return Outside(numbers_at, sizes_at, program, dtypes, tuple(returned))
+    places, known_sizes = (tuple(map(inputs.index, nodes)) for nodes in (numbers, sizes))
+    return Outside(places, known_sizes, program, dtypes, tuple(returned))
 
 
 def _value(node: fx.Node) -> Any:

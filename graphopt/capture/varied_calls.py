@@ -179,7 +179,8 @@ def smoothed_cross_entropy(
         rest = rest.sum()
     if reduction == "mean":
         rest = rest / (~ignored).sum()
-    return (1 - number) * likely + rest * (number / logits.shape[1])
+    loss: Tensor = (1 - number) * likely + rest * (number / logits.shape[1])
+    return loss
 
 
 def _smoothing(user: fx.Node, given: Given, value: Any) -> Rewrite | None:
