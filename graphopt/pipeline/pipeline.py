@@ -130,6 +130,11 @@ class Pipeline:
         try:
             if present := pass_.conflicts & graph.facts:
                 raise PipelineError(f"it must not run on a graph that is {min(present)!r} already")
+            if symbols := () if pass_.symbolic else signature.names(Role.SIZE):
+                raise PipelineError(
+                    f"it takes graphs of fixed sizes only, and {symbols[0]} is a symbol",
+                    hint="capture without dynamic=, or write the size as a number in the text",
+                )
             outcome = pass_.apply(graph, ctx)
             if not isinstance(outcome, Outcome):
                 raise PipelineError(f"its apply returned {outcome!r}, not an Outcome")

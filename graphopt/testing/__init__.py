@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.testing.oracles import run_graph, run_graph_fp64
     from graphopt.testing.program import Instruction, Program, build
     from graphopt.testing.runtime_check import check_runtime
+    from graphopt.testing.sizes import at_sizes
     from graphopt.testing.strategies import (
         forward_graphs,
         inference_graphs,
@@ -34,6 +35,7 @@ _HOMES = {
     "Program": "program",
     "Instruction": "program",
     "assert_same": "comparison",
+    "at_sizes": "sizes",
     "build": "program",
     "check_pass": "check",
     "Layer": "fuzz.scenario",
@@ -62,6 +64,7 @@ __all__ = [
     "Step",
     "Verdict",
     "assert_same",
+    "at_sizes",
     "build",
     "check_pass",
     "check_runtime",

@@ -13,6 +13,7 @@ from graphopt.graph import Graph
 from graphopt.passbase import EXACT, Applied, Outcome, Pass, PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Role, Signature, Slot
+from graphopt.text import parse_graph, print_graph
 from tests.support.demo_passes import Canonical, Factors, Idle, Lower, Marks, UsesFactors
 from tests.support.graphs import aten, inference_graph, linear_graph
 from tests.support.plugins import write_demo_passes
@@ -366,3 +367,30 @@ def test_rewriting_with_equal_arguments_is_no_change():
             n.args, n.kwargs = tuple(n.args), dict(n.kwargs)
 
     Pipeline((secretly(same),)).run(linear_graph())
+
+
+SYMBOLIC = """gopt 1 inference torch 2.13
+symbol s0 = 4 from 2
+
+forward inputs
+  %x_0 = size "x.0" : int s0
+  %x = input "x" : f32[s0,3]
+
+forward
+  %sub = operator.add(%x_0, -1) : int (-1)+s0
+  %slice_1 = aten.slice.Tensor(%x, 0, 0, %sub) : f32[(-1)+s0,3]
+  %neg = aten.neg.default(%slice_1) : f32[(-1)+s0,3]
+
+forward outputs
+  output "0" = %neg
+
+end
+"""
+
+
+def test_a_pass_that_takes_no_symbols_refuses_them():
+    graph = parse_graph(SYMBOLIC)
+    with pytest.raises(PipelineError, match=r"pass 'does' failed: .* fixed sizes only, and x\.0"):
+        Pipeline((does(lambda graph: Outcome()),)).run(graph)
+    assert print_graph(graph) == SYMBOLIC
+    Pipeline((does(lambda graph: Outcome(), symbolic=True),)).run(graph)
