@@ -3,8 +3,9 @@
 ``python -m benchmarks.hierarchical PART...`` runs parts and keeps their results beside those of
 others. Points are uniform in the unit cube, the kernel is the exponential one of scale 0.3, and
 tolerances are relative to the Frobenius norm. Errors are measured on all entries where the dense
-matrix fits, elsewhere on 200 sampled rows. Beside it is the dense matrix; of libraries, h2tools
-1.1.1 was to be compared, whose sources of 2016 do not build on Python 3.11.
+matrix fits, elsewhere on 200 sampled rows. Beside it is the dense matrix; and with
+``peer-N --peer PYTHON``, for N points of the unit square, Htool-DDM by an interpreter that has it
+(`hierarchical_peer`), at the same error.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,6 +154,37 @@ def gradient(n: int) -> dict[str, Any]:
     return record
 
 
+def peer(n: int, python: str) -> dict[str, Any]:
+    """Products of one vector in 2-D, here and by the peer with errors no larger."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    v = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    exact = torch.cat([rows_of(x, own) @ v for own in torch.arange(n).split(200)])
+    start = time.process_time()
+    matrix = h.from_kernel(h.Exponential(scale=SCALE), h.by_points(x), tolerance=1e-6)
+    build = time.process_time() - start
+    error = float((matrix @ v - exact).square().sum(0).mean().sqrt())
+    ours = {
+        "build_cpu_s": build,
+        "matvec_s": seconds(lambda: matrix @ v[:, :1], 15),
+        "error": error,
+        "of_dense": matrix.nbytes / (8 * n * n),
+    }
+    theirs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/data.npz"
+        np.savez(data, points=x, scale=SCALE, vectors=v, products=exact)
+        script = str(Path(__file__).parent / "hierarchical_peer.py")
+        for eta in ("1.5", "10"):
+            for epsilon in ("1e-5", "3e-6", "1e-6", "3e-7"):
+                command = [python, script, data, epsilon, eta, "N", "15"]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                theirs.append(json.loads(done.stdout.splitlines()[-1]))
+                if theirs[-1]["error"] <= error:
+                    break
+    return {"n": n, "norm": matrix.norm, "ours": ours, "htool": theirs}
+
+
 def slopes(records: list[dict[str, Any]]) -> dict[str, float]:
     """Exponents of n between the last two sizes."""
     first, last = records[-2:]
@@ -180,11 +216,14 @@ def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=[])
+    parser.add_argument("--peer", help="an interpreter that has Htool")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for part in arguments.parts:
         if part.startswith("gradient"):
             results[part] = gradient(int(part.split("-")[1]))
+        elif part.startswith("peer"):
+            results[part] = peer(int(part.split("-")[1]), arguments.peer)
         else:
             d, tolerance, sizes = PARTS[part]
             results[part] = [measure(d, n, tolerance) for n in sizes]

@@ -59,6 +59,19 @@ class Cluster:
 
 
 @dataclass(frozen=True, eq=False)
+class Indices:
+    """Those of a `ClusterTree` on one device.
+
+    Attributes:
+        order: as there.
+        positions: as there.
+    """
+
+    order: Tensor
+    positions: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class ClusterTree:
     """A complete binary tree: all leaves are on one level, sizes of a level differ by one at most.
 
@@ -111,6 +124,17 @@ class ClusterTree:
             found.append(torch.where(own < starts[1:].unsqueeze(1), own, len(self)))
         return found
 
+    def on(self, device: torch.device) -> Indices:
+        """Order and positions on a device, copied there once."""
+        if device not in self._indices:
+            positions = [own.to(device) for own in self.positions]
+            self._indices[device] = Indices(self.order.to(device), positions)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Indices]:
+        return {}
+
     @cached_property
     def boxes(self) -> list[tuple[Tensor, Tensor]]:
         """Of each level, the corners of the bounding boxes of its clusters: two of [2**level, d].
@@ -140,12 +164,12 @@ class ClusterTree:
 
     def to_positions(self, values: Tensor) -> Tensor:
         """Rows [n, ...] in the order of positions."""
-        return values[self.order]
+        return values[self.on(values.device).order]
 
     def to_original(self, values: Tensor) -> Tensor:
         """Rows [n, ...] in the original order; the inverse of `to_positions`."""
         found = torch.empty_like(values)
-        found[self.order] = values
+        found[self.on(values.device).order] = values
         return found
 
 
@@ -169,6 +193,10 @@ def by_points(points: Tensor, leaf: int = 64, split: Split = "box") -> ClusterTr
         split: ``box`` halves at the median of the longest side of the bounding box,
             ``principal`` at that of the direction in which the points vary most.
     """
+    if not isinstance(points, Tensor):
+        raise ArgumentError(
+            f"points are a {type(points).__name__}", hint="pass a float tensor of [n, d]"
+        )
     if points.dim() != 2 or not points.dtype.is_floating_point:
         raise ArgumentError(
             f"points are {tuple(points.shape)} {points.dtype}", hint="pass a float tensor of [n, d]"

@@ -31,7 +31,7 @@ def recompress(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tensor, T
         difference, rounding included; it exceeds `tolerance` only by rounding.
     """
     found, other, error = recompress_batch(
-        left.unsqueeze(0), right.unsqueeze(0), torch.tensor([tolerance], dtype=_DOUBLE)
+        left.unsqueeze(0), right.unsqueeze(0), left.new_full((1,), tolerance, dtype=_DOUBLE)
     )
     return found[0], other[0], float(error)
 
@@ -60,7 +60,7 @@ def recompress_batch(
     u, values, v = svd(core)
     keep = rank(values, tolerance)
     most = int(keep.max())
-    needed = torch.arange(most) < keep.unsqueeze(1)
+    needed = torch.arange(most, device=keep.device) < keep.unsqueeze(1)
     u, v = u[..., :most] * (values[:, :most] * needed).unsqueeze(1), v[..., :most]
     v = v * needed.unsqueeze(1)
     found, other = q @ u, p @ v
@@ -116,10 +116,7 @@ def _orthogonal(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _spectral(q: Tensor) -> Tensor:
     """Bounds of the spectral norms of matrices whose columns are nearly orthonormal or zero."""
     gram = q.mT @ q
-    far = norms(
-        gram
-        - torch.eye(gram.shape[-1], dtype=_DOUBLE)
-        * (gram.diagonal(dim1=-2, dim2=-1) > 0.5).unsqueeze(-1)
-    )
+    there = gram.diagonal(dim1=-2, dim2=-1) > 0.5
+    far = norms(gram - torch.diag_embed(there.to(gram)))
     far = far + gamma(q.shape[-2] + 1, _DOUBLE) * norms(q).square()
     return (1 + far).sqrt()

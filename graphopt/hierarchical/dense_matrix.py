@@ -57,7 +57,8 @@ def from_dense(
     dtype = values.dtype if dtype is None else dtype
     _check(values, rows, other, tolerance, dtype)
     covered = partition(rows, other, rule or Weak())
-    inner = values.detach()[rows.order][:, other.order].double()
+    inner = rows.to_positions(values.detach())
+    inner = other.to_positions(inner.T).T.double()
     size = norm(inner)
     count = max(1, sum(len(pairs) for pairs in covered.far))
     share = 0.999 * tolerance * size * (1 - 1e-9) / math.sqrt(count)
@@ -107,15 +108,15 @@ def _gathered(
         part = pairs.only(slice(start, start + step))
         i, j = own[part.rows].unsqueeze(2), other[part.columns].unsqueeze(1)
         found = values[i.clamp(max=len(rows) - 1), j.clamp(max=len(columns) - 1)]
-        yield part, found * ((i < len(rows)) & (j < len(columns)))
+        yield part, found * ((i < len(rows)) & (j < len(columns))).to(values.device)
 
 
 def _truncated(values: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factors [b, m, r] and [b, n, r], and how many columns each block needs."""
     left, sizes, right = svd(values)
-    keep = rank(sizes, torch.full((len(values),), share, dtype=_DOUBLE))
+    keep = rank(sizes, sizes.new_full((len(values),), share))
     most = int(keep.max())
-    sizes = sizes[:, :most] * (torch.arange(most) < keep.unsqueeze(1))
+    sizes = sizes[:, :most] * (torch.arange(most, device=keep.device) < keep.unsqueeze(1))
     return left[..., :most] * sizes.unsqueeze(1), right[..., :most], keep
 
 
@@ -124,10 +125,10 @@ def _random(values: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     most = min(values.shape[1:])
     generator = torch.Generator().manual_seed(0)
     samples = min(16, most)
-    goal = torch.full((len(values),), 0.5 * share, dtype=_DOUBLE)
+    goal = values.new_full((len(values),), 0.5 * share)
     while True:
         noise = torch.randn(values.shape[2], samples, generator=generator, dtype=_DOUBLE)
-        spread = torch.linalg.qr(values @ noise)[0]
+        spread = torch.linalg.qr(values @ noise.to(values.device))[0]
         inner = spread.mT @ values
         left = norms(values - spread @ inner)
         if samples == most or bool((left <= goal).all()):

@@ -53,22 +53,26 @@ def from_entries(
         product: maps [n, q] in float64 and the original order to the product of the matrix, exact
             to rounding.
 
+    Returns:
+        A matrix on the CPU, wherever entries are.
+
     Raises:
         ArgumentError: entries that are not finite, or a tolerance below what the dtype reaches.
     """
     other = rows if columns is None else columns
     if not 0 < tolerance < 1:
         raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
+    if dtype not in (torch.float32, _DOUBLE):
+        raise ArgumentError(f"blocks cannot be stored in {dtype}", hint="pass torch.float32")
     covered = partition(rows, other, rule or Weak())
-    size = _guess(entries, len(rows), len(other))
+    read = _checked(entries)
+    size = _guess(read, len(rows), len(other))
     for exact in (product is None, True, True, True):
         aim = tolerance * size * (0.9 if exact else 0.3)
-        bound, blocks = _build(entries, covered, aim, dtype, exact)
+        bound, blocks = _build(read, covered, aim, dtype, exact)
         matrix = HMatrix(None, rows, other, bound, blocks.packed())
         if not exact and product is not None:
             matrix.bound, matrix.confidence = _probed(product, matrix), 1 - _FAILURE
-        if not math.isfinite(matrix.bound):
-            raise ArgumentError("entries are not finite", hint="remove or mend them")
         norm = matrix.norm * (1 - max(1e-9, 64 * storage(dtype))) - matrix.bound
         if matrix.bound <= tolerance * norm or matrix.bound == 0:
             return matrix
@@ -210,16 +214,28 @@ def _residual(
     return error, int(torch.where(used, -1.0, difference).argmax())
 
 
+def _checked(entries: Entries) -> Entries:
+    """The same on the CPU, refused where they are not finite or have another shape."""
+
+    def read(rows: Tensor, columns: Tensor) -> Tensor:
+        values = entries(rows, columns).cpu()
+        if values.shape != (len(rows), len(columns)):
+            raise ArgumentError(
+                f"entries of {len(rows)} rows and {len(columns)} columns are {tuple(values.shape)}",
+                hint="return a tensor of [rows, columns]",
+            )
+        if not bool(values.isfinite().all()):
+            raise ArgumentError("entries are not finite", hint="remove or mend them")
+        return values
+
+    return read
+
+
 def _guess(entries: Entries, m: int, n: int) -> float:
     """Of the Frobenius norm, from a random grid of entries."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(size, generator=generator)[:256] for size in (m, n))
     values = entries(rows, columns)
-    if values.shape != (len(rows), len(columns)):
-        raise ArgumentError(
-            f"entries of {len(rows)} rows and {len(columns)} columns are {tuple(values.shape)}",
-            hint="return a tensor of [rows, columns]",
-        )
     return float(values.double().square().mean().sqrt()) * math.sqrt(m * n) or 1.0
 
 
@@ -235,7 +251,9 @@ def _probed(product: Product, matrix: HMatrix) -> float:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(matrix.shape[1], _PROBES, generator=generator, dtype=_DOUBLE)
     approximate = (matrix @ noise.to(matrix.dtype)).double()
-    left = (product(noise) - approximate).norm(dim=0) + matrix.packed.rounding * noise.norm(dim=0)
+    left = (product(noise).cpu() - approximate).norm(dim=0) + matrix.packed.rounding * noise.norm(
+        dim=0
+    )
     if matrix.dtype is not _DOUBLE:
         left = left + matrix.norm * storage(matrix.dtype) * noise.norm(dim=0)
     goal, low, high = _FAILURE ** (2 / _PROBES), 0.0, 1.0

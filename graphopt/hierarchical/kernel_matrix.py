@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,8 +14,16 @@ from torch import Tensor
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.admissibility import Admissibility, Pairs, Strong, first, refined
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group, Source, Tiles
+from graphopt.hierarchical.group_kinds import Coupled, Tiles
+from graphopt.hierarchical.groups import Group, Source
 from graphopt.hierarchical.interpolation import Boxes, Estimate, nodes_for, shifted_by
+from graphopt.hierarchical.kernel_checks import (
+    ZERO,
+    check_arguments,
+    not_finite,
+    sampled_norm,
+    zero_norm,
+)
 from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernel_sides import Basis, Side, Values, chunks, shaping
 from graphopt.hierarchical.kernels import Analytic, Kernel, Radial, parameters
@@ -65,34 +73,32 @@ def from_kernel(
 
     Returns:
         A matrix whose products are differentiable by the kernel's parameters. Its bound is at most
-        `tolerance` times its norm; or, where entries are that small, 1e-12 of the value for equal
-        points for each.
+        `tolerance` times its norm; or, where entries are that small and so much was not asked for,
+        1e-12 of the value for equal points for each.
 
     Raises:
-        ArgumentError: a tolerance below what the dtype reaches, or clusters without points.
+        ArgumentError: a tolerance below what the dtype reaches; clusters without points; a kernel
+            that is not finite, has another shape or, with one tree, is not symmetric.
     """
     other = rows if columns is None else columns
-    if not 0 < tolerance < 1:
-        raise ArgumentError(f"a tolerance of {tolerance}", hint="pass one between 0 and 1")
-    if rows.points is None or other.points is None:
-        raise ArgumentError("clusters by index have no points", hint="build trees by `by_points`")
-    if rows.points.shape[1] != other.points.shape[1]:
-        raise ArgumentError(
-            f"points of {rows.points.shape[1]} and of {other.points.shape[1]} coordinates",
-            hint="pass points of one space",
-        )
+    check_arguments(rows, other, tolerance, dtype)
     builder = _Builder(kernel, rows, other, columns is None, rule or Strong(1.5), dtype)
     # Sampled, hence a guess; what counts is the comparison afterwards.
-    size, best = builder.guess(), math.inf
+    here, there = (points[:-1] for points in builder.points)
+    sure = builder.analytic is not None
+    size = sampled_norm(kernel, here, there, one=builder.symmetric, sure=sure)
+    zero = zero_norm(kernel, here, len(rows) * len(other)) if tolerance >= ZERO else 0.0
+    best = math.inf
     for _ in range(4):
-        groups, error = builder.groups(max(tolerance * size, builder.zero / 2))
+        try:
+            groups, error = builder.groups(max(tolerance * size, zero / 2))
+        except torch.linalg.LinAlgError:
+            raise not_finite() from None
         packed = Packed(groups, rows, other, parameters(kernel), builder.derivative_bounds)
         norm = packed.norm * (1 - max(1e-9, 64 * storage(dtype))) - error
         if not math.isfinite(error):
-            raise ArgumentError(
-                "the kernel is not finite at all points", hint="state its value for equal points"
-            )
-        if error <= max(tolerance * norm, builder.zero):
+            raise not_finite()
+        if error <= max(tolerance * norm, zero):
             return HMatrix(None, rows, other, error, packed)
         reached = error / norm if norm > 0 else math.inf
         if reached > best / 2:
@@ -135,29 +141,6 @@ class _Builder:
     def derivative_bounds(self) -> tuple[float, ...]:
         """Of the Frobenius norms of the errors of the changes."""
         return tuple(math.sqrt(square) * (1 + 1e-12) for square in self.missed)
-
-    @cached_property
-    def zero(self) -> float:
-        """Below this Frobenius norm the matrix is one of zeros, as far as rounding can tell."""
-        with torch.no_grad():
-            here = self.points[0][:1]
-            most = float(self.kernel(here, here).double().abs().max())
-        return 1e-12 * most * math.sqrt(math.prod(len(tree) for tree in self.trees))
-
-    @torch.no_grad()
-    def guess(self) -> float:
-        """Of the Frobenius norm: random entries, and the diagonal."""
-        generator = torch.Generator().manual_seed(0)
-        m, n = (len(tree) for tree in self.trees)
-        own, other = (
-            self.points[i][torch.randint(0, size, (20000,), generator=generator)].unsqueeze(1)
-            for i, size in enumerate((m, n))
-        )
-        found = self.kernel(own, other).double().square().mean() * m * n
-        if self.symmetric:
-            here = self.points[0][:-1].unsqueeze(1)
-            found = torch.maximum(found, self.kernel(here, here).double().square().sum())
-        return float(found.sqrt())
 
     def groups(self, budget: float) -> tuple[list[Group], float]:
         """All blocks, and a bound of the error of all of them."""

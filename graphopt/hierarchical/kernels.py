@@ -102,7 +102,7 @@ class Radial:
     entire: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        scale = torch.as_tensor(self.scale).detach()
+        scale = torch.as_tensor(self.scale, dtype=torch.float64).detach()
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise ArgumentError(
                 f"a kernel cannot have the scale {scale.tolist()}", hint="pass a positive one"
@@ -123,8 +123,8 @@ class Radial:
         raise NotImplementedError
 
     def scales(self, dimensions: int) -> Tensor:
-        """[d] in float64, without gradient."""
-        scale = torch.as_tensor(self.scale, dtype=torch.float64).detach()
+        """[d] in float64, without gradient, on the CPU as points of trees are."""
+        scale = torch.as_tensor(self.scale, dtype=torch.float64, device="cpu").detach()
         if scale.dim() and scale.shape != (dimensions,):
             raise ArgumentError(
                 f"the scale has {scale.numel()} entries for points of {dimensions} coordinates",
@@ -139,7 +139,7 @@ class Radial:
             values = self.profile_(self.squared(x, y))
             return values if self.factor == 1 else values.mul_(self.factor)
         dtype = torch.promote_types(x.dtype, y.dtype)
-        inverse = torch.as_tensor(self.scale, dtype=dtype).square().reciprocal()
+        inverse = torch.as_tensor(self.scale, dtype=dtype, device=x.device).square().reciprocal()
         # From differences, scaled afterwards: anything else would cancel for near points.
         parts = [(x[..., :, None, i] - y[..., None, :, i]).square() for i in range(x.shape[-1])]
         if inverse.dim():
@@ -150,7 +150,7 @@ class Radial:
         found = self.profile(total)
         if isinstance(self.variance, float) and self.variance == 1:
             return found
-        return torch.as_tensor(self.variance, dtype=dtype) * found
+        return torch.as_tensor(self.variance, dtype=dtype, device=x.device) * found
 
     @torch.no_grad()
     def squared(self, x: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -77,6 +78,19 @@ class HMatrix:
         return block.values.dtype if isinstance(block, Dense) else block.left.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Of all entries."""
+        if self._packed is not None:
+            return self._packed.device
+        block = next(placed(self.root)).block
+        return block.values.device if isinstance(block, Dense) else block.left.device
+
+    def to(self, device: torch.device | str) -> HMatrix:
+        """On a device, where products are then computed; a kernel's derivatives stay on the CPU."""
+        packed = self.packed.to(torch.device(device))
+        return HMatrix(None, self.rows, self.columns, self.bound, packed, self.confidence)
+
+    @property
     def nbytes(self) -> int:
         """Of all blocks; memory that several of them share counts once."""
         sizes: dict[int, int] = {}
@@ -111,10 +125,17 @@ class HMatrix:
         """``self @ x``, and a bound for each column of its distance to the exact product.
 
         The exact product is that of the matrix that this one stands for with `x`.
+
+        Raises:
+            ArgumentError: an operand of another shape, dtype or device, or not finite.
         """
-        size = torch.linalg.vector_norm(x.detach().double(), dim=0).max()
-        bound = (self.bound + self.packed.rounding) * float(size) * (1 + 1e-12)
-        return Bounded(self @ x, bound)
+        product = self @ x
+        sizes = torch.linalg.vector_norm(x.detach().double(), dim=0)
+        size = float(sizes.max()) if sizes.numel() else 0.0
+        if not math.isfinite(size):
+            raise ArgumentError("the operand is not finite", hint="mend it first")
+        bound = (self.bound + self.packed.rounding) * size * (1 + 1e-12)
+        return Bounded(product, bound)
 
     def apply_level(self, number: int, x: Tensor) -> Tensor:
         """The product of [n, q] with the blocks whose lowest common ancestor has this level.
@@ -153,6 +174,11 @@ class HMatrix:
             raise ArgumentError(
                 f"a matrix of {self.dtype} times {x.dtype}",
                 hint=f"convert it by x.to({self.dtype})",
+            )
+        if x.device != self.device:
+            raise ArgumentError(
+                f"a matrix on {self.device} times a tensor on {x.device}",
+                hint="move one of them by to(device)",
             )
         return x.unsqueeze(1) if x.dim() == 1 else x
 

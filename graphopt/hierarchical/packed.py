@@ -13,14 +13,8 @@ from graphopt.hierarchical.admissibility import Pairs, first, refined
 from graphopt.hierarchical.blocks import Block, Dense, Grid, LowRank, placed
 from graphopt.hierarchical.blocks import transposed as transposed_block
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import (
-    Collected,
-    Factored,
-    Gathered,
-    Group,
-    Tiles,
-    add_derivatives,
-)
+from graphopt.hierarchical.group_kinds import Factored, Tiles
+from graphopt.hierarchical.groups import Collected, Gathered, Group, add_derivatives
 from graphopt.hierarchical.rounding import unit
 
 _Key = tuple[int, int, int, int]
@@ -59,6 +53,11 @@ class Packed:
     def dtype(self) -> torch.dtype:
         """Of all entries."""
         return self.groups[0].tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of all entries."""
+        return self.groups[0].tensors[0].device
 
     @property
     def nbytes(self) -> int:
@@ -106,9 +105,9 @@ class Packed:
 
     def level_norms(self, level: int) -> Tensor:
         """[2**level] squared Frobenius norms of the blocks with this ancestor, float64."""
-        total = torch.zeros(2**level, dtype=torch.float64)
+        total = torch.zeros(2**level, dtype=torch.float64, device=self.device)
         for group, part in self._parts(level):
-            node = group.pairs.rows[part] >> (group.pairs.row_level - level)
+            node = group.places[0][part] >> (group.pairs.row_level - level)
             total.index_add_(0, node, group.squares[part] * (1 + group.mirrored))
         return total
 
@@ -123,6 +122,11 @@ class Packed:
         total = sum(group.rounding(self.dtype) for group in self.groups)
         sums = (len(self.groups) + 1) * unit(self.dtype) * sum(g.norm for g in self.groups)
         return total + sums
+
+    def to(self, device: torch.device) -> Packed:
+        """On a device; parameters stay where they are."""
+        groups = [group.to(device) for group in self.groups]
+        return Packed(groups, self.rows, self.columns, self.parameters)
 
     def transposed(self) -> Packed:
         """In the same memory."""

@@ -66,6 +66,37 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: h.from_kernel(h.Gaussian(), _tree()) @ torch.ones(49, dtype=_DOUBLE),
         r"50 x 50 times \(49,\)",
     ),
+    "no tensor": (lambda: h.by_points([[0.0, 1.0]]), "points are a list"),  # type: ignore[arg-type]
+    "kernel in half": (lambda: h.from_kernel(h.Gaussian(), _tree(), dtype=torch.half), "float16"),
+    "entries in half": (
+        lambda: h.from_entries(lambda i, j: torch.zeros(len(i), len(j)), _tree(), dtype=torch.half),
+        "float16",
+    ),
+    "a number for a kernel": (lambda: h.from_kernel(lambda x, y: 1.0, _tree()), "to float"),  # type: ignore[arg-type, return-value]
+    "kernel shape": (
+        lambda: h.from_kernel(lambda x, y: torch.ones(3), _tree()),
+        r"\[20000, 1, 2\] and \[20000, 1, 2\] to \[3\]",
+    ),
+    "one-sided kernel": (
+        lambda: h.from_kernel(lambda x, y: x[..., :, None, 0] - y[..., None, :, 0], _tree()),
+        "not symmetric",
+    ),
+    "nan kernel": (
+        lambda: h.from_kernel(lambda x, y: h.Gaussian()(x, y) * float("nan"), _tree()),
+        "not finite",
+    ),
+    "huge points": (
+        lambda: h.from_kernel(h.Matern32(), h.by_points(1e200 * points("uniform", 50, 2), 16)),
+        "not finite",
+    ),
+    "nan entries": (
+        lambda: h.from_entries(lambda i, j: torch.full((len(i), len(j)), float("nan")), _tree()),
+        "entries are not finite",
+    ),
+    "nan operand": (
+        lambda: h.from_kernel(h.Gaussian(), _tree()).apply(torch.full((50,), torch.nan).double()),
+        "operand is not finite",
+    ),
     "operand dtype": (lambda: h.from_kernel(h.Gaussian(), _tree()) @ torch.ones(50), "float32"),
     "nothing": (lambda: h.HMatrix(None, _tree(), _tree(), 0.0), "without blocks"),
 }
@@ -95,6 +126,8 @@ def test_a_tolerance_out_of_reach_names_the_reachable_one() -> None:
         reachable = float(str(caught.value).split(": ")[1].split(" was")[0])
         assert 1e-9 < reachable < 1e-5
         assert run(2 * reachable).bound <= 2 * reachable * float(values.norm())
+    with pytest.raises(ArgumentError, match=r"out of reach of torch\.float64: .*e-1[4-6] was"):
+        h.from_kernel(h.Exponential(), tree, tolerance=1e-17)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def test_blocks_of_clusters_that_touch(name: str, rule: h.Weak | h.Flat) -> None
     check(found, form(distances(x, x)), 1e-6)
 
 
+def test_many_nodes_do_not_lose_more_by_rounding_than_was_asked_for() -> None:
+    """Clusters that nearly touch: some hundred nodes are fewer than their points."""
+    x = points("uniform", 2400, 1)
+    kind, form = KERNELS["exponential"]
+    exact = form(distances(x, x) / 0.3)
+    for tolerance in (1e-6, 1e-12):
+        tree = h.by_points(x, 64)
+        found = h.from_kernel(kind(scale=0.3), tree, tolerance=tolerance, rule=h.Weak())
+        check(found, exact, tolerance)
+
+
 def test_a_function_of_ones_own() -> None:
     """Nothing is known of it, so everything is evaluated, and the bound is exact."""
 

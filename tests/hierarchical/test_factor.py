@@ -121,6 +121,16 @@ def test_an_indefinite_matrix_raises_or_gets_a_nugget() -> None:
         cholesky(build(-k, where, "hodlr", 1e-10), 1e-10, nugget=1e-30)
 
 
+def test_a_diagonal_of_zeros_gets_a_nugget_too() -> None:
+    where = points(60, 1, seed=0)
+    k = kernel("log", where, shift=0.0)
+    k.fill_diagonal_(0)
+    with pytest.warns(UserWarning, match="was added to its diagonal"):
+        found = cholesky(build(k, where, "hodlr", 1e-10), 1e-10, nugget=1e-6)
+    shifted = k + found.nugget * torch.eye(60, dtype=k.dtype)
+    assert (product(found) - shifted).norm() <= found.bound < 1e-6
+
+
 def test_a_definite_matrix_gets_no_nugget() -> None:
     case = Case("exponential", 1, "hodlr", 60, torch.float64, 1e-8, 0)
     with warnings.catch_warnings():

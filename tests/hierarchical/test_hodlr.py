@@ -12,10 +12,10 @@ from torch import Tensor
 
 from graphopt import hierarchical as h
 from graphopt.errors import IndefiniteError
+from graphopt.hierarchical.probability import Probed, norm_factor, trace_factor
 from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.inverse import Inverse
 from graphopt.hierarchical.processes.kernel_operator import KernelOperator
-from graphopt.hierarchical.processes.probability import Probed, norm_factor, trace_factor
 from graphopt.hierarchical.processes.whitening import Layout, Whitening
 from tests.hierarchical.oracles import points
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt import hierarchical as h
 from graphopt.hierarchical.interpolation import (
+    MOVED,
     Boxes,
     Decay,
     Errors,
@@ -18,6 +19,7 @@ from graphopt.hierarchical.interpolation import (
     lagrange,
     lebesgue,
     nodes_for,
+    rounding,
 )
 from graphopt.hierarchical.kernels import Region
 from tests.hierarchical.oracles import KERNELS, distances, geometries, kernels, points
@@ -152,6 +154,25 @@ def test_interpolation_errors_are_within_the_analytic_bound(
     enough = nodes_for(errors, torch.ones(1, dtype=_DOUBLE), 1e-5, 10**6)
     assert enough is not None
     assert float(errors.bounds(enough, enough)) <= 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 300, 1000])
+def test_interpolation_is_rounded_by_no_more_than_it_says(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    # Of degree 0 to 6, so that few nodes are exact, and at most 1.
+    degree = min(count - 1, 6)
+    for middle, half in ((0.0, 1.0), (3.25, 0.25), (1000.0, 0.0005)):
+        low, high = (torch.full((1, 1), middle + sign * half).double() for sign in (-1, 1))
+        x = 2 * torch.rand(1, 400, 1, generator=generator, dtype=_DOUBLE) - 1
+        x[0, :2, 0] = torch.tensor([-1.0, 1.0], dtype=_DOUBLE)
+        x = torch.maximum(torch.minimum(middle + half * x, high), low)
+        values, exact = (
+            ((at[0] - middle) / half) ** degree for at in (chebyshev(low, high, [count]), x)
+        )
+        found = lagrange(x, low, high, [count])[0] @ values
+        moved = MOVED * (middle + half) * degree / half
+        allowed = rounding([count]) + (1 + lebesgue(count)) * moved + 1e-15
+        assert float((found - exact).abs().max()) <= allowed
 
 
 def test_lebesgue_constants_are_bounded() -> None:

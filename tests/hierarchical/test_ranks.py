@@ -68,6 +68,25 @@ def _products_and_systems(rank: int, world: int) -> None:
                 assert far <= alone.bound + solution.bound
 
 
+def _few_leaves(rank: int, world: int) -> None:
+    for n, blocks in ((10, 1), (24, 4)):
+        case = Case("matern", 1, "hodlr", n, torch.float64, 1e-8, 0)
+        matrix, values = case.matrix, case.values
+        shared = Distributed.of(matrix)
+        assert len(_bytes(matrix)) == blocks <= world
+        assert shared.idle == (rank >= blocks)
+        b = right_side(n, torch.float64)
+        found, alone = shared.apply(b), matrix.apply(b)
+        assert equal_on_all(found.value)
+        assert (found.value - values @ b).norm(dim=0).max() <= found.bound
+        assert (found.value - alone.value).norm(dim=0).max() <= found.bound + alone.bound
+        factors = cholesky(matrix, 1e-6) if rank == 0 else None
+        solution = shared.solve(b, factors)
+        assert equal_on_all(solution.value)
+        exact = torch.linalg.solve(values, b)
+        assert (solution.value - exact).norm(dim=0).max() <= solution.bound < 1e-5
+
+
 def _idle(rank: int, world: int) -> None:
     tree = by_index(4)
     values = torch.eye(4, dtype=torch.float64) * 2
@@ -112,6 +131,11 @@ def test_products_and_systems(tmp_path: Path, world: int) -> None:
 @pytest.mark.distributed
 def test_a_rank_without_blocks(tmp_path: Path) -> None:
     on_ranks(tmp_path, 3, _idle, 3)
+
+
+@pytest.mark.distributed
+def test_more_ranks_than_leaves(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 4, _few_leaves, 4)
 
 
 @pytest.mark.distributed

@@ -151,6 +151,14 @@ def test_rows_and_columns_of_different_orders() -> None:
     assert found.solve(right_side(50)).bound < 1e-8
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_random_vectors_say_more_of_the_log_determinant_than_norms(symmetric: bool) -> None:
+    case = Case("matern", 2, "hodlr", 200, torch.float64, 1e-12, 0)
+    found = (cholesky if symmetric else lu)(case.matrix, 1e-4)
+    result, exact = found.logdet(), float(torch.logdet(case.values))
+    assert abs(result.value - exact) <= result.bound < 0.3 * found.norms.frobenius * found.bound
+
+
 # -- gradients -------------------------------------------------------------------------------------
 
 

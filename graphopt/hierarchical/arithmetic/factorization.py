@@ -12,13 +12,21 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.arithmetic.factor import Factors
-from graphopt.hierarchical.arithmetic.inverse_norm import InverseNorms, inverse_norms, solved
+from graphopt.hierarchical.arithmetic.inverse_norm import (
+    FAILURE,
+    PROBES,
+    InverseNorms,
+    inverse_norms,
+    probes,
+    solved,
+)
 from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude
-from graphopt.hierarchical.arithmetic.parts import apply
+from graphopt.hierarchical.arithmetic.parts import any_tensor, apply
 from graphopt.hierarchical.arithmetic.triangular import Corner, Triangle
 from graphopt.hierarchical.blocks import transposed
 from graphopt.hierarchical.bounded import Bounded
 from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.probability import norm_factor, trace_factor
 from graphopt.hierarchical.rounding import gamma
 
 _DOUBLE = torch.float64
@@ -132,8 +140,9 @@ class Factorization:
         """The logarithm of ``|det A|``.
 
         With ``X = M^-1 (A - M)`` and ``|X|_F <= t < 1``, ``log det(I + X)`` is the trace of X and
-        a rest of at most ``-log(1 - t) - t``, as ``|tr X^k| <= t^k`` for k > 1; and the trace is at
-        most ``|M^-1|_F |A - M|_F``. Where the bound is finite, `sign` is right.
+        a rest of at most ``-log(1 - t) - t``, as ``|tr X^k| <= t^k`` for k > 1. The trace is at
+        most ``|M^-1|_F |A - M|_F``; where random vectors say less of the part of X that comes from
+        the factors, only the other one is bounded so. Where the bound is finite, `sign` is right.
         """
         diagonal = torch.cat([c.values.diagonal() for c in self._corners()]).double()
         logarithms = diagonal.abs().log()
@@ -141,12 +150,31 @@ class Factorization:
             logarithms = 2 * logarithms
         value, size = float(logarithms.sum()), float(logarithms.abs().sum())
         rounding = gamma(diagonal.numel() + 4, _DOUBLE) * (size + 1)
-        t = self.distance
-        if not t < 1 or not math.isfinite(self.norms.frobenius):
+        if not math.isfinite(self.norms.frobenius):
+            return Bounded(value, math.inf)
+        first = self.norms.frobenius * self.bound if self.bound else 0.0
+        size, trace = self._probed
+        t = min(self.distance, size + self.norms.spectral * self.matrix.bound)
+        first = min(first, trace + self.norms.frobenius * self.matrix.bound)
+        if not t < 1:
             return Bounded(value, math.inf)
         rest = -math.log1p(-t) - t if t > 1e-5 else t * t
-        first = self.norms.frobenius * self.bound if self.bound else 0.0
         return Bounded(value, (first + rest) * (1 + 1e-9) + rounding)
+
+    @cached_property
+    def _probed(self) -> tuple[float, float]:
+        """Bounds of the Frobenius norm and of the trace of ``M^-1 H - I``; H is `matrix`."""
+        root, spectral = self.matrix.root, self.norms.spectral
+        normal = probes(self.matrix.shape[0], any_tensor(root), seed=3)
+        found = self.solve_positions(apply(root, normal))
+        away = found - normal
+        sizes = [torch.linalg.vector_norm(v, dim=0) for v in (normal, found, away)]
+        lost = spectral * (product_loss(self.matrix) * sizes[0] + self.norms.lost * sizes[1])
+        lost = (lost + gamma(2, _DOUBLE) * sizes[2]) * (1 + 1e-9)
+        size = float((sizes[2] + lost).square().mean().sqrt()) * norm_factor(PROBES, FAILURE)
+        trace = float((away * normal).sum().abs() + (lost * sizes[0]).sum()) / PROBES
+        trace += gamma(normal.numel() + 2, _DOUBLE) * float((sizes[2] * sizes[0]).mean())
+        return size * (1 + 1e-9), trace + trace_factor(PROBES, FAILURE) * size
 
     @property
     def sign(self) -> int:

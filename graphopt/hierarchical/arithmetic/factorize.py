@@ -67,8 +67,9 @@ def cholesky(
         matrix: square, rows and columns of one order. Its blocks below the diagonal are read.
         tolerance: of the backward error by truncation, relative to the Frobenius norm.
         nugget: where truncation has left the matrix indefinite, this much of the mean of the
-            diagonal is added to it, ten times more with each attempt, with a warning. Everything
-            is then about the matrix with what was added. 0 raises instead.
+            diagonal (or, if that is zero, of a row's norm) is added to it, ten times more with each
+            attempt, with a warning. Everything is then about the matrix with what was added. 0
+            raises instead.
         least_eigenvalue: a lower bound of the eigenvalues of the true matrix, such as the noise of
             a Gaussian process; bounds are then smaller, and those of `solve` hold for sure.
 
@@ -86,7 +87,10 @@ def cholesky(
             f"nugget={nugget}, least_eigenvalue={least_eigenvalue}", hint="pass none below 0"
         )
     _check_symmetric(plain)
-    added, unit = 0.0, nugget * float(diagonal(plain.root).abs().mean())
+    mean = float(diagonal(plain.root).abs().mean())
+    # Of a diagonal of zeros nothing would be added.
+    unit = nugget * (mean or frobenius(plain.root) / math.sqrt(len(plain.rows)))
+    added = 0.0
     for attempt in range(ATTEMPTS + 1):
         now = shifted(plain, added) if added else plain
         try:

@@ -10,9 +10,7 @@ s factors fails with at most ``0.8 sqrt(n) / c`` (J. D. Dixon, "Estimating extre
 condition numbers of matrices", SIAM J. Numer. Anal. 20, 1983, theorem 1), and fails for all of q
 independent vectors with at most the q-th power of that.
 
-Frobenius norm: ``E exp(-t |A g|^2)`` is at most ``(1 + 2 t)^(-1/2)`` for ``|A|_F = 1`` and a normal
-vector g, so by Chernoff ``|A G|_F^2 <= x q`` with a probability of at most
-``(x exp(1 - x))^(q/2)``.
+Frobenius norm: see `probability.norm_factor`.
 """
 
 from __future__ import annotations
@@ -25,12 +23,13 @@ from torch import Tensor
 
 from graphopt.hierarchical.arithmetic.factor import Factors
 from graphopt.hierarchical.arithmetic.triangular import corner
+from graphopt.hierarchical.probability import norm_factor
 from graphopt.hierarchical.rounding import gamma, norm
 
 PROBES = 32
 STEPS = 6
 RISK = 1e-10  # that one of the bounds fails
-_FAILURE = RISK / 4  # for each of the norms that one result needs
+FAILURE = RISK / 4  # for each of the norms and traces that one result needs
 _DOUBLE = torch.float64
 
 
@@ -53,18 +52,6 @@ def probes(n: int, like: Tensor, seed: int = 0) -> Tensor:
     """[n, PROBES] normal numbers in float64 on the device of `like`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, PROBES, dtype=_DOUBLE, generator=generator).to(like.device)
-
-
-def frobenius_factor() -> float:
-    """How much ``|A G|_F / sqrt(PROBES)`` may be below ``|A|_F``."""
-    low, high = 0.0, 1.0  # of x in (x exp(1 - x))^(q/2), which grows
-    for _ in range(60):
-        x = (low + high) / 2
-        if (x * math.exp(1 - x)) ** (PROBES / 2) < _FAILURE:
-            low = x
-        else:
-            high = x
-    return 1 / math.sqrt(low)
 
 
 def solved(factors: Factors, b: Tensor, transpose: bool = False) -> Tensor:
@@ -96,8 +83,8 @@ def inverse_norms(factors: Factors, known: float = math.inf) -> InverseNorms:
     n, lost = factors.lower.size, solving_error(factors, _DOUBLE)
     normal = probes(n, corner(factors.lower).values)
     found = solved(factors, normal)
-    frobenius = frobenius_factor() * norm(found) / math.sqrt(PROBES)
-    failure = _FAILURE ** (1 / PROBES)
+    frobenius = norm_factor(PROBES, FAILURE) * norm(found) / math.sqrt(PROBES)
+    failure = FAILURE ** (1 / PROBES)
     constant = 0.8 * math.sqrt(n) / failure
     lengths = torch.linalg.vector_norm(normal, dim=0)
     sizes = [_largest(found, lengths)]

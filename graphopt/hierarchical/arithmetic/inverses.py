@@ -9,13 +9,7 @@ import torch
 from graphopt.hierarchical.arithmetic.algebra import shifted_block
 from graphopt.hierarchical.arithmetic.factorization import Factorization
 from graphopt.hierarchical.arithmetic.factorize import lu
-from graphopt.hierarchical.arithmetic.inverse_norm import (
-    PROBES,
-    RISK,
-    frobenius_factor,
-    probes,
-    solved,
-)
+from graphopt.hierarchical.arithmetic.inverse_norm import FAILURE, PROBES, RISK, probes, solved
 from graphopt.hierarchical.arithmetic.magnitudes import length, magnitude
 from graphopt.hierarchical.arithmetic.operands import check_tolerance, confidence, low_rank_count
 from graphopt.hierarchical.arithmetic.parts import any_tensor, apply
@@ -23,6 +17,7 @@ from graphopt.hierarchical.arithmetic.pending import Pending
 from graphopt.hierarchical.arithmetic.products import zero
 from graphopt.hierarchical.arithmetic.triangular import Triangle, corner, solve_block
 from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.probability import norm_factor
 from graphopt.hierarchical.rounding import gamma, norm
 
 
@@ -61,7 +56,11 @@ def inverse(matrix: HMatrix | Factorization, tolerance: float) -> HMatrix:
     wanted = solved(factors, normal)
     lost = gamma(length(root) + 1, torch.float64) * magnitude(root) * norm(normal)
     lost += norms.spectral * norms.lost * norm(wanted)
-    far = frobenius_factor() * (norm(apply(root, normal) - wanted) + lost) / math.sqrt(PROBES)
+    far = (
+        norm_factor(PROBES, FAILURE)
+        * (norm(apply(root, normal) - wanted) + lost)
+        / math.sqrt(PROBES)
+    )
     bound = far + found.distance * found.inverse_norm if found.bound else far
     bound = bound if math.isfinite(bound) else math.inf
     sure = confidence(plain, lost=RISK)

@@ -25,6 +25,7 @@ from graphopt.hierarchical.kernels import (
     Radial,
 )
 from graphopt.hierarchical.matrix import HMatrix
+from graphopt.hierarchical.probability import norm_factor, trace_factor
 from graphopt.hierarchical.processes.gradient_bounds import (
     Changed,
     Correction,
@@ -35,7 +36,6 @@ from graphopt.hierarchical.processes.hodlr import whiten
 from graphopt.hierarchical.processes.interpolated import product
 from graphopt.hierarchical.processes.inverse import Inverse, Quadratic, Solved
 from graphopt.hierarchical.processes.kernel_operator import Change, KernelOperator
-from graphopt.hierarchical.processes.probability import norm_factor, trace_factor
 from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
 

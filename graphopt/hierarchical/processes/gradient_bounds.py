@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.hierarchical.probability import FAILURE, norm_factor, trace_factor
 from graphopt.hierarchical.processes.inverse import Inverse
-from graphopt.hierarchical.processes.probability import FAILURE, norm_factor, trace_factor
 from graphopt.hierarchical.rounding import gamma
 
 # Norms of one number have to hold at once: those of G and F G, and a trace.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import IndefiniteError
+from graphopt.hierarchical.probability import FAILURE, Probed, norm_factor
 from graphopt.hierarchical.processes.hodlr import Operator
-from graphopt.hierarchical.processes.probability import FAILURE, Probed, norm_factor
 from graphopt.hierarchical.processes.whitening import Coupling, Whitening
 from graphopt.hierarchical.rounding import gamma
 

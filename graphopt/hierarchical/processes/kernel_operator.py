@@ -11,7 +11,8 @@ from torch import Tensor
 
 from graphopt.errors import ArgumentError
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group, Tiles
+from graphopt.hierarchical.group_kinds import Coupled, Tiles
+from graphopt.hierarchical.groups import Group
 from graphopt.hierarchical.kernel_derivatives import Stored, by_scales
 from graphopt.hierarchical.kernels import Analytic, Kernel, Radial
 from graphopt.hierarchical.matrix import HMatrix

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from graphopt.hierarchical.clusters import ClusterTree
-from graphopt.hierarchical.groups import Coupled, Group, Tiles
+from graphopt.hierarchical.group_kinds import Coupled, Tiles
+from graphopt.hierarchical.groups import Group
 from graphopt.hierarchical.packed import ancestors
 
 

@@ -1,6 +1,6 @@
 """What Gaussian probes tell of a matrix, with certainty up to a stated probability.
 
-F is symmetric, the columns of Omega are k independent standard Gaussian vectors.
+The columns of Omega are k independent standard Gaussian vectors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def trace_factor(probes: int, failure: float = FAILURE) -> float:
     """How many Frobenius norms ``tr(Omega^T F Omega) / k`` may be away from ``tr F``.
 
     2 sqrt(t / k) + 2 t / k with t = log(2 / failure): Laurent and Massart, Adaptive estimation of
-    a quadratic functional by model selection, Ann. Statist. 28 (2000), lemma 1, for both signs.
+    a quadratic functional by model selection, Ann. Statist. 28 (2000), lemma 1, for both signs. Of
+    an F that is not symmetric only the symmetric part counts, which is no larger.
     """
     t = math.log(2 / failure)
     return 2 * math.sqrt(t / probes) + 2 * t / probes
