@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -328,9 +329,9 @@ class GaussianProcess:
         self._solution = _Solution(inverse, right, x, away, form)
         return self._solution
 
-    def _product(self, kernel: Analytic, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _product(self, kernel: Radial | Analytic, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the matrix of a kernel with x, and bounds of the errors of entries."""
-        return product(kernel, self.tree, x, 0.01 * self.tolerance * len(self))
+        return product(cast(Analytic, kernel), self.tree, x, 0.01 * self.tolerance * len(self))
 
     @torch.no_grad()
     def _products(self, solution: _Solution) -> list[tuple[Tensor, Tensor]]:

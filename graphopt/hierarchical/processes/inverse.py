@@ -262,8 +262,8 @@ class Inverse:
         present = layout.pad(torch.ones(len(layout.places), 1, dtype=leaves.dtype)).view(size)
         shift = (leaves.diagonal(dim1=1, dim2=2) * present).sum()
         # tr(A^-1 (A - shift)) is known from that of the inverse.
-        number = len(layout.places) - self.shift * shift
-        for total, own in zip(found, operator.own_gradient(number), strict=True):
+        rest = len(layout.places) - self.shift * shift
+        for total, own in zip(found, operator.own_gradient(rest), strict=True):
             total.add_(own)
         return shift, found
 

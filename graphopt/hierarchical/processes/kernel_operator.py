@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class KernelOperator:
                     bound = packed.derivative_bounds[i]
                     found.append(Change(kernel, number, i, 1 / entry, i + 1, bound))
             else:
-                found.append(Change(self.kernel, number, 0, 1 / entries[0], 0, self.bound))
+                own = cast(Analytic, self.kernel)
+                found.append(Change(own, number, 0, 1 / entries[0], 0, self.bound))
         return tuple(found)
 
     @property

@@ -97,7 +97,7 @@ class LevelProducts:
             return None
         part = slice(int(have[0]), int(have[-1]) + 1)
         both = torch.stack([group.pairs.rows[part], group.pairs.columns[part]])
-        used, found = both.unique(return_inverse=True)
+        used, found = both.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         if len(used) == 1 << group.pairs.row_level:
             return _Piece(part, None, both[0], both[1])
         return _Piece(part, used, found[0], found[1])
