@@ -261,9 +261,9 @@ def rounding(nodes: list[int], displaced: bool) -> float:
     """How far rounding may move an interpolated value, relative to the largest value at nodes.
 
     Rounding of a point's place in its box moves the point; see `MOVED`. Products of differences are
-    exact up to 4 p + 4 roundings. What is wrong of p nodes themselves,
-    5 u of their angles and 2 u of their sines, moves a polynomial of that degree by at most as
-    much times p - 1, and times (p - 1) / sin(angle) <= p (p - 1): Bernstein's inequality.
+    exact up to 4 p + 4 roundings. What is wrong of p nodes themselves, 5 u of their angles and 2 u
+    of their sines, moves a polynomial of that degree by at most as much times p - 1, and times
+    (p - 1) / sin(angle) <= p (p - 1): Bernstein's inequality.
 
     Args:
         nodes: of each direction.
