@@ -69,7 +69,11 @@ class Sizes:
         return over / under
 
     def _combined(
-        self, function: Callable[[Any, Any], Any], given: Iterable[Size], neutral: int, like: fx.Node
+        self,
+        function: Callable[[Any, Any], Any],
+        given: Iterable[Size],
+        neutral: int,
+        like: fx.Node,
     ) -> Size:
         numbers = list(given)
         nodes = [n for n in numbers if isinstance(n, fx.Node)]

@@ -160,7 +160,9 @@ def _same_at(application: Application, sizes: Sizes) -> None:
     run = run_graph_fp64 if exact else run_graph
     found = dict(zip(after.signature.outputs, run(after, given), strict=True))
     wanted = dict(zip(fixed.signature.outputs, run(fixed, numbers), strict=True))
-    by_itself = zip(again.after.signature.outputs, run(again.after, again.inputs_after), strict=True)
+    by_itself = zip(
+        again.after.signature.outputs, run(again.after, again.inputs_after), strict=True
+    )
     added = {slot: v for slot, v in by_itself if slot in found and slot not in wanted}
     numerics: Numerics = application.pass_.numerics
     for outputs, allowed in (

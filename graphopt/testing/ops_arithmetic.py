@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
 from graphopt.testing.builder import Builder, Choices, is_fixed
 from graphopt.testing.recording import aten

@@ -86,9 +86,7 @@ def slicing(b: Builder, c: Choices) -> Tensor:
     dim = c.integer(0, value.ndim - 1)
     if c.flag():
         return torch.select(value, dim, c.integer(0, least(value.shape[dim]) - 1))
-    return torch.narrow(
-        value, dim, 0, value.shape[dim] - c.integer(0, least(value.shape[dim]) - 1)
-    )
+    return torch.narrow(value, dim, 0, value.shape[dim] - c.integer(0, least(value.shape[dim]) - 1))
 
 
 def copies(b: Builder, c: Choices) -> Tensor:

@@ -28,8 +28,8 @@ from graphopt.passes.kfac.rows import (
     with_ones,
 )
 from graphopt.passes.kfac.sites import Site
-from graphopt.sizes import Scale, Size, Sizes
 from graphopt.plan.kfac import Block
+from graphopt.sizes import Scale, Size, Sizes
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import fx
 import graphopt.ops.moments  # noqa: F401  (defines the operators)
 from graphopt.analysis.weight_uses import Use
 from graphopt.graph import Graph, value_of
-from graphopt.sizes import Scale, Size, Sizes, as_float
 from graphopt.plan.kfac import Block
 from graphopt.rewrite import emit
+from graphopt.sizes import Scale, Size, Sizes, as_float
 
 aten = torch.ops.aten
 moments = torch.ops.graphopt

@@ -16,9 +16,9 @@ from torch import fx
 import graphopt.ops.rnn_rows  # noqa: F401  (defines the operator)
 from graphopt.analysis.weight_uses import Use
 from graphopt.graph import KEPT_META, Graph, value_of
-from graphopt.sizes import Size, Sizes
 from graphopt.plan.kfac import OUT_IN, Block, Side
 from graphopt.rewrite import arguments, emit
+from graphopt.sizes import Size, Sizes
 
 ROWS = torch.ops.graphopt.rnn_rows.default
 _PASSED = (

@@ -21,9 +21,9 @@ import graphopt.ops.packed_diagonal  # noqa: F401  (all define operators)
 from graphopt.analysis.weight_uses import Use, depends_on_tangents
 from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.rnn import rnn_rows
-from graphopt.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
 from graphopt.plan.kfac import DENSE, LOW_RANK, Side
 from graphopt.rewrite import emit
+from graphopt.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
 
 aten = torch.ops.aten
 moments = torch.ops.graphopt

@@ -163,12 +163,24 @@ def test_each_size_has_the_bits_of_its_own_graph(kind: str, options: str) -> Non
 STEPS = (((4, 5), (4, 5)), ((4, 7), (4, 5)), ((3, 6), (6, 9)))
 
 
+class Words(nn.Module):
+    """Each token by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.layers(ids)
+        return logits.transpose(1, 2)
+
+
 def _train(rank: int) -> None:
     results = []
     for dynamic in (None, False):
         torch.manual_seed(1)
         model = graphopt.optimize(
-            Tokens(),
+            Words(),
             passes="kfac{interval=1},group_gradients",
             backend="eager",
             verify="off",

@@ -390,7 +390,7 @@ end
 
 def test_a_pass_that_takes_no_symbols_refuses_them():
     graph = parse_graph(SYMBOLIC)
-    with pytest.raises(PipelineError, match="pass 'does' failed: .* fixed sizes only, and x.0"):
+    with pytest.raises(PipelineError, match=r"pass 'does' failed: .* fixed sizes only, and x\.0"):
         Pipeline((does(lambda graph: Outcome()),)).run(graph)
     assert print_graph(graph) == SYMBOLIC
     Pipeline((does(lambda graph: Outcome(), symbolic=True),)).run(graph)
