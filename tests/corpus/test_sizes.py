@@ -25,7 +25,6 @@ NAMES = [
     "checkpointed",
     "in_place",
     "running_statistics",
-    "gpt2",
 ]
 
 

@@ -405,13 +405,14 @@ class FixSizes(Demo):
 def test_passes_that_take_a_size_for_that_of_all_calls(
     pass_: Pass, obligation: str, detail: str
 ) -> None:
-    graphs = joint_graphs(kinds=["unary", "reduction"], max_steps=3, symbolic=True)
+    kinds = ["reduction"] if isinstance(pass_, CountExamples) else ["unary"]
+    graphs = joint_graphs(kinds=kinds, max_steps=1, symbolic=True)
     with pytest.raises(AssertionError) as failure:
-        check_pass(pass_, graphs=graphs, max_examples=60)
+        check_pass(pass_, graphs=graphs, max_examples=40)
     message = str(failure.value)
     assert message.startswith(f"pass 'demo' fails {obligation!r}: ")
     assert detail in message
-    assert isinstance(pass_, FixSizes) or "symbol s0 = 3 from 2" in message
+    assert isinstance(pass_, FixSizes) or "symbol s0 = 3 from " in message
 
 
 def test_a_pass_that_takes_symbols_gets_them_by_default() -> None:
