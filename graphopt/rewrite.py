@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from graphopt.analysis.fakes import keeping_symbols
+from graphopt.analysis.fakes import keeping_symbols, unasked
 from graphopt.graph import KEPT_META, Graph, value_of
 
 
@@ -29,9 +29,13 @@ def emit(graph: Graph, target: OpOverload, *args: Any, like: fx.Node, **kwargs: 
 
 
 def result_of(node: fx.Node) -> Any:
-    """The fake value that an operator returns for the values that its operands have now."""
+    """The fake value that an operator returns for its operands in the formats they have now.
+
+    Its geometry is the one that it had, for which the graph holds, so that nothing new is asked of
+    a symbol.
+    """
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    with torch.no_grad(), keeping_symbols(map(value_of, node.all_input_nodes)):
+    with torch.no_grad(), unasked(map(value_of, node.all_input_nodes)):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

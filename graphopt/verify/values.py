@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.analysis.fakes import keeping_symbols
+from graphopt.analysis.fakes import unasked
 from graphopt.analysis.hints import hint
 from graphopt.graph import value_of
 from graphopt.verify.form import Scan, Violation
@@ -27,7 +27,8 @@ def values_true(scan: Scan) -> Iterator[Violation]:
     mode = _fake_mode(scan)
     if mode is None:
         return
-    with mode, torch.no_grad(), keeping_symbols(map(value_of, scan.placeholders)):
+    # To check a graph adds no condition to it.
+    with mode, torch.no_grad(), unasked(map(value_of, scan.placeholders)):
         for node in (*scan.attributes, *scan.calls):
             if scan.functions and not isinstance(node.target, OpOverload):
                 continue  # what functions change, modes and memory, has changed already
