@@ -31,6 +31,7 @@ def _enough(value: Tensor) -> bool:
 
 def _are_examples(value: Tensor) -> bool:
     """Whether rows are as many as an input has: not sizes computed in the graph."""
+    rows: Any
     rows, classes = value.shape
     simple = not isinstance(rows, torch.SymInt) or rows.node.expr.is_Symbol
     return simple and is_fixed(classes)

@@ -113,8 +113,8 @@ def _count(graph: Graph, norm: fx.Node, sizes: Sizes) -> fx.Node:
     with graph.fx.inserting_before(norm.next):
         found = sizes.all_of(x)
         count = sizes.product([*found[:1], *found[2:]], norm)
-        given = (x, [], count)
-        return emit(graph, aten.new_full.default, *given, like=norm, dtype=torch.float64)
+        shape: list[int] = []
+        return emit(graph, aten.new_full.default, x, shape, count, like=norm, dtype=torch.float64)
 
 
 def _item(graph: Graph, norm: fx.Node, index: int) -> fx.Node:

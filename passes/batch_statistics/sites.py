@@ -72,7 +72,8 @@ class Site:
 def values_per_channel(norm: fx.Node) -> int | torch.SymInt:
     """How many values a norm takes the statistics of a channel from."""
     shape = value_of(norm.all_input_nodes[0]).shape
-    return math.prod(size for dimension, size in enumerate(shape) if dimension != 1)
+    count: int | torch.SymInt = math.prod(n for dimension, n in enumerate(shape) if dimension != 1)
+    return count
 
 
 def epsilon(norm: fx.Node) -> float:

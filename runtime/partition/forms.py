@@ -119,7 +119,8 @@ class Sized:
         """Whether it is a tensor whose sizes follow from those of the inputs."""
         if not isinstance(value, Tensor):
             return False
-        symbols = {s for size in value.shape if isinstance(size, torch.SymInt) for s in _of(size)}
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        symbols = {s for size in sizes if isinstance(size, torch.SymInt) for s in _of(size)}
         return symbols <= set(self._symbols)
 
     def _output(self, slot: Slot, value: Any) -> Tensor:
