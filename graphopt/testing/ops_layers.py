@@ -6,6 +6,8 @@ values that it made. Functions of `torch` stand for the ATen operators that they
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
