@@ -20,7 +20,7 @@ from graphopt.examples.climate_segmentation.model import (
     weighted_loss,
 )
 from graphopt.examples.common import Case, Run, Workload
-from graphopt.optim import LARC
+from graphopt.optim import LARC, groups
 from graphopt.study import ConstantDelay
 
 TRAIN, TEST, BATCH = 192, 64, 8
@@ -85,7 +85,9 @@ def train(run: Run, variant: Variant, data: Fields, test: Fields) -> Outcome:
     model = run.optimize(variant.model(), passes=PASSES)
     weights = class_weights(data.labels, variant.weighting)
     steps = run.epochs * TRAIN // BATCH
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), RATE)
+    # By the graph's roles: LARC leaves norms and biases alone.
+    parameters = groups(model, data.values[:BATCH], weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, RATE)
     if variant.larc:
         optimizer = LARC(optimizer)
     training = ConstantDelay(optimizer, variant.lag)
