@@ -35,6 +35,8 @@ KINDS = ["batch_norm", "batch_norm", "linear", "convolution", "unary", "running_
 
 def test_generated_graphs() -> None:
     check_pass(BatchStatistics(last=2), graphs=joint_graphs(kinds=KINDS), max_examples=30)
+    symbolic = joint_graphs(kinds=KINDS[:1], max_steps=3, symbolic=True)
+    check_pass(BatchStatistics(last=2), graphs=symbolic, max_examples=8)
 
 
 def _seen(graph: Graph, inputs: list[Tensor]) -> dict[fx.Node, Tensor]:

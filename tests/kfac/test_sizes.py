@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.model.controller import controller_of
+from graphopt.passes.kfac import Kfac
+from graphopt.testing import check_pass, joint_graphs
 from tests.kfac.brute_force import expected
 from tests.kfac.cases import MODELS, case
 from tests.kfac.explicit import compute
@@ -204,3 +206,7 @@ def _train(rank: int) -> None:
 @pytest.mark.distributed
 def test_ranks_with_batches_of_other_sizes(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _train)
+
+
+def test_generated_graphs() -> None:
+    check_pass(Kfac(), graphs=joint_graphs(symbolic=True), max_examples=10)

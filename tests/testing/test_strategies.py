@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map_only
 
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level, phase_of, value_of
-from graphopt.passbase import REASSOCIATED
+from graphopt.passbase import EXACT, REASSOCIATED
 from graphopt.plan import Phase, Role, Signature
 from graphopt.testing import (
     Instruction,
     Program,
     assert_same,
+    at_sizes,
     build,
     inference_graphs,
     inputs_for,
@@ -29,7 +30,8 @@ from graphopt.testing import (
 )
 from graphopt.testing.comparison import amplification_of
 from graphopt.testing.ops_catalogue import CATALOGUE
-from graphopt.text import print_graph
+from graphopt.testing.sizes import hints_of, other_sizes
+from graphopt.text import parse_graph, print_graph
 from graphopt.verify import verify
 
 aten = torch.ops.aten
@@ -45,6 +47,22 @@ def test_graphs_are_legal_and_run(graph: Graph) -> None:
     verify(graph, full=True)
     for node, value in zip(graph.outputs, run_graph(graph, inputs_for(graph)), strict=True):
         assert (value.shape, value.dtype) == (value_of(node).shape, value_of(node).dtype)
+
+
+@settings(max_examples=12)
+@given(joint_graphs(symbolic=True) | inference_graphs(symbolic=True))
+def test_graphs_with_symbols_are_those_of_each_size(graph: Graph) -> None:
+    verify(graph, full=True)
+    constants = dict(graph.module.named_buffers())
+    assert print_graph(parse_graph(print_graph(graph), constants)) == print_graph(graph)
+    assert other_sizes(graph)
+    for sizes in (hints_of(graph), *other_sizes(graph)[:1]):
+        fixed, inputs = at_sizes(graph, sizes), inputs_for(graph, sizes=sizes)
+        verify(fixed, full=True)
+        assert not hints_of(fixed)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        assert all(map(torch.equal, tensors, inputs_for(fixed)))
+        assert_same(run_graph(fixed, tensors), run_graph(graph, inputs), EXACT, graph.signature)
 
 
 @given(graphs())
