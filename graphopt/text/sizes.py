@@ -106,11 +106,14 @@ class Symbols:
     def __init__(self) -> None:
         self.found: list[Symbol] = []
         self._ours: dict[sympy.Symbol, sympy.Symbol] = {}
+        # Instead of ours, which may be called as others of torch are.
+        self._marks: dict[sympy.Symbol, sympy.Dummy] = {}
 
     def add(self, own: sympy.Symbol, symbol: Symbol) -> None:
         """Know a symbol of torch by another name."""
         self.found.append(symbol)
         self._ours[own] = symbol.expression
+        self._marks[own] = sympy.Dummy()
 
     def note(self, value: object) -> None:
         """Know the symbol that an input of a graph is, if it is one.
@@ -120,7 +123,7 @@ class Symbols:
         if not isinstance(value, torch.SymInt) or not value.node.has_hint():
             return
         own = value.node.expr
-        if own.is_number or own in self._ours or own.xreplace(self._ours).free_symbols <= self._all:
+        if own.is_number or self._knows(own):
             return
         bounds = value.node.shape_env.bound_sympy(own)
         least, most = (
@@ -129,19 +132,18 @@ class Symbols:
         name = f"s{len(self.found)}"
         self.add(own, Symbol(name, int(value.node.hint), least, most))
 
-    @property
-    def _all(self) -> set[Any]:
-        return set(self._ours.values())
+    def _knows(self, own: Any) -> bool:
+        return own.xreplace(self._marks).free_symbols <= set(self._marks.values())
 
     def expression(self, size: Any) -> Size | None:
         """A size in terms of these symbols; ``None`` where that cannot be."""
         if not isinstance(size, torch.SymInt):
             return int(size)
-        expression = size.node.expr.xreplace(self._ours)
-        if expression.is_Integer:
-            return int(expression)
-        known = expression.free_symbols <= self._all
-        return expression if known else None
+        own = size.node.expr
+        if not self._knows(own):
+            return None
+        expression = own.xreplace(self._ours)
+        return int(expression) if expression.is_Integer else expression
 
 
 _ENDLESS = 1 << 62
