@@ -249,6 +249,7 @@ def _any() -> tuple[nn.Module, nn.Module]:
     return _PAIR[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*was captured")
 def test_what_decides_structure_is_a_condition() -> None:
     def body(m: Any, h: Tensor, t: Any) -> Tensor:
         for _ in range(t["layers"]):

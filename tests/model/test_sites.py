@@ -69,7 +69,7 @@ def test_a_number_and_its_line_are_named_and_each_form_counts_for_itself() -> No
         model.kind = "b"
         model(x)
     (said,) = _said(caught)
-    assert "in training: times was 1, then 2 and 3 (read at: for _ in range(times):" in said
+    assert "in training: times was 1, then 2, 3 and 1 (read at: for _ in range(times):" in said
     assert "self.kind was 'a', then 'b'" in said
 
 

@@ -77,7 +77,7 @@ def test_beside_torch_compile_and_plain_pytorch() -> None:
     def optimized() -> None:
         for batch in range(1, 6):
             own(X[:1].expand(batch, 8))
-        assert controller_of(own).made == 5, "some calls ran plain, while others compiled"
+        assert controller_of(own).made == 2, "some calls ran plain, while others compiled"
         assert not controller_of(own).notes
 
     def compiled() -> None:
