@@ -133,7 +133,7 @@ class Symbols:
         self.add(own, Symbol(name, int(value.node.hint), least, most))
 
     def _knows(self, own: Any) -> bool:
-        return own.xreplace(self._marks).free_symbols <= set(self._marks.values())
+        return bool(own.xreplace(self._marks).free_symbols <= set(self._marks.values()))
 
     def expression(self, size: Any) -> Size | None:
         """A size in terms of these symbols; ``None`` where that cannot be."""

@@ -73,6 +73,7 @@ def _follow(
     model, plain = _optimized(make, **how)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", r"\w+ was captured 4 times")
         for step, value in enumerate(values):
             x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
             results = []
@@ -249,7 +250,6 @@ def _any() -> tuple[nn.Module, nn.Module]:
     return _PAIR[0]
 
 
-@pytest.mark.filterwarnings("ignore:.*was captured")
 def test_what_decides_structure_is_a_condition() -> None:
     def body(m: Any, h: Tensor, t: Any) -> Tensor:
         for _ in range(t["layers"]):

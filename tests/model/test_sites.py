@@ -67,9 +67,9 @@ def test_a_number_and_its_line_are_named_and_each_form_counts_for_itself() -> No
             model.train()
         assert not caught
         model.kind = "b"
-        model(x)
+        model(x, 3)
     (said,) = _said(caught)
-    assert "in training: times was 1, then 2, 3 and 1 (read at: for _ in range(times):" in said
+    assert "in training: times was 1, then 2 and 3 (read at: for _ in range(times):" in said
     assert "self.kind was 'a', then 'b'" in said
 
 
