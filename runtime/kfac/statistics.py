@@ -92,6 +92,23 @@ class WithStatistics:
         self._only: Backward | None = None
         tangents = plan.signature.names(Role.TANGENT)
         self._labelled = tangents.index("0") if "0" in tangents else None
+        # What a backend asks of sizes is a condition of the graph while that is built, not later.
+        if plan.signature.names(Role.SIZE):
+            _ = self._with if part.fisher == "empirical" else self._alone
+
+    @property
+    def _with(self) -> Backward:
+        """The form that computes the statistics, too."""
+        if self._full is None:
+            self._full = self._below(self._half)
+        return self._full
+
+    @property
+    def _alone(self) -> Backward:
+        """The form that computes statistics only."""
+        if self._only is None:
+            self._only = self._below(keeping(self._half, is_statistic))
+        return self._only
 
     def __call__(
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
@@ -114,9 +131,7 @@ class WithStatistics:
     def _with_statistics(
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
     ) -> tuple[list[Any], dict[str, Tensor]]:
-        if self._full is None:
-            self._full = self._below(self._half)
-        found = zip(self._full.returns, self._full(step, tangents, absent), strict=True)
+        found = zip(self._with.returns, self._with(step, tangents, absent), strict=True)
         results, statistics = [], {}
         for slot, value in found:
             if is_statistic(slot):
@@ -127,8 +142,6 @@ class WithStatistics:
 
     def _of_labels(self, step: Step, output: Tensor, tangents: int) -> dict[str, Tensor]:
         """Statistics of gradients for other labels than the given ones, averaged or summed."""
-        if self._only is None:
-            self._only = self._below(keeping(self._half, is_statistic))
         total: dict[str, Tensor] = {}
         saved = list(step.saved)
         for tangent in tangents_of_labels(self.part, output):
@@ -136,14 +149,13 @@ class WithStatistics:
             if self._labelled is not None:
                 given[self._labelled] = tangent.expand_as(output).contiguous()
             step.saved = list(saved)
-            self._add(total, self._only(step, given, ()))
+            self._add(total, self._alone(step, given, ()))
         step.saved = saved
         return total
 
     def _add(self, total: dict[str, Tensor], found: Sequence[Any]) -> None:
         """Moments of output gradients add up over labels; those of inputs do not depend on them."""
-        assert self._only is not None
-        for slot, value in zip(self._only.returns, found, strict=True):
+        for slot, value in zip(self._alone.returns, found, strict=True):
             name = slot.name.removeprefix(PREFIX)
             if name not in total:
                 total[name] = value
