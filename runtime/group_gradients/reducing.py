@@ -55,6 +55,10 @@ class Reducing:
         self._positions = {name: i for i, name in gradients}
         # Nobody averages gradients of inputs, so the scale of the tangents comes off again.
         self._of_inputs = [i for i, name in gradients if name not in parameters]
+        # What a backend asks of sizes is a condition of the graph while that is built, not later.
+        if plan.signature.names(Role.SIZE):
+            for name in ("silent", "reducing", "accumulating"):
+                self._form(name)
 
     def __call__(
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
