@@ -81,6 +81,7 @@ class Controller:
         self.seen = Seen(compiler.dynamic)
         self.sites = Sites()
         self.notes: tuple[str, ...] = ()
+        self._untold: list[str] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -118,11 +119,12 @@ class Controller:
             with one_at_a_time():
                 # Another thread may have made it meanwhile.
                 variant = self._holding(model, args, kwargs)
-                variant = variant or self.specialise(model, args, kwargs)
+                variant = variant or self._specialise(model, args, kwargs)
         except Exception as error:
             call = (self.session, self.plain, model, args, kwargs)
             remember = functools.partial(self._remember, kind, model, args, kwargs)
             return refuse(Refusal(*call, error), self.compiler, self.trained, remember)
+        self._tell()
         result = variant.call(model, *args, **kwargs)
         self.trained |= variant.entry.level == "joint"
         return result
@@ -135,7 +137,8 @@ class Controller:
             if site.enough:
                 raise site.too_many(type(model).__name__)
             with one_at_a_time():
-                found = self._holding(model, args, kwargs) or self.specialise(model, args, kwargs)
+                found = self._holding(model, args, kwargs) or self._specialise(model, args, kwargs)
+            self._tell()
         self.trained |= found.entry.level == "joint"
         return found
 
@@ -143,6 +146,13 @@ class Controller:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Variant:
         """Make the variant for this call; an error leaves everything as it was."""
+        variant = self._specialise(model, args, kwargs)
+        self._tell()
+        return variant
+
+    def _specialise(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Variant:
         with one_at_a_time():
             mode = kind_of(model, args, kwargs).mode
             site = self.sites.of(mode, model)
@@ -152,7 +162,10 @@ class Controller:
             sizes = self.seen.look(model, args, kwargs)
             variables = variables_of(self.plain, model, args, kwargs)
             changes = changes_of(reason, sizes, variables) if site.captures else ()
-            made = self._compile(model, args, kwargs, causes)
+            # Conditions on sizes fail first, so numbers go unnoticed as long as sizes change.
+            beside = before.changed(model, *args, **kwargs) if before and sizes else ()
+            changing = dict.fromkeys((*causes, *filter(None, map(cause_of, beside))))
+            made = self._compile(model, args, kwargs, tuple(changing))
             entry = replace(made.entry, because=", ".join(map(str, changes)))
             variant = replace(made, entry=entry, mode=mode)
             self.seen.captured(model, args, kwargs)
@@ -164,7 +177,7 @@ class Controller:
         for cause in self.varying.count(c for c in causes if c.source not in variant.numbers):
             self._say_ended(cause)
         if site.captures == MANY:
-            warn_at_call(site.many(type(model).__name__, self.seen.why))
+            self._untold.append(site.many(type(model).__name__, self.seen.why))
         return variant
 
     def _keep(self, variant: Variant, site: Site) -> None:
@@ -203,7 +216,7 @@ class Controller:
             return variant
         variant = self._compile_static(model, args, kwargs, tried)
         if dimensions and (said := self.seen.refused(model, args, kwargs, constant)):
-            warn_at_call(said)
+            self._untold.append(said)
         return variant
 
     def _compile_static(
@@ -276,9 +289,17 @@ class Controller:
             f"with further values run plain (read at: {cause.line})"
         )
         self.notes += (note,)
-        warn_at_call(
+        self._untold.append(
             f"{note}. Keep the value in a tensor (register_buffer), or outside of forward."
         )
+
+    def _tell(self) -> None:
+        """Warn of what was found while variants were made.
+
+        Not meanwhile: where warnings are errors, they would end what is being made.
+        """
+        while self._untold:
+            warn_at_call(self._untold.pop(0))
 
     def _end(self, site: Site, model: nn.Module) -> None:
         """Say once that calls of a site run plain from now on; raise where they must not."""

@@ -23,7 +23,7 @@ from graphopt.passes.batch_statistics.sites import (
 from graphopt.plan import Slot
 from graphopt.plan.batch_statistics import COUNT, INVERSE, MEAN, Norm, Norms, Statistic
 from graphopt.rewrite import emit
-from graphopt.sizes import Sizes
+from graphopt.size_nodes import Sizes
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from graphopt.passes.kfac.emit import Batch, emit_statistics
 from graphopt.passes.kfac.sites import find_sites
 from graphopt.plan import Phase, Role, Slot
 from graphopt.plan.kfac import DIAGONAL, LOW_RANK, Block, Curvature, Side
-from graphopt.sizes import Size, Sizes
+from graphopt.size_nodes import Size, Sizes
 
 # Operators of losses by the position of their ``reduction`` argument; 2 is the sum.
 _LOSSES = {"nll_loss_backward": 4, "nll_loss2d_backward": 4, "mse_loss_backward": 3}

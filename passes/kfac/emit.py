@@ -29,7 +29,7 @@ from graphopt.passes.kfac.rows import (
 )
 from graphopt.passes.kfac.sites import Site
 from graphopt.plan.kfac import Block
-from graphopt.sizes import Scale, Size, Sizes
+from graphopt.size_nodes import Scale, Size, Sizes
 
 
 @dataclass(frozen=True)

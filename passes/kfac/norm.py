@@ -16,7 +16,7 @@ from graphopt.analysis.weight_uses import Use
 from graphopt.graph import Graph, value_of
 from graphopt.plan.kfac import Block
 from graphopt.rewrite import emit
-from graphopt.sizes import Scale, Size, Sizes, as_float
+from graphopt.size_nodes import Scale, Size, Sizes, as_float
 
 aten = torch.ops.aten
 moments = torch.ops.graphopt

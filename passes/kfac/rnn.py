@@ -18,7 +18,7 @@ from graphopt.analysis.weight_uses import Use
 from graphopt.graph import KEPT_META, Graph, value_of
 from graphopt.plan.kfac import OUT_IN, Block, Side
 from graphopt.rewrite import arguments, emit
-from graphopt.sizes import Size, Sizes
+from graphopt.size_nodes import Size, Sizes
 
 ROWS = torch.ops.graphopt.rnn_rows.default
 _PASSED = (

@@ -23,7 +23,7 @@ from graphopt.graph import Graph, value_of
 from graphopt.passes.kfac.rnn import rnn_rows
 from graphopt.plan.kfac import DENSE, LOW_RANK, Side
 from graphopt.rewrite import emit
-from graphopt.sizes import Scale, Size, Sizes, as_float, at_hint, same, value
+from graphopt.size_nodes import Scale, Size, Sizes, as_float, at_hint, same, value
 
 aten = torch.ops.aten
 moments = torch.ops.graphopt

@@ -217,6 +217,16 @@ def test_each_backward_has_the_number_of_its_forward() -> None:
     assert _made(model) == 2
 
 
+def test_numbers_that_change_whenever_sizes_do() -> None:
+    model, plain = _optimized(lambda: Body(lambda m, h, t: (h * t, F.softplus(h, beta=t))))
+    for step, (size, t) in enumerate(zip((3, 5, 8, 4, 7), FLOATS, strict=False)):
+        x = torch.randn(size, 4, generator=torch.Generator().manual_seed(step))
+        for m in (model, plain):
+            m.zero_grad()
+        _same(*(_results(m, m(x, t)) for m in (model, plain)))
+    assert _made(model) == 2
+
+
 def test_training_evaluation_and_no_grad() -> None:
     def call(m: nn.Module, x: Tensor, t: float) -> Any:
         with torch.no_grad():

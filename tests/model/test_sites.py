@@ -55,6 +55,19 @@ def test_the_fourth_capture_names_the_size_that_changes() -> None:
     assert "because    x.0 was 6 and is 7" in model.explain()
 
 
+def test_warnings_that_are_errors_end_the_call_and_nothing_else() -> None:
+    model = _optimized(dynamic=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in (3, 4, 5):
+            model(torch.randn(n, 4))
+        with pytest.raises(UserWarning, match="captured 4 times in training"):
+            model(torch.randn(6, 4))
+        assert len(graphopt.model.surface.report(model).specialisations) == 4
+        model(torch.randn(6, 4)).sum().backward()
+    assert not graphopt.model.surface.report(model).plain
+
+
 def test_a_number_and_its_line_are_named_and_each_form_counts_for_itself() -> None:
     model = _optimized()
     x = torch.randn(2, 4)
