@@ -10,6 +10,7 @@ from graphopt.analysis.constants import derived, private_attributes
 from graphopt.graph import Graph
 from graphopt.passbase import REASSOCIATED, Numerics, Outcome, Pass, PassContext
 from graphopt.passes.fold_inference.freeze import FROZEN, freeze
+from graphopt.passes.fold_inference.layers import mark_weights
 from graphopt.passes.fold_inference.norm import fold_norms
 from graphopt.plan import Role
 
@@ -21,7 +22,8 @@ class FoldInference(Pass):
     With ``scale = gamma / sqrt(var + eps)``, weight and bias become ``w * scale`` and ``(b - mean)
     * scale + beta``, as expressions of the graph; they, casts of weights and whatever else depends
     on weights only are closed by ``graphopt.frozen``, so that the runtime computes them once and
-    again when a weight changes. Nothing is read from the weights here.
+    again when a weight changes. So are, on CPUs, weights that layers read as they are: the runtime
+    may keep them in another layout. Nothing is read from the weights here.
 
     Rounding: with k products per result and unit roundoff u, folded and unfolded are both within
     ``(k + 8) u (|scale| (sum |w x| + |b| + |mean|) + |beta|)`` of the exact result. That grows with
@@ -55,6 +57,9 @@ class FoldInference(Pass):
 
         known = derived(graph, [*weights, *fixed])
         marked = freeze(graph, weights, known, mutated)
-        if folded.changed or marked.changed:
+        layers = mark_weights(graph, weights)
+        if folded.changed or marked.changed or layers.changed:
             graph.changed()
-        return Outcome(folded.applied + marked.applied, folded.declined + marked.declined)
+        return Outcome(
+            folded.applied + marked.applied + layers.applied, folded.declined + marked.declined
+        )

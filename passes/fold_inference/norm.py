@@ -1,60 +1,37 @@
-"""The part of fold_inference that moves a batch norm into the layer before it.
+"""The part of fold_inference that moves a batch norm into the layer before it, or else after it.
 
 In inference batch norm is affine per channel, ``y = (c - mean) * scale + beta`` with
 ``scale = gamma / sqrt(var + eps)``, and so is the convolution or linear layer that it normalises,
-``c = w * x + b``. Together they are ``y = (w * scale) * x + ((b - mean) * scale + beta)``.
+``c = w * x + b``. Together they are ``y = (w * scale) * x + ((b - mean) * scale + beta)``. What the
+layer before cannot take up, the layer after it may (`after`).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from graphopt.analysis.identity import geometry
-from graphopt.graph import Graph, module_of, operator_name, value_of
+from graphopt.graph import Graph, operator_name, value_of
 from graphopt.passbase import Applied, Declined, Number, Outcome
+from graphopt.passes.fold_inference.after import fold_after, match_after
+from graphopt.passes.fold_inference.site import (
+    LAYERS,
+    NORMS,
+    Site,
+    name_of,
+    no,
+    scale_of,
+    weights_of,
+)
 from graphopt.rewrite import arguments, emit
 
 aten = torch.ops.aten
 
-_NORMS = frozenset(
-    {
-        aten._native_batch_norm_legit_no_training.default,
-        aten._native_batch_norm_legit.no_stats,
-        aten._batch_norm_no_update.default,
-        aten.native_batch_norm.default,
-        aten.cudnn_batch_norm.default,
-        aten.miopen_batch_norm.default,
-    }
-)
-_LAYERS = frozenset({aten.convolution.default, aten.addmm.default, aten.mm.default})
 _PRECISE = frozenset({torch.float32, torch.float64})
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A batch norm and the layer before it."""
-
-    norm: fx.Node
-    result: fx.Node
-    layer: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    gamma: fx.Node | None
-    beta: fx.Node | None
-    mean: fx.Node
-    var: fx.Node
-    eps: float
-
-    @property
-    def constants(self) -> list[fx.Node]:
-        """Everything that has to be known before the step."""
-        found = (self.weight, self.bias, self.gamma, self.beta, self.mean, self.var)
-        return [node for node in found if node is not None]
 
 
 def fold_norms(graph: Graph, known: set[fx.Node], mutated: Collection[fx.Node]) -> Outcome:
@@ -67,38 +44,56 @@ def fold_norms(graph: Graph, known: set[fx.Node], mutated: Collection[fx.Node]) 
     """
     applied: list[Applied] = []
     declined: list[Declined] = []
-    for norm in [n for n in graph.operators if n.target in _NORMS]:
-        found = _match(norm)
-        no = found if isinstance(found, Declined) else _obstacle(found, known, mutated)
-        if no or isinstance(found, Declined):
-            declined += [no] if no else []
+    for norm in [n for n in graph.operators if n.target in NORMS]:
+        found = _match(norm, known, mutated)
+        if isinstance(found, Declined):
+            declined.append(found)
             continue
-        channels = int(value_of(found.mean).shape[0])
-        applied.append(Applied(_name(norm), "folded into the layer before", {"channels": channels}))
-        known.update(_fold(graph, found))
+        place = "after" if found.is_before else "before"
+        numbers: dict[str, Number] = {"channels": int(value_of(found.mean).shape[0])}
+        applied.append(Applied(name_of(norm), f"folded into the layer {place}", numbers))
+        known.update((fold_after if found.is_before else _fold)(graph, found))
     return Outcome(tuple(applied), tuple(declined))
 
 
 # -- what can be folded ----------------------------------------------------------------------------
 
 
-def _match(norm: fx.Node) -> _Site | Declined:
+def _match(
+    norm: fx.Node, known: Collection[fx.Node], mutated: Collection[fx.Node]
+) -> Site | Declined:
     given = arguments(norm)
     if given.get("training") or given.get("running_mean") is None:
-        return _no(norm, "batch-statistics", "it normalises with the statistics of the batch")
+        return no(norm, "batch-statistics", "it normalises with the statistics of the batch")
     used = [user for user in norm.users if user.users]
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in used):
-        return _no(norm, "statistics-used", "its statistics are read, too")
+        return no(norm, "statistics-used", "its statistics are read, too")
     if len(used) != 1:
-        return _no(norm, "unused", "nobody reads its result, or several nodes do; clean up first")
+        return no(norm, "unused", "nobody reads its result, or several nodes do; clean up first")
     layer = given["input"]
-    if layer.target not in _LAYERS:
-        return _no(norm, "no-layer", f"its input comes from {operator_name(layer)}")
-    weight, bias = _weights(layer)
-    return _Site(
+    if layer.target in LAYERS and len(layer.users) == 1:
+        return _checked(_site(norm, used[0], layer, is_before=False), known, mutated)
+    if layer.target in LAYERS:
+        reason, before = "shared-result", f"{layer.name} is read by others, too"
+    else:
+        source = operator_name(layer) if layer.op == "call_function" else layer.name
+        reason, before = "no-layer", f"its input comes from {source}"
+    after = match_after(norm, used[0], before)
+    if isinstance(after, Declined):
+        if reason == "shared-result" and after.reason == "no-layer":
+            return no(norm, reason, after.detail, {"readers": len(layer.users)})
+        return after
+    return _checked(_site(norm, used[0], after, is_before=True), known, mutated)
+
+
+def _site(norm: fx.Node, result: fx.Node, layer: fx.Node, is_before: bool) -> Site:
+    given = arguments(norm)
+    weight, bias = weights_of(layer)
+    return Site(
         norm=norm,
-        result=used[0],
+        result=result,
         layer=layer,
+        is_before=is_before,
         weight=weight,
         bias=bias,
         gamma=given["weight"],
@@ -109,60 +104,47 @@ def _match(norm: fx.Node) -> _Site | Declined:
     )
 
 
-def _weights(layer: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    given = arguments(layer)
-    if layer.target is aten.convolution.default:
-        return given["weight"], given["bias"]
-    return given["mat2"], given["self"] if layer.target is aten.addmm.default else None
+def _checked(
+    site: Site, known: Collection[fx.Node], mutated: Collection[fx.Node]
+) -> Site | Declined:
+    return _obstacle(site, known, mutated) or site
 
 
 def _obstacle(
-    site: _Site, known: Collection[fx.Node], mutated: Collection[fx.Node]
+    site: Site, known: Collection[fx.Node], mutated: Collection[fx.Node]
 ) -> Declined | None:
     norm, layer = site.norm, site.layer
-    if len(layer.users) > 1:
-        readers: dict[str, Number] = {"readers": len(layer.users)}
-        return _no(norm, "shared-result", f"{layer.name} is read by others, too", readers)
     unknown = [node for node in site.constants if node not in known]
     if changing := [node for node in unknown if node in mutated]:
-        return _no(norm, "mutated", f"the graph changes what {changing[0].name} depends on")
+        return no(norm, "mutated", f"the graph changes what {changing[0].name} depends on")
     if unknown:
-        return _no(norm, "not-constant", f"{unknown[0].name} depends on an input")
+        return no(norm, "not-constant", f"{unknown[0].name} depends on an input")
     dtypes = {value_of(node).dtype for node in (*site.constants, layer, site.result)}
     if len(dtypes) > 1 or not dtypes <= _PRECISE:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return _no(norm, "low-precision", f"the folded weight would be rounded ({names})")
+        return no(norm, "low-precision", f"the folded weight would be rounded ({names})")
     if site.eps <= 0:
-        return _no(norm, "no-epsilon", "nothing bounds the scale", {"eps": site.eps})
+        return no(norm, "no-epsilon", "nothing bounds the scale", {"eps": site.eps})
     if layer.target is aten.addmm.default:
         factors = arguments(layer)
         if (factors["alpha"], factors["beta"]) != (1, 1):
-            return _no(norm, "scaled-layer", f"{layer.name} has factors of its own")
-    if geometry(layer) != geometry(site.result):
-        return _no(norm, "layout", f"its result has another layout than that of {layer.name}")
+            return no(norm, "scaled-layer", f"{layer.name} has factors of its own")
+    source = arguments(norm)["input"]
+    if geometry(source) != geometry(site.result):
+        return no(norm, "layout", f"its result has another layout than that of {source.name}")
     return None
-
-
-def _name(norm: fx.Node) -> str:
-    return module_of(norm) or norm.name
-
-
-def _no(
-    norm: fx.Node, reason: str, detail: str, numbers: dict[str, Number] | None = None
-) -> Declined:
-    return Declined(_name(norm), reason, detail, numbers or {})
 
 
 # -- folding ---------------------------------------------------------------------------------------
 
 
-def _fold(graph: Graph, site: _Site) -> tuple[fx.Node, fx.Node]:
+def _fold(graph: Graph, site: Site) -> tuple[fx.Node, fx.Node]:
     """Rewrite one site; returns the new weight and bias."""
     norm, layer = site.norm, site.layer
     # Statistics may be computed after the layer; only the norm reads it, so it can move.
     norm.prepend(layer)
     with graph.fx.inserting_before(layer):
-        scale = _scale(graph, site)
+        scale = scale_of(graph, site)
         aligned = _aligned(graph, site, scale)
         weight = emit(graph, aten.mul.Tensor, site.weight, aligned, like=norm)
         bias = _bias(graph, site, scale)
@@ -179,15 +161,7 @@ def _fold(graph: Graph, site: _Site) -> tuple[fx.Node, fx.Node]:
     return weight, bias
 
 
-def _scale(graph: Graph, site: _Site) -> fx.Node:
-    shifted = emit(graph, aten.add.Tensor, site.var, site.eps, like=site.norm)
-    inverse = emit(graph, aten.rsqrt.default, shifted, like=site.norm)
-    if site.gamma is None:
-        return inverse
-    return emit(graph, aten.mul.Tensor, site.gamma, inverse, like=site.norm)
-
-
-def _bias(graph: Graph, site: _Site, scale: fx.Node) -> fx.Node:
+def _bias(graph: Graph, site: Site, scale: fx.Node) -> fx.Node:
     if site.bias is None:
         shifted = emit(graph, aten.neg.default, site.mean, like=site.norm)
     else:
@@ -198,7 +172,7 @@ def _bias(graph: Graph, site: _Site, scale: fx.Node) -> fx.Node:
     return emit(graph, aten.add.Tensor, scaled, site.beta, like=site.norm)
 
 
-def _aligned(graph: Graph, site: _Site, scale: fx.Node) -> fx.Node:
+def _aligned(graph: Graph, site: Site, scale: fx.Node) -> fx.Node:
     """The scale in a shape that multiplies each output channel of the weight."""
     if site.layer.target is not aten.convolution.default:
         return scale  # columns of the second matrix

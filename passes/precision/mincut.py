@@ -13,11 +13,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
+from graphopt.analysis.cut import SINK, SOURCE, Network
 from graphopt.passes.precision.problem import Problem
 
 
@@ -66,10 +64,6 @@ class Noise:
         return math.fsum(read) + math.fsum(self.result[n] for n in problem.units if n in low)
 
 
-# Capacities are 32-bit integers, and so is the flow: all finite ones together stay below this.
-_LARGEST = 2**30
-
-
 def minimum_cut(
     problem: Problem,
     times: Times,
@@ -92,7 +86,7 @@ def minimum_cut(
     """
     if not problem.units:
         return frozenset()
-    network = _Network()
+    network = Network()
     owner = problem.owner()
 
     def priced(change: float) -> float | None:
@@ -101,12 +95,12 @@ def minimum_cut(
         return price * change if change > 0 else 0.0
 
     for node in problem.units:
-        network.edge(_SOURCE, node, times.high[node])
-        network.edge(node, _SINK, times.low[node])
+        network.edge(SOURCE, node, times.high[node])
+        network.edge(node, SINK, times.low[node])
         if noise is not None:
-            network.edge(node, _SINK, priced(noise.result[node]))
+            network.edge(node, SINK, priced(noise.result[node]))
     for value in problem.values():
-        cast, mine = times.cast[value], owner.get(value, _SINK)
+        cast, mine = times.cast[value], owner.get(value, SINK)
         readers = problem.readers.get(value, ())
         to_low, to_high = ("to low", value), ("to high", value)
         for reader in readers:
@@ -114,54 +108,13 @@ def minimum_cut(
             network.edge(reader, mine if follows else to_low, None)
             if noise is not None and not follows:
                 network.edge(reader, mine, priced(noise.read[value, reader]))
-            if mine is not _SINK:
+            if mine is not SINK:
                 network.edge(to_high, reader, None)
         if readers:
             network.edge(to_low, mine, cast)
-        if mine is not _SINK:
+        if mine is not SINK:
             if value in problem.read_high:
-                network.edge(to_high, _SINK, None)
+                network.edge(to_high, SINK, None)
             network.edge(mine, to_high, cast)
     lowered = network.source_side()
     return frozenset(node for node in problem.units if node in lowered)
-
-
-_SOURCE, _SINK = "source", "sink"
-
-
-class _Network:
-    """Edges with a capacity in seconds, or without a limit."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[object, int] = {_SOURCE: 0, _SINK: 1}
-        self.edges: dict[tuple[int, int], float] = {}
-        self.free: set[tuple[int, int]] = set()
-
-    def edge(self, start: object, end: object, seconds: float | None) -> None:
-        key = (self._number(start), self._number(end))
-        if seconds is None:
-            self.free.add(key)
-        self.edges[key] = self.edges.get(key, 0.0) + (seconds or 0.0)
-
-    def source_side(self) -> set[object]:
-        """What the source still reaches once the largest flow is subtracted."""
-        count, keys = len(self.numbers), list(self.edges)
-        total = sum(self.edges.values())
-        scale = _LARGEST / total if total > 0 else 1.0
-        capacities = [
-            _LARGEST if key in self.free else round(seconds * scale)
-            for key, seconds in self.edges.items()
-        ]
-        rows, columns = np.array(keys, dtype=np.int32).T
-        shape = (count, count)
-        graph = csr_array((np.array(capacities, dtype=np.int32), (rows, columns)), shape=shape)
-        flow = maximum_flow(graph, 0, 1).flow
-        residual = (graph - flow).tocsr()
-        residual.data[residual.data < 0] = 0
-        residual.eliminate_zeros()
-        reached = breadth_first_order(residual, 0, return_predecessors=False)
-        names = list(self.numbers)
-        return {names[i] for i in reached}
-
-    def _number(self, name: object) -> int:
-        return self.numbers.setdefault(name, len(self.numbers))

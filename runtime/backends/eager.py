@@ -17,7 +17,12 @@ from graphopt.runtime.backends.pieces import write_in_place
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.halves import copy_graph, split
 from graphopt.runtime.engine.step import Executable
-from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
+from graphopt.runtime.frozen.contest import Contest
+from graphopt.runtime.frozen.fusions import fuse
+from graphopt.runtime.frozen.layouts import keep_layouts
+from graphopt.runtime.frozen.packing import pack
+from graphopt.runtime.frozen.prologue import Hoisted, WhileUnchanged, hoist, is_marked
+from graphopt.runtime.frozen.sites import convolution_is_faster, linears
 from graphopt.runtime.session import Session
 
 
@@ -40,9 +45,32 @@ class Eager(Backend):
 
 
 def _inference(module: fx.GraphModule) -> Executable:
-    hoisted = hoist(module)
-    if hoisted is None:
+    if not is_marked(module):
         return boxed(module)
+    makers = {"plain": lambda: _plain(module), "packed": lambda: _packed(module)}
+    return Contest(makers, module.graph, "eager")
+
+
+def _plain(module: fx.GraphModule) -> Executable:
+    hoisted = hoist(module)
+    hoisted.prune()
+    return _joined(hoisted)
+
+
+def _packed(module: fx.GraphModule) -> Executable | None:
+    hoisted = hoist(module)
+    fuse(hoisted.main.graph, hoisted.kept, convolution_is_faster)
+    keep_layouts(hoisted.main.graph)
+    packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=True)
+    if not packed.weights:
+        return None
+    hoisted.prune()
+    return _joined(hoisted)
+
+
+def _joined(hoisted: Hoisted) -> Executable:
+    if not hoisted.kept:
+        return boxed(hoisted.main)
     return WhileUnchanged(boxed(hoisted.prologue), boxed(hoisted.main), hoisted.sources)
 
 

@@ -27,10 +27,11 @@ from graphopt.errors import BackendError, GraphoptError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.backends.inductor_frozen import frozen_inference
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.halves import Halves, split
 from graphopt.runtime.engine.step import Executable
-from graphopt.runtime.frozen.prologue import WhileUnchanged, hoist
+from graphopt.runtime.frozen.prologue import is_marked
 from graphopt.runtime.session import Session
 
 
@@ -213,24 +214,33 @@ def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **opti
 
 
 def _inference(module: fx.GraphModule, plan: Plan) -> Executable:
-    weights = _weights(plan)
-    hoisted = hoist(module)
-    if hoisted is None:
-        return _compile_inference(module, weights, len(plan.signature.outputs))
-    inputs = len(plan.signature.inputs)
-    frozen = len(hoisted.main.graph.find_nodes(op="placeholder")) - inputs
-    main = _compile_inference(
-        hoisted.main, [*weights, *range(inputs, inputs + frozen)], len(plan.signature.outputs)
-    )
-    return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources)
+    outputs = len(plan.signature.outputs)
+    if not is_marked(module):
+        return _compile_inference(module, _weights(plan), outputs)
+
+    def finish(prepared: fx.GraphModule, kept: Sequence[int]) -> Executable:
+        return _finish_inference(prepared, [*_weights(plan), *kept], outputs)
+
+    return frozen_inference(module, _prepare_inference, finish)
 
 
 def _compile_inference(module: fx.GraphModule, static: Sequence[int], outputs: int) -> Executable:
+    return _finish_inference(_prepare_inference(module), static, outputs)
+
+
+def _prepare_inference(module: fx.GraphModule) -> fx.GraphModule:
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     module = _decompose(module, values)
-    module = _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
+    return cast(
+        "fx.GraphModule",
+        _recursive_joint_graph_passes(module, input_device=torch.device(_device(module))),
+    )
+
+
+def _finish_inference(module: fx.GraphModule, static: Sequence[int], outputs: int) -> Executable:
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     compiled = _compile(module, values, outputs, static_input_idxs=list(static), is_inference=True)
     return cast("Executable", compiled)
 

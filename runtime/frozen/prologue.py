@@ -7,50 +7,126 @@ prologue when it must.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 import graphopt.ops  # noqa: F401  (registers graphopt::frozen)
-from graphopt.runtime.frozen.convolutions import pack_convolutions
 
 # Elements compared per weight. Code that keeps moving averages updates ``.data``, which does not
 # bump the version counter; such an update changes every element.
 SAMPLE = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hoisted:
     """A module in two parts.
 
     Attributes:
-        prologue: takes the inputs at `sources`; returns the frozen values.
-        main: takes all inputs of the original module, then the frozen values.
+        prologue: takes the inputs at `sources`; returns the kept values.
+        main: takes all inputs of the original module, then the kept values.
         sources: positions of the inputs that the prologue reads.
+        inputs: how many inputs the original module has.
     """
 
     prologue: fx.GraphModule
     main: fx.GraphModule
     sources: tuple[int, ...]
+    inputs: int
+
+    @property
+    def kept(self) -> list[fx.Node]:
+        """The placeholders of the kept values, in the order of the prologue's results."""
+        return list(self.main.graph.find_nodes(op="placeholder"))[self.inputs :]
+
+    def keep(
+        self, make: Callable[[fx.Graph, fx.Node], fx.Node], value: fx.Node, like: Tensor
+    ) -> fx.Node:
+        """Have the prologue compute something more from a kept value.
+
+        Args:
+            make: adds nodes to the prologue, whose node of the value it is given.
+            value: the placeholder of a kept value.
+            like: a fake value of the size of the new one.
+
+        Returns:
+            The placeholder of the new value.
+        """
+        results = _results(self.prologue)
+        with self.prologue.graph.inserting_before(self.prologue.graph.output_node()):
+            made = make(self.prologue.graph, results[self.kept.index(value)])
+        made.meta["val"] = like
+        self.prologue.graph.output_node().args = ([*results, made],)
+        *_, last = self.main.graph.find_nodes(op="placeholder")
+        with self.main.graph.inserting_after(last):
+            placeholder = self.main.graph.placeholder(f"frozen_{len(results)}")
+        placeholder.meta["val"] = like
+        return placeholder
+
+    def put_last(self, values: Collection[fx.Node]) -> None:
+        """Have some kept values come after all others."""
+        kept = dict(zip(self.kept, _results(self.prologue), strict=True))
+        order = [*(n for n in kept if n not in values), *(n for n in kept if n in values)]
+        for before, after in pairwise(order):
+            before.append(after)
+        self.prologue.graph.output_node().args = ([kept[n] for n in order],)
+
+    def prune(self) -> None:
+        """Forget kept values that nobody reads, and read bare weights where they are."""
+        results, kept = _results(self.prologue), self.kept
+        given = self.prologue.graph.find_nodes(op="placeholder")
+        outer = self.main.graph.find_nodes(op="placeholder")
+        staying = []
+        for result, placeholder in zip(results, kept, strict=True):
+            weight = result.args[0] if result.target is FROZEN else None
+            if weight in given:
+                read = outer[self.sources[given.index(weight)]]
+                placeholder.replace_all_uses_with(read)
+            if placeholder.users:
+                staying.append(result)
+            else:
+                self.main.graph.erase_node(placeholder)
+        self.prologue.graph.output_node().args = (staying,)
+        self.prologue.graph.eliminate_dead_code()
+        used = [bool(node.users) for node in given]
+        for node in given:
+            if not node.users:
+                self.prologue.graph.erase_node(node)
+        self.sources = tuple(s for s, is_used in zip(self.sources, used, strict=True) if is_used)
+        self.prologue.recompile()
+        self.main.recompile()
 
 
-def hoist(module: fx.GraphModule) -> Hoisted | None:
-    """Cut a module at its frozen values; ``None`` when it has none. The module is not changed."""
-    frozen = module.graph.find_nodes(op="call_function", target=torch.ops.graphopt.frozen.default)
-    if not frozen:
-        return None
-    hoisted = Hoisted(*_prologue(module, frozen))
-    values = hoisted.main.graph.find_nodes(op="placeholder")[-len(frozen) :]
-    pack_convolutions(hoisted.main, {node.name for node in values})
-    return hoisted
+FROZEN = torch.ops.graphopt.frozen.default
+aten = torch.ops.aten
+_VIEWS = frozenset({aten.t.default, aten.permute.default, aten.view.default, aten.alias.default})
 
 
-def _prologue(
-    module: fx.GraphModule, frozen: Sequence[fx.Node]
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[int, ...]]:
+def reads_constant(
+    weight: Any, kept: Collection[fx.Node]
+) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The kept value that a weight is, with the views between; ``None`` where it is none."""
+    views: list[fx.Node] = []
+    while isinstance(weight, fx.Node) and weight not in kept:
+        if weight.target not in _VIEWS:
+            return None
+        views.append(weight)
+        weight = weight.args[0]
+    return (weight, tuple(reversed(views))) if isinstance(weight, fx.Node) else None
+
+
+def is_marked(module: fx.GraphModule) -> bool:
+    """Whether a module has values that may be kept."""
+    return bool(module.graph.find_nodes(op="call_function", target=FROZEN))
+
+
+def hoist(module: fx.GraphModule) -> Hoisted:
+    """Cut a module at its frozen values. The module is not changed."""
+    frozen = module.graph.find_nodes(op="call_function", target=FROZEN)
     needed: set[fx.Node] = set()
     pending = list(frozen)
     while pending:
@@ -77,7 +153,12 @@ def _prologue(
         if node not in kept:
             kept[node] = after.node_copy(node, lambda n: kept[n])
     after.eliminate_dead_code()
-    return fx.GraphModule(module, before), fx.GraphModule(module, after), sources
+    prologue, main = fx.GraphModule(module, before), fx.GraphModule(module, after)
+    return Hoisted(prologue, main, sources, len(placeholders))
+
+
+def _results(prologue: fx.GraphModule) -> list[fx.Node]:
+    return list(cast("Sequence[fx.Node]", prologue.graph.output_node().args[0]))
 
 
 class WhileUnchanged:
@@ -87,12 +168,17 @@ class WhileUnchanged:
         prologue: from weights to frozen values; both executables empty their argument list.
         main: takes the inputs of the call followed by the frozen values.
         sources: positions of the weights among the inputs.
+        constants: tensors that the main executable holds; the last values of the prologue go into
+            them instead of to its inputs.
     """
 
-    def __init__(self, prologue: Any, main: Any, sources: Sequence[int]) -> None:
+    def __init__(
+        self, prologue: Any, main: Any, sources: Sequence[int], constants: Sequence[Tensor] = ()
+    ) -> None:
         self.prologue = prologue
         self.main = main
         self.sources = tuple(sources)
+        self.constants = tuple(constants)
         self.values: list[Tensor] = []
         self._seen: tuple[tuple[int, int, int], ...] = ()
         self._samples: list[Tensor] = []
@@ -102,7 +188,11 @@ class WhileUnchanged:
         """Outputs of the main module; empties the list."""
         weights = [arguments[i] for i in self.sources]
         if self._changed(weights):
-            self.values = list(self.prologue(list(weights)))
+            values = list(self.prologue(list(weights)))
+            passed = len(values) - len(self.constants)
+            for constant, value in zip(self.constants, values[passed:], strict=True):
+                constant.data = value
+            self.values = values[:passed]
         arguments.extend(self.values)
         return cast("Sequence[Any]", self.main(arguments))
 

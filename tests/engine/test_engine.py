@@ -169,7 +169,7 @@ def test_prologue_runs_once_while_nothing_changes(convs: Convs) -> None:
         folded(X)
         controller = controller_of(folded)
         assert controller is not None
-        keeper = controller.variants[0].engine._forward._run
+        keeper = controller.variants[0].engine._forward._run.chosen
         values = list(keeper.values)
         folded(X)
         assert all(a is b for a, b in zip(values, keeper.values, strict=True))

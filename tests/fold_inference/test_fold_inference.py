@@ -111,6 +111,31 @@ def test_linear_layer_takes_up_its_norm(bias: bool) -> None:
     torch.testing.assert_close(offset, fused.bias.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 3, 3), (2, 4, 5)),
+        (nn.Conv2d(4, 3, 3, bias=False), (2, 4, 5, 5)),
+        (nn.Conv2d(4, 6, 3, groups=2, stride=2, dilation=2), (2, 4, 7, 7)),
+        (nn.Conv2d(4, 4, 1, groups=4), (2, 4, 3, 3)),
+        (nn.Linear(4, 3), (5, 4)),
+        (nn.Linear(4, 3, bias=False), (5, 4)),
+    ],
+    ids=["1d", "2d", "grouped", "depthwise", "linear", "linear without bias"],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_takes_up_the_norm_before_it(
+    layer: nn.Module, shape: tuple[int, ...], affine: bool
+) -> None:
+    norms = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    model = shaken(nn.Sequential(norms[len(shape)](4, affine=affine), copy.deepcopy(layer)))
+    x = torch.randn(shape)
+    graph, inputs = folded(model, x)
+    assert not [name for name in targets(graph) if "batch_norm" in name]
+    expected = copy.deepcopy(model).double()(x.double()).float()
+    torch.testing.assert_close(run_graph(graph, inputs)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def frozen_values(graph: Graph, inputs: list[Tensor]) -> list[Tensor]:
     """The two values that are frozen: weight, then bias."""
     shown = graph.copy()
@@ -161,6 +186,18 @@ def after_relu(b: Builder) -> fx.Node:
     return normalised(b, b.call(aten.relu.default, convolved(b, image(b))))
 
 
+def before_padding(b: Builder) -> fx.Node:
+    weight = b.input(Role.PARAM, "w", (3, 2, 3, 3))
+    padded = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return b.call(aten.convolution.default, normalised(b, image(b), 2), weight, None, *padded)
+
+
+def before_transposed(b: Builder) -> fx.Node:
+    weight = b.input(Role.PARAM, "w", (2, 3, 3, 3))
+    transposed = ([1, 1], [0, 0], [1, 1], True, [0, 0], 1)
+    return b.call(aten.convolution.default, normalised(b, image(b), 2), weight, None, *transposed)
+
+
 def dynamic(b: Builder) -> fx.Node:
     return normalised(b, convolved(b, image(b), b.input(Role.INPUT, "1", (3, 2, 3, 3))))
 
@@ -201,6 +238,8 @@ def scaled(b: Builder) -> fx.Node:
     [
         (shared, "shared-result"),
         (after_relu, "no-layer"),
+        (before_padding, "padding"),
+        (before_transposed, "transposed"),
         (dynamic, "not-constant"),
         (batch_statistics, "batch-statistics"),
         (training_flag, "batch-statistics"),
@@ -215,7 +254,17 @@ def test_norm_that_cannot_be_folded(make: object, reason: str) -> None:
     before = targets(graph)
     outcome = applied(FoldInference(), graph)
     assert [item.reason for item in outcome.declined] == [reason]
-    assert targets(graph) == before
+    assert [name for name in targets(graph) if name != "frozen"] == before
+
+
+def test_norm_before_a_function_says_which_one_it_is() -> None:
+    b = Builder()
+    y = b.call(aten.relu.default, normalised(b, image(b), 2))
+    (no,) = applied(FoldInference(), inference(b, convolved(b, y))).declined
+    assert (no.reason, no.detail) == (
+        "function-between",
+        "its input comes from input_0, and aten.relu.default stands between it and the next layer",
+    )
 
 
 def test_norm_that_changes_the_layout_stays() -> None:
@@ -235,7 +284,7 @@ def test_mutated_statistics_are_neither_folded_nor_frozen() -> None:
     graph = inference(b, b.call(aten.add.Tensor, y, b.call(aten.sum.default, inverse)))
     graph.set_outputs({mutation("mean"): moved, output(): graph.outputs[0]})
     outcome = applied(FoldInference(), graph)
-    assert outcome.applied == ()
+    assert [(a.site, a.what) for a in outcome.applied] == [("w", "kept for its layers")]
     assert {item.reason for item in outcome.declined} == {"mutated"}
     norm = "_native_batch_norm_legit_no_training"
     assert [item.site for item in outcome.declined] == [norm, "sum_1", "add"]

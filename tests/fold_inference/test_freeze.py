@@ -41,12 +41,14 @@ def test_views_read_the_frozen_value() -> None:
     assert targets(graph)[-2:] == ["t", "mm"]
 
 
-def test_weights_and_views_of_them_are_constant_already() -> None:
+def test_weights_that_layers_read_are_marked_as_they_are() -> None:
     b = Builder()
     w, x = b.input(Role.PARAM, "w", (4, 4)), b.input(Role.INPUT, "0", (4, 4))
     graph = inference(b, b.call(aten.mm.default, x, b.call(aten.t.default, w)))
     outcome = applied(FoldInference(), graph)
-    assert (outcome.applied, outcome.declined) == ((), ())
+    assert [(a.site, a.what) for a in outcome.applied] == [("w", "kept for its layers")]
+    assert outcome.declined == ()
+    assert targets(graph) == ["frozen", "t", "mm"]
 
 
 def test_returned_expression_is_new_at_each_call() -> None:

@@ -14,7 +14,10 @@ import graphopt
 from graphopt.model.controller import controller_of
 from graphopt.passbase import PassContext
 from graphopt.passes.fold_inference import FoldInference
+from graphopt.runtime.frozen.fusions import fuse
+from graphopt.runtime.frozen.packing import pack
 from graphopt.runtime.frozen.prologue import hoist
+from graphopt.runtime.frozen.sites import linears
 from graphopt.text import parse_graph, print_graph
 from tests.support.applying import GOLDEN
 from tests.support.sizes import Images, images, outputs_equal, symbolic, trained_equal
@@ -47,11 +50,12 @@ def test_convolutions_are_packed() -> None:
     graph = symbolic("images", training=False)
     FoldInference().apply(graph, PassContext())
     hoisted = hoist(graph.module)
-    assert hoisted is not None
-    packed = torch.ops.graphopt.packed_convolution.default
-    found = hoisted.main.graph.find_nodes(op="call_function", target=packed)
-    assert len(found) == 2  # the weight of the third one is not computed
-    assert any(node.args[7] is not None for node in found)  # with what is added to one
+    fused = fuse(hoisted.main.graph, hoisted.kept)
+    assert [node.args[8] for node in fused] == ["relu", "relu", "relu"]
+    assert [node.args[7] is not None for node in fused] == [False, True, False]
+    packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=True)
+    assert len(packed.convolutions) == 3
+    assert not packed.linears  # how many rows there are is not known
 
 
 SIZES = ((4, 8, 8), (6, 8, 8), (3, 12, 10), (2, 16, 16), (5, 9, 11))

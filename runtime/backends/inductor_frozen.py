@@ -1,0 +1,169 @@
+"""Inference through Inductor with weights that are kept in the layouts of their kernels.
+
+Inductor takes a reordered weight as a constant only. So the packed form of a graph holds such
+tensors itself, and when a weight changes, the prologue's new values go into the same tensors: no
+code is generated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.engine.step import Executable
+from graphopt.runtime.frozen.contest import Contest
+from graphopt.runtime.frozen.fusions import fuse
+from graphopt.runtime.frozen.packing import pack
+from graphopt.runtime.frozen.prologue import Hoisted, WhileUnchanged, hoist
+from graphopt.runtime.frozen.sites import convolution_is_faster, linears
+
+aten = torch.ops.aten
+
+Prepare = Callable[[fx.GraphModule], fx.GraphModule]
+"""Decomposes a module; its inputs stay what they are."""
+
+Finish = Callable[[fx.GraphModule, Sequence[int]], Executable]
+"""Compiles a decomposed module, given the positions of the kept values among its inputs."""
+
+
+def frozen_inference(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable:
+    """The fastest executable of an inference module with frozen values; see `Contest`."""
+    makers = {
+        "plain": lambda: _plain(module, prepare, finish),
+        "packed": lambda: _packed(module, prepare, finish),
+    }
+    return Contest(makers, module.graph, "inductor")
+
+
+def _plain(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable:
+    hoisted = hoist(module)
+    hoisted.prune()
+    kept = range(hoisted.inputs, hoisted.inputs + len(hoisted.kept))
+    main = finish(prepare(hoisted.main), kept)
+    return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources) if kept else main
+
+
+def _packed(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable | None:
+    hoisted = hoist(module)
+    fuse(hoisted.main.graph, hoisted.kept, _is_wanted)
+    hoisted.main = prepare(hoisted.main)
+    recorded = _results(hoisted.main)
+    packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=False)
+    if not packed.weights:
+        return None
+    hoisted.put_last(packed.weights)
+    hoisted.prune()
+    constants = _hold(hoisted, [node for node in packed.weights if node.users])
+    if not _restore(hoisted.main, recorded):
+        return None
+    kept = range(hoisted.inputs, hoisted.inputs + len(hoisted.kept))
+    main = finish(hoisted.main, kept)
+    return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources, constants)
+
+
+def _is_wanted(arguments: tuple[Any, ...]) -> bool:
+    x = arguments[0].meta["val"]
+    if not all(isinstance(n, int) for n in x.shape) and statically_known_true(x.shape[1] == 1):
+        return False  # Inductor takes the result of the kernel for contiguous then
+    return convolution_is_faster(arguments)
+
+
+def _hold(hoisted: Hoisted, weights: Sequence[fx.Node]) -> list[Tensor]:
+    """Make attributes of the inputs for these values, which are the last ones of the prologue."""
+    given = [node.meta["val"] for node in hoisted.prologue.graph.find_nodes(op="placeholder")]
+    zeros = [
+        torch.empty_strided(v.size(), v.stride(), dtype=v.dtype, device=v.device).zero_()
+        for v in given
+    ]
+    with torch.no_grad():
+        values = list(boxed(hoisted.prologue)(zeros))
+    main = hoisted.main
+    constants = values[len(values) - len(weights) :]
+    last = hoisted.kept[-len(weights) :]
+    for index, (node, constant) in enumerate(zip(last, constants, strict=True)):
+        # A tensor of its own: a kept value may be the weight itself.
+        constant = constant.detach() if constant.is_mkldnn else constant.detach().clone()
+        constants[index] = constant
+        # The mark says to Inductor's caches that the numbers do not matter.
+        cast("Any", constant)._is_frozen_param = True
+        name = f"_packed_{index}"
+        setattr(main, name, constant)
+        with main.graph.inserting_before(node):
+            attribute = main.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        main.graph.erase_node(node)
+    cast("Any", main)._has_frozen_params = True
+    return constants
+
+
+# -- strides of the results ------------------------------------------------------------------------
+
+
+def _results(module: fx.GraphModule) -> list[Any]:
+    """The fake values of the results, in the strides that the user's model gives them."""
+    nodes = cast("Sequence[Any]", module.graph.output_node().args[0])
+    return [node.meta["val"] if isinstance(node, fx.Node) else None for node in nodes]
+
+
+def _restore(module: fx.GraphModule, recorded: Sequence[Any]) -> bool:
+    """Have results come in the recorded strides, where packed kernels give others.
+
+    Returns:
+        Whether that was possible.
+    """
+    from torch._inductor.compile_fx import fake_tensor_prop
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+    view_to_reshape(module)
+    values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        fake_tensor_prop(module, values, True)
+    output = module.graph.output_node()
+    results = list(cast("Sequence[Any]", output.args[0]))
+    for index, (node, before) in enumerate(zip(results, recorded, strict=True)):
+        if isinstance(before, Tensor) and not _are_equal(node.meta["val"].stride(), before):
+            order = _order(before)
+            if order is None:
+                return False
+            with module.graph.inserting_before(output):
+                results[index] = _copied(module.graph, node, order, before)
+    output.args = (results,)
+    module.recompile()
+    return True
+
+
+def _are_equal(strides: Sequence[Any], value: Tensor) -> bool:
+    pairs = zip(strides, value.stride(), strict=True)
+    return all(statically_known_true(a == b) for a, b in pairs)
+
+
+def _order(value: Tensor) -> list[int] | None:
+    """The dimensions of a dense value from the outermost to the innermost one."""
+    order = list(range(value.dim()))
+    if all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+        order.sort(key=lambda d: (-value.stride(d), -value.size(d), d))
+    expected: Any = 1
+    for d in reversed(order):
+        if not statically_known_true(value.stride(d) == expected):
+            return None
+        expected = expected * value.size(d)
+    return order
+
+
+def _copied(graph: fx.Graph, node: fx.Node, order: list[int], like: Tensor) -> fx.Node:
+    """A copy whose dimensions lie in memory in this order."""
+    inner = graph.call_function(aten.permute.default, (node, order))
+    layout = {"memory_format": torch.contiguous_format}
+    copy = graph.call_function(aten.clone.default, (inner,), layout)
+    back = [order.index(d) for d in range(len(order))]
+    outer = graph.call_function(aten.permute.default, (copy, back))
+    inner.meta["val"] = node.meta["val"].permute(order)
+    copy.meta["val"] = like.permute(order)
+    outer.meta = {**node.meta, "val": like}
+    return outer
