@@ -37,6 +37,13 @@ class Guard:
         self._cells = tuple(cells)
         self._names = tuple(self._signature.parameters) if plain and not self._cells else ()
         self._hooks = _hooks_on_all_modules()
+        either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        rest = inspect.Parameter.VAR_KEYWORD
+        usual = all(p.kind in (either, named, rest) for p in parameters)
+        self._positional = [p.name for p in parameters if p.kind is either] if usual else None
+        self._keywords = {p.name for p in parameters if p.kind in (either, named)}
+        self._rest = next((p.name for p in parameters if p.kind is rest), "")
+        self._defaults = [(p.name, p.default) for p in parameters if p.default is not p.empty]
 
     def __call__(self, *args: object, **kwargs: object) -> bool:
         """Whether every guard holds for this call."""
@@ -73,16 +80,47 @@ class Guard:
     ) -> dict[str, object] | None:
         if not kwargs and len(args) == len(self._names):
             return dict(zip(self._names, args, strict=True))
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError:
+        bound = self._bound(args, kwargs)
+        if bound is None:
             return None
-        bound.apply_defaults()
         try:
             closure = {name: cell.cell_contents for name, cell in self._cells}
         except ValueError:  # a variable that was deleted
             return None
-        return {**closure, **bound.arguments}
+        return {**closure, **bound}
+
+    def _bound(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, object] | None:
+        """The arguments by name, with defaults; ``None`` where they do not fit.
+
+        `inspect.Signature.bind` takes longer than all guards of a small model.
+        """
+        if self._positional is None:
+            try:
+                whole = self._signature.bind(*args, **kwargs)
+            except TypeError:
+                return None
+            whole.apply_defaults()
+            return whole.arguments
+        if len(args) > len(self._positional):
+            return None
+        bound = dict(zip(self._positional, args, strict=False))
+        others: dict[str, object] = {}
+        for name, value in kwargs.items():
+            if name in bound:
+                return None
+            if name in self._keywords:
+                bound[name] = value
+            else:
+                others[name] = value
+        for name, default in self._defaults:
+            bound.setdefault(name, default)
+        if self._rest:
+            bound[self._rest] = others
+        elif others:
+            return None
+        return bound if len(bound) == len(self._signature.parameters) else None
 
 
 class Constants:

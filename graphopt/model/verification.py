@@ -23,6 +23,7 @@ from graphopt.model.comparison import (
     Observed,
     compare,
     differences,
+    marks,
     tolerance,
     tolerance_of_pass,
 )
@@ -119,9 +120,21 @@ class Check:
 
     def _compare(self, stages: Sequence[Stage], backend: str, call: Call) -> Verification:
         start = time.perf_counter()
-        reference = self.trial.observe(self.forward)
         eager = backend == "eager"
+        reference = self.trial.observe(self.forward)
+        wanted = None
+        if eager and self.level != "full" and not self.trial.devices:
+            wanted = marks(reference.values), reference.streams
+            # Results of two steps at once would be more than any later step needs.
+            del reference
         actual = self.trial.observe(call)
+        if wanted is not None:
+            if wanted[0] is not None and (marks(actual.values), actual.streams) == wanted:
+                del actual
+                self._stress(stages)
+                seconds = time.perf_counter() - start
+                return Verification(self.level, "bit-equal", seconds=seconds)
+            reference = self.trial.observe(self.forward)
         worst = compare(reference, actual)
         alike = worst.equal and reference.streams == actual.streams
         if eager and (self.level == "full" or not alike):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +11,8 @@ from torch import fx
 
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
+from graphopt.runtime.backends.calls import OPERATOR, bind, unpacked
+from graphopt.runtime.backends.norms import write_statistics
 from graphopt.runtime.backends.pieces import write_in_place
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.halves import copy_graph, split
@@ -37,6 +37,7 @@ class Eager(Backend):
         if not plan.signature.names(Role.TANGENT):
             return inference(plan, session, module, _inference)
         halves = split(module, plan.signature, default_partition)
+        halves = write_statistics(halves, plan.signature)
         return training(plan, session, halves, boxed, boxed)
 
     def function(self, module: fx.GraphModule) -> Executable:
@@ -85,25 +86,15 @@ def boxed(module: fx.GraphModule) -> Executable:
     code = graph.python_code("self")
     bound: dict[str, Any] = {}
     # Generated code looks an operator up by four attributes and passes one more Python frame at
-    # every call; in a small step that is felt. The kernels are bound here, once.
-    source = _OPERATOR.sub(lambda match: _bind(match[1], bound), code.src)
+    # every call; in a small step that is felt. What eager calls is bound here, once.
+    source = OPERATOR.sub(lambda match: bind(match[1], bound), unpacked(code.src))
     scope = {**code.globals, **bound}
     exec(compile(source, f"<graphopt {id(module)}>", "exec"), scope)
     function = scope["forward"]
 
     def run(arguments: list[Any]) -> Sequence[Any]:
-        return function(module, arguments)  # type: ignore[no-any-return]
+        # A mode of the user has done its part while the call was captured.
+        with torch._C.DisableTorchFunction():
+            return function(module, arguments)  # type: ignore[no-any-return]
 
     return run
-
-
-_OPERATOR = re.compile(r"(?<![\w.])torch\.ops\.(\w+\.\w+\.\w+)\(")
-
-
-def _bind(name: str, bound: dict[str, Any]) -> str:
-    operator = attrgetter(name)(torch.ops)
-    if not isinstance(operator, torch._ops.OpOverload):
-        return f"torch.ops.{name}("
-    alias = "op_" + name.replace(".", "_")
-    bound[alias] = operator._op
-    return f"{alias}("

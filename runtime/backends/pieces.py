@@ -1,8 +1,9 @@
 """Write into a tensor where nobody reads its old value any more, instead of into a copy of it.
 
 Capture has made ``states[i] = row`` a copy of all states with one row replaced, so that a loop over
-rows copies the whole of it at every turn; and where autograd adds a second gradient to the first, a
-new tensor. Inductor writes both in place; the eager backend does it here.
+rows copies the whole of it at every turn; of ``relu(x, inplace=True)`` a new tensor; and where
+autograd adds a second gradient to the first, a new tensor. Inductor writes all of them in place;
+the eager backend does it here, for elementwise operators wherever an operand dies with them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ _VIEWS: dict[Any, Any] = {
 }
 # A copy of the first argument that is changed: the operator that changes the argument.
 _WRITING: dict[Any, Any] = {
-    aten.add.Tensor: aten.add_.Tensor,
+    **{
+        getattr(getattr(aten, name), overload): getattr(getattr(aten, name + "_"), overload)
+        for name, overload in (
+            *((name, "Tensor") for name in ("add", "sub", "mul", "div")),
+            *((name, "Scalar") for name in ("add", "sub", "mul", "div")),
+            *((name, "default") for name in ("relu", "gelu", "silu", "sigmoid", "tanh")),
+            *((name, "default") for name in ("hardswish", "hardsigmoid", "hardtanh", "elu")),
+            *((name, "default") for name in ("leaky_relu", "neg", "exp", "sqrt", "rsqrt")),
+            ("masked_fill", "Scalar"),
+        )
+    },
     aten.index_put.default: aten.index_put_.default,
     aten.index_copy.default: aten.index_copy_.default,
     aten.index_add.default: aten.index_add_.default,
@@ -34,11 +45,36 @@ _WRITING: dict[Any, Any] = {
     aten.scatter.value: aten.scatter_.value,
     aten.scatter_add.default: aten.scatter_add_.default,
 }
+# Elementwise operators that may return any of their operands' memory: the form of the operator that
+# is told where to write, and the name of that argument. Operands keep their order.
+_INTO: dict[Any, tuple[Any, str]] = {
+    aten.add.Tensor: (aten.add.out, "out"),
+    aten.sub.Tensor: (aten.sub.out, "out"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
+    aten.div.Tensor: (aten.div.out, "out"),
+    aten.where.self: (aten.where.self_out, "out"),
+    **{
+        getattr(aten, name + "_backward").default: (
+            getattr(aten, name + "_backward").grad_input,
+            "grad_input",
+        )
+        for name in (
+            *("threshold", "gelu", "silu", "sigmoid", "tanh"),
+            *("hardsigmoid", "hardtanh", "elu", "leaky_relu"),
+        )
+    },
+}
 # Besides elementwise operators, those that surely allocate what they return.
 _FRESH = {
     *_VIEWS,
     *_WRITING,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
     aten.addmm.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool2d_backward.default,
     aten.bmm.default,
     aten.cat.default,
     aten.clone.default,
@@ -48,7 +84,16 @@ _FRESH = {
     aten.empty_like.default,
     aten.full.default,
     aten.full_like.default,
+    aten.max_pool2d_with_indices.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.mean.dim,
     aten.mm.default,
+    aten.native_batch_norm_backward.default,
+    aten.native_dropout.default,
+    aten.native_group_norm.default,
+    aten.native_group_norm_backward.default,
+    aten.native_layer_norm.default,
+    aten.native_layer_norm_backward.default,
     aten.new_empty.default,
     aten.new_full.default,
     aten.new_ones.default,
@@ -57,6 +102,7 @@ _FRESH = {
     aten.ones_like.default,
     aten.select_backward.default,
     aten.slice_backward.default,
+    aten.sum.dim_IntList,
     aten.zeros.default,
     aten.zeros_like.default,
 }
@@ -66,20 +112,33 @@ def write_in_place(graph: fx.Graph) -> None:
     """Replace functional writes in `graph` by writes, where no value can tell."""
     memory = _Memory(graph.nodes)
     for node in list(graph.nodes):
-        base = node.args[0] if node.target in _VIEWS or node.target in _WRITING else None
-        if not isinstance(base, fx.Node) or not memory.dies_with(base, node):
+        base = _base(node, memory)
+        if base is None:
             continue
         pieces = list(_pieces(node))
         with graph.inserting_before(node):
-            if node.target in _WRITING:
+            if node.target in _VIEWS:
+                _write(graph, node, pieces, memory)
+            elif node.target in _WRITING and base is node.args[0]:
                 graph.call_function(_WRITING[node.target], node.args, node.kwargs)
             else:
-                _write(graph, node, pieces, memory)
+                into, name = _INTO[node.target]
+                graph.call_function(into, node.args, {**node.kwargs, name: base})
         memory.join(base, node)
         node.replace_all_uses_with(base)
         graph.erase_node(node)
         for piece in pieces:
             _erase_unused(graph, piece)
+
+
+def _base(node: fx.Node, memory: _Memory) -> fx.Node | None:
+    """The operand whose memory may hold what a node returns."""
+    first = node.args[:1] if node.target in _VIEWS or node.target in _WRITING else ()
+    others = node.args if node.target in _INTO else ()
+    for operand in (*first, *others):
+        if isinstance(operand, fx.Node) and memory.dies_with(operand, node):
+            return operand
+    return None
 
 
 class _Memory:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import fx
 
-from graphopt.plan import Phase, Plan, Role
+from graphopt.plan import Phase, Plan, Role, Slot
 from graphopt.runtime.engine.counted import counted
 from graphopt.runtime.engine.halves import (
     Halves,
@@ -41,7 +41,8 @@ def training(
     outputs = {p: tuple(s for s in signature.outputs if s.phase is p) for p in Phase}
     inputs = tuple(s for s in signature.inputs if s.role is not Role.TANGENT)
     places = tuple(("input", i) for i in range(len(inputs)))
-    first = Half(halves.forward, outputs[Phase.FORWARD], places)
+    returned = tuple(s for s in outputs[Phase.FORWARD] if not _writes(halves, s))
+    first = Half(halves.forward, returned, places)
     second = Half(halves.backward, outputs[Phase.BACKWARD], halves.sources)
     make_forward = stack(plan, session, "forward", partial(PlainForward, forward))
     forward_half = make_forward(first)
@@ -58,6 +59,10 @@ def training(
         sized_by_data=sized_by_data(halves.backward),
         sharing={second.slots[i].name for i in sharing_outputs(halves.backward, len(second.slots))},
     )
+
+
+def _writes(halves: Halves, slot: Slot) -> bool:
+    return slot.role is Role.MUTATION and slot.name in halves.written
 
 
 def inference(

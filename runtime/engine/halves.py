@@ -36,11 +36,13 @@ class Halves:
         sources: where each backward argument comes from: ``("saved", k)`` the k-th saved value,
             ``("input", i)`` the i-th input of the step (tangents not counted), ``("tangent", j)``
             the j-th tangent.
+        written: buffers that the forward writes itself, so that it does not return them.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     sources: tuple[tuple[str, int], ...]
+    written: frozenset[str] = frozenset()
 
 
 def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner) -> Halves:
@@ -93,9 +95,19 @@ def _prepared(
                 env[node].meta["recompute"] = CheckpointPolicy.MUST_SAVE
     parameters = {env[n] for n, s in zip(placeholders, signature.inputs, strict=True) if _late(s)}
     _repeat_views(graph, parameters)
+    _forget_statistics(graph)
     output = graph.output_node()
     output.meta["desc"] = [None] * len(cast("list[Any]", output.args[0]))
     return fx.GraphModule(module, graph), primals, tangents
+
+
+def _forget_statistics(graph: fx.Graph) -> None:
+    """A batch norm that has its batch's statistics does not read the running ones in backward."""
+    norm = torch.ops.aten.native_batch_norm_backward.default
+    for node in graph.find_nodes(op="call_function", target=norm):
+        if len(node.args) > 7 and node.args[7] is True:
+            node.update_arg(3, None)
+            node.update_arg(4, None)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

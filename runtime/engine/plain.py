@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from graphopt.plan import Role, Slot
 from graphopt.runtime.engine.step import Compile, Half, Source, Step
-from graphopt.runtime.engine.tangents import Expected
+from graphopt.runtime.engine.tangents import Expected, Taken
+from graphopt.runtime.engine.written import Before, written_inputs
 from graphopt.runtime.session import Session
 
 
@@ -18,10 +20,13 @@ class PlainForward:
 
     def __init__(self, compile: Compile, half: Half) -> None:
         self.returns = half.slots
+        self._written = written_inputs(half.module.graph)
         self._run = compile(half.module)
 
     def __call__(self, step: Step, inputs: list[Any]) -> Sequence[Any]:
         """See `Forward`."""
+        if self._written:
+            step.before = Before([inputs[i] for i in self._written])
         return self._run(inputs)
 
 
@@ -46,7 +51,18 @@ class PlainBackward:
             for (kind, index), node in zip(half.sources, placeholders, strict=True)
             if kind == "tangent"
         }
-        self._sources = tuple(_resolved(source, slots) for source in half.sources)
+        sources = [_resolved(source, slots) for source in half.sources]
+        self._saved, self._own, self._states = (
+            [key for kind, key in sources if kind == wanted] for wanted in ("saved", "own", "state")
+        )
+        self._inputs = [key for kind, key in sources if kind == "input"]
+        # Arguments are gathered kind by kind: one look at a time is felt in a small step.
+        kinds = ("saved", "input", "tangent", "state", "own")
+        gathered = sorted(range(len(sources)), key=lambda i: kinds.index(sources[i][0]))
+        self._take_saved = _taking(self._saved)
+        self._take_inputs = _taking([index for index, _ in self._inputs])
+        self._in_order = _taking([gathered.index(i) for i in range(len(sources))])
+        self._tangent_order = [key for kind, key in sources if kind == "tangent"]
         self._gradients = {s.name: i for i, s in enumerate(half.slots) if s.role is Role.GRAD}
         self._run = compile(half.module)
 
@@ -61,24 +77,34 @@ class PlainBackward:
         return results
 
     def _arguments(self, step: Step, tangents: Sequence[Tensor | None]) -> list[Any]:
-        arguments: list[Any] = []
-        for kind, key in self._sources:
-            if kind == "saved":
-                arguments.append(step.saved[key])
-            elif kind == "tangent":
-                expected = self._tangents[key]
-                if step.geometry:
-                    expected = expected.at(step.geometry[key])
-                arguments.append(expected.coerce(tangents[key]))
-            elif kind == "input":
-                index, name = key
-                arguments.append(step.weights.get(name, step.inputs[index]))
-            elif kind == "state":
-                arguments.append(self._session.states.tensor(key))
-            else:
-                arguments.append(step.own.pop(key))
+        inputs: Sequence[Any] = self._take_inputs(step.inputs)
+        if step.weights:
+            named = zip(self._inputs, inputs, strict=True)
+            inputs = [step.weights.get(name, value) for (_, name), value in named]
+        gathered = (
+            *self._take_saved(step.saved),
+            *inputs,
+            *(self._tangent(step, key, tangents[key]) for key in self._tangent_order),
+            *map(self._session.states.tensor, self._states),
+            *map(step.own.pop, self._own),
+        )
         step.saved.clear()
-        return arguments
+        if isinstance(tangents, Taken):
+            tangents.clear()
+        return list(self._in_order(gathered))
+
+    def _tangent(self, step: Step, key: int, tangent: Tensor | None) -> Tensor:
+        expected = self._tangents[key]
+        if step.geometry:
+            expected = expected.at(step.geometry[key])
+        return expected.coerce(tangent)
+
+
+def _taking(keys: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+    """What takes the items of these keys from a list or a dict."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda values: [values[key] for key in keys]
 
 
 def _resolved(source: Source, slots: Sequence[Slot]) -> Source:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Slot
+from graphopt.runtime.engine.written import Before
 
 # Takes a list of arguments, empties it, returns the outputs.
 Executable = Callable[[list[Any]], Sequence[Any]]
@@ -53,6 +54,7 @@ class Step:
         inputs: inputs of the step that the backward reads, by position.
         geometry: size and strides of the outputs that have a tangent, in the order of the tangents;
             empty where they are known beforehand.
+        before: what the forward writes in place, as it was, until all of the forward is done.
     """
 
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Step:
     saved: list[Tensor] = field(default_factory=list)
     inputs: Mapping[int, Tensor] = field(default_factory=dict)
     geometry: Sequence[tuple[torch.Size, tuple[int, ...]]] = ()
+    before: Before | None = None
 
 
 class Forward(Protocol):

@@ -2,11 +2,81 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SMALL = 1024
+"""Bytes of tangents that may as well stay until the backward is done."""
+
+
+class Taken(list[Tensor | None]):
+    """Tangents that whoever passes them on empties, so that they die with their last reader."""
+
+
+def taken(tangents: tuple[Tensor | None, ...]) -> Taken:
+    """The tangents of a node's backward, such that they can die before it is done.
+
+    Autograd holds what it has given a node until the node returns, and one node is the whole model
+    here: the gradient of all logits would stay to the end, which eager frees at once. Where nobody
+    else has a tangent, a second tensor takes its memory over.
+    """
+    alone = _counts_alone()
+    counts = _counts(tangents)
+    return Taken(
+        _moved(tangent) if count == alone and _can_move(tangent) else tangent
+        for tangent, count in zip(tangents, counts, strict=True)
+    )
+
+
+def _can_move(tangent: Tensor | None) -> bool:
+    return (
+        type(tangent) is Tensor
+        and tangent.layout is torch.strided
+        and tangent.nbytes >= SMALL
+        and not (tangent._is_view() or tangent.is_inference())
+    )
+
+
+def _moved(tangent: Tensor | None) -> Tensor:
+    assert tangent is not None
+    other = tangent.detach()
+    tangent.set_()  # type: ignore[call-overload]
+    return other
+
+
+def _counts(tangents: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+    """How often Python and C++ refer to each of them."""
+    return [None if t is None else (sys.getrefcount(t), t._use_count()) for t in tangents]  # type: ignore[attr-defined]
+
+
+@cache
+def _counts_alone() -> tuple[int, int] | None:
+    """What `_counts` finds where autograd alone has a tangent: asked of autograd itself."""
+    found: list[tuple[int, int] | None] = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+            found.extend(_asked(tangents))
+            return tangents[0]
+
+    def _asked(tangents: tuple[Tensor | None, ...]) -> list[tuple[int, int] | None]:
+        return _counts(tangents)
+
+    with torch.enable_grad():
+        leaf = torch.ones(2, requires_grad=True)
+        Node.apply(leaf).square().sum().backward()  # type: ignore[no-untyped-call]
+    return found[0]
 
 
 @dataclass(frozen=True)

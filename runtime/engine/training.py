@@ -12,6 +12,7 @@ from graphopt.errors import DoubleBackwardError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.step import Backward, Forward, Source, Step
+from graphopt.runtime.engine.tangents import Taken, taken
 from graphopt.runtime.session import Session
 
 
@@ -58,6 +59,8 @@ class TrainingEngine(Engine):
             (i, name, frozenset(reaching))
             for (i, name), reaching in zip(grads, plan.gradient_sources, strict=True)
         )
+        self._absent_of: dict[frozenset[int], frozenset[str]] = {}
+        self._independent_of: dict[frozenset[int], frozenset[int]] = {}
         # Only what receives a gradient passes through autograd; the rest rides along.
         self.differentiable = tuple(self._position[name] for _, name in grads)
         read = {i: self.slots[i].role for kind, i in sources if kind == "input"}
@@ -80,7 +83,10 @@ class TrainingEngine(Engine):
         """Outputs of the model for its flat inputs, connected to autograd."""
         values = self._with_state(inputs)
         differentiable = (values[i] for i in self.differentiable)
-        computed: tuple[Tensor, ...] = _Node.apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
+        # `Function.apply` looks at every argument for what dead transforms have left.
+        transformed = torch._C._are_functorch_transforms_active()
+        apply = _Node.apply if transformed else super(torch.autograd.Function, _Node).apply
+        computed: tuple[Tensor, ...] = apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
         return self._assemble(values, computed)
 
     def begin(self, values: Sequence[Tensor]) -> Step:
@@ -96,9 +102,15 @@ class TrainingEngine(Engine):
 
     def run_forward(self, step: Step, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's computed outputs and the values to save."""
-        with torch._C._DisableAutocast():
-            results = self.forward(step, list(values))
-        self._write_back(self._forward_mutations, values.__getitem__, results)
+        try:
+            with torch._C._DisableAutocast():
+                results = self.forward(step, list(values))
+            self._write_back(self._forward_mutations, values.__getitem__, results)
+        except BaseException:
+            if step.before is not None:
+                step.before.restore()
+            raise
+        step.before = None
         outputs = [results[i] for i, _ in self._outputs]
         if self._sized_by_data:
             with_tangent = [outputs[i] for i in self.tangent_of_output]
@@ -122,9 +134,10 @@ class TrainingEngine(Engine):
             tangents: one per computed output.
         """
         step.scale = 1.0
-        given = [tangents[i] for i in self.tangent_of_output]
-        live = self.live(tangents)
-        absent = {name for _, name, reaching in self.gradients if not live & reaching}
+        absent = self._absent(self.live(tangents))
+        given = Taken(tangents[i] for i in self.tangent_of_output)
+        if isinstance(tangents, Taken):
+            tangents.clear()
         with torch._C._DisableAutocast():
             results = self.backward(step, given, absent)
             if self._backward_mutations:
@@ -143,12 +156,22 @@ class TrainingEngine(Engine):
         places = enumerate(self.tangent_of_output)
         return frozenset(i for i, place in places if tangents[place] is not None)
 
+    def _absent(self, live: frozenset[int]) -> frozenset[str]:
+        """Names of the gradients that none of these tangents reaches."""
+        if live not in self._absent_of:
+            names = (name for _, name, reaching in self.gradients if not live & reaching)
+            self._absent_of[live] = frozenset(names)
+        return self._absent_of[live]
+
     def independent_of(self, live: frozenset[int]) -> frozenset[int]:
         """The other tangents that have no gradient in common with one of these."""
         if self.plan.parts:  # methods see a step once
             return frozenset()
-        shared = [reaching for *_, reaching in self.gradients if live & reaching]
-        return frozenset(range(len(self.tangent_of_output))).difference(live, *shared)
+        if live not in self._independent_of:
+            shared = [reaching for *_, reaching in self.gradients if live & reaching]
+            everything = frozenset(range(len(self.tangent_of_output)))
+            self._independent_of[live] = everything.difference(live, *shared)
+        return self._independent_of[live]
 
     def _finish(self, step: Step, results: list[Any]) -> None:
         """Let the parts do what a step ends with, on its gradients over all micro-batches."""
@@ -247,6 +270,6 @@ class _Node(torch.autograd.Function):
         step.saved = tensors[:count]
         engine.join_numbers(step.saved, ctx.numbers)
         del tensors
-        gradients = engine.run_backward(step, tangents)
+        gradients = engine.run_backward(step, taken(tangents))
         step.inputs = {}
         return (None, None, *gradients)
