@@ -138,7 +138,7 @@ ZOO: dict[str, Callable[[], Made]] = {
         "EfficientNetForImageClassification",
         width_coefficient=0.5,
         depth_coefficient=0.5,
-        hidden_dim=320,
+        hidden_dim=640,
     ),
     "ConvNeXt": _classified(
         "ConvNextForImageClassification", hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 3, 1]

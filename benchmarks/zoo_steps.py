@@ -84,9 +84,13 @@ def main() -> None:
     for name in asked.names or [n for n in everything if n not in results]:
         if time.monotonic() > end:
             break
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results[name] = measure(name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results[name] = measure(name)
+        except Exception as error:
+            print(f"{name} was not measured: {type(error).__name__}: {error}", flush=True)
+            continue
         print(name, json.dumps(results[name]), flush=True)
         kept = {n: results[n] for n in everything if n in results}
         sums = {"steps of 10 ms and more": summary(kept, ZOO), "corpus": summary(kept, SMALL)}
