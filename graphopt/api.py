@@ -20,10 +20,11 @@ from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
 from graphopt.capture.forward import Rewriter
+from graphopt.capture.kept import Store
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import ArgumentError, BackendMismatchError, MismatchError
 from graphopt.graph import Graph, Level
-from graphopt.model import features
+from graphopt.model import features, remembered
 from graphopt.model.arguments import (
     Example,
     Mesh,
@@ -32,10 +33,12 @@ from graphopt.model.arguments import (
     check_step,
     made_optimizer,
     mesh_of,
+    one_of,
     parse_mesh,
+    pipeline_of,
     split_example_inputs,
 )
-from graphopt.model.backend_choice import Built, choose, times
+from graphopt.model.backend_choice import Built, choose, timed
 from graphopt.model.bands import PerBand, band_of
 from graphopt.model.declared import Declared, Dim
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
@@ -43,7 +46,7 @@ from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.parametrize import named_parameters
 from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
-from graphopt.model.specialiser import Fallback, OnMismatch, Specialiser, Variant
+from graphopt.model.specialiser import Cache, Fallback, OnMismatch, Specialiser, Variant
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Call, Trial, describe_call
 from graphopt.model.varying import readable
@@ -77,6 +80,7 @@ def optimize(
     loss: Callable[[Any, Any], Any] | None = None,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     dynamic: bool | Mapping[str, Mapping[int, str | Dim]] | None = None,
+    cache: Cache = "verified",
     dry_run: bool = False,
 ) -> M | Plan:
     """Optimize a model in place and return it.
@@ -120,6 +124,9 @@ def optimize(
             with `graphopt.Dim` in place of a name for limits. They are symbols of the first graph.
             By default, sizes become symbols when they have changed; ``False``: never, so that each
             size has a graph of its own.
+        cache: what later processes find again in the user's cache folder. ``"verified"``: captures,
+            and that `verify` found nothing wrong with what ran; ``"captures"``: captures only, and
+            each process verifies; ``"off"``: nothing, and nothing is looked for.
         dry_run: return the `Plan` for `example_inputs` and leave the model alone.
 
     Returns:
@@ -134,15 +141,16 @@ def optimize(
     """
     _set_up_logging()
     check_model(model)
-    _one_of("backend", backend, ("auto", *registry.names(registry.BACKENDS)))
-    _one_of("verify", verify, get_args(Verify))
+    one_of("backend", backend, ("auto", *registry.names(registry.BACKENDS)))
+    one_of("verify", verify, get_args(Verify))
     if fallback is not None:
-        _one_of("fallback", fallback, get_args(Fallback))
-    _one_of("on_mismatch", on_mismatch, get_args(OnMismatch))
+        one_of("fallback", fallback, get_args(Fallback))
+    one_of("on_mismatch", on_mismatch, get_args(OnMismatch))
+    one_of("cache", cache, get_args(Cache))
     where = Mesh(parse_mesh(mesh), {}) if dry_run else mesh_of(mesh)
     session = _session(model, passes, where)
     sizes = where.sizes.values() if dry_run else [r.size for r in session.ranks.values()]
-    pipeline = _pipeline(passes, several_ranks=any(size > 1 for size in sizes))
+    pipeline = pipeline_of(passes, several_ranks=any(size > 1 for size in sizes))
     owns = [pass_ for pass_ in pipeline.passes if pass_.owns_step]
     check_step(model, loss, optimizer, pipeline, where)
     compiler = Compiler(
@@ -153,6 +161,7 @@ def optimize(
         fallback=fallback,
         on_mismatch=on_mismatch,
         dynamic=Declared.of(dynamic, plain_forward(model)),
+        cache=cache,
     )
     example = split_example_inputs(example_inputs)
     if dry_run:
@@ -215,6 +224,7 @@ class Compiler(Specialiser):
     mesh: Mapping[str, int]
     backend: str
     verify: Verify
+    cache: Cache = "off"
 
     def report(self, model: str) -> Report:
         """An empty report for a model of this class name."""
@@ -253,8 +263,13 @@ class Compiler(Specialiser):
         session: Session,
         numbers: frozenset[str] = frozenset(),
         dimensions: Dimensions = NONE,
+        *,
+        remember: bool = True,
     ) -> Variant:
-        """Capture, rewrite, check and build the variant for one call."""
+        """Capture, rewrite, check and build the variant for one call.
+
+        With `remember`, what an earlier process has verified is not verified again.
+        """
         level = "structure" if self.verify == "eager" else self.verify
         ctx = PassContext(session.ranks, self.mesh, session.states, decided=session.decided)
         early = ForwardPasses(self.pipeline, ctx, level)
@@ -267,6 +282,7 @@ class Compiler(Specialiser):
             dimensions=dimensions,
             rewrite=early.rewriter,
             symbols=not self.constant_sizes(),
+            store=Store() if self.cache != "off" else None,
         )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
@@ -274,16 +290,23 @@ class Compiler(Specialiser):
         # Passes change the graph in place.
         roles = find_roles(captured.graph) if captured.graph.level is Level.JOINT else {}
         trial = Trial(model, args, kwargs, session.trial)
-        stages = early.stages(captured)
-        compares = self.verify in ("eager", "full")
+        keys = remember and self.cache == "verified" and self.verify in ("eager", "full")
+        known = remembered.known(
+            remembered.key_of(captured.digest, self.pipeline, self.verify, self.backend)
+            if keys
+            else ""
+        )
+        compares = self.verify in ("eager", "full") and known.verification is None
+        stages = early.stages(captured) if compares else Stages()
         pipeline = replace(self.pipeline, observers=(stages,)) if compares else self.pipeline
-        steps = pipeline.run(captured.graph, ctx, level, early.steps)
+        checks = "off" if known.verification else level
+        steps = pipeline.run(captured.graph, ctx, checks, early.steps)
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
         band = band_of(captured.sizes_of(model, *args, **kwargs)) if captured.symbolic else None
         chosen = choose(self._backend(session), make, trial, captured.graph, band)
         choice, built, others = chosen.choice, chosen.built, chosen.others
-        verification = Verification(self.verify, "not run")
+        verification = known.verification or Verification(self.verify, "not run")
         if compares:
             run = partial(self._run, captured, session)
             where = describe_call(model, args, kwargs)
@@ -305,11 +328,16 @@ class Compiler(Specialiser):
             except MismatchError as error:
                 verification, others = self._mismatched(error), {}
         plan = self._plan(captured, captured.graph, parts, choice.backend)
+        ran = remembered.ran(captured.graph, plan) if known.key else ""
+        if known.other(ran):
+            return self.compile(model, forward, args, kwargs, session, remember=False)
+        if compares:
+            remembered.remember(known.key, verification, ran)
         session.agree(plan)
         call: Call = built.call
         if chosen.bands is not None and others and band is not None:
             calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
-            call = PerBand(chosen.bands, calls, captured.sizes_of, partial(_timed, session), band)
+            call = PerBand(chosen.bands, calls, captured.sizes_of, partial(timed, session), band)
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -322,6 +350,7 @@ class Compiler(Specialiser):
             notes=captured.notes + features.note(features.features_of(captured.graph)),
             sizes=captured.sizes,
             numbers=tuple(sorted(map(readable, captured.numbers))),
+            unkept=captured.unkept,
         )
         captured.finish()
         return Variant(
@@ -422,17 +451,6 @@ class Compiler(Specialiser):
         )
 
 
-def _timed(
-    session: Session,
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    calls: Mapping[str, Call],
-) -> dict[str, float]:
-    """Seconds of one call in each backend."""
-    return times(Trial(model, args, kwargs, session.trial), calls)
-
-
 def _owned(
     model: nn.Module,
     controller: Controller,
@@ -466,31 +484,13 @@ def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Sess
     from graphopt.runtime.session import Session
 
     # A preset means the same methods on the model on one rank and on several.
-    pipeline = _pipeline(passes, several_ranks=True).passes
+    pipeline = pipeline_of(passes, several_ranks=True).passes
     ranks = {}
     for dimension, group in mesh.groups.items():
         users = [p for p in pipeline if dimension in p.communicates]
         if users and (group.size() > 1 or any(p.on_one_rank for p in users)):
             ranks[dimension] = Ranks.of(model, group)
     return Session([p.name for p in pipeline], ranks)
-
-
-def _pipeline(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:
-    if isinstance(passes, str):
-        one, several = registry.PRESETS.get(passes, (passes, passes))
-        return Pipeline.parse(several if several_ranks else one)
-    for item in passes:
-        if not isinstance(item, Pass):
-            raise ArgumentError(
-                f"passes must be a spec or a list of passes, and holds {item!r}",
-                hint="passes='cleanup', or passes=[Cleanup()] with an instance of each pass",
-            )
-    return Pipeline(tuple(passes))
-
-
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
 
 
 def _set_up_logging() -> None:

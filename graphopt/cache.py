@@ -54,9 +54,13 @@ class JsonCache:
             log.info("cannot write to the cache of %s: %s", self.kind, error)
 
     def _file(self, key: str) -> Path:
-        # `Path.home` raises a RuntimeError for a user without a home.
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(cache) / "graphopt" / self.kind / f"{key}.json"
+        return folder(self.kind) / f"{key}.json"
+
+
+def folder(kind: str) -> Path:
+    """Where entries of a kind are; a user without a home has a ``RuntimeError``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "graphopt" / kind
 
 
 def is_duration(value: object) -> TypeGuard[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture import checkpoints, sharing
-from graphopt.capture.dynamo import by_dynamo
+from graphopt.capture.dynamo import by_dynamo, dynamo_settings
 from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
+from graphopt.capture.kept import (
+    Misfit,
+    Store,
+    Unkept,
+    Unreadable,
+    digest_of,
+    entry_of,
+    found,
+    key_of,
+)
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.number_symbols import Numbers
 from graphopt.capture.plainly import has_checks, or_plain
@@ -25,6 +36,8 @@ from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
+
+log = logging.getLogger("graphopt")
 
 SUPPORTED = ("2.11", "2.14")
 
@@ -37,7 +50,7 @@ class Capture:
         graph: the joint graph, or the inference graph where nothing requires a gradient.
         aliases: outputs of the model that are inputs of it, or views of inputs; they are not
             outputs of the graph.
-        route: which way into torch's capture was taken; there is one, ``"dynamo"``.
+        route: where it comes from: ``"dynamo"``, or ``"kept"`` by an earlier process.
         seconds: how long the capture took.
         inputs: the live tensors of the captured call, one per primal input of the graph.
         bind: makes a callable ``(model, *args, **kwargs)`` out of a runner over flat tensors.
@@ -52,6 +65,8 @@ class Capture:
         finish: to be called when passes and backend are done; `holds` then has what they ask, too.
         earlier: the graphs that there would be without the last rewrites of the forward graph,
             without the last but one, …; oldest first.
+        unkept: why later processes do not find it; empty if they do, or if nothing is kept.
+        digest: of what is kept; empty where nothing is.
     """
 
     graph: Graph
@@ -70,6 +85,8 @@ class Capture:
     numbers: frozenset[str] = frozenset()
     finish: Callable[[], None] = lambda: None
     earlier: tuple[Graph, ...] = ()
+    unkept: str = ""
+    digest: str = ""
 
     @property
     def symbolic(self) -> bool:
@@ -87,6 +104,7 @@ def capture(
     dimensions: Dimensions = NONE,
     rewrite: Rewriter | None = None,
     symbols: bool = True,
+    store: Store | None = None,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -102,6 +120,7 @@ def capture(
         rewrite: changes the forward graph in place before a backward is derived. Where it adds
             inputs, the capture is for looking at: no call of the model has them.
         symbols: whether numbers may be symbols of the graph.
+        store: where captures of earlier processes are, and where this one is kept.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -122,28 +141,35 @@ def capture(
             hint="call the model once outside of the checkpoint before",
         )
     call = _Call(model, forward, tuple(args), dict(kwargs or {}), dimensions, rewrite)
+    wanted = Numbers(frozenset(numbers), symbols)
+    keeping = _Keeping.of(call, wanted, store)
     with tracing_alone(), checkpoints.without_hooks():
-        found = _with_numbers(call, Numbers(frozenset(numbers), symbols))
-    if checkpointed and found.state:
+        if (kept := keeping.found()) is not None:
+            return replace(kept, seconds=time.perf_counter() - start)
+        made = _with_numbers(replace(call, describe=bool(keeping)), wanted)
+    if checkpointed and made.state:
         raise checkpoints.refusal(location(forward))
-    flat = found.flat
+    flat = made.flat
+    unkept, digest = keeping.keep(made)
     return Capture(
-        graph=found.graph,
-        aliases=found.aliases,
+        graph=made.graph,
+        aliases=made.aliases,
         route=flat.route,
         seconds=time.perf_counter() - start,
-        inputs=found.inputs,
-        bind=found.bind,
+        inputs=made.inputs,
+        bind=made.bind,
         holds=flat.holds,
         failure=flat.failure,
         changed=flat.changed,
         notes=flat.notes,
+        unkept=unkept,
+        digest=digest,
         keeps=flat.keeps,
-        sizes=found.sizes,
+        sizes=made.sizes,
         sizes_of=flat.sizes_of,
-        numbers=found.numbers,
+        numbers=made.numbers,
         finish=flat.finish,
-        earlier=found.earlier,
+        earlier=made.earlier,
     )
 
 
@@ -157,6 +183,7 @@ class _Call:
     kwargs: dict[str, object]
     dimensions: Dimensions
     rewrite: Rewriter | None
+    describe: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,8 @@ def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
     """A capture with these numbers as inputs, and with counters if `counting`."""
     forward, rewrite = call.forward, call.rewrite
     with _drawing_nothing() as drawn:
-        flat = by_dynamo(call.model, forward, call.args, call.kwargs, numbers, call.dimensions)
+        given = (call.model, forward, call.args, call.kwargs)
+        flat = by_dynamo(*given, numbers, call.dimensions, describe=call.describe)
         if counting and flat.counters:
             with contextlib.suppress(CaptureError):  # one may decide what is computed
                 return _once(call, replace(numbers, sources=numbers.sources | flat.counters))
@@ -221,6 +249,91 @@ def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
             graph.facts |= level.facts
     inputs_of_graph = numbers.sources - flat.constants()
     return _Found(flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier))
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Looks a call up among the kept captures, and keeps a new one.
+
+    Attributes:
+        call: which one.
+        store: where; ``None`` where nothing is kept.
+        key: of the call.
+        refused: why it is not kept.
+    """
+
+    call: _Call
+    store: Store | None = None
+    key: str = ""
+    refused: str = ""
+
+    @classmethod
+    def of(cls, call: _Call, numbers: Numbers, store: Store | None) -> _Keeping:
+        """For one call; nothing is kept where numbers or sizes are inputs, or passes come first."""
+        if store is None:
+            return cls(call)
+        if numbers.sources or call.dimensions:
+            return cls(call, refused="numbers or sizes are inputs of its graph")
+        if call.rewrite is not None:
+            return cls(call, refused="a pass rewrites its forward graph")
+        try:
+            return cls(call, store, key_of(call.model, call.forward, call.args, call.kwargs))
+        except Unkept as error:
+            return cls(call, refused=str(error))
+
+    def __bool__(self) -> bool:
+        return self.store is not None
+
+    def found(self) -> Capture | None:
+        """The capture that an earlier process has kept for this call."""
+        data = self.store.read(self.key) if self.store else None
+        if data is None:
+            return None
+        call = self.call
+        try:
+            with dynamo_settings(), _drawing_nothing():
+                entry = found(data, call.model, call.forward, call.args, call.kwargs)
+        except Misfit as misfit:
+            if isinstance(misfit, Unreadable) and self.store is not None:
+                self.store.damaged(self.key, str(misfit))
+            log.info("the kept capture is not for this call: %s", misfit)
+            return None
+        bind = entry.bind
+        positions = sharing.watched(entry.slots, entry.graph.signature.names(Role.MUTATION))
+        if positions or has_checks(entry.graph.fx):
+            prepare = sharing.prepared(entry.slots, entry.inputs, positions)
+            bind = or_plain(bind, call.forward, prepare, entry.graph.fx)
+        return Capture(
+            graph=entry.graph,
+            aliases=entry.aliases,
+            route="kept",
+            seconds=0.0,
+            inputs=entry.inputs,
+            bind=bind,
+            holds=entry.guard,
+            failure=entry.guard.failure,
+            changed=entry.guard.changed,
+            notes=entry.notes,
+            digest=entry.digest,
+        )
+
+    def keep(self, made: _Found) -> tuple[str, str]:
+        """Why a capture is not kept, if it is not; else its digest."""
+        if self.store is None:
+            return self.refused, ""
+        flat = made.flat
+        try:
+            if isinstance(flat.description, str):
+                raise Unkept(flat.description)
+            if made.state or flat.keeps or flat.counters or made.numbers:
+                raise Unkept("forward changes Python objects, or draws random numbers of Python")
+            if made.inputs is not flat.inputs:
+                raise Unkept("inputs that forward writes to share memory")
+            entry = entry_of(flat.description, made.graph, made.aliases, flat.notes)
+        except Unkept as error:
+            return str(error), ""
+        self.store.write(self.key, entry)
+        return "", digest_of(entry)
 
 
 def capture_forward(
@@ -247,14 +360,14 @@ def _derived(
     joined, change = flat, None
     try:
         graph, aliases = derive(flat)
-        positions = sharing.watched(flat, graph.signature.names(Role.MUTATION))
+        positions = sharing.watched(flat.slots, graph.signature.names(Role.MUTATION))
     except SharedInputs:
         joined, change = sharing.on_memories(flat)
         positions = tuple(range(len(flat.inputs)))
         graph, aliases = _derived_from_memories(joined, flat)
     if not positions and not has_checks(graph.fx):
         return graph, aliases, flat.inputs, flat.bind
-    prepare = sharing.prepared(flat, positions, change)
+    prepare = sharing.prepared(flat.slots, flat.inputs, positions, change)
     return graph, aliases, joined.inputs, or_plain(flat.bind, forward, prepare, graph.fx)
 
 

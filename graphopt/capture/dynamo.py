@@ -7,7 +7,7 @@ import dis
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from graphopt.capture.flat import (
 )
 from graphopt.capture.frozen import refusing_frozen_values
 from graphopt.capture.guards import Constants, Guard
+from graphopt.capture.kept import Unkept, described
 from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
@@ -59,6 +60,8 @@ def by_dynamo(
     kwargs: dict[str, Any],
     numbers: number_symbols.Numbers = number_symbols.NONE,
     dimensions: sizes.Dimensions = sizes.NONE,
+    *,
+    describe: bool = False,
 ) -> FlatForward:
     """Capture by Dynamo, with the numbers of these sources as inputs.
 
@@ -69,6 +72,7 @@ def by_dynamo(
         kwargs: keyword arguments of the call.
         numbers: those that shall be inputs of the graph.
         dimensions: sizes that shall be symbols of the graph.
+        describe: say what a later process can know the call by.
 
     Raises:
         CaptureError: it refuses, naming the user's source line.
@@ -80,7 +84,7 @@ def by_dynamo(
     guard = Guard(forward)
     symbolic = bool(wanted or numbers.sources)
     with (
-        _dynamo_settings(),
+        dynamo_settings(),
         symbolic_kernels() if symbolic else contextlib.nullcontext(),
         sizes.as_symbols(wanted) as found,
         number_symbols.as_inputs(numbers.sources),
@@ -107,7 +111,7 @@ def by_dynamo(
     watches: list[sizes.Watch] = []
 
     def settle() -> tuple[sizes.Size, ...]:
-        with _dynamo_settings():
+        with dynamo_settings():
             _build_guards(output, guard, forward)
         _forget_globals(scope, before, backend_input.backend_id, guard)
         watches.append(sizes.Watch(shape_env))
@@ -141,6 +145,11 @@ def by_dynamo(
     refuse_modes_of_outputs(module)
     checkpoints.refuse_other_draws(module)
     checkpoints.without_gradient(module, inputs, backend_input.fake_mode)
+    description: Mapping[str, Any] | str = "numbers or sizes are inputs of its graph"
+    if changes.objects:
+        description = "forward changes Python objects"
+    elif describe and not (symbolic or outside):
+        description = _described(output, inputs, bind, lambda bound: bound(model, *args, **kwargs))
     leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")
     context = TracingContext(backend_input.fake_mode)
@@ -164,7 +173,24 @@ def by_dynamo(
         constants=lambda: number_symbols.constants(shape_env, numbers.sources),
         counters=number_symbols.counters(output, changes.kept),
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
+        description=description,
     )
+
+
+def _described(
+    output: CaptureOutput,
+    inputs: Sequence[Tensor],
+    bind: Callable[[Runner], Callable[..., object]],
+    call: Callable[[Callable[..., object]], object],
+) -> Mapping[str, Any] | str:
+    """What a later process can know the call by, or why it cannot."""
+    assert output.backend_input is not None
+    (returned,) = output.backend_input.graph_module.graph.output_node().args
+    results = len(returned) if isinstance(returned, tuple | list) else 1
+    try:
+        return described(output, inputs, bind, results, call)
+    except Unkept as error:
+        return str(error)
 
 
 def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:
@@ -199,8 +225,8 @@ def _forget_globals(scope: dict[str, Any], before: set[str], backend_id: str, gu
 
 
 @contextlib.contextmanager
-def _dynamo_settings() -> Iterator[None]:
-    """One static graph per call, guarded on hooks too, with the known refusals cured."""
+def dynamo_settings() -> Iterator[None]:
+    """Within: one static graph per call, guarded on hooks too, with the known refusals cured."""
     with (
         get_metrics_context(),
         dynamo_timed("graphopt_capture"),

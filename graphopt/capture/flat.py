@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class FlatForward:
     complete once the graph is derived, and says what became of them, and `finish` once passes and
     backend are done. `sizes_of` reads the sizes that are symbols off a call. `constants` are the
     numbers that were to be inputs and are not, and `counters` those that forward reads and assigns
-    and are none either.
+    and are none either. `description` is what a later process can know the call by, or why not.
     """
 
     module: fx.GraphModule
@@ -54,6 +54,7 @@ class FlatForward:
     finish: Callable[[], None] = lambda: None
     constants: Callable[[], frozenset[str]] = frozenset
     counters: frozenset[str] = frozenset()
+    description: Mapping[str, Any] | str = "it was not asked for"
 
     @property
     def symbolic(self) -> bool:

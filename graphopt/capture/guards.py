@@ -47,7 +47,7 @@ class Guard:
 
     def __call__(self, *args: object, **kwargs: object) -> bool:
         """Whether every guard holds for this call."""
-        variables = self._variables(args, kwargs)
+        variables = self.variables(args, kwargs)
         if variables is None or _hooks_on_all_modules() != self._hooks:
             return False
         holds = bool(self.manager.check(variables))
@@ -55,7 +55,7 @@ class Guard:
 
     def failure(self, *args: object, **kwargs: object) -> str:
         """The first guard that does not hold for a call, as Dynamo words it."""
-        variables = self._variables(args, kwargs)
+        variables = self.variables(args, kwargs)
         if variables is None:
             return "the arguments do not fit"
         if _hooks_on_all_modules() != self._hooks:
@@ -67,17 +67,18 @@ class Guard:
 
     def sizes(self, *args: object, **kwargs: object) -> tuple[int, ...]:
         """The sizes of a call that are symbols of the graph; the call is one that it is for."""
-        variables = self._variables(args, kwargs) if self.reading is not None else None
+        variables = self.variables(args, kwargs) if self.reading is not None else None
         return self.reading(variables) if self.reading and variables is not None else ()
 
     def changed(self, *args: object, **kwargs: object) -> tuple[str, ...]:
         """The numbers that are other ones in a call, as conditions that do not hold."""
-        variables = self._variables(args, kwargs)
+        variables = self.variables(args, kwargs)
         return self.constants.changed(variables) if variables and self.constants else ()
 
-    def _variables(
+    def variables(
         self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> dict[str, object] | None:
+        """The variables of forward's code in a call; nothing where its arguments do not fit."""
         if not kwargs and len(args) == len(self._names):
             return dict(zip(self._names, args, strict=True))
         bound = self._bound(args, kwargs)

@@ -133,29 +133,35 @@ def arrangement(tensors: Sequence[Tensor], positions: Sequence[int]) -> tuple[in
     )
 
 
-def watched(flat: FlatForward, mutated: Collection[str]) -> tuple[int, ...]:
+def watched(slots: Sequence[Slot], mutated: Collection[str]) -> tuple[int, ...]:
     """Inputs by position whose arrangement matters: those that forward writes to, and arguments.
 
     Which storages the parameters and buffers of a model lie in does not change from call to call.
     """
-    if not mutated or all(slot.role is not Role.INPUT for slot in flat.slots):
+    if not mutated or all(slot.role is not Role.INPUT for slot in slots):
         return ()
-    return tuple(i for i, s in enumerate(flat.slots) if s.role is Role.INPUT or s.name in mutated)
+    return tuple(i for i, s in enumerate(slots) if s.role is Role.INPUT or s.name in mutated)
 
 
-def prepared(flat: FlatForward, positions: Sequence[int], change: Inputs | None) -> Inputs:
+def prepared(
+    slots: Sequence[Slot],
+    inputs: Sequence[Tensor],
+    positions: Sequence[int],
+    change: Inputs | None = None,
+) -> Inputs:
     """From the tensors of a call to those of the graph.
 
     What it returns raises `Declined` for a call whose tensors share memory in another way.
 
     Args:
-        flat: the forward as it was captured.
+        slots: names of the inputs.
+        inputs: of the captured call.
         positions: inputs whose arrangement matters.
         change: makes the inputs of the graph of those of the call; none where they are the same.
     """
-    expected = arrangement(flat.inputs, positions)
+    expected = arrangement(inputs, positions)
     apart = expected == positions
-    given = [i for i in positions if flat.slots[i].role is Role.INPUT]
+    given = [i for i in positions if slots[i].role is Role.INPUT]
 
     def prepare(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if (

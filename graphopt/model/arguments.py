@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,28 @@ from torch.optim import LBFGS, Optimizer
 from graphopt import registry
 from graphopt.capture.flat import location
 from graphopt.errors import ArgumentError
+from graphopt.passbase import Pass
 from graphopt.pipeline import Pipeline
+
+
+def pipeline_of(passes: str | Sequence[Pass], *, several_ranks: bool) -> Pipeline:
+    """The passes that `optimize` was given."""
+    if isinstance(passes, str):
+        one, several = registry.PRESETS.get(passes, (passes, passes))
+        return Pipeline.parse(several if several_ranks else one)
+    for item in passes:
+        if not isinstance(item, Pass):
+            raise ArgumentError(
+                f"passes must be a spec or a list of passes, and holds {item!r}",
+                hint="passes='cleanup', or passes=[Cleanup()] with an instance of each pass",
+            )
+    return Pipeline(tuple(passes))
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise `ArgumentError` for a value that is none of these."""
+    if value not in allowed:
+        raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
 
 
 def check_model(model: object) -> None:

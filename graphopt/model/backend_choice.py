@@ -6,9 +6,11 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from graphopt.cache import JsonCache, fingerprint, is_duration
 from graphopt.errors import BackendError
@@ -17,6 +19,9 @@ from graphopt.model.bands import MARGIN, Bands
 from graphopt.model.entries import BackendChoice
 from graphopt.model.trial import Call, Trial
 from graphopt.text import print_graph
+
+if TYPE_CHECKING:
+    from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
 
@@ -145,3 +150,14 @@ def times(trial: Trial, calls: Mapping[str, Call]) -> dict[str, float]:
             if time.perf_counter() - start > SECONDS:
                 break
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(
+    session: Session,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    calls: Mapping[str, Call],
+) -> dict[str, float]:
+    """Seconds of one call of a model in each backend."""
+    return times(Trial(model, args, kwargs, session.trial), calls)

@@ -40,6 +40,7 @@ class Verification:
         seconds: how long the comparison took.
         declined: passes that change the training method by design, in what runs, so that they were
             not held to eager's results.
+        earlier: whether an earlier process has done it, for the same capture, passes and backend.
     """
 
     level: str
@@ -48,6 +49,7 @@ class Verification:
     worst_error: float = 0.0
     seconds: float = 0.0
     declined: tuple[str, ...] = ()
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Specialisation:
     Attributes:
         signature: the inputs that it was captured for, in words.
         level: the level of its graph (``"joint"``).
-        route: how it was captured (``"dynamo"``).
+        route: how it was captured (``"dynamo"``), or ``"kept"`` by an earlier process.
         capture_seconds: how long that took.
         steps: one per pass of the pipeline, in order.
         backend: what runs it.
@@ -67,6 +69,7 @@ class Specialisation:
         sizes: those that vary, with the range that its graph holds for.
         because: what was other than in earlier calls, where it is not the first of its site.
         numbers: those that are inputs of its graph, as users write them (``self.steps``).
+        unkept: why later processes have to capture it again; empty where they do not.
     """
 
     signature: str
@@ -81,6 +84,7 @@ class Specialisation:
     sizes: tuple[Size, ...] = ()
     because: str = ""
     numbers: tuple[str, ...] = ()
+    unkept: str = ""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def _tail(item: Specialisation) -> Iterator[str]:
     yield f"backend    {_backend(item.backend)}"
     yield f"verified   {_verification(item.verification)}"
     yield f"plan       {item.plan.digest}"
+    if item.unkept:
+        yield f"cache      each process captures it anew: {item.unkept}"
     yield from (f"note       {note}" for note in item.notes)
 
 
@@ -137,7 +139,7 @@ def _verification(check: Verification) -> str:
         return f"{check.level}: not compared with eager"
     if check.result == "mismatch":
         return f"{check.level}: MISMATCH with eager, run all the same (on_mismatch='warn')"
-    took = f"in {_time(check.seconds)}"
+    took = "by an earlier process" if check.earlier else f"in {_time(check.seconds)}"
     if check.declined:
         names = ", ".join(check.declined)
         return (

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Fallback = Literal["error", "eager"]
 OnMismatch = Literal["raise", "warn", "eager"]
+Cache = Literal["verified", "captures", "off"]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ def print_graph(graph: Graph, *, sources: bool = False) -> str:
     return write_program(lift_graph(graph, sources=sources))
 
 
-def parse_graph(text: str, constants: Mapping[str, Tensor] | None = None) -> Graph:
+def parse_graph(
+    text: str, constants: Mapping[str, Tensor] | None = None, *, typed: bool = False
+) -> Graph:
     """The graph that a text says: the inverse of `print_graph`.
 
     Every node gets its fake value, by running its operator on fake tensors from the types of the
@@ -76,9 +78,11 @@ def parse_graph(text: str, constants: Mapping[str, Tensor] | None = None) -> Gra
         text: a complete text.
         constants: the tensors that the text holds by reference, by qualified name (those of
             ``dict(graph.module.named_buffers())``); names that the text does not use are ignored.
+        typed: take the types that are written for those of the results, and run no operator; for a
+            text that `print_graph` has written on this torch.
 
     Raises:
         TextError: the text cannot be read, or says something that is not so; shows the line.
     """
     source = Source(text)
-    return build_graph(read_program(source), source, constants or {})
+    return build_graph(read_program(source), source, constants or {}, typed=typed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -44,10 +44,15 @@ from graphopt.text.syntax import (
 from graphopt.text.writer import write_type
 
 
-def build_graph(program: Program, source: Source, constants: Mapping[str, Tensor]) -> Graph:
-    """The graph that a program means; errors point into `source`, the text it was read from."""
+def build_graph(
+    program: Program, source: Source, constants: Mapping[str, Tensor], *, typed: bool = False
+) -> Graph:
+    """The graph that a program means; errors point into `source`, the text it was read from.
+
+    With `typed`, values are those of the types that are written, and no operator runs.
+    """
     functions = program.level == Level.FORWARD
-    builder = _Builder(source, constants, program.symbols, functions=functions)
+    builder = _Builder(source, constants, program.symbols, functions=functions, typed=typed)
     frame = _Frame("")
     with _quiet(), _autocast_as_it_is():
         for statement in program.statements:
@@ -109,8 +114,10 @@ class _Builder:
         symbols: Sequence[Symbol],
         *,
         functions: bool,
+        typed: bool,
     ) -> None:
         self._source = source
+        self._typed = typed and not symbols and not functions
         self._functions = functions
         self._constants = constants
         # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
@@ -136,7 +143,7 @@ class _Builder:
                 node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
             elif what.body:
                 frame.attributes[what.target] = self._sub_graph(what, what.body, frame)
-        if "val" in node.meta:
+        if "val" in node.meta and not self._typed:
             self._check(statement, node.meta["val"])
         frame.nodes[statement.name] = node
         _annotate(node, statement)
@@ -210,6 +217,9 @@ class _Builder:
             node._rename(statement.name)
         else:
             node = frame.graph.create_node("call_function", target, args, kwargs, statement.name)
+        if self._typed and not _shares(target) and _of_tensors(statement.type):
+            node.meta["val"] = self._written(statement.type, target)
+            return node
         try:
             with self._fake, torch.no_grad(), self._kernels():
                 value = _run(target, node, frame.value)
@@ -224,6 +234,18 @@ class _Builder:
             ) from error
         return node
 
+    def _written(self, type_: Type, target: object) -> Any:
+        """A value of the type that is written."""
+        if isinstance(type_, tuple):
+            returns = getattr(getattr(target, "_schema", None), "returns", ())
+            listed = len(returns) == 1 and len(type_) > 0
+            return (list if listed else tuple)(self._written(part, None) for part in type_)
+        if not isinstance(type_, TensorType):
+            return None
+        shape, stride = self._sizes.numbers(type_.shape), self._sizes.numbers(type_.stride)
+        value = torch.empty_strided(shape, stride, dtype=type_.dtype, device="meta")
+        return FakeTensor(self._fake, value, type_.device)
+
     def _check(self, statement: Statement, value: object) -> None:
         try:
             actual = type_of(value, statement.name, self._sizes.symbols)
@@ -237,6 +259,20 @@ class _Builder:
                 statement.type_place,
                 f"%{statement.name} is {write_type(actual)}, but the text says {written}",
             )
+
+
+def _shares(target: object) -> bool:
+    """Whether a result may lie in the memory of an operand, which types do not say."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return any(returned.alias_info is not None for returned in target._schema.returns)
+
+
+def _of_tensors(type_: Type) -> bool:
+    """Whether a type alone says all about a value."""
+    if isinstance(type_, tuple):
+        return all(map(_of_tensors, type_))
+    return isinstance(type_, TensorType) or type_ == NONE
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from graphopt.errors import TextError
 from graphopt.text.syntax import Place
@@ -26,8 +26,7 @@ _IN_SIZES = ("(", ")", ",", "+", "-", "*", "/", "%")
 _SHOWN = 100  # characters of a long line that an error shows
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One word, number or mark; `kind` is a group of the pattern above, or ``"end"``."""
 
     kind: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 
@@ -66,8 +67,7 @@ Literal = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where something stands in a text; both count from 1."""
 
     line: int = 0

@@ -1,0 +1,25 @@
+"""Captures that a later process finds again: `.gopt` text and JSON, never code.
+
+What is written holds the joint graph, every condition under which Dynamo took the call, with
+fingerprints of all code, classes and values behind them, where the inputs of the graph are found,
+and what forward returns. What is read counts for a call only if all of it fits.
+"""
+
+from graphopt.capture.kept.entry import Entry, described, digest_of, entry_of, found
+from graphopt.capture.kept.fingerprints import Unkept
+from graphopt.capture.kept.key import key_of
+from graphopt.capture.kept.sources import Misfit, Unreadable
+from graphopt.capture.kept.store import Store
+
+__all__ = [
+    "Entry",
+    "Misfit",
+    "Store",
+    "Unkept",
+    "Unreadable",
+    "described",
+    "digest_of",
+    "entry_of",
+    "found",
+    "key_of",
+]

@@ -1,0 +1,178 @@
+"""One kept capture: written when a call was captured, read for an equal call of another process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.capture.flat import Bind, Runner, name_inputs
+from graphopt.capture.guards import Constants, Guard
+from graphopt.capture.kept.conditions import Kept, conditions_of
+from graphopt.capture.kept.fingerprints import Unkept, digest
+from graphopt.capture.kept.graphs import graph_data, read_graph
+from graphopt.capture.kept.results import containers, maker, result_of
+from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
+from graphopt.graph import Graph
+from graphopt.plan import OutputAlias, Role, Slot
+
+_PRIMAL = (Role.PARAM, Role.BUFFER, Role.INPUT)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept capture, bound to a model of this process.
+
+    Attributes:
+        graph: its graph, a new one.
+        aliases: outputs that are inputs, or views of them.
+        inputs: the tensors of the call.
+        slots: their names.
+        bind: makes a call of the model out of a runner.
+        guard: whether a call is one that it is for.
+        notes: what the user should know about how it was captured.
+        digest: of all that was written.
+    """
+
+    graph: Graph
+    aliases: tuple[OutputAlias, ...]
+    inputs: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    bind: Bind
+    guard: Guard
+    notes: tuple[str, ...]
+    digest: str
+
+
+def described(
+    output: Any,
+    inputs: Sequence[Tensor],
+    bind: Bind,
+    results: int,
+    call: Callable[[Callable[..., object]], object],
+) -> dict[str, Any]:
+    """A call that Dynamo has captured, as data without its graph.
+
+    Args:
+        output: Dynamo's.
+        inputs: the tensors of the call.
+        bind: makes a call of the model out of a runner.
+        results: how many results the runner has.
+        call: makes the captured call with another function.
+
+    Raises:
+        Unkept: it depends on something that cannot be told.
+    """
+    captured = output.graph_capture_output
+    state = captured.output_graph
+    writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
+    conditions = conditions_of(state, captured.import_sources, captured.traced_code, writer)
+    tensors = [
+        g.originating_source for g in state.guards if g.create_fn_name() == "TENSOR_MATCH"
+    ]  # fmt: skip
+    values = reader(tensors)(state.local_scope, state.global_scope)
+    at = {id(v): writer.add(s) for s, v in zip(tensors, values, strict=True)}
+    if missing := [tensor for tensor in inputs if id(tensor) not in at]:
+        raise Unkept(f"a tensor of shape {tuple(missing[0].shape)} has no place of its own")
+    outputs = [torch.empty(()) for _ in range(results)]
+    first, second = (call(bind(lambda _: tuple(outputs))) for _ in range(2))
+    if {*map(id, containers(first))} & {*map(id, containers(second))}:
+        raise Unkept("forward returns a list or a dictionary that was there before")
+    return {
+        **conditions,
+        "inputs": [at[id(tensor)] for tensor in inputs],
+        "returns": result_of(first, outputs, {id(t): at[id(t)] for t in inputs}),
+        "results": results,
+        "places": writer.rows,
+    }
+
+
+def entry_of(
+    description: Mapping[str, Any],
+    graph: Graph,
+    aliases: tuple[OutputAlias, ...],
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    """What is written of a capture.
+
+    Raises:
+        Unkept: its graph holds something that is no text.
+    """
+    return {**description, "graph": graph_data(graph, aliases), "notes": list(notes)}
+
+
+def found(
+    data: Any,
+    model: nn.Module,
+    forward: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Entry:
+    """The capture that was written, if it is one for this call.
+
+    Raises:
+        Misfit: it is not.
+        Unreadable: it is not what was written.
+    """
+    guard = Guard(forward)
+    variables = guard.variables((model, *args), dict(kwargs))
+    scope = getattr(forward, "__globals__", None)
+    if variables is None or scope is None:
+        raise Misfit("the arguments do not fit")
+    before = set(scope)
+    try:
+        return _bound(data, Kept(data, variables, scope), model, forward, guard)
+    except BaseException as error:
+        for name in scope.keys() - before:
+            del scope[name]
+        if isinstance(error, Exception) and not isinstance(error, Misfit):
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _bound(
+    data: Any, kept: Kept, model: nn.Module, forward: Callable[..., object], guard: Guard
+) -> Entry:
+    places, results, notes = (data.get(name) for name in ("inputs", "results", "notes"))
+    if not isinstance(places, list) or type(results) is not int or not isinstance(notes, list):
+        raise Unreadable("it has no inputs")
+    read = reader([kept.source(place) for place in places])
+    inputs = read(kept.variables, kept.scope)
+    make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
+    graph, aliases = read_graph(data.get("graph"))
+    slots = tuple(slot for slot in graph.signature.inputs if slot.role in _PRIMAL)
+    names = name_inputs(model, inputs, [slot.name for slot in slots][: len(inputs)]) if len(
+        slots
+    ) == len(inputs) else ()  # fmt: skip
+    if names != slots:
+        raise Unreadable("the inputs of its graph are others")
+    for node, tensor in zip(graph.inputs, inputs, strict=False):
+        value = node.meta["val"]
+        if (value.shape, value.stride(), value.dtype) != (
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        ):
+            raise Unreadable("the inputs of its graph have other forms")
+    guard.manager = kept.manager(forward.__code__, guard)
+    guard.constants = Constants(kept.guards, {"L": kept.variables, "G": kept.scope})
+    scope = kept.scope
+
+    def bind(runner: Runner) -> Callable[..., object]:
+        def call(*args: Any, **kwargs: Any) -> object:
+            given = read(guard.variables(args, kwargs), scope)
+            return make(runner(given), given)
+
+        return call
+
+    told = tuple(map(str, notes))
+    return Entry(graph, aliases, inputs, slots, bind, guard, told, digest_of(data))
+
+
+def digest_of(entry: Mapping[str, Any]) -> str:
+    """One short text for all that is written of a capture."""
+    return digest([json.dumps(entry, sort_keys=True)])
