@@ -16,6 +16,7 @@ from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo
 from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
+from graphopt.capture.functions import functions_of
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.number_symbols import Numbers
@@ -52,6 +53,7 @@ class Capture:
         finish: to be called when passes and backend are done; `holds` then has what they ask, too.
         earlier: the graphs that there would be without the last rewrites of the forward graph,
             without the last but one, …; oldest first.
+        functions: what forward calls, a line each; equal on ranks that compute the same.
     """
 
     graph: Graph
@@ -70,6 +72,7 @@ class Capture:
     numbers: frozenset[str] = frozenset()
     finish: Callable[[], None] = lambda: None
     earlier: tuple[Graph, ...] = ()
+    functions: str = ""
 
     @property
     def symbolic(self) -> bool:
@@ -144,6 +147,7 @@ def capture(
         numbers=found.numbers,
         finish=flat.finish,
         earlier=found.earlier,
+        functions=functions_of(flat.module),
     )
 
 
