@@ -333,7 +333,7 @@ class Compiler(Specialiser):
             return self.compile(model, forward, args, kwargs, session, remember=False)
         if compares:
             remembered.remember(known.key, verification, ran)
-        session.agree(plan)
+        session.agree(plan, captured.functions if model.training else "")
         call: Call = built.call
         if chosen.bands is not None and others and band is not None:
             calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
@@ -490,7 +490,7 @@ def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Sess
         users = [p for p in pipeline if dimension in p.communicates]
         if users and (group.size() > 1 or any(p.on_one_rank for p in users)):
             ranks[dimension] = Ranks.of(model, group)
-    return Session([p.name for p in pipeline], ranks)
+    return Session([p.name for p in pipeline], ranks).announced(mesh.groups.values(), str(passes))
 
 
 def _set_up_logging() -> None:

@@ -116,9 +116,25 @@ class IntermediateGradientError(GraphoptError, RuntimeError):
 
 
 class RankError(GraphoptError):
-    """The ranks of a job differ, or one of them does not answer."""
+    """The ranks of a job differ, or one of them does not answer.
+
+    Args:
+        message: one sentence saying what is wrong.
+        where: what it is about.
+        hint: one thing to try.
+        restart: whether the same job, started again, may go well: a rank was lost, where otherwise
+            ranks differ in what they do.
+    """
 
     code = "GO-D01"
+
+    def __init__(
+        self, message: str, *, where: str = "", hint: str = "", restart: bool = False
+    ) -> None:
+        said = "may help" if restart else "alone does not help"
+        clause = f"a restart{' from the last checkpoint' if restart else ''} {said}"
+        super().__init__(message, where=where, hint=f"{hint}; {clause}" if hint else clause)
+        self.restart = restart
 
 
 class StateError(GraphoptError):

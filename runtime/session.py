@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from graphopt import registry
-from graphopt.errors import PluginError, SpecError, StateError
+from graphopt.errors import PluginError, RankError, SpecError, StateError
 from graphopt.plan import Plan, PlanPart, Role
 from graphopt.runtime.states import States, Watch
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from graphopt.runtime.engine.step import Step
     from graphopt.runtime.owned_step import OwnedStep
     from graphopt.runtime.part import RuntimePart
     from graphopt.runtime.ranks.ranks import Ranks
+
+
+# Under which ranks agree on what their models call.
+_FUNCTIONS = "functions that the models call"
 
 
 class Scaler(Protocol):
@@ -135,14 +141,43 @@ class Session:
             found.append((runtime, part))
         return found
 
-    def agree(self, plan: Plan) -> None:
+    def agree(self, plan: Plan, functions: str = "") -> None:
         """Compare the decisions of all ranks, before the first message is sent.
+
+        Args:
+            plan: of the step.
+            functions: what the model calls, where ranks are at the same call; compared once, as
+                later captures are made on some ranks only.
 
         Raises:
             RankError: they differ, naming the first difference; or a rank did not come.
         """
         for ranks in self.ranks.values() if plan.parts else ():
             ranks.agree("plans", plan.outline(), lambda: "")
+            if functions and not ranks.agreed_on(_FUNCTIONS):
+                ranks.agree(_FUNCTIONS, functions, lambda: "")
+
+    def announced(self, groups: Iterable[ProcessGroup], spec: str) -> Session:
+        """This session; where it sends nothing, other ranks of the job are told, and may object.
+
+        If they wait for this rank in vain, the next call of the model raises.
+
+        Args:
+            groups: in which there may be such ranks.
+            spec: the passes.
+        """
+        from graphopt.runtime.ranks.silent import announce
+
+        def refuse(error: RankError) -> None:
+            def raises() -> None:
+                raise error
+
+            self.before_call = raises
+
+        for group in () if self.ranks else groups:
+            if group.size() > 1:
+                announce(group, spec, refuse)
+        return self
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo, dynamo_settings
 from graphopt.capture.flat import Bind, FlatForward, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
+from graphopt.capture.functions import functions_of
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.kept import (
     Misfit,
@@ -67,6 +68,7 @@ class Capture:
             without the last but one, …; oldest first.
         unkept: why later processes do not find it; empty if they do, or if nothing is kept.
         digest: of what is kept; empty where nothing is.
+        functions: what forward calls, a line each; equal on ranks that compute the same.
     """
 
     graph: Graph
@@ -87,6 +89,7 @@ class Capture:
     earlier: tuple[Graph, ...] = ()
     unkept: str = ""
     digest: str = ""
+    functions: str = ""
 
     @property
     def symbolic(self) -> bool:
@@ -170,6 +173,7 @@ def capture(
         numbers=made.numbers,
         finish=flat.finish,
         earlier=made.earlier,
+        functions=functions_of(flat.module),
     )
 
 
@@ -315,6 +319,7 @@ class _Keeping:
             changed=entry.guard.changed,
             notes=entry.notes,
             digest=entry.digest,
+            functions=entry.functions,
         )
 
     def keep(self, made: _Found) -> tuple[str, str]:
@@ -329,7 +334,10 @@ class _Keeping:
                 raise Unkept("forward changes Python objects, or draws random numbers of Python")
             if made.inputs is not flat.inputs:
                 raise Unkept("inputs that forward writes to share memory")
-            entry = entry_of(flat.description, made.graph, made.aliases, flat.notes)
+            functions = functions_of(flat.module)
+            entry = entry_of(
+                flat.description, made.graph, made.aliases, flat.notes, functions
+            )
         except Unkept as error:
             return str(error), ""
         self.store.write(self.key, entry)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from graphopt.errors import ArgumentError, GraphoptError, PipelineError
+from graphopt.errors import ArgumentError, GraphoptError, PipelineError, RankError
 from graphopt.graph import Graph
 from graphopt.passbase import Outcome, Pass, PassContext
 from graphopt.pipeline.order import check_order
@@ -149,6 +149,8 @@ class Pipeline:
                 checking += _verified(graph, verify)
             elif not before.holds(graph):
                 raise PipelineError("it changed the graph, but its outcome has nothing applied")
+        except RankError:
+            raise  # it is about the ranks, whichever pass has asked them
         except Exception as error:
             raise self._failed(index, error) from error
         graph.facts |= pass_.provides

@@ -152,11 +152,9 @@ class BatchStatistics(RuntimePart[Norms]):
             return moments
         ranks.agree("batch norms", "\n".join(f"{n.mean} {n.channels}" for n in layout.norms), str)
         moments = moments.to(ranks.device)
-        try:
+        what = "the statistics of batch norms were not added up"
+        with ranks.group.waiting(what, self.name):
             ranks.group.inner.allreduce([moments]).wait()
-        except RuntimeError as error:
-            what = "the statistics of batch norms were not added up"
-            raise ranks.group.failure(what, self.name, error) from error
         return moments
 
     # -- saving and reporting ----------------------------------------------------------------------

@@ -106,11 +106,8 @@ def over_ranks(ranks: Ranks, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ranks.agree("flex tensors", known, lambda: "")
     mine = torch.cat(list(own.values()))
     everything = [torch.empty_like(mine) for _ in range(ranks.size)]
-    try:
+    with ranks.group.waiting("the exponents of flex tensors were not agreed on", "flexpoint"):
         ranks.group.inner.allgather([everything], [mine]).wait()
-    except RuntimeError as error:
-        what = "the exponents of flex tensors were not agreed on"
-        raise ranks.group.failure(what, "flexpoint", error) from error
     total = everything[0]
     for theirs in everything[1:]:
         total = merged(total, theirs)

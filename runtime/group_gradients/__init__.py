@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import RankError
+from graphopt import registry
+from graphopt.errors import ArgumentError
 from graphopt.plan import Plan, Role
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.group_gradients import exact
+from graphopt.runtime.group_gradients.joining import Joining
 from graphopt.runtime.group_gradients.messages import Messages
 from graphopt.runtime.group_gradients.reducing import LOCAL, Reducing
+from graphopt.runtime.group_gradients.stamp import Stamp
 from graphopt.runtime.part import RuntimePart
 from graphopt.runtime.session import Session
 
@@ -26,7 +30,7 @@ class GroupGradients(RuntimePart[Reduction]):
     """Sends the messages of a model's backward passes."""
 
     name: ClassVar[str] = "group_gradients"
-    methods: ClassVar[tuple[str, ...]] = ("no_sync", "noise_scale")
+    methods: ClassVar[tuple[str, ...]] = ("no_sync", "noise_scale", "join")
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -40,6 +44,40 @@ class GroupGradients(RuntimePart[Reduction]):
         one rank, with a wire other than ``native``, and before there is an estimate.
         """
         return None if self.messages is None else self.messages.noise.value
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Within, ranks may have unequally many batches, as in ``DistributedDataParallel.join``.
+
+        A rank that has left the block early sends zeros in the steps of the others. In the end all
+        have the parameters of one that made the last step; buffers and optimizers stay their own.
+
+        Raises:
+            ArgumentError: another pass sends messages, too; or a rank leaves without any step.
+            RankError: a rank does not answer.
+        """
+        messages = self.messages
+        if messages is None or messages.ranks.size == 1:
+            yield
+            return
+        others = registry.names(registry.RUNTIME_PARTS)
+        for name in self.session.passes:
+            if name in others and name != self.name:
+                raise ArgumentError(
+                    f"join() works with {self.name} alone, and these passes include {name!r}",
+                    hint="leave it out, or give all ranks as many batches",
+                )
+        messages.joining = joining = Joining(messages)
+        try:
+            yield
+            if not messages.step:
+                raise ArgumentError(
+                    "this rank leaves join() without a step, and does not know what others send",
+                    hint="give every rank a batch at least",
+                )
+        finally:
+            messages.joining = None
+        joining.finish()
 
     def backward(self, part: Reduction, plan: Plan, below: MakeBackward) -> MakeBackward:
         """Choose between the forms that reduce and those that do not."""
@@ -78,7 +116,7 @@ class GroupGradients(RuntimePart[Reduction]):
         assert messages is not None
         messages.begin(part, step.parameters, step.examples)
         mine = {name for batch in batches for name in batch}
-        question = presence.ask(messages.ranks, mine, messages.lost_question)
+        question = presence.ask(messages.ranks, mine, messages.waiting)
         whole = [
             {n: b[n] if n in b else torch.zeros_like(step.parameters[n]) for n in local}
             for b in batches
@@ -95,6 +133,8 @@ class GroupGradients(RuntimePart[Reduction]):
         """
         messages = self.messages
         assert messages is not None
+        if not self.session.trying:
+            messages.passes += 1
         if not step.ends:
             return
         messages.begin(part, step.parameters, step.examples)
@@ -104,16 +144,16 @@ class GroupGradients(RuntimePart[Reduction]):
             for name in group.names:
                 if name in gradients:
                     by_type.setdefault(gradients[name].dtype, []).append(name)
-            for names in by_type.values():
-                flat = torch.cat([gradients[n].reshape(-1) for n in names])
-                sent.append((names, flat, index, messages.start(flat, index)))
-        for names, flat, index, work in sent:
-            try:
+            for dtype, names in by_type.items():
+                stamp = Stamp(index, dtype, messages.ranks.size)
+                mark = stamp.of(messages.passes, gradients[names[0]].device)
+                flat = torch.cat([*(gradients[n].reshape(-1) for n in names), mark])
+                sent.append((names, flat, stamp, messages.start(flat, index)))
+        for names, flat, stamp, work in sent:
+            with messages.waiting(stamp.index):
                 work.wait()
-            except RuntimeError as error:
-                raise messages.failure(index, error) from error
-            flat.div_(messages.ranks.size)
-            pieces = torch.split(flat, [gradients[n].numel() for n in names])
+            body = messages.check(stamp, flat, messages.passes).div_(messages.ranks.size)
+            pieces = torch.split(body, [gradients[n].numel() for n in names])
             for name, piece in zip(names, pieces, strict=True):
                 gradients[name] = piece.view(gradients[name].shape)
 
@@ -134,14 +174,10 @@ class GroupGradients(RuntimePart[Reduction]):
         """
         if self.messages is None:
             return
-        try:
+        step = self.messages.step + 1
+        what = f"the gradients for step {step} did not arrive"
+        with self.messages.ranks.group.waiting(what, f"settle {step}"):
             self.messages.history.settle()
-        except RuntimeError as error:
-            raise RankError(
-                f"the gradients for step {self.messages.step + 1} did not arrive",
-                where=str(error).splitlines()[0],
-                hint="look at the output of the other ranks, and resume from an earlier state",
-            ) from error
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Continue from a saved state; what messages have left is overwritten where it lies."""

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Work
 
 from graphopt.errors import StateError
+from graphopt.runtime.group_gradients.stamp import Stamp
+from graphopt.runtime.ranks.channel import Waiting
 
 _PREFIX = "delayed/"
 
@@ -30,13 +32,24 @@ class _Held:
 
     Attributes:
         sizes: elements per key of the state, in the order of the message.
-        buffer: last step's message, one-dimensional; ``None`` in the first step.
+        buffer: last step's message, one-dimensional, with a stamp; ``None`` in the first step.
         work: what fills the buffer.
+        passes: number of the backward pass in which the buffer was filled.
     """
 
     sizes: Mapping[str, int]
     buffer: Tensor | None
     work: Any = None
+    passes: int = 0
+
+
+class Stamps(Protocol):
+    """Knows the number of the backward pass, and whether a message is of one pass."""
+
+    passes: int
+
+    def check(self, stamp: Stamp, message: Tensor, passes: int) -> Tensor:
+        """A message without its stamp."""
 
 
 @dataclass
@@ -60,7 +73,9 @@ class History:
         sizes: Mapping[str, int],
         fresh: Tensor,
         send: Callable[[Tensor], Any],
-        failed: Callable[[BaseException], BaseException],
+        waiting: Callable[[], Waiting],
+        stamp: Stamp,
+        stamps: Stamps,
     ) -> Work:
         """Keep this step's message; waiting for the result puts the one before in its place.
 
@@ -70,7 +85,9 @@ class History:
             fresh: the message, one-dimensional; holds the result in the end, zeros in the first
                 step.
             send: starts the reduction of a tensor in place.
-            failed: makes the error for a message that did not arrive.
+            waiting: makes the block in which one waits for a message.
+            stamp: goes with the message when it is sent.
+            stamps: knows the pass, and looks at what has arrived.
 
         Raises:
             StateError: the loaded state was saved by another rank.
@@ -80,13 +97,16 @@ class History:
             keys = {self._key(mode, name): size for name, size in sizes.items()}
             self._groups[names] = _Held(keys, self._loaded(mode, names, keys, fresh))
         held = self._groups[names]
-        old, work = held.buffer, held.work
-        held.buffer = fresh.clone()
+        old, work, passes = held.buffer, held.work, held.passes
+        mark = stamp.of(stamps.passes, fresh.device)
+        held.buffer = torch.cat([fresh, mark])
+        held.passes = stamps.passes
         if mode == "double_buffer":
             held.work = send(held.buffer)
         elif old is not None:
-            work = send(old)
-        return _Late(old, work, fresh, failed)
+            old[-stamp.length :] = mark
+            work, passes = send(old), stamps.passes
+        return _Late(old, work, fresh, waiting, lambda all_: stamps.check(stamp, all_, passes))
 
     def settle(self) -> None:
         """Wait for what is under way; the state holds it then, as views that may be written to."""
@@ -95,7 +115,8 @@ class History:
                 held.work.wait()
                 held.work = None
             if held.buffer is not None:
-                parts = torch.split(held.buffer, list(held.sizes.values()))
+                sizes = list(held.sizes.values())
+                parts = torch.split(held.buffer[: sum(sizes)], sizes)
                 self.state.update(zip(held.sizes, parts, strict=True))
                 self._own.update(held.sizes)
 
@@ -110,7 +131,7 @@ class History:
         state = {key: value for key, value in self.state.items() if key not in self._own}
         found = [state[key].to(like) for key in keys if key in state]
         if len(found) == len(keys):
-            return torch.cat(found)
+            return torch.cat([*found, like.new_zeros(1)])  # with room for a stamp
         known = _PREFIX + names[0]
         if not found and any(k == known or k.startswith(f"{known}.rank") for k in state):
             raise StateError(
@@ -129,20 +150,22 @@ class _Late(Work):
         old: Tensor | None,
         work: Any,
         fresh: Tensor,
-        failed: Callable[[BaseException], BaseException],
+        waiting: Callable[[], Waiting],
+        body: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
-        self._old, self._work, self._fresh, self._failed = old, work, fresh, failed
+        self._old, self._work, self._fresh = old, work, fresh
+        self._waiting, self._body = waiting, body
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Until the result of the step before stands in the tensor; zeros where there is none."""
         if self._old is None:
             self._fresh.zero_()
             return True
-        try:
-            if self._work is not None:  # else it arrived before the state was saved
-                self._work.wait()
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        self._fresh.copy_(self._old)
+        if self._work is None:  # it arrived before the state was saved
+            self._fresh.copy_(self._old[:-1])
+            return True
+        with self._waiting():
+            self._work.wait()
+        self._fresh.copy_(self._body(self._old))
         return True

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import graphopt.ops.wire  # noqa: F401  (defines the operators)
-from graphopt.errors import RankError
 from graphopt.plan.grouping import Group
 from graphopt.runtime.group_gradients.messages import Messages
+from graphopt.runtime.group_gradients.stamp import Stamp
 
 ops = torch.ops.graphopt
 
@@ -30,7 +30,8 @@ def reduce(
     """The mean over ranks of the sum over this rank's micro-batches, by parameter.
 
     Args:
-        messages: to the ranks; all of them must have as many micro-batches.
+        messages: to the ranks; all of them must have as many micro-batches, which the number of the
+            backward pass shows.
         groups: which gradients share a message.
         batches: gradients of each micro-batch, by parameter.
 
@@ -38,19 +39,17 @@ def reduce(
         RankError: a rank has another number of micro-batches, or does not answer.
     """
     world = messages.ranks.size
-    count = torch.tensor([len(batches), -len(batches)])
-    _all_reduce(messages, 0, count, dist.ReduceOp.MAX)
-    if int(count[0]) != -int(count[1]):
-        raise RankError(
-            f"between {-int(count[1])} and {int(count[0])} micro-batches were accumulated",
-            hint="make as many backward passes on every rank before one that reduces",
-        )
     contributions = world * len(batches)
     reduced: dict[str, Tensor] = {}
     for index, group in enumerate(groups):
         parts = [[batch[name] for name in group.names] for batch in batches]
         largest = torch.stack([ops.magnitudes(part) for part in parts]).amax(0)
+        if index == 0:  # as in the message of a step without accumulated gradients
+            stamp = Stamp(0, largest.dtype, world, maximum=True)
+            largest = torch.cat([largest, stamp.of(messages.passes, largest.device)])
         _all_reduce(messages, index, largest, dist.ReduceOp.MAX)
+        if index == 0:
+            largest = messages.check(stamp, largest, messages.passes)
         words = ops.to_wire(parts[0], largest, contributions)
         for part in parts[1:]:
             words += ops.to_wire(part, largest, contributions)
@@ -63,7 +62,5 @@ def reduce(
 def _all_reduce(messages: Messages, group: int, tensor: Tensor, operation: Any) -> None:
     options = dist.AllreduceOptions()
     options.reduceOp = operation
-    try:
+    with messages.waiting(group):
         messages.ranks.group.start(tensor, options).wait()
-    except RuntimeError as error:
-        raise messages.failure(group, error) from error

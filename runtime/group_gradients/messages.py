@@ -5,20 +5,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Work
 
-from graphopt.errors import RankError
 from graphopt.grouping.noise_scale import NoiseScale
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.group_gradients.delayed import History
+from graphopt.runtime.group_gradients.stamp import Stamp, slipped
+from graphopt.runtime.ranks.channel import Waiting
 from graphopt.runtime.ranks.ranks import Ranks
 
 # Steps between two measurements of gradient noise; each reads the gradients twice.
 NOISE_INTERVAL = 8
+
+
+class Joins(Protocol):
+    """Is told of each step."""
+
+    def announce(self, part: Reduction) -> None:
+        """This rank makes a step."""
 
 
 class Messages:
@@ -30,33 +40,49 @@ class Messages:
 
     Attributes:
         step: number of reducing backward passes so far.
+        passes: number of backward passes so far, with those that only accumulate; equal on all
+            ranks, which a stamp in the messages shows.
         noise: gradient noise scale; its batch is counted in examples.
         nonfinite: what was found in reduced gradients: step, group and parameter.
         waiting_examples: of the micro-batches that wait for the next reduction.
         history: messages of the step before, where the plan delays results.
+        parameters: of the model, by name, once there was a step.
+        joining: told of each step, while ranks may have unequally many batches.
+        asked: about how many gradients ranks ask in a step whether any of them has it.
     """
 
     def __init__(self, ranks: Ranks, state: dict[str, Tensor]) -> None:
         self.ranks = ranks
-        self.step = 0
+        self.step = self.passes = 0
         self.noise = NoiseScale()
         self.nonfinite: list[str] = []
         self._warned = False
         self.history = History(ranks.group.rank(), state)
         self._part: Reduction | None = None
-        self._parameters: Mapping[str, Tensor] = {}
+        self._stamp: Stamp | None = None
+        self.parameters: Mapping[str, Tensor] = {}
         self.waiting_examples = 0
         self._examples = 1
         self._sent = 0
+        self.asked = 0
+        self.joining: Joins | None = None
+        self._forms: list[tuple[int, torch.dtype, Any]] = []
         self._local = self._reduced = 0.0
         ranks.group.carrier = self._carry
 
-    def begin(self, part: Reduction, parameters: Mapping[str, Tensor], examples: int) -> None:
-        """Start the messages of one backward pass of these parameters."""
-        self._part, self._parameters = part, parameters
+    def begin(
+        self,
+        part: Reduction,
+        parameters: Mapping[str, Tensor],
+        examples: int,
+        stamp: Stamp | None = None,
+    ) -> None:
+        """Start the messages of one backward pass of these parameters, one of them stamped."""
+        self._part, self.parameters, self._stamp = part, parameters, stamp
         self._examples, self.waiting_examples = examples + self.waiting_examples, 0
         self.step += 1
         self._sent = 0
+        self._forms = []
         self._local = self._reduced = 0.0
 
     def end(self) -> None:
@@ -67,8 +93,34 @@ class Messages:
         squares = torch.tensor([self._local / scale**2 / size])
         if scale * size != 1.0:  # messages carried gradients divided by nothing: no mean yet
             self._reduced /= size**2 * scale**2
-        self.ranks.group.inner.allreduce([squares]).wait()
+        with self.waiting(-1):
+            self.ranks.group.inner.allreduce([squares]).wait()
         self.noise.update(float(squares), self._reduced, size, self._examples)
+
+    def shadow(self) -> None:
+        """Send what other ranks send in a step, with zeros, as this one has no batch.
+
+        Raises:
+            RankError: a rank does not answer.
+        """
+        self.step += 1
+        device, stamp, sent = self.ranks.device, self._stamp, []
+        if self.asked:
+            bits = torch.zeros(self.asked, dtype=torch.uint8, device=device)
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+            sent.append(self.start(bits, -1, options))
+        for index, (length, dtype, options) in enumerate(self._forms):
+            zeros = torch.zeros(length, dtype=dtype, device=device)
+            if stamp is not None and stamp.index == index:
+                zeros[-stamp.length :] = stamp.of(self.passes, device)
+            sent.append(self.start(zeros, index, options))
+        for index, work in enumerate(sent):
+            with self.waiting(index - bool(self.asked)):
+                work.wait()
+        if self._measures():
+            with self.waiting():
+                self.ranks.group.inner.allreduce([torch.zeros(1)]).wait()
 
     def start(self, tensor: Tensor, group: int, options: Any = None) -> Any:
         """Start to reduce a tensor in place; a failure names the group.
@@ -76,24 +128,23 @@ class Messages:
         Raises:
             RankError: the message cannot be sent.
         """
-        try:
+        with self.waiting(group):
             return self.ranks.group.start(tensor, options)
-        except RuntimeError as error:
-            raise self.failure(group, error) from error
 
-    def failure(self, group: int, error: BaseException) -> RankError:
-        """What was lost, and who is missing."""
-        what = "which gradients each rank has was not agreed on"
+    def waiting(self, group: int = -1) -> Waiting:
+        """Within, this group is waited for; without a number, what is no gradient.
+
+        One that is lost is a `RankError` that says who is missing.
+        """
+        return self.ranks.group.waiting(partial(self._lost, group, self.step), str(self.step))
+
+    def _lost(self, group: int, step: int) -> str:
         groups = self._part.grouping.groups if self._part else ()
-        if 0 <= group < len(groups):
-            names = groups[group].names
-            which = f"group {group} ({names[0]} … {names[-1]})"
-            what = f"the gradients of {which} were not reduced in step {self.step}"
-        return self.ranks.group.failure(what, str(self.step), error)
-
-    def lost_question(self, error: BaseException) -> RankError:
-        """Who is missing where ranks could not agree on absent gradients."""
-        return self.failure(-1, error)
+        if not 0 <= group < len(groups):
+            return f"what the ranks know of the gradients of step {step} was not shared"
+        names = groups[group].names
+        which = f"group {group} ({names[0]} … {names[-1]})"
+        return f"the gradients of {which} were not reduced in step {step}"
 
     def warn_nonfinite(self, names: Sequence[str]) -> None:
         """Say once which gradients are not finite; an AMP scaler may mean to skip the step."""
@@ -124,28 +175,48 @@ class Messages:
     def _carry(self, tensor: Tensor, options: Any) -> Work:
         index = self._sent
         self._sent += 1
+        self._forms.append((tensor.numel(), tensor.dtype, options))
         part = self._part
         assert part is not None, "a graph sends without a backward that has begun"
+        stamp = self._stamp if self._stamp and self._stamp.index == index else None
         if self._measures():
-            self._local += float(torch.linalg.vector_norm(tensor)) ** 2
+            body = tensor[: -stamp.length] if stamp else tensor
+            self._local += float(torch.linalg.vector_norm(body)) ** 2
         if part.stale != "none":
             return self._delay(part, index, tensor)
         # Of the integer wire, every second message carries the exponents.
         group = index // 2 if part.wire == "int32" else index
-        return _Message(self, self.start(tensor, group, options), tensor, group)
+        return _Message(self, self.start(tensor, group, options), tensor, group, stamp)
 
     def _delay(self, part: Reduction, index: int, fresh: Tensor) -> Work:
         names = part.grouping.groups[index].names
         return self.history.exchange(
             part.stale,
-            {name: self._parameters[name].numel() for name in names},
+            {name: self.parameters[name].numel() for name in names},
             fresh,
             lambda tensor: self.start(tensor, index),
-            lambda error: self.failure(index, error),
+            lambda: self.waiting(index),
+            Stamp(index, fresh.dtype, self.ranks.size),
+            self,
         )
 
-    def arrived(self, tensor: Tensor, group: int) -> None:
+    def check(self, stamp: Stamp, message: Tensor, passes: int) -> Tensor:
+        """A reduced message without its stamp.
+
+        Raises:
+            RankError: the ranks that have added it up were in different passes.
+        """
+        elements = message[-stamp.length :]
+        # A slip lasts, so on a GPU it is looked for when its stream is stopped anyway.
+        looks = message.device.type == "cpu" or (self.step - 1) % NOISE_INTERVAL == 0
+        if looks and not stamp.agrees(elements, passes):
+            raise slipped(self.ranks, self.passes)
+        return message[: -stamp.length]
+
+    def arrived(self, tensor: Tensor, group: int, stamp: Stamp | None) -> None:
         """Look at a reduced message before the optimizer does."""
+        if stamp is not None:
+            tensor = self.check(stamp, tensor, self.passes)
         if not tensor.is_floating_point():
             return
         # A CPU has waited for the message anyway; asking a GPU would stop its stream.
@@ -167,15 +238,16 @@ class Messages:
 class _Message(Work):
     """A message on its way."""
 
-    def __init__(self, messages: Messages, inner: Any, tensor: Tensor, group: int) -> None:
+    def __init__(
+        self, messages: Messages, inner: Any, tensor: Tensor, group: int, stamp: Stamp | None
+    ) -> None:
         super().__init__()
-        self._messages, self._inner, self._tensor, self._group = messages, inner, tensor, group
+        self._messages, self._inner, self._tensor = messages, inner, tensor
+        self._group, self._stamp = group, stamp
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Until the sum over all ranks stands in the tensor."""
-        try:
+        with self._messages.waiting(self._group):
             self._inner.wait()
-        except RuntimeError as error:
-            raise self._messages.failure(self._group, error) from error
-        self._messages.arrived(self._tensor, self._group)
+        self._messages.arrived(self._tensor, self._group, self._stamp)
         return True

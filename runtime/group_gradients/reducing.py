@@ -16,6 +16,7 @@ from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.group_gradients.forms import accumulating, reduce_in_place, reducing, silent
 from graphopt.runtime.group_gradients.messages import Messages
+from graphopt.runtime.group_gradients.stamp import KEY, Stamp, stamped
 from graphopt.runtime.ranks.presence import Presence
 from graphopt.runtime.session import Session
 
@@ -48,6 +49,7 @@ class Reducing:
         self.returns = tuple(s for s in half.slots if s.role is not Role.LOCAL)
         self._half, self._below = half, below
         self._forms: dict[str, Backward] = {}
+        self._stamps: dict[str, Stamp | None] = {}
         self._names = tuple(s.name for s in half.slots if s.role is Role.LOCAL)
         self._presence = Presence(plan, self._names)
         parameters = set(plan.signature.names(Role.PARAM))
@@ -64,6 +66,8 @@ class Reducing:
         self, step: Step, tangents: Sequence[Tensor | None], absent: Collection[str]
     ) -> list[Any]:
         """Run the form that the forward asked for."""
+        if not self.session.trying:
+            self.messages.passes += 1
         if self.part.wire == "int32" and (not step.ends or self.session.pending):
             # Every micro-batch stays apart until the last one is there.
             results = self._form("silent")(step, tangents, absent)
@@ -82,15 +86,22 @@ class Reducing:
             tangents = [None if t is None else t * scale for t in tangents]
             step.scale *= scale
         messages = self.messages
-        messages.begin(self.part, step.parameters, step.examples)
+        backward = self._form(form)
+        stamp = self._stamps[form]
+        if messages.joining is not None:
+            messages.joining.announce(self.part)
+        messages.begin(self.part, step.parameters, step.examples, stamp)
+        if stamp is not None:
+            step.own[KEY] = stamp.of(messages.passes, messages.ranks.device)
         present = (set(self._names) - set(absent)) | (before or set())
         question = None
         if self.part.stale == "none":
             # A result of the step before belongs to no tangent of this one: it is never absent.
-            question = self._presence.ask(messages.ranks, present, messages.lost_question)
+            question = self._presence.ask(messages.ranks, present, messages.waiting)
+        messages.asked = 0 if question is None else len(self._presence.names)
         found = len(messages.nonfinite)
         # The others reduce what is absent here, too, so it has to be computed.
-        results = self._form(form)(step, tangents, set(absent) - set(self._names))
+        results = backward(step, tangents, set(absent) - set(self._names))
         messages.end()
         if scale != 1.0:
             for i in self._of_inputs:
@@ -114,12 +125,16 @@ class Reducing:
     def _form(self, name: str) -> Backward:
         if name not in self._forms:
             half = self._half
+            stamp = None
             if name == "silent":
                 half = silent(half)
-            elif name == "reducing":
-                half = reduce_in_place(reducing(half))
             else:
-                half = reduce_in_place(accumulating(half, self.part.scale, _key))
+                accumulates = name == "accumulating"
+                half = accumulating(half, self.part.scale, _key) if accumulates else reducing(half)
+                if self.part.stale == "none":  # messages that wait get theirs when they are sent
+                    half, stamp = stamped(half, self.messages.ranks.size)
+                half = reduce_in_place(half)
+            self._stamps[name] = stamp
             self._forms[name] = self._below(half)
         return self._forms[name]
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from graphopt.runtime.ranks.channel import Waiting
 from graphopt.runtime.ranks.ranks import Ranks
 
 
@@ -212,14 +212,9 @@ class Exchange:
             for work in works:
                 work.wait()
 
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _telling(self) -> Waiting:
         """Says what did not arrive, and whose fault it is as far as the others' reports tell."""
-        try:
-            yield
-        except RuntimeError as error:
-            what = f"{self.about} did not arrive"
-            raise self._ranks.group.failure(what, self.about, error) from error
+        return self._ranks.group.waiting(f"{self.about} did not arrive", self.about)
 
 
 def _received(parcel: Parcel, part: Tensor) -> Tensor:

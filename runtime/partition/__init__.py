@@ -199,7 +199,8 @@ class Partition(RuntimePart[Stages]):
 
     def _check_unbroken(self, hint: str) -> None:
         if self._broken is not None:
-            raise RankError(f"an earlier step was interrupted: {self._broken}", hint=hint)
+            text = f"an earlier step was interrupted: {self._broken}"
+            raise RankError(text, hint=hint, restart=True)
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of this rank's stages; nothing is sent.

@@ -7,8 +7,7 @@ the other. A receive is posted before it is needed; what is sent is kept until i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.plan import Phase
+from graphopt.runtime.ranks.channel import Waiting
 from graphopt.runtime.ranks.ranks import Ranks
 
 # Sends that are under way before one waits for the oldest.
@@ -154,8 +154,7 @@ class Messages:
         )
 
 
-@contextmanager
-def arriving(ranks: Ranks, what: str, other: int | None = None) -> Iterator[None]:
+def arriving(ranks: Ranks, what: str, other: int | None = None) -> Waiting:
     """Within, messages along ``pp`` are waited for.
 
     Args:
@@ -166,12 +165,8 @@ def arriving(ranks: Ranks, what: str, other: int | None = None) -> Iterator[None
     Raises:
         RankError: they do not arrive; says which ranks are missing.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        # Ranks wait for different messages when one is lost, so they report under one topic.
-        lost = f"{what} did not arrive"
-        raise ranks.group.failure(lost, "pipeline", error, other) from error
+    # Ranks wait for different messages when one is lost, so they report under one topic.
+    return ranks.group.waiting(lambda: f"{what} did not arrive", "pipeline", other)
 
 
 def _flat(form: Form, value: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Precision(RuntimePart[LossScaling]):
             return overflow
         what = "whether a gradient overflowed was not agreed on"
         bit = torch.tensor([overflow], dtype=torch.uint8).to(ranks.device)
-        question = Question(ranks, bit, lambda e: ranks.group.failure(what, "overflow", e))
+        question = Question(ranks, bit, lambda: ranks.group.waiting(what, "overflow"))
         return bool(question.answer()[0])
 
     # -- saving and reporting ----------------------------------------------------------------------

@@ -15,10 +15,12 @@ from torch._C._distributed_c10d import Work, _register_process_group
 from torch.distributed.distributed_c10d import GroupName
 
 from graphopt.errors import RankError
-from graphopt.runtime.ranks.agreement import Agreement, ranks
+from graphopt.runtime.ranks.agreement import LOOK, Agreement, ranks
+from graphopt.runtime.ranks.store import StoreLost
+from graphopt.runtime.ranks.watch import Wait, Watch
 
 # Seconds in which other ranks may report that they failed, too, before one counts as missing.
-GRACE = 5.0
+GRACE = 3.0
 
 
 class Channel(dist.ProcessGroup):
@@ -30,6 +32,7 @@ class Channel(dist.ProcessGroup):
         name: what collectives of the graph call it.
 
     Attributes:
+        watch: looks after waits that take long.
         carrier: takes each message of the graph; ``None`` to send it as it is.
     """
 
@@ -38,6 +41,7 @@ class Channel(dist.ProcessGroup):
         self.inner = inner
         self.agreement = agreement
         self.channel = name
+        self.watch = Watch(agreement)
         self.carrier: Callable[[Tensor, Any], Work] | None = None
         _register_process_group(GroupName(name), self)
 
@@ -58,8 +62,31 @@ class Channel(dist.ProcessGroup):
         """The name that torch shows."""
         return "graphopt"
 
+    def waiting(
+        self,
+        what: str | Callable[[], str],
+        topic: str,
+        other: int | None = None,
+        hint: str = LOOK,
+    ) -> Waiting:
+        """Within, a message is waited for: one that takes long is told of, a lost one is an error.
+
+        Args:
+            what: is lost then, as a sentence.
+            topic: equal on all ranks that wait at the same place.
+            other: the only rank that has to do with the message; by default all have.
+            hint: what to try.
+        """
+        said = what if callable(what) else lambda: what
+        return Waiting(self, Wait(said, f"failed/{topic}"), other, hint)
+
     def failure(
-        self, what: str, topic: str, error: BaseException, other: int | None = None
+        self,
+        what: str,
+        topic: str,
+        error: BaseException,
+        other: int | None = None,
+        hint: str = LOOK,
     ) -> RankError:
         """Who is missing, as far as the other ranks' reports tell.
 
@@ -68,17 +95,38 @@ class Channel(dist.ProcessGroup):
             topic: equal on all ranks that fail at the same place.
             error: what a message failed with.
             other: the only rank that had to do with the message; by default all had.
+            hint: what to try.
         """
         topic, among = f"failed/{topic}", None if other is None else [other]
         try:
             missing = self.agreement.missing(topic, what, GRACE, among)
             who = f"{ranks(missing)} did not answer" if missing else "no rank is missing"
             if other is not None and not missing:
-                who = f"rank {other} had failed before, as {self.agreement.note(topic, other)}"
-        except RuntimeError:
-            who = "the job's store is gone, and with it the process that holds it"
+                who = f"rank {other} {self.agreement.note(topic, other)}"
+        except StoreLost as lost:
+            known = self.watch.missing(topic)
+            if not known:
+                return self.agreement.lost(what, lost)
+            who = f"{ranks(known)} did not answer"
         return RankError(
-            f"{what}: {who}",
-            where=str(error).splitlines()[0],
-            hint="look at the output of that rank; the gradients of this step are not usable",
+            f"{what}: {who}", where=str(error).splitlines()[0], hint=hint, restart=True
         )
+
+
+class Waiting:
+    """A block that waits for a message."""
+
+    def __init__(self, channel: Channel, wait: Wait, other: int | None, hint: str) -> None:
+        self._channel, self._wait, self._other, self._hint = channel, wait, other, hint
+
+    def __enter__(self) -> None:
+        self._channel.watch.wait = self._wait
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._channel.watch.wait = None
+        if isinstance(error, RuntimeError):
+            wait = self._wait
+            topic = wait.topic.removeprefix("failed/")
+            raise self._channel.failure(
+                wait.what(), topic, error, self._other, self._hint
+            ) from error

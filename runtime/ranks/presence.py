@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from graphopt.plan import Plan, Role
+from graphopt.runtime.ranks.channel import Waiting
 from graphopt.runtime.ranks.ranks import Ranks
 
-Failed = Callable[[BaseException], BaseException]
+Await = Callable[[], Waiting]
 
 
 class Presence:
@@ -44,7 +45,7 @@ class Presence:
         everything = set().union(*reach.values())
         self.asks = any(sources and sources != everything for sources in reach.values())
 
-    def ask(self, ranks: Ranks, present: Collection[str], failed: Failed) -> Question | None:
+    def ask(self, ranks: Ranks, present: Collection[str], waiting: Await) -> Question | None:
         """Start to find out who has what; ``None`` where all ranks have all gradients.
 
         One message of a byte per gradient, which travels while the backward computes.
@@ -52,12 +53,12 @@ class Presence:
         Args:
             ranks: who is asked.
             present: names of gradients that this rank has.
-            failed: makes the error where no answer comes.
+            waiting: makes the block in which one waits for the answer.
         """
         if not self.asks:
             return None
         bits = [name in present for name in self.names]
-        return Question(ranks, torch.tensor(bits, dtype=torch.uint8).to(ranks.device), failed)
+        return Question(ranks, torch.tensor(bits, dtype=torch.uint8).to(ranks.device), waiting)
 
     def absent(self, local: Collection[str], question: Question | None) -> set[str]:
         """Names of gradients that are absent: reduced ones only where no rank has them."""
@@ -74,23 +75,19 @@ class Question:
     Args:
         ranks: who is asked.
         bits: uint8 of one dimension, on the device of the ranks; overwritten.
-        failed: makes the error where no answer comes.
+        waiting: makes the block in which one waits for the answer.
     """
 
-    def __init__(self, ranks: Ranks, bits: torch.Tensor, failed: Failed) -> None:
-        self._bits, self._failed = bits, failed
+    def __init__(self, ranks: Ranks, bits: torch.Tensor, waiting: Await) -> None:
+        self._bits, self._waiting = bits, waiting
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
-        try:
+        with waiting():
             self._work = ranks.group.start(bits, options)
-        except RuntimeError as error:
-            raise failed(error) from error
 
     def answer(self) -> list[int]:
         """Wait for the maxima."""
-        try:
+        with self._waiting():
             self._work.wait()
-        except RuntimeError as error:
-            raise self._failed(error) from error
         found: list[int] = self._bits.tolist()
         return found

@@ -15,14 +15,17 @@ from torch.distributed.distributed_c10d import _world
 
 from graphopt.errors import ArgumentError
 from graphopt.network.curve import Curve
-from graphopt.runtime.ranks.agreement import SAME_MODEL, Agreement
+from graphopt.runtime.ranks.agreement import LOOK, SAME_MODEL, Agreement
 from graphopt.runtime.ranks.channel import Channel
 from graphopt.runtime.ranks.link import measure_link
 from graphopt.runtime.ranks.link_cache import describe, find, keep
+from graphopt.runtime.ranks.silent import silences
+from graphopt.runtime.ranks.store import Store
 
 _numbers = count()
 # How rank 0 says that it kept no curve.
 _NONE = "none"
+_NO_LINK = f"{LOOK}, or name a link: link=10gbe"
 
 
 @dataclass
@@ -58,7 +61,9 @@ class Ranks:
         device = named[0][1].device if named else torch.device("cpu")
         timeout = group._get_backend(device).options._timeout
         store = PrefixStore(f"graphopt/{number}", _world.pg_map[group][1])
-        agreement = Agreement(store, group.rank(), group.size(), timeout)
+        shared = Store(store, timeout.total_seconds())
+        silent = silences(group, timeout.total_seconds())
+        agreement = Agreement(shared, group.rank(), group.size(), timeout, silent)
         return cls(Channel(group, agreement, f"graphopt.{number}"), device)
 
     @property
@@ -78,7 +83,8 @@ class Ranks:
             agreement.tell("shape", describe(self.group.inner, self.device))
             kept = self.agree("link cache", "", lambda: _text(find(agreement.told("shape"))))
             if kept == _NONE:
-                mine = measure_link(self.group.inner, self.device)
+                with self.group.waiting("the link was not measured", "link", hint=_NO_LINK):
+                    mine = measure_link(self.group.inner, self.device)
                 self.agree("link", "", lambda: _text(mine))
                 if self.group.rank() == 0:
                     keep(agreement.told("shape"), mine)
@@ -100,6 +106,10 @@ class Ranks:
             self._decisions[topic, mine] = decision
         return self._decisions[topic, mine]
 
+    def agreed_on(self, topic: str) -> bool:
+        """Whether there was an agreement on this, whatever it was."""
+        return any(about == topic for about, _ in self._decisions)
+
     def start(self, model: nn.Module) -> None:
         """Give all ranks rank 0's parameters and buffers, after a look whether they fit.
 
@@ -115,7 +125,8 @@ class Ranks:
         if tensors:
             with torch.no_grad():
                 values = [t.detach() for _, t in tensors]
-                _broadcast_coalesced(self.group.inner, values, 256 << 20, 0)
+                with self.group.waiting("the parameters of rank 0 did not arrive", "parameters"):
+                    _broadcast_coalesced(self.group.inner, values, 256 << 20, 0)
 
     def copy(self) -> Ranks:
         """The same ranks for a copy of the model, with messages of its own.

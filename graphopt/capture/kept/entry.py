@@ -35,6 +35,7 @@ class Entry:
         bind: makes a call of the model out of a runner.
         guard: whether a call is one that it is for.
         notes: what the user should know about how it was captured.
+        functions: what forward calls; see `Capture`.
         digest: of all that was written.
     """
 
@@ -45,6 +46,7 @@ class Entry:
     bind: Bind
     guard: Guard
     notes: tuple[str, ...]
+    functions: str
     digest: str
 
 
@@ -96,13 +98,19 @@ def entry_of(
     graph: Graph,
     aliases: tuple[OutputAlias, ...],
     notes: tuple[str, ...],
+    functions: str,
 ) -> dict[str, Any]:
     """What is written of a capture.
 
     Raises:
         Unkept: its graph holds something that is no text.
     """
-    return {**description, "graph": graph_data(graph, aliases), "notes": list(notes)}
+    return {
+        **description,
+        "graph": graph_data(graph, aliases),
+        "notes": list(notes),
+        "functions": functions,
+    }
 
 
 def found(
@@ -138,8 +146,11 @@ def _bound(
     data: Any, kept: Kept, model: nn.Module, forward: Callable[..., object], guard: Guard
 ) -> Entry:
     places, results, notes = (data.get(name) for name in ("inputs", "results", "notes"))
+    functions = data.get("functions")
     if not isinstance(places, list) or type(results) is not int or not isinstance(notes, list):
         raise Unreadable("it has no inputs")
+    if not isinstance(functions, str):
+        raise Unreadable("it does not say what forward calls")
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
     make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
@@ -170,7 +181,7 @@ def _bound(
         return call
 
     told = tuple(map(str, notes))
-    return Entry(graph, aliases, inputs, slots, bind, guard, told, digest_of(data))
+    return Entry(graph, aliases, inputs, slots, bind, guard, told, functions, digest_of(data))
 
 
 def digest_of(entry: Mapping[str, Any]) -> str:

@@ -87,11 +87,8 @@ class ScaleByPeak(RuntimePart[Peaks]):
             return maxima
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX
-        try:
+        with ranks.group.waiting("the maxima of activations were not agreed on", "scale_by_peak"):
             ranks.group.inner.allreduce([maxima], options).wait()
-        except RuntimeError as error:
-            what = "the maxima of activations were not agreed on"
-            raise ranks.group.failure(what, "scale_by_peak", error) from error
         return maxima
 
     def accepts(self, parts: Sequence[Peaks], saved: Mapping[str, Tensor]) -> None:
