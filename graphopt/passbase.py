@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +109,17 @@ class Outcome:
         return bool(self.applied)
 
 
+class Waits(Protocol):
+    """A message on its way."""
+
+    def wait(self) -> object:
+        """Until the sum over all ranks stands in the tensor."""
+
+
+Send: TypeAlias = "Callable[[Tensor], Waits]"
+"""Starts to add up a tensor over all ranks, in place."""
+
+
 class Communicator(Protocol):
     """The ranks of one mesh dimension that train together, as a pass sees them."""
 
@@ -128,6 +139,18 @@ class Communicator(Protocol):
 
         Raises:
             RankError: it is not equal, naming the first difference; or a rank did not come.
+        """
+
+    def together(self, topic: str, mine: str, run: Callable[[Send], str]) -> str:
+        """Rank 0's result of what all ranks run at the same time, once; else as `agree`.
+
+        Args:
+            topic: as of `agree`.
+            mine: as of `agree`.
+            run: is given the way to the other ranks.
+
+        Raises:
+            RankError: a message failed.
         """
 
 

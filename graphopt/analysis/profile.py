@@ -56,7 +56,7 @@ def profile_in_turn(
     if rounds < 1:
         raise ArgumentError(f"rounds is {rounds}", hint="measure at least one round")
     if inputs is None:
-        inputs = [_random(node) for node in graphs[0].inputs]
+        inputs = random_inputs(graphs[0])
     if len(inputs) != len(graphs[0].inputs):
         raise ArgumentError(
             f"{len(inputs)} tensors for {len(graphs[0].inputs)} inputs",
@@ -67,12 +67,26 @@ def profile_in_turn(
         for _ in range(rounds + 1):
             for graph, mine in zip(graphs, runs, strict=True):
                 stopwatch = _Stopwatch(graph.module)
-                stopwatch.run(*map(_copy, inputs))
+                stopwatch.run(*copied(inputs))
                 mine.append(stopwatch.seconds)
     return [
         {node: of_rounds([run[node] for run in mine[1:]]) for node in graph.operators}
         for graph, mine in zip(graphs, runs, strict=True)
     ]
+
+
+def random_inputs(graph: Graph) -> list[Tensor | int]:
+    """Random floats, zeros for whole numbers and a number per size: valid, if not typical, inputs.
+
+    Raises:
+        ArgumentError: an input is neither a tensor nor a size.
+    """
+    return [_random(node) for node in graph.inputs]
+
+
+def copied(inputs: Sequence[Tensor | int]) -> list[Tensor | int]:
+    """Copies for a step that may write into its inputs."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in inputs]
 
 
 class _Stopwatch(fx.Interpreter):
@@ -100,10 +114,6 @@ def _on_gpu(node: fx.Node) -> bool:
     values = [value_of(other) for other in (node, *node.all_input_nodes)]
     flat = [v for value in values for v in (value if isinstance(value, tuple | list) else (value,))]
     return any(isinstance(v, Tensor) and v.device.type == "cuda" for v in flat)
-
-
-def _copy(value: Tensor | int) -> Tensor | int:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _random(node: fx.Node) -> Tensor | int:

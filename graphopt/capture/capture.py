@@ -335,9 +335,7 @@ class _Keeping:
             if made.inputs is not flat.inputs:
                 raise Unkept("inputs that forward writes to share memory")
             functions = functions_of(flat.module)
-            entry = entry_of(
-                flat.description, made.graph, made.aliases, flat.notes, functions
-            )
+            entry = entry_of(flat.description, made.graph, made.aliases, flat.notes, functions)
         except Unkept as error:
             return str(error), ""
         self.store.write(self.key, entry)

@@ -11,10 +11,20 @@ from graphopt.analysis.gradient_order import GradientOrder, gradient_order, meas
 from graphopt.analysis.profile import profile_graph
 from graphopt.graph import Graph
 from graphopt.network.named import link_curve
-from graphopt.passbase import EXACT, Applied, Declined, Number, Numerics, Outcome, Pass, PassContext
+from graphopt.passbase import (
+    EXACT,
+    Applied,
+    Declined,
+    Number,
+    Numerics,
+    Outcome,
+    Pass,
+    PassContext,
+    Send,
+)
 from graphopt.passes.schedule.rewrite import arrange, outline, renamed, tail
 from graphopt.passes.schedule.search import OrderSearch
-from graphopt.passes.schedule.trial import confirmed
+from graphopt.passes.schedule.trial import confirmed, device_of, race, step_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,9 @@ class Schedule(Pass):
     is better. Backward convolutions are split in two where the order requires it. A second
     application finds nothing, unless `memory` ruled out an order that it allows the second time.
 
-    In a running job rank 0 decides for all by measured times, and only accepts an order whose gain
-    holds when the order itself is measured.
+    In a running job rank 0 proposes an order for all by measured times. Then all ranks run both
+    orders in turn, with their messages, and keep the present one unless eight of nine such pairs
+    of steps were faster with the other.
 
     Attributes:
         link: ``measure`` plans with the job's own link; a name of `graphopt.network.clusters`
@@ -65,8 +76,7 @@ class Schedule(Pass):
             return _declined(choice["reason"], choice["detail"], choice["numbers"])
         if choice["graph"] != outline(graph):
             return _declined("other-graph", "rank 0 chose the order for other operators")
-        own = renamed(choice["tail"], graph)
-        arrange(graph, [own[n] for n in choice["split"]], [own[n] for n in choice["order"]])
+        _rearrange(graph, choice)
         return Outcome((Applied("backward", choice["detail"], choice["numbers"]),))
 
     def _choice(self, graph: Graph, ctx: PassContext, world: int) -> dict[str, Any]:
@@ -82,17 +92,35 @@ class Schedule(Pass):
             return OrderSearch(graph, order, curve, world, self.memory)
 
         known_by = {"graph": outline(graph), "tail": [node.name for node in tail(graph)]}
-
-        def decide() -> str:
-            mine = search(measured_order(graph, profile_graph(graph)))
-            return json.dumps({**confirmed(mine, mine.best()), **known_by})
-
         order = graph.get(gradient_order)
         if ranks is None:
             return {**search(order).best(), **known_by}
+
+        def decide() -> str:
+            mine = search(measured_order(graph, profile_graph(graph)))
+            return json.dumps({**mine.best(), **known_by})
+
         known = "\n".join([f"passes {self}", *order.sizes])
         choice: dict[str, Any] = json.loads(ranks.agree("gradients", known, decide))
-        return choice
+        if not choice["order"]:
+            return choice
+        ratios = ranks.together("order", known, lambda send: self._tried(graph, choice, send))
+        return confirmed(choice, json.loads(ratios))
+
+    def _tried(self, graph: Graph, choice: Mapping[str, Any], send: Send) -> str:
+        """The ratios of `race`; a rank that would keep its order keeps it here, too."""
+        other = graph.copy()
+        if choice["graph"] == outline(graph):
+            _rearrange(other, choice)
+        present, chosen = (
+            step_of(*one, send) for one in zip((graph, other), choice["groups"], strict=True)
+        )
+        return json.dumps(race(present, chosen, send, device_of(graph)))
+
+
+def _rearrange(graph: Graph, choice: Mapping[str, Any]) -> None:
+    own = renamed(choice["tail"], graph)
+    arrange(graph, [own[n] for n in choice["split"]], [own[n] for n in choice["order"]])
 
 
 def _declined(reason: str, detail: str, numbers: Mapping[str, Number] | None = None) -> Outcome:

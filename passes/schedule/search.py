@@ -34,9 +34,13 @@ class _Found:
     name: str
     split: list[str]
     order: list[str]
-    finish: float
+    grouping: Grouping
     peak: int
     moved: int
+
+    @property
+    def finish(self) -> float:
+        return self.grouping.finish
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class OrderSearch:
 
         ``order`` names the operators of `tail` in their new order, after the convolutions named by
         ``split`` were split; it is empty where the graph should stay as it is, with ``reason``.
+        ``groups`` are the groups of gradients that are best in the present order and in this one.
         ``numbers`` holds the predicted times, in milliseconds since backward began.
         """
         grouping = self.grouping(self.now)
@@ -86,7 +91,13 @@ class OrderSearch:
             }
             numbers |= {"moved": one.moved, "split": len(one.split)}
             detail = f"reordered ({one.name})"
-            return {"order": one.order, "split": one.split, "detail": detail, "numbers": numbers}
+            return {
+                "order": one.order,
+                "split": one.split,
+                "groups": [[g.names for g in made.groups] for made in (grouping, one.grouping)],
+                "detail": detail,
+                "numbers": numbers,
+            }
         if not gaining:
             reason, detail = "no-gain", "no order found is predicted to reduce all gradients sooner"
         else:
@@ -126,7 +137,7 @@ class OrderSearch:
         places = [was[one] for one in names if one in was]
         overtaken = sum(here < max(places[: i + 1]) for i, here in enumerate(places))
         grouping = self.grouping(order)
-        return _Found(name, apart, names, grouping.finish, liveness(copy).peak, overtaken)
+        return _Found(name, apart, names, grouping, liveness(copy).peak, overtaken)
 
     def _timed(self, trial: Graph, halves: Mapping[fx.Node, fx.Node]) -> GradientOrder:
         """The gradients of a rewritten copy, with times of the same kind as those of `now`."""

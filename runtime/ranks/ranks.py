@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, _broadcast_coalesced
 from torch.distributed.distributed_c10d import _world
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, RankError
 from graphopt.network.curve import Curve
 from graphopt.runtime.ranks.agreement import LOOK, SAME_MODEL, Agreement
 from graphopt.runtime.ranks.channel import Channel
@@ -109,6 +110,29 @@ class Ranks:
     def agreed_on(self, topic: str) -> bool:
         """Whether there was an agreement on this, whatever it was."""
         return any(about == topic for about, _ in self._decisions)
+
+    def together(self, topic: str, mine: str, run: Callable[[Callable[[Tensor], Any]], str]) -> str:
+        """Rank 0's result of what all ranks run at the same time, once; else as `agree`.
+
+        Args:
+            topic: as of `agree`.
+            mine: as of `agree`.
+            run: is given what starts to add up a tensor over all ranks.
+
+        Raises:
+            RankError: a message failed.
+        """
+        if (topic, mine) not in self._decisions:
+            try:
+                found = run(lambda tensor: self.group.inner.allreduce([tensor]))
+            except RuntimeError as error:
+                raise RankError(
+                    f"the {topic} cannot be tried out: {str(error).splitlines()[0]}",
+                    hint="look at the output of the other ranks, and check that an all-reduce "
+                    "works in this group",
+                ) from error
+            self.agree(topic, mine, lambda: found)
+        return self._decisions[topic, mine]
 
     def start(self, model: nn.Module) -> None:
         """Give all ranks rank 0's parameters and buffers, after a look whether they fit.

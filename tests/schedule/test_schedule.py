@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
 from graphopt.analysis.gradient_order import gradient_order, roofline
 from graphopt.analysis.liveness import liveness
@@ -19,13 +19,13 @@ from graphopt.graph import Graph, phase_of
 from graphopt.grouping.planner import plan
 from graphopt.network.curve import Curve
 from graphopt.network.named import ASSUMED, link_curve
-from graphopt.passbase import Outcome, PassContext
+from graphopt.passbase import Outcome, PassContext, Send
 from graphopt.passes import schedule
 from graphopt.passes.schedule import Schedule
 from graphopt.passes.schedule import search as schedule_search
-from graphopt.passes.schedule import trial as schedule_trial
 from graphopt.passes.schedule.order import best_first
 from graphopt.passes.schedule.rewrite import outline, split, splittable, tail
+from graphopt.passes.schedule.trial import PAIRS, Step
 from graphopt.pipeline.order import check_order
 from graphopt.pipeline.spec import parse_spec
 from graphopt.plan import Phase
@@ -192,16 +192,22 @@ class OneOfTwo:
         self.told = self.told or decide()
         return self.told
 
+    def together(self, topic: str, mine: str, run: Callable[[Send], str]) -> str:
+        assert self.asked[-1] == mine
+        return run(self.send)
+
+    def send(self, tensor: Tensor) -> OneOfTwo:
+        return self
+
+    def wait(self) -> None:
+        """The other rank is as fast as the way to it."""
+
 
 @pytest.fixture
 def by_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles without noise: estimated times, here in the place of measured ones."""
-
-    def in_turn(graphs: Sequence[Graph]) -> list[dict[fx.Node, float]]:
-        return [roofline(graph) for graph in graphs]
-
     monkeypatch.setattr(schedule, "profile_graph", roofline)
-    monkeypatch.setattr(schedule_trial, "profile_in_turn", in_turn)
+    monkeypatch.setattr(schedule, "race", lambda *_: [0.9] * PAIRS)
 
 
 def test_a_running_rank_plans_with_measured_times_and_the_measured_link() -> None:
@@ -267,27 +273,47 @@ def test_the_outline_of_a_graph_knows_operators_and_no_sizes() -> None:
 
 
 @pytest.mark.usefixtures("by_roofline")
-@pytest.mark.parametrize(("slower", "applied"), [(1.0, True), (3.0, False)])
-def test_what_is_slower_when_it_runs_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, slower: float, applied: bool
+@pytest.mark.parametrize(("slower", "applied"), [(1, True), (2, False)])
+def test_what_is_no_faster_when_all_ranks_run_it_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, slower: int, applied: bool
 ) -> None:
-    def in_turn(graphs: Sequence[Graph]) -> list[dict[fx.Node, float]]:
-        present, trial = graphs
-        times = {node: slower * seconds for node, seconds in roofline(trial).items()}
-        return [roofline(present), times]
+    ratios = [1.1] * slower + [0.8] * (PAIRS - slower)
+    ran: list[Step] = []
 
-    monkeypatch.setattr(schedule_trial, "profile_in_turn", in_turn)
+    def run(present: Step, other: Step, *_: object) -> list[float]:
+        for step in (present, other):
+            step()
+            ran.append(step)
+        return ratios
+
+    monkeypatch.setattr(schedule, "race", run)
     graph, rank = golden(), OneOfTwo()
     text = print_graph(graph)
     outcome = Schedule().apply(graph, PassContext(ranks={"dp": rank}))
+    assert len(ran) == 2
     assert bool(outcome.applied) is applied
     assert (print_graph(graph) != text) is applied
     (item,) = (*outcome.applied, *outcome.declined)
     numbers = item.numbers
-    assert numbers["scheduled_ms"] < numbers["grouped_ms"] == numbers["retried_ms"]
-    assert (numbers["retried_scheduled_ms"] < numbers["retried_ms"]) is applied
+    assert numbers["scheduled_ms"] < numbers["grouped_ms"]
+    assert numbers["measured_ratio"] == 0.8
     assert applied or reasons(outcome) == [("backward", "not-confirmed")]
-    assert bool(json.loads(rank.told)["order"]) is applied
+
+
+@pytest.mark.usefixtures("by_roofline")
+def test_a_rank_with_other_operators_takes_part_in_its_own_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, graph = OneOfTwo(), golden()
+    assert Schedule().apply(graph, PassContext(ranks={"dp": first})).changed
+    choice = json.loads(first.told) | {"graph": "of other operators"}
+    tried: list[str] = []
+    monkeypatch.setattr(schedule, "step_of", lambda g, *_: tried.append(print_graph(g)))
+    own = golden()
+    second = OneOfTwo(json.dumps(choice))
+    outcome = Schedule().apply(own, PassContext(ranks={"dp": second}))
+    assert reasons(outcome) == [("backward", "other-graph")]
+    assert tried == [print_graph(own)] * 2
 
 
 def test_link_is_a_cluster_the_measured_one_or_an_assumed_one() -> None:
