@@ -23,7 +23,7 @@ _CLOSED = frozenset(
 # Functions of these keep no state of a step in globals.
 _LIBRARIES = frozenset({"torch", "torchvision", "timm", "transformers", "functools", "contextlib"})
 _OPEN = ("torch.distributions.",)
-_OWN = ("graphopt.model.", "graphopt.runtime.", "graphopt.api")
+_OWN = ("graphopt.model.", "graphopt.runtime.", "graphopt.api", "graphopt.compiler")
 # Of Python's own: what only holds what the user put into it.
 _HOLDERS = (
     nn.Module,

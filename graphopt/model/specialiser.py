@@ -62,7 +62,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Specialiser(ABC):
-    """What makes variants; `graphopt.api` has the one there is.
+    """What makes variants; `graphopt.compiler` has the one there is.
 
     Attributes:
         fallback: what happens to calls that cannot be captured.

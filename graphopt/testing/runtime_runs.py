@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.api import Verify, optimize
+from graphopt.api import optimize
+from graphopt.compiler import Verify
 from graphopt.model.checkpoint import load_state_dict, state_dict
 from graphopt.model.comparison import same
 from graphopt.model.controller import Controller, controller_of

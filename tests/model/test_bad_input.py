@@ -154,9 +154,9 @@ def test_mismatch_with_eager_is_refused_and_names_the_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A capture that computes something else must not run: break one on purpose."""
-    import graphopt.api
+    import graphopt.compiler
 
-    honest = graphopt.api.capture
+    honest = graphopt.compiler.capture
 
     def broken(*args: object, **kwargs: object) -> object:
         captured = honest(*args, **kwargs)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_mismatch_with_eager_is_refused_and_names_the_gradient(
         graph.changed()
         return captured
 
-    monkeypatch.setattr(graphopt.api, "capture", broken)
+    monkeypatch.setattr(graphopt.compiler, "capture", broken)
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())
     graphopt.optimize(model, backend="eager")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import graphopt
-import graphopt.api
+import graphopt.compiler
 import graphopt.model.surface
 from graphopt.errors import CaptureError, RankError, StateError
 from graphopt.model.controller import controller_of
@@ -95,7 +95,7 @@ def test_an_interrupt_in_a_capture_is_that_calls(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(graphopt.api, "capture", interrupted)
+        patched.setattr(graphopt.compiler, "capture", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(torch.randn(5, 4))
     assert controller_of(model).made == 1
@@ -107,7 +107,7 @@ def test_a_failure_inside_of_graphopt_is_one_sentence(monkeypatch: pytest.Monkey
     def broken(*_: object, **__: object) -> None:
         raise AttributeError("'int' object has no attribute 'view'")
 
-    monkeypatch.setattr(graphopt.api, "capture", broken)
+    monkeypatch.setattr(graphopt.compiler, "capture", broken)
     with pytest.raises(CaptureError, match="cannot be captured: AttributeError: 'int'") as caught:
         _model()(X)
     assert "test_errors.py" in caught.value.where
