@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import time
@@ -291,7 +292,7 @@ class _Keeping:
             return None
         call = self.call
         try:
-            with dynamo_settings(), _drawing_nothing():
+            with dynamo_settings(), _drawing_nothing(), _keeping_garbage():
                 entry = found(data, call.model, call.forward, call.args, call.kwargs)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
@@ -378,6 +379,18 @@ def _derived_from_memories(
         return derive(joined)
     except SharedInputs:
         raise sharing.refusal(flat.slots) from None
+
+
+@contextmanager
+def _keeping_garbage() -> Iterator[None]:
+    """Many small objects are made that live; to look for garbage meanwhile is a tenth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
