@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo, dynamo_settings
-from graphopt.capture.flat import Bind, FlatForward, location
+from graphopt.capture.flat import Bind, FlatForward, first_line, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.kept import (
@@ -281,6 +281,8 @@ class _Keeping:
             return cls(call, store, key_of(call.model, call.forward, call.args, call.kwargs))
         except Unkept as error:
             return cls(call, refused=str(error))
+        except Exception as error:  # whatever an object of the user's raises
+            return cls(call, refused=f"{type(error).__name__}: {first_line(error)}")
 
     def __bool__(self) -> bool:
         return self.store is not None
@@ -331,10 +333,13 @@ class _Keeping:
             if made.inputs is not flat.inputs:
                 raise Unkept("inputs that forward writes to share memory")
             entry = entry_of(flat.description, made.graph, made.aliases, flat.notes)
+            digest = digest_of(entry)
         except Unkept as error:
             return str(error), ""
+        except (TypeError, ValueError) as error:  # no JSON
+            return first_line(error), ""
         self.store.write(self.key, entry)
-        return "", digest_of(entry)
+        return "", digest
 
 
 def capture_forward(
