@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import time
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from graphopt.capture import checkpoints, sharing
 from graphopt.capture.dynamo import by_dynamo, dynamo_settings
-from graphopt.capture.flat import Bind, FlatForward, location
+from graphopt.capture.flat import Bind, FlatForward, first_line, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.functions import functions_of
 from graphopt.capture.joint import SharedInputs, derive
@@ -284,6 +285,8 @@ class _Keeping:
             return cls(call, store, key_of(call.model, call.forward, call.args, call.kwargs))
         except Unkept as error:
             return cls(call, refused=str(error))
+        except Exception as error:  # whatever an object of the user's raises
+            return cls(call, refused=f"{type(error).__name__}: {first_line(error)}")
 
     def __bool__(self) -> bool:
         return self.store is not None
@@ -295,7 +298,7 @@ class _Keeping:
             return None
         call = self.call
         try:
-            with dynamo_settings(), _drawing_nothing():
+            with dynamo_settings(), _drawing_nothing(), _keeping_garbage():
                 entry = found(data, call.model, call.forward, call.args, call.kwargs)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
@@ -336,10 +339,13 @@ class _Keeping:
                 raise Unkept("inputs that forward writes to share memory")
             functions = functions_of(flat.module)
             entry = entry_of(flat.description, made.graph, made.aliases, flat.notes, functions)
+            digest = digest_of(entry)
         except Unkept as error:
             return str(error), ""
+        except (TypeError, ValueError) as error:  # no JSON
+            return first_line(error), ""
         self.store.write(self.key, entry)
-        return "", digest_of(entry)
+        return "", digest
 
 
 def capture_forward(
@@ -384,6 +390,18 @@ def _derived_from_memories(
         return derive(joined)
     except SharedInputs:
         raise sharing.refusal(flat.slots) from None
+
+
+@contextmanager
+def _keeping_garbage() -> Iterator[None]:
+    """Many small objects are made that live; to look for garbage meanwhile is a tenth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from graphopt.capture.encoders import refusing_nested_encoders
 from graphopt.capture.flat import (
     FlatForward,
     Runner,
+    first_line,
     location,
     name_inputs,
     nothing_symbolic,
@@ -191,6 +192,8 @@ def _described(
         return described(output, inputs, bind, results, call)
     except Unkept as error:
         return str(error)
+    except Exception as error:  # whatever a property of the user's raises, the call is captured
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -221,6 +225,9 @@ class _Builder:
             node.meta["val"] = self._written(statement.type, target)
             return node
         try:
+            if self._typed and isinstance(target, torch._ops.OpOverload):
+                node.meta["val"] = self._view(statement, target, node, frame)
+                return node
             with self._fake, torch.no_grad(), self._kernels():
                 value = _run(target, node, frame.value)
                 if isinstance(target, torch._ops.OpOverload) or statement.type != NONE:
@@ -245,6 +252,26 @@ class _Builder:
         shape, stride = self._sizes.numbers(type_.shape), self._sizes.numbers(type_.stride)
         value = torch.empty_strided(shape, stride, dtype=type_.dtype, device="meta")
         return FakeTensor(self._fake, value, type_.device)
+
+    def _view(
+        self, statement: Statement, target: Callable[..., Any], node: fx.Node, frame: _Frame
+    ) -> Any:
+        """The result of an operator whose result may lie in the memory of an operand."""
+        with in_kernel_invocation_manager(self._fake), torch.no_grad():
+            made = _run(target, node, frame.value)
+
+        def fake(value: Any, type_: Type) -> Any:
+            if isinstance(value, tuple | list) and isinstance(type_, tuple):
+                return type(value)(map(fake, value, type_))
+            if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
+                return value
+            own = FakeTensor(self._fake, value, type_.device)
+            return _restride(own, type_, self._sizes)
+
+        value = fake(made, statement.type)
+        if type_of(value, statement.name, self._sizes.symbols) != statement.type:
+            raise ValueError("its result has another type than the text says")
+        return value
 
     def _check(self, statement: Statement, value: object) -> None:
         try:

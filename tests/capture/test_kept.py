@@ -357,10 +357,45 @@ class Counting(nn.Linear):
         return super().forward(input)
 
 
-def test_what_cannot_be_kept_says_why() -> None:
-    net = graphopt.optimize(Counting(2, 2), (torch.ones(1, 2),), backend="eager")
-    expected = "cache      each process captures it anew: forward changes Python objects"
-    assert expected in net.explain()  # type: ignore[operator]
+class Printing(nn.Linear):
+    """Says something at each call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Print once."""
+        print("called")
+        return super().forward(input)
+
+
+class Output(dict[str, Tensor]):
+    """A class of results."""
+
+
+class Classy(nn.Linear):
+    """Returns an object of a class of its own."""
+
+    def forward(self, input: Tensor) -> Any:
+        """Return it."""
+        return Output(out=super().forward(input))
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Counting, "forward changes Python objects"),
+        (Printing, "forward does more around its graph than take inputs and return results"),
+        (Classy, "forward does more around its graph than take inputs and return results"),
+    ],
+)
+def test_what_cannot_be_kept_says_why(net: type[nn.Linear], reason: str) -> None:
+    made = graphopt.optimize(net(2, 2), (torch.ones(1, 2),), backend="eager")
+    assert f"cache      each process captures it anew: {reason}" in made.explain()  # type: ignore[operator]
+
+
+def test_a_call_that_prints_prints_once_per_call(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        net = graphopt.optimize(Printing(2, 2), backend="eager", verify="off")
+        net(torch.ones(1, 2))
+        assert capsys.readouterr().out == "called\n"
 
 
 def test_nothing_is_kept_where_the_user_says_so(

@@ -235,7 +235,7 @@ class Kept:
             made = functools.partial(made, **given)
         guard = Guard(self.source(place), made)
         if line:
-            guard.user_stack = traceback.StackSummary.from_list([tuple(line)])
+            guard.user_stack = _stack(*line)
         return guard
 
     def manager(self, code: types.CodeType, owner: object) -> Any:
@@ -262,6 +262,11 @@ class Kept:
         )
         with get_metrics_context(), compile_context(CompileContext(None)):
             return CheckFunctionManager(code, state).guard_manager  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1024)
+def _stack(file: str, number: int, name: str, line: str) -> traceback.StackSummary:
+    return traceback.StackSummary.from_list([(file, number, name, line)])
 
 
 def _named(data: Any, name: str) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ def described(
         Unkept: it depends on something that cannot be told.
     """
     captured = output.graph_capture_output
+    if not _only_builds(captured.bytecode):
+        raise Unkept("forward does more around its graph than take inputs and return results")
     state = captured.output_graph
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
     conditions = conditions_of(state, captured.import_sources, captured.traced_code, writer)
@@ -91,6 +95,19 @@ def described(
         "results": results,
         "places": writer.rows,
     }
+
+
+_WRITES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE")
+_READY = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
+
+
+def _only_builds(code: CodeType) -> bool:
+    """Whether bytecode of Dynamo's calls the graph and nothing else: no message, no class."""
+    steps = list(dis.get_instructions(code))
+    calls = sum(step.opname.startswith("CALL") for step in steps)
+    ready = sum(step.argval in _READY for step in steps)
+    writes = any(step.opname in _WRITES or step.opname.startswith("DELETE_") for step in steps)
+    return calls == ready + 1 and not writes
 
 
 def entry_of(
