@@ -18,9 +18,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
 
 import graphopt
 from benchmarks.harness import RESULTS, keep
@@ -50,7 +50,8 @@ def tally(run: Callable[[], object]) -> Held:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = run()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorder: Any = profiler.profiler
+    recorded = recorder.kineto_results.events()
     changes = sorted(
         (e.start_ns(), i, e.nbytes()) for i, e in enumerate(recorded) if e.name() == "[memory]"
     )
@@ -83,7 +84,7 @@ def measure(name: str) -> dict[str, object]:
     variants = {"eager": eager, "graphopt": of_step(first)}
     try:
         torch._dynamo.reset()
-        compiled: nn.Module = torch.compile(copy.deepcopy(plain.model), backend="aot_eager")  # type: ignore[assignment]
+        compiled: Any = torch.compile(copy.deepcopy(plain.model), backend="aot_eager")
         variants["aot_eager"] = of_step(replace(plain, model=compiled))
     except Exception as error:
         print(f"{name}: torch.compile fails with {type(error).__name__}", flush=True)
