@@ -13,6 +13,7 @@ named keep what they had in ``benchmarks/results/memory_cpu.json``.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 import warnings
@@ -47,6 +48,7 @@ def tally(run: Callable[[], object]) -> Held:
 
     What the run returns is still there at the end.
     """
+    gc.collect()  # what is freed later would count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = run()
