@@ -13,14 +13,15 @@ named keep what they had in ``benchmarks/results/memory_cpu.json``.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
 
 import graphopt
 from benchmarks.harness import RESULTS, keep
@@ -47,10 +48,12 @@ def tally(run: Callable[[], object]) -> Held:
 
     What the run returns is still there at the end.
     """
+    gc.collect()  # what is freed later would count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = run()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorder: Any = profiler.profiler
+    recorded = recorder.kineto_results.events()
     changes = sorted(
         (e.start_ns(), i, e.nbytes()) for i, e in enumerate(recorded) if e.name() == "[memory]"
     )
@@ -83,7 +86,7 @@ def measure(name: str) -> dict[str, object]:
     variants = {"eager": eager, "graphopt": of_step(first)}
     try:
         torch._dynamo.reset()
-        compiled: nn.Module = torch.compile(copy.deepcopy(plain.model), backend="aot_eager")  # type: ignore[assignment]
+        compiled: Any = torch.compile(copy.deepcopy(plain.model), backend="aot_eager")
         variants["aot_eager"] = of_step(replace(plain, model=compiled))
     except Exception as error:
         print(f"{name}: torch.compile fails with {type(error).__name__}", flush=True)

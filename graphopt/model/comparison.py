@@ -78,7 +78,8 @@ def marks(values: Mapping[Any, object]) -> Mapping[Any, object] | None:
 
 def _mark(value: Tensor) -> object:
     flat = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return value.dtype, value.shape, hashlib.sha256(flat.numpy()).digest()
+    bits: Any = flat.numpy()
+    return value.dtype, value.shape, hashlib.sha256(bits).digest()
 
 
 def compare(reference: Observed, actual: Observed) -> Difference:

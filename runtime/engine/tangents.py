@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,13 +46,13 @@ def _can_move(tangent: Tensor | None) -> bool:
 def _moved(tangent: Tensor | None) -> Tensor:
     assert tangent is not None
     other = tangent.detach()
-    tangent.set_()  # type: ignore[call-overload]
+    cast("Any", tangent).set_()
     return other
 
 
-def _counts(tangents: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+def _counts(tangents: Sequence[Any]) -> list[tuple[int, int] | None]:
     """How often Python and C++ refer to each of them."""
-    return [None if t is None else (sys.getrefcount(t), t._use_count()) for t in tangents]  # type: ignore[attr-defined]
+    return [None if t is None else (sys.getrefcount(t), t._use_count()) for t in tangents]
 
 
 @cache

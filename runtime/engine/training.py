@@ -85,8 +85,8 @@ class TrainingEngine(Engine):
         differentiable = (values[i] for i in self.differentiable)
         # `Function.apply` looks at every argument for what dead transforms have left.
         transformed = torch._C._are_functorch_transforms_active()
-        apply = _Node.apply if transformed else super(torch.autograd.Function, _Node).apply
-        computed: tuple[Tensor, ...] = apply(self, values, *differentiable)  # type: ignore[no-untyped-call]
+        whose: Any = _Node if transformed else super(torch.autograd.Function, _Node)
+        computed: tuple[Tensor, ...] = whose.apply(self, values, *differentiable)
         return self._assemble(values, computed)
 
     def begin(self, values: Sequence[Tensor]) -> Step:

@@ -22,7 +22,8 @@ def written_inputs(graph: fx.Graph) -> tuple[int, ...]:
         for argument, value in zip(schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 values = value if isinstance(value, (list, tuple)) else [value]
-                found |= {places[v]: None for v in values if v in places}
+                nodes = [v for v in values if isinstance(v, fx.Node) and v in places]
+                found |= {places[node]: None for node in nodes}
     return tuple(found)
 
 
@@ -46,7 +47,7 @@ class Before:
         with torch.no_grad():
             for group, values in self._kept:
                 sizes = [t.numel() for t in group]
-                for tensor, value in zip(group, values.split(sizes), strict=True):
+                for tensor, value in zip(group, torch.split(values, sizes), strict=True):
                     tensor.copy_(value.view(tensor.shape))
 
 
