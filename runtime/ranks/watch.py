@@ -19,6 +19,8 @@ from graphopt.runtime.ranks.store import StoreLost
 
 # Seconds after which a wait is told of at the latest.
 LATEST = 60.0
+# Looks without any wait after which the thread ends; the next wait starts another one.
+IDLE = 60
 
 log = logging.getLogger("graphopt")
 
@@ -58,6 +60,7 @@ class Watch:
         self._told: Wait | None = None
         self._noted: Wait | None = None
         self._thread: threading.Thread | None = None
+        self._waits = self._seen = self._idle = 0
 
     @property
     def wait(self) -> Wait | None:
@@ -67,6 +70,7 @@ class Watch:
     @wait.setter
     def wait(self, wait: Wait | None) -> None:
         self._wait = wait
+        self._waits += 1
         if self._thread is None and self.agreement.size > 1:
             self._thread = threading.Thread(
                 target=_look_on, args=(weakref.ref(self), self.tick), daemon=True
@@ -76,6 +80,15 @@ class Watch:
     def missing(self, topic: str) -> list[int]:
         """Ranks that another one has found to be missing, as far as this one has heard."""
         return self._missing.get(topic, [])
+
+    def rests(self) -> bool:
+        """Whether there has been no wait for so long that the thread is to end."""
+        self._idle = self._idle + 1 if self._waits == self._seen and self._wait is None else 0
+        self._seen = self._waits
+        if self._idle < IDLE:
+            return False
+        self._thread, self._idle = None, 0
+        return True
 
     def look(self) -> None:
         """See whether this rank waits for long, and say so to the others and to the user."""
@@ -115,11 +128,11 @@ class Watch:
 
 
 def _look_on(reference: weakref.ref[Watch], tick: float) -> None:
-    """Look again and again, until the model is gone or the store does not answer."""
+    """Look again and again, until the model is gone or rests, or the store does not answer."""
     while True:
         time.sleep(tick)
         watch = reference()
-        if watch is None:
+        if watch is None or watch.rests():
             return
         try:
             watch.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 
 from graphopt.capture import capture
 from graphopt.errors import RankError
+from graphopt.runtime.ranks.agreement import Agreement
 from graphopt.runtime.ranks.store import Store, StoreLost
+from graphopt.runtime.ranks.watch import IDLE, Wait, Watch
 
 
 class _Frozen:
@@ -83,3 +86,16 @@ def test_functions_are_told_with_their_constants_and_without_sizes() -> None:
         "gelu approximate='tanh'",
     ]
     assert "pow 3" in capture(_Calls(3), (torch.ones(2, 4),)).functions
+
+
+def test_the_watch_rests_where_nobody_waits() -> None:
+    watch = Watch(Agreement(Store(_Gone(), 1), 0, 2, timedelta(seconds=1)))
+    watch.wait = Wait(lambda: "a message", "topic")
+    watch.wait = None
+    first = watch._thread
+    assert first is not None
+    first.join(IDLE * watch.tick + 20)
+    assert not first.is_alive()
+    watch.wait = Wait(lambda: "a message", "topic")
+    assert watch._thread is not None
+    assert watch._thread is not first
