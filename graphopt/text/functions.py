@@ -28,6 +28,7 @@ def _words(text: str) -> frozenset[str]:
 # What a text may call of them; it comes from anywhere, and most of Python is no mathematics.
 _BUILTINS = _words("abs bool divmod float getattr int len max min pow round slice sum")
 _NO_ARITHMETIC = frozenset({"attrgetter", "call", "itemgetter", "methodcaller"})
+_FUNCTIONS: Any = vars(torch._C)["_VariableFunctions"]
 _MODES = frozenset({
     "torch._C._log_api_usage_once",
     "torch._C._set_grad_enabled",
@@ -75,7 +76,7 @@ def may_call(name: str, args: Sequence[Any]) -> bool:
         return False
     found = function_of(name)
     if isinstance(found, BuiltinFunctionType):
-        return home != "torch" or hasattr(torch._C._VariableFunctions, last)
+        return home != "torch" or hasattr(_FUNCTIONS, last)
     return (
         isinstance(found, FunctionType)
         and found.__module__ in _HOMES - {"torch"}
