@@ -20,6 +20,8 @@ _HOMES = {
     "state_dict": "graphopt.model.checkpoint",
     "load_state_dict": "graphopt.model.checkpoint",
     "use_scaler": "graphopt.model.checkpoint",
+    "save": "graphopt.model.saving",
+    "load": "graphopt.model.saving",
     "dense_state_dict": "graphopt.model.dense",
     "load_dense_state_dict": "graphopt.model.dense",
     "restructure": "graphopt.model.dense",
@@ -75,6 +77,12 @@ if TYPE_CHECKING:  # the `as` says that they are public
         restructure as restructure,
     )
     from graphopt.model.report import Report as Report
+    from graphopt.model.saving import (
+        load as load,
+    )
+    from graphopt.model.saving import (
+        save as save,
+    )
     from graphopt.model.serving import serve as serve
     from graphopt.passbase import (
         Applied as Applied,

@@ -1,7 +1,7 @@
 """Results of earlier runs, as small JSON files in the user's cache folder.
 
-Nothing depends on them: an entry that is missing, corrupt or edited by hand counts as absent, and
-one that cannot be written is only logged.
+Nothing depends on them: an entry that is missing counts as absent, one that is corrupt or edited
+by hand too, with one warning per kind and process, and one that cannot be written is only logged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -17,6 +18,10 @@ from typing import TypeGuard
 import torch
 
 log = logging.getLogger("graphopt")
+
+FORMAT_VERSION = 1
+LARGEST = 64 << 20  # bytes of an entry
+_warned: set[str] = set()  # kinds of which an entry was ignored in this process
 
 # No step and no message that is measured while a program waits takes longer.
 LONGEST = 3600.0
@@ -35,12 +40,42 @@ class JsonCache:
     def read(self, key: str) -> object:
         """The entry, with all numbers as floats; ``None`` where there is none that is JSON."""
         try:
-            text = self._file(key).read_text(encoding="utf-8")
-            value: object = json.loads(text, parse_int=float)
-        except (OSError, ValueError, RuntimeError) as error:
-            log.info("nothing usable in the cache of %s: %s", self.kind, error)
+            file = self._file(key)
+            if file.stat().st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST} bytes")
+            text = file.read_text(encoding="utf-8")
+            found: object = json.loads(text, parse_int=float)
+        except (OSError, RuntimeError) as error:
+            # Without a file there is nothing wrong; a RecursionError is one of the latter.
+            if isinstance(error, RecursionError):
+                self.distrust(key, "it is no JSON")
+            log.info("nothing in the cache of %s: %s", self.kind, error)
             return None
-        return value
+        except ValueError:
+            self.distrust(key, "it is no JSON")
+            return None
+        match found:
+            case {"format": float(version), "entry": value, **rest} if (
+                version == FORMAT_VERSION and not rest
+            ):
+                return value
+        self.distrust(key, f"it is no entry of format {FORMAT_VERSION}")
+        return None
+
+    def distrust(self, key: str, why: str) -> None:
+        """Say once that an entry is ignored, for whoever finds that it is none."""
+        if self.kind not in _warned:
+            _warned.add(self.kind)
+            try:
+                file = str(self._file(key))
+            except RuntimeError:
+                file = key
+            warnings.warn(
+                f"an entry in the cache of {self.kind} is ignored: {why} ({file}); delete it if "
+                "this comes again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def write(self, key: str, value: object) -> None:
         """Replace the entry; other processes see the old one or the new one, never a part."""
@@ -48,7 +83,8 @@ class JsonCache:
             file = self._file(key)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(json.dumps(value), encoding="utf-8")
+            entry = {"format": FORMAT_VERSION, "entry": value}
+            partial.write_text(json.dumps(entry), encoding="utf-8")
             partial.replace(file)
         except (OSError, RuntimeError) as error:
             log.info("cannot write to the cache of %s: %s", self.kind, error)

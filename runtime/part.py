@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.errors import StateError
@@ -32,12 +33,14 @@ class RuntimePart(Generic[P]):
         name: the name of the pass.
         version: that of the plan parts which it obeys.
         methods: names of methods of this class that the optimized model gets, too.
+        accepts_early: whether `accepts` has something to say without any plan part.
         state: this part's tensors by name; the part's namespace in the model's session.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     methods: ClassVar[tuple[str, ...]] = ()
+    accepts_early: ClassVar[bool] = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -97,25 +100,29 @@ class RuntimePart(Generic[P]):
         """Have in the state what a step has left to arrive later."""
 
     def accepts(self, parts: Sequence[P], saved: Mapping[str, Tensor]) -> None:
-        """Whether a saved state of this namespace may be continued from.
+        """Whether a saved state of this namespace may be continued from; changes nothing.
 
         Args:
             parts: the plan parts of this method that the model's kinds of calls have so far.
             saved: tensors of the namespace by name.
 
         Raises:
-            StateError: it is not; by default where its names or shapes differ from the present
-                state, if there is one.
+            StateError: it is not; by default where its names, shapes or dtypes differ from the
+                present state, if there is one.
         """
         check_like(self.name, self.state, saved)
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from a saved state, which was accepted."""
+        """Continue from a saved state, which was accepted; the tensors are this part's to keep."""
         self.state.clear()
-        self.state.update({name: tensor.clone() for name, tensor in saved.items()})
+        self.state.update(saved)
 
     def gather(self) -> dict[str, Tensor]:
         """The state of all ranks together; the same on each where they divide it."""
+        return dict(self.state)
+
+    def own(self) -> dict[str, Tensor]:
+        """This rank's share of the state; nothing is sent, and all shares together are `gather`."""
         return dict(self.state)
 
     def joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +149,7 @@ class RuntimePart(Generic[P]):
 
 
 def check_like(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Whether saved tensors have the names and shapes of a state that is not empty.
+    """Whether saved tensors have the names, shapes and dtypes of a state that is not empty.
 
     Raises:
         StateError: they have not, naming the first difference.
@@ -164,3 +171,18 @@ def check_like(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]
                 f"{tuple(own[key].shape)} here",
                 hint="load the state of this model",
             )
+        check_dtype(f"{name}/{key}", saved[key], own[key].dtype)
+
+
+def check_dtype(key: str, found: Tensor, wanted: torch.dtype) -> None:
+    """Whether a saved tensor has the dtype that is needed.
+
+    Raises:
+        StateError: it has not; names both.
+    """
+    if found.dtype != wanted:
+        raise StateError(
+            f"{key!r} has dtype {str(found.dtype)[6:]} in the saved state and {str(wanted)[6:]} "
+            "here",
+            hint="load the state of this model, as it was saved",
+        )

@@ -207,6 +207,12 @@ class Session:
                     f"{tuple(value.shape)}",
                     hint="load the state of this model",
                 )
+            if found.dtype != value.dtype:
+                raise StateError(
+                    f"{slot.name!r} has dtype {str(found.dtype)[6:]} in the loaded state, and the "
+                    f"model needs {str(value.dtype)[6:]}",
+                    hint="load the state of this model",
+                )
             self.states.needed(slot.name)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -221,13 +227,30 @@ class Session:
             found = runtime.joined(found)
         return found
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from what `state_dict` has given.
+    def own_state(self) -> dict[str, Tensor]:
+        """What this rank keeps of the state; all ranks' together are `state_dict`."""
+        self.settle()
+        found = {}
+        for name, state in self.states.items():
+            runtime = self._runtime.get(name)
+            own = state if runtime is None else runtime.own()
+            found.update({f"{name}/{key}": tensor for key, tensor in own.items()})
+        return found
+
+    def check(self, saved: Mapping[str, Tensor], *, strict: bool = True) -> States:
+        """Whether a saved state may be continued from; changes nothing.
 
         What no call has needed yet is checked when one does.
 
+        Args:
+            saved: what `state_dict` has given.
+            strict: whether every pass that has a state finds one.
+
+        Returns:
+            Copies of its tensors by namespace and name.
+
         Raises:
-            StateError: the state belongs to another model; nothing was loaded.
+            StateError: the state belongs to another model.
         """
         # Where the passes left plan parts, these know what a state must be.
         from graphopt.runtime.part import check_like
@@ -242,14 +265,33 @@ class Session:
                 )
             by_owner.setdefault(owner, {})[what] = tensor
         self.settle()
-        decided = {part.name for part in self._plan_parts}
-        for name in decided:
+        for name, own in self.states.items():
+            if own and name not in by_owner and strict:
+                raise StateError(
+                    f"the saved state has nothing of {name!r}, which has a state here",
+                    hint="load the state of this model, or give strict=False to begin anew",
+                )
+        known = registry.names(registry.RUNTIME_PARTS)
+        for name in sorted(by_owner.keys() | self.states.keys()):
             parts = [part for part in self._plan_parts if part.name == name]
-            self.part(name).accepts(parts, by_owner.get(name, {}))
-        for name in self.states.keys() - decided:
-            check_like(name, self.states[name], by_owner.get(name, {}))
-        for name in by_owner.keys() | self.states.keys():
-            state = by_owner.get(name, {})
+            state, own = by_owner.get(name, {}), self.states.get(name, {})
+            if not state and not own:
+                continue
+            early = name in known and registry.get(name, registry.RUNTIME_PARTS).accepts_early
+            if parts or (early and not own):
+                self.part(name).accepts(parts, state)
+            else:
+                check_like(name, own, state)
+        found = States()
+        for name, state in by_owner.items():
+            found[name] = {what: tensor.detach().clone() for what, tensor in state.items()}
+        return found
+
+    def load(self, saved: States) -> None:
+        """Continue from a state that `check` has returned; namespaces that it lacks begin anew."""
+        decided = {part.name for part in self._plan_parts}
+        for name in saved.keys() | self.states.keys():
+            state = saved.get(name, {})
             if name in decided:
                 self.part(name).load(state)
                 continue
@@ -257,7 +299,7 @@ class Session:
             if not own:
                 self._unchecked.add(name)
             own.clear()
-            own.update({what: tensor.clone() for what, tensor in state.items()})
+            own.update(state)
 
     def settle(self) -> None:
         """Have in the state what steps have left to arrive later."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 
+import graphopt.cache
 from graphopt.cache import JsonCache, is_duration
 from graphopt.model import backend_choice
 from graphopt.model.backend_choice import _cached
@@ -36,6 +38,23 @@ def test_what_is_not_json_is_absent(content: bytes) -> None:
     CACHE.write("a", 1)
     (_folder() / "things" / "a.json").write_bytes(content)
     assert CACHE.read("a") is None
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"format": 2, "entry": 1}', '{"format": 1, "entry": 1, "more": 1}']
+)
+def test_what_is_no_entry_is_ignored_with_one_warning(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphopt.cache, "_warned", set())
+    CACHE.write("a", 1)
+    (_folder() / "things" / "a.json").write_text(content)
+    with pytest.warns(RuntimeWarning, match="an entry in the cache of things is ignored: it is no"):
+        assert CACHE.read("a") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CACHE.read("a") is None
+        assert CACHE.read("not there") is None
 
 
 def test_numbers_too_large_for_a_float_are_no_durations() -> None:

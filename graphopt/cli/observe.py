@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,50 @@ if TYPE_CHECKING:
 Observe = Callable[[Graph], Observed]
 # Tensors that passes own, by pass and name.
 States = dict[str, dict[str, Tensor]]
+
+
+# Of the free memory, what one tensor may take.
+_SHARE = 0.8
+
+
+def _check_memory(graph: Graph) -> None:
+    """Whether the tensors of a graph fit into this machine, as far as their sizes are known.
+
+    Raises:
+        ArgumentError: one alone, or all inputs together, do not.
+    """
+    there = _free_memory()
+    if there is None:
+        return
+    largest, inputs = ("", 0), 0
+    for node in graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if isinstance(value, Tensor):
+                size = _bytes(value)
+                inputs += size if node.op == "placeholder" else 0
+                largest = max(largest, (node.name, size), key=lambda pair: pair[1])
+    name, size = largest if largest[1] > inputs else ("all inputs together", inputs)
+    if size > _SHARE * there:
+        raise ArgumentError(
+            f"{name} would take {size >> 30:,} GiB, and {there >> 30:,} GiB are free here",
+            hint="run it on a machine with more memory, or write smaller sizes in the text",
+        )
+
+
+def _bytes(value: Tensor) -> int:
+    """What a tensor takes; of symbolic sizes those of the captured call."""
+    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape)
+    return math.prod(1 if s is None else int(s) for s in sizes) * value.dtype.itemsize
+
+
+def _free_memory() -> int | None:
+    """Bytes that the system can give to this process; ``None`` where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def by_eager(example: Example) -> Observed:
@@ -74,6 +120,7 @@ def on_made_up_inputs(graph: Graph, states: States) -> Observe:
             f"making up inputs for a .gopt file needs {error.name}",
             hint="pip install 'graphopt[testing]', or name a model",
         ) from error
+    _check_memory(graph)
     values = dict(zip(graph.signature.inputs, inputs_for(graph, SEED), strict=True))
 
     def value(slot: Slot) -> Tensor:
@@ -81,9 +128,17 @@ def on_made_up_inputs(graph: Graph, states: States) -> Observe:
         return (states[owner][what] if slot.role is Role.STATE else values[slot]).clone()
 
     def observe(graph: Graph) -> Observed:
+        _check_memory(graph)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(SEED)
-            results = graph.copy().module(*map(value, graph.signature.inputs))
+            try:
+                results = graph.copy().module(*map(value, graph.signature.inputs))
+            except Exception as error:
+                raise ArgumentError(
+                    f"the graph cannot be run on made-up inputs: {str(error).split(chr(10))[0]}",
+                    hint="name a model and its example inputs, or look at the graph with "
+                    "graphopt show",
+                ) from error
         return Observed(dict(zip(map(str, graph.signature.outputs), results, strict=True)))
 
     return observe

@@ -127,6 +127,8 @@ def _measured(make: Callable[[str], Built], trial: Trial, key: str) -> Chosen:
 def _cached(key: str) -> BackendChoice | None:
     """The choice of an earlier run; ``None`` unless all of it is what `_measured` writes."""
     match CACHE.read(key):
+        case None:
+            return None
         case {
             "backend": "eager" | "inductor" as backend,
             "reason": str(reason),
@@ -134,6 +136,7 @@ def _cached(key: str) -> BackendChoice | None:
         } if is_duration(eager) and is_duration(inductor) and not rest:
             seconds = {"eager": eager, "inductor": inductor}
             return BackendChoice(backend, "auto", f"{reason} (kept from an earlier run)", seconds)
+    CACHE.distrust(key, "it is no choice of a backend")
     return None
 
 

@@ -87,18 +87,30 @@ class Bands:
 def _read(key: str) -> dict[int, Seconds]:
     """What an earlier run has measured; nothing unless all of it is what `Bands.add` writes."""
     found = CACHE.read(key)
-    if not isinstance(found, dict) or len(found) > MAX_BANDS:
+    if found is None:
         return {}
+    if not isinstance(found, dict) or len(found) > MAX_BANDS:
+        return _distrusted(key)
     bands: dict[int, Seconds] = {}
     for band, seconds in found.items():
         match seconds:
             case {"eager": eager, "inductor": inductor, **rest} if (
-                str(band).isdecimal() and is_duration(eager) and is_duration(inductor) and not rest
+                _is_band(band) and is_duration(eager) and is_duration(inductor) and not rest
             ):
                 bands[int(band)] = {"eager": eager, "inductor": inductor}
             case _:
-                return {}
+                return _distrusted(key)
     return bands
+
+
+def _is_band(text: object) -> bool:
+    # Half the bits of a product of sizes.
+    return isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 4
+
+
+def _distrusted(key: str) -> dict[int, Seconds]:
+    CACHE.distrust(key, "it has no times per band of sizes")
+    return {}
 
 
 class PerBand:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt.plan.limits import Count, NotNegative, OneOrMore
 from graphopt.plan.part import PlanPart
 from graphopt.plan.signature import Role, Slot
 
@@ -31,8 +32,8 @@ class Norm:
 
     mean: str
     var: str
-    channels: int
-    eps: tuple[float, ...]
+    channels: Count
+    eps: tuple[NotNegative, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Norms(PlanPart):
     name: ClassVar[str] = _PASS
 
     norms: tuple[Norm, ...]
-    last: int
+    last: OneOrMore
 
 
 @dataclass(frozen=True)

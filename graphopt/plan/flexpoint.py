@@ -7,8 +7,9 @@ an exponent of its own has one row in every vector of the method's state and sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from graphopt.plan.limits import Count, OneOf, Within
 from graphopt.plan.part import PlanPart
 
 
@@ -35,11 +36,20 @@ class FlexTensors(PlanPart):
 
     key: str
     names: tuple[str, ...]
-    forward: int
-    elements: tuple[int, ...]
-    mantissa: int
-    least: int
-    most: int
-    autoflex: str
+    forward: Count
+    elements: tuple[Count, ...]
+    mantissa: Annotated[int, Within(2, 32)]
+    least: Annotated[int, Within(-1 << 15, 1 << 15)]
+    most: Annotated[int, Within(-1 << 15, 1 << 15)]
+    autoflex: Annotated[str, OneOf(("paper", "code2016", "delayed", "current"))]
     stochastic: bool
-    weights: dict[str, int]
+    weights: dict[str, Count]
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if len(self.elements) != count or self.forward > count:
+            raise ValueError(f"{count} names, {len(self.elements)} sizes, {self.forward} forward")
+        if self.least > self.most:
+            raise ValueError(f"no exponent is between {self.least} and {self.most}")
+        if wrong := [name for name, row in self.weights.items() if row >= count]:
+            raise ValueError(f"{wrong[0]!r} has a row that there is not")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from graphopt.plan.grouping import Grouping
+from graphopt.plan.limits import OneOf, Positive
 from graphopt.plan.part import PlanPart
 
 
@@ -27,7 +28,7 @@ class Reduction(PlanPart):
     name: ClassVar[str] = "group_gradients"
 
     grouping: Grouping
-    wire: str = "native"
-    stale: str = "none"
-    scale: float = 1.0
+    wire: Annotated[str, OneOf(("native", "bf16", "int32"))] = "native"
+    stale: Annotated[str, OneOf(("none", "double_buffer", "lag"))] = "none"
+    scale: Positive = 1.0
     at_end: bool = False

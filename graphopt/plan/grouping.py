@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.plan.limits import Count, OneOrMore, Seconds
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -22,8 +24,8 @@ class Ready:
     """
 
     name: str
-    bytes: int
-    seconds: float
+    bytes: Count
+    seconds: Seconds
     kind: str = "float32 cpu"
     module: str = ""
 
@@ -41,10 +43,10 @@ class Group:
     """
 
     names: tuple[str, ...]
-    bytes: int
+    bytes: Count
     kind: str
-    ready: float = 0.0
-    finish: float = 0.0
+    ready: Seconds = 0.0
+    finish: Seconds = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Candidate:
     """
 
     name: str
-    sizes: tuple[int, ...]
-    finish: float
+    sizes: tuple[Count, ...]
+    finish: Seconds
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class Grouping:
     """
 
     groups: tuple[Group, ...]
-    backward: float
-    finish: float
-    bound: float
+    backward: Seconds
+    finish: Seconds
+    bound: Seconds
     candidates: tuple[Candidate, ...] = ()
     link: str = ""
     times: str = ""
-    world: int = 1
+    world: OneOrMore = 1
 
     @property
     def exposed(self) -> float:

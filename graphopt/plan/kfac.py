@@ -9,8 +9,9 @@ gradient is ``G⁻¹ M A⁻¹``. The scale and shift of a norm are preconditione
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from graphopt.plan.limits import Count, NotNegative, OneOf, OneOrMore, Positive, Share
 from graphopt.plan.part import PlanPart
 
 # How the statistic of a side is stored: symmetric matrices as their lower triangles, row by row, of
@@ -40,10 +41,14 @@ class Side:
     """
 
     statistic: str
-    size: int
-    blocks: int = 1
-    form: str = DENSE
-    rank: int = 0
+    size: OneOrMore
+    blocks: OneOrMore = 1
+    form: Annotated[str, OneOf((DENSE, DIAGONAL, LOW_RANK))] = DENSE
+    rank: Count = 0
+
+    def __post_init__(self) -> None:
+        if (self.rank > 0) != (self.form == LOW_RANK):
+            raise ValueError(f"a side of {self.form} form has no rank of {self.rank}")
 
     @property
     def entries(self) -> int:
@@ -73,17 +78,23 @@ class Block:
             solver needs more than their moments.
     """
 
-    kind: str
+    kind: Annotated[str, OneOf(("kronecker", "unitwise"))]
     weight: str
     bias: str
-    groups: int
-    rows: int
-    columns: int
-    layout: str
-    start: int
+    groups: OneOrMore
+    rows: OneOrMore
+    columns: OneOrMore
+    layout: Annotated[str, OneOf((OUT_IN, IN_OUT, IN_OUT_KERNEL))]
+    start: Count
     left: Side
     right: Side | None
     samples: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.right is None) != (self.kind == "unitwise"):
+            raise ValueError(f"{self.weight!r} is {self.kind} and has {len(self.sides)} sides")
+        if len(self.samples) % 2:
+            raise ValueError(f"the samples of {self.weight!r} are no pairs")
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -112,13 +123,13 @@ class Curvature(PlanPart):
     name: ClassVar[str] = "kfac"
 
     blocks: tuple[Block, ...]
-    damping: float
-    interval: int
-    solver: str
-    fisher: str
-    loss: str
-    reduction: str
-    ema: float
-    wire: str
-    fraction: float
-    clip: float = 0.0
+    damping: Positive
+    interval: Count
+    solver: Annotated[str, OneOf(("factored", "eigen", "ekfac", "lowrank"))]
+    fisher: Annotated[str, OneOf(("empirical", "mc", "type2"))]
+    loss: Annotated[str, OneOf(("cross_entropy", "mse"))]
+    reduction: Annotated[str, OneOf(("mean", "sum"))]
+    ema: Share
+    wire: Annotated[str, OneOf(("native", "bf16"))]
+    fraction: Share
+    clip: NotNegative = 0.0

@@ -8,7 +8,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from reprlib import Repr
 from typing import (
+    Annotated,
     Any,
     ClassVar,
     Literal,
@@ -21,9 +23,13 @@ from typing import (
 )
 
 from graphopt.errors import PlanError
+from graphopt.plan.limits import OneOf, Within
 
 T = TypeVar("T")
 
+_SHOWN = Repr()  # of data of any depth and length
+_SHOWN.maxstring = _SHOWN.maxother = 60
+_BEYOND = 1 << 1023  # larger whole numbers are no floats; an infinity is one
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -32,7 +38,9 @@ class PlanPart:
     """Base of what passes leave in a plan for their runtime parts.
 
     Subclasses are frozen dataclasses whose fields are plain data: numbers, texts, enums, tuples,
-    mappings with texts as keys, and dataclasses of those.
+    mappings with texts as keys, and dataclasses of those. What a field may hold beside its type is
+    part of the type, too (`graphopt.plan.limits`), and what fields may hold together is checked
+    when the dataclass is made, by a ``ValueError`` of ``__post_init__``.
 
     Class attributes:
         name: the name of the pass.
@@ -101,12 +109,24 @@ def _check_number(value: object, where: str) -> None:
 def _read(kind: Any, data: Any, where: str) -> Any:
     _check_number(data, where)
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = _read(arguments[0], data, where)
+        for limit in arguments[1:]:
+            if isinstance(limit, (Within, OneOf)) and not limit.allows(value):
+                raise PlanError(
+                    f"{where or 'it'} should be {limit} and is {_SHOWN.repr(value)}",
+                    hint="make the plan anew",
+                )
+        return value
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
         return _dataclass(kind, data, where)
     if origin in (Union, types.UnionType):
         return _union(arguments, data, where)
-    if origin is Literal and data in arguments:
-        return data
+    if origin is Literal:
+        # `1 == True == 1.0`, and only one of them was written.
+        for option in arguments:
+            if type(option) is type(data) and option == data:
+                return data
     if origin is tuple and isinstance(data, (list, tuple)):
         many = len(arguments) == 2 and arguments[1] is Ellipsis
         kinds = [arguments[0]] * len(data) if many else arguments
@@ -115,14 +135,16 @@ def _read(kind: Any, data: Any, where: str) -> Any:
             return tuple(_read(k, item, f"{where}[{i}]") for i, (k, item) in pairs)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
         return {key: _read(arguments[1], item, f"{where}[{key!r}]") for key, item in data.items()}
-    if isinstance(kind, type) and issubclass(kind, Enum) and data in [e.value for e in kind]:
-        return kind(data)
-    if kind is float and type(data) in (int, float):
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        for member in kind:
+            if type(member.value) is type(data) and member.value == data:
+                return member
+    if kind is float and type(data) in (int, float) and abs(data) < _BEYOND:
         return float(data)
     if kind in _PLAIN and type(data) is kind:
         return data
     raise PlanError(
-        f"{where or 'it'} should be {getattr(kind, '__name__', kind)} and is {data!r:.80}",
+        f"{where or 'it'} should be {getattr(kind, '__name__', kind)} and is {_SHOWN.repr(data)}",
         hint="fields of a plan part need types that JSON can say: see graphopt.plan.part.PlanPart",
     )
 
@@ -156,7 +178,7 @@ def _dataclass(kind: type[Any], data: dict[str, Any], where: str) -> Any:
 @lru_cache(maxsize=256)
 def _hints(kind: Any) -> dict[str, Any]:
     try:
-        return get_type_hints(cast("type", kind))
+        return get_type_hints(cast("type", kind), include_extras=True)
     except NameError as error:
         raise PlanError(
             f"the types of {kind} cannot be read: {error}",

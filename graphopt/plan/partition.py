@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from graphopt.plan.limits import Count, NotNegative, OneOf, OneOrMore, Seconds, Within
 from graphopt.plan.part import PlanPart
+
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble", "no_flush")
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,18 @@ class Stage:
             the gradient, one state of the optimizer and older versions where nothing is flushed.
     """
 
-    rank: int
+    rank: Count
     modules: tuple[str, ...]
     forward_nodes: tuple[str, ...]
     backward_nodes: tuple[str, ...]
     parameters: tuple[str, ...]
-    forward: float
-    input_grad: float
-    weight_grad: float
-    saved: int
-    parameter_bytes: int
-    in_flight: int
-    memory: float
+    forward: Seconds
+    input_grad: Seconds
+    weight_grad: Seconds
+    saved: Count
+    parameter_bytes: Count
+    in_flight: Count
+    memory: NotNegative
 
     @property
     def seconds(self) -> float:
@@ -70,10 +73,10 @@ class Crossing:
 
     name: str
     module: str
-    made: int
-    read: tuple[int, ...]
-    relayed: tuple[int, ...]
-    bytes: int
+    made: Count
+    read: tuple[Count, ...]
+    relayed: tuple[Count, ...]
+    bytes: Count
     back: bool = False
 
     def crosses(self, cut: int) -> bool:
@@ -90,8 +93,8 @@ class Cut:
         backward: seconds of what comes back.
     """
 
-    forward: float
-    backward: float
+    forward: Seconds
+    backward: Seconds
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Shared:
     """
 
     name: str
-    stages: tuple[int, ...]
-    seconds: float
+    stages: tuple[Count, ...]
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
@@ -137,25 +140,37 @@ class Stages(PlanPart):
 
     name: ClassVar[str] = "partition"
 
-    schedule: str
-    micro_batches: int
-    ranks: int
+    schedule: Annotated[str, OneOf(SCHEDULES)]
+    micro_batches: OneOrMore
+    ranks: OneOrMore
     stages: tuple[Stage, ...]
     crossings: tuple[Crossing, ...]
     cuts: tuple[Cut, ...]
     shared: tuple[Shared, ...]
     sums: tuple[str, ...]
     objective: str
-    value: float
-    lower: float
+    value: Seconds
+    lower: Seconds
     proof: str
     times: str
     link: str
-    limit: float | None
-    step: float
-    bubble: float
-    weights: str = "stash"
-    accumulate: int = 1
+    limit: NotNegative | None
+    step: Seconds
+    bubble: Annotated[float, Within(-1e-6, 1.0)]  # one minus a quotient
+    weights: Annotated[str, OneOf(("stash", "inconsistent", "predicted"))] = "stash"
+    accumulate: OneOrMore = 1
+
+    def __post_init__(self) -> None:
+        count = len(self.stages)
+        for number, stage in enumerate(self.stages):
+            if self.ranks and stage.rank >= self.ranks:
+                raise ValueError(f"stage {number} is on rank {stage.rank} of {self.ranks}")
+        numbers = [n for c in self.crossings for n in (c.made, *c.read, *c.relayed)]
+        numbers += [n for shared in self.shared for n in shared.stages]
+        if wrong := [n for n in numbers if n >= count]:
+            raise ValueError(f"there is no stage {wrong[0]}, of {count}")
+        if len(self.cuts) != max(0, count - 1):
+            raise ValueError(f"{count} stages have {len(self.cuts)} cuts")
 
     @property
     def gap(self) -> float:

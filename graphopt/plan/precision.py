@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from graphopt.plan.limits import OneOrMore, Within
 from graphopt.plan.part import PlanPart
 
 
@@ -24,7 +26,12 @@ class LossScaling(PlanPart):
 
     name: ClassVar[str] = "precision"
 
-    initial: float = 2.0**16
-    factor: float = 2.0
-    interval: int = 2000
-    least: float = 1.0
+    initial: Annotated[float, Within(1.0, 2.0**120)] = 2.0**16
+    factor: Annotated[float, Within(1.0, 2.0**120)] = 2.0
+    interval: OneOrMore = 2000
+    least: Annotated[float, Within(1.0, 2.0**120)] = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "factor", "least"):
+            if math.frexp(getattr(self, name))[0] != 0.5:
+                raise ValueError(f"{name} is {getattr(self, name)}, which is no power of two")

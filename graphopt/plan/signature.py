@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Annotated, Any
+
+from graphopt.plan.limits import Count, Within
 
 
 class Role(StrEnum):
@@ -121,17 +124,31 @@ class OutputAlias:
         detached: whether no gradient flows from it into the input.
     """
 
-    output: int
-    input: int
-    size: tuple[int | str, ...] = ()
-    stride: tuple[int | str, ...] = ()
-    offset: int | str = -1
+    output: Count
+    input: Count
+    size: tuple[Count | str, ...] = ()
+    stride: tuple[Count | str, ...] = ()
+    offset: Annotated[int, Within(-1, 2**63 - 1)] | str = -1
     detached: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.size) != len(self.stride):
+            raise ValueError(f"{len(self.size)} sizes have {len(self.stride)} strides")
+        for value in (*self.size, *self.stride, self.offset):
+            if isinstance(value, str):
+                _compiled(value)
+        if self.offset == -1 and self.size:
+            raise ValueError("a view has an offset")
 
     @property
     def is_view(self) -> bool:
         """Whether it is another tensor than the input."""
         return self.offset != -1
+
+    def reads(self) -> set[int]:
+        """Positions of the inputs that tell its geometry."""
+        texts = [v for v in (*self.size, *self.stride, self.offset) if isinstance(v, str)]
+        return {position for text in texts for position in _compiled(text)[1]}
 
     def geometry(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], int]:
         """Size, stride and offset of the view in a call with these inputs of the graph."""
@@ -142,13 +159,52 @@ class OutputAlias:
 _POSITION = re.compile(r"\bn(\d+)\b")
 
 
+# What expressions of sizes consist of; a plan may come from anywhere, and they are evaluated.
+_ARITHMETIC = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Call, ast.Constant, ast.Name, ast.Load,
+    ast.IfExp, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq,
+    ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub,
+)  # fmt: skip
+_LONGEST = 2000
+
+
 @cache
 def _compiled(text: str) -> tuple[CodeType, tuple[int, ...]]:
-    return compile(text, "<a size>", "eval"), tuple(map(int, _POSITION.findall(text)))
+    """The code of a size, and the inputs that it reads.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if len(text) > _LONGEST or not all(map(_is_arithmetic, ast.walk(tree := _parsed(text)))):
+            raise ValueError("it has something else than numbers, inputs, max and min")
+        code = compile(tree, "<a size>", "eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text[:60]!r} is no size of a view: {error}") from error
+    return code, tuple(map(int, _POSITION.findall(text)))
+
+
+def _parsed(text: str) -> ast.Expression:
+    return ast.parse(text, "<a size>", "eval")
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant():
+            return type(node.value) is int
+        case ast.Name():
+            return node.id in ("max", "min") or _POSITION.fullmatch(node.id) is not None
+        case ast.BinOp(op=ast.Pow()):
+            exponent = getattr(node.right, "value", None)
+            return type(exponent) is int and 0 <= exponent <= 8
+        case ast.Call():
+            return isinstance(node.func, ast.Name) and not node.keywords
+    return isinstance(node, _ARITHMETIC)
 
 
 def _number(value: int | str, inputs: Sequence[Any]) -> int:
     if not isinstance(value, str):
         return value
     code, positions = _compiled(value)
-    return int(eval(code, {"max": max, "min": min}, {f"n{i}": inputs[i] for i in positions}))
+    names = {"max": max, "min": min, "__builtins__": {}}
+    return int(eval(code, names, {f"n{i}": inputs[i] for i in positions}))

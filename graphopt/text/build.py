@@ -20,12 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from graphopt.analysis.fakes import symbolic_kernels
 from graphopt.errors import TextError
 from graphopt.graph import Graph, Level
+from graphopt.ops.numbers import NUMBER_FUNCTIONS
 from graphopt.plan import Phase, Role, Signature
 from graphopt.text.elements import elements_of, restored
-from graphopt.text.functions import Method, function_of
+from graphopt.text.functions import Method, function_of, may_call
 from graphopt.text.lift import type_of
 from graphopt.text.made_sizes import Made
-from graphopt.text.names import operator_hint, operator_of
+from graphopt.text.names import GETITEM, operator_hint, operator_of
+from graphopt.text.operators import is_allowed, misfit
 from graphopt.text.sizes import Symbol
 from graphopt.text.source import Source
 from graphopt.text.syntax import (
@@ -56,9 +58,12 @@ def build_graph(
     With `typed`, values are those of the types that are written, and no operator runs.
     """
     functions = program.level == Level.FORWARD
-    builder = _Builder(source, constants, program.symbols, functions=functions, typed=typed)
+    try:
+        builder = _Builder(source, constants, program.symbols, functions=functions, typed=typed)
+    except Exception as error:  # a shape environment refuses some ranges by assertions
+        raise TextError(f"torch has no such symbols: {_first_line(error)}") from error
     frame = _Frame("")
-    with _quiet(), _autocast_as_it_is():
+    with _quiet(), _as_it_is():
         for statement in program.statements:
             builder.add(statement, frame)
     frame.graph.output([frame.nodes[name] for _, name in program.outputs])
@@ -67,10 +72,20 @@ def build_graph(
         inputs=tuple(slot for slot in inputs if slot),
         outputs=tuple(slot for slot, _ in program.outputs),
     )
-    return Graph(frame.module(), signature, Level(program.level), facts=program.facts)
+    return Graph(_module(frame), signature, Level(program.level), facts=program.facts)
+
+
+def _module(frame: _Frame) -> fx.GraphModule:
+    """Of a finished frame; its code is made here, which may find what no line has shown."""
+    try:
+        return frame.module()
+    except Exception as error:
+        raise TextError(f"these lines are no code together: {_first_line(error)}") from error
 
 
 _DEVICES = ("cpu", "cuda")
+_NUMBERS = frozenset({GETITEM, *NUMBER_FUNCTIONS})
+_OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
 
 
 class _Frame:
@@ -125,14 +140,27 @@ class _Builder:
         self._functions = functions
         self._constants = constants
         # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
+        # What has no fake kernel is not run at all: a text is no program until it is compiled.
         self._fake = FakeTensorMode(
-            shape_env=ShapeEnv(), static_shapes=not symbols, allow_non_fake_inputs=True
+            shape_env=ShapeEnv(),
+            static_shapes=not symbols,
+            allow_non_fake_inputs=True,
+            allow_fallback_kernels=False,
         )
         self._sizes = Made(self._fake.shape_env, symbols)
         self._kernels = symbolic_kernels if symbols else nullcontext
 
     def add(self, statement: Statement, frame: _Frame) -> None:
         """Append one line to a graph."""
+        try:
+            self._add(statement, frame)
+        except TextError:
+            raise
+        except Exception as error:
+            said = f"torch refuses this line: {_first_line(error)}"
+            raise self._source.error(statement.place, said) from error
+
+    def _add(self, statement: Statement, frame: _Frame) -> None:
         what = statement.what
         if isinstance(what, Input):
             node = frame.graph.create_node("placeholder", statement.name, name=statement.name)
@@ -204,7 +232,7 @@ class _Builder:
         for statement in body.statements:
             self.add(statement, frame)
         frame.graph.output(frame.argument(body.result))
-        return frame.module()
+        return _module(frame)
 
     def _call(self, statement: Statement, what: Call, frame: _Frame) -> fx.Node:
         target = operator_of(what.op)
@@ -213,6 +241,16 @@ class _Builder:
         if target is None:
             raise self._source.error(
                 statement.place, f"there is no operator {what.op}", operator_hint(what.op)
+            )
+        if not (
+            is_allowed(target)
+            if isinstance(target, _OPERATORS)
+            else what.op in _NUMBERS or may_call(what.op, what.args)
+        ):
+            raise self._source.error(
+                statement.place,
+                f"a text may not call {what.op}",
+                "texts hold operators that compute values from values, and have a fake kernel",
             )
         args = tuple(frame.argument(arg) for arg in what.args)
         kwargs = {key: frame.argument(arg) for key, arg in what.kwargs.items()}
@@ -315,12 +353,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _autocast_as_it_is() -> Iterator[None]:
-    """Functions of a forward graph enter autocast, and the last of them may not leave it."""
+def _as_it_is() -> Iterator[None]:
+    """Functions of a forward graph enter modes, and the last of them may not leave them."""
     before = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES}
+    grad = torch.is_grad_enabled()
     try:
         yield
     finally:
+        torch.set_grad_enabled(grad)
         for device, (enabled, dtype) in before.items():
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
@@ -331,7 +371,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _run(target: Callable[..., Any], node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    return target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    if isinstance(target, torch._ops.OpOverload) and (wrong := misfit(target, args, kwargs)):
+        raise TypeError(wrong)
+    return target(*args, **kwargs)
 
 
 def _restride(value: Any, type_: Type, sizes: Made) -> Any:

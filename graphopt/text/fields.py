@@ -8,6 +8,8 @@ from graphopt.text.names import closest
 from graphopt.text.operands import number
 from graphopt.text.source import Line
 
+_DIGITS = 9  # of the number of a checkpointed region
+
 
 def read_module(line: Line) -> str:
     """``@layers.0.attn``, or ``""``."""
@@ -27,6 +29,8 @@ def read_recompute(line: Line) -> tuple[str, int | None]:
     if policy not in known:
         hint = closest(policy, known) or f"one of {', '.join(known)}"
         raise line.error(f"`{policy}` is not a recompute policy", hint, at=token)
+    if len(region) > _DIGITS:
+        raise line.error(f"`{region:.20}…` is no number of a region", at=token)
     return policy, int(region) if region else None
 
 
@@ -45,7 +49,7 @@ def read_values(line: Line) -> tuple[bool | int | float, ...] | bytes:
     while not line.accept("]"):
         token = line.next()
         if token.kind == "number":
-            values.append(number(token))
+            values.append(number(line, token))
         elif token.text in ("True", "False"):
             values.append(token.text == "True")
         else:

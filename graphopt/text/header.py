@@ -16,6 +16,8 @@ from graphopt.text.syntax import LAST_LINE, Place
 FORMAT_VERSION = 1
 TORCH_RELEASES = ("2.11", "2.12", "2.13")
 
+# Products of two such sizes are still numbers to torch.
+_LARGEST_SIZE = 2**48
 _LEVELS = tuple(level.value for level in Level)
 
 
@@ -101,4 +103,7 @@ def _whole(line: Line, what: str) -> int:
     token = line.take("number", what)
     if not token.text.removeprefix("-").isdecimal():
         raise line.error(f"{what} is a whole number", at=token)
-    return int(token.text)
+    value = line.whole(token)
+    if abs(value) >= _LARGEST_SIZE:
+        raise line.error(f"{what} is below {_LARGEST_SIZE}", at=token)
+    return value

@@ -63,7 +63,7 @@ def device_of(word: str) -> torch.device | None:
     """The device that a word names, whether or not this machine has it."""
     try:
         return torch.device(word)
-    except RuntimeError:
+    except (RuntimeError, ValueError, IndexError, OverflowError):  # of numbers that are too large
         return None
 
 

@@ -72,7 +72,7 @@ def _size(line: Line, symbols: Mapping[str, Symbol]) -> Size:
     if text == token.text and token.kind == "number":
         if not token.text.isdecimal():
             raise line.error("sizes and strides are whole numbers, zero or more", at=token)
-        return int(token.text)
+        return line.whole(token)
     try:
         return read_size(text, symbols)
     except ValueError as error:
@@ -98,7 +98,7 @@ def read_literal(line: Line, known: Collection[str]) -> Literal:
         case "string":
             return line.unquote(token)
         case "number":
-            return number(token)
+            return number(line, token)
         case "word":
             return _word(line, token, known)
     match token.text:
@@ -123,10 +123,10 @@ def defined(line: Line, token: Token, known: Collection[str]) -> str:
     return token.text[1:]
 
 
-def number(token: Token) -> int | float:
+def number(line: Line, token: Token) -> int | float:
     """The value of a number token."""
     whole = token.text.removeprefix("-").isdecimal()
-    return int(token.text) if whole else float(token.text)
+    return line.whole(token) if whole else float(token.text)
 
 
 _CONSTANTS: dict[str, bool | EllipsisType | None] = {
@@ -196,9 +196,10 @@ def read_arguments(
 def _until(line: Line, close: str, item: Callable[[], T]) -> list[T]:
     """Read items between commas up to `close`; a comma may also stand before `close`."""
     items: list[T] = []
-    while not line.accept(close):
-        items.append(item())
-        if not line.accept(","):
-            line.expect(close)
-            break
+    with line.within():
+        while not line.accept(close):
+            items.append(item())
+            if not line.accept(","):
+                line.expect(close)
+                break
     return items

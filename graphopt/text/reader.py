@@ -33,6 +33,7 @@ from graphopt.text.syntax import (
 
 # The order of sections; "start" and "facts" are no sections that a text names.
 _ORDER = ("start", "facts", "inputs", "body", "outputs")
+_DEEPEST = 16
 _SECTIONS = "sections are: forward, backward, and each of them followed by inputs or outputs"
 
 
@@ -84,6 +85,7 @@ class _Reader:
         self._slots: dict[tuple[Role, str], int] = {}
         self._statements: list[Statement] = []
         self._outputs: list[tuple[Slot, str]] = []
+        self._depth = 0
 
     # -- sections --------------------------------------------------------------------------------
 
@@ -209,13 +211,18 @@ class _Reader:
             raise line.error(f'the sub-graph "{what.target}" was shown before', at=brace)
         line.finish()
         scope.attributes[what.target] = "graph"
-        return SubGraph(what.target, self._body(phase))
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise line.error(f"more than {_DEEPEST} sub-graphs within one another", at=brace)
+        body = self._body(phase)
+        self._depth -= 1
+        return SubGraph(what.target, body)
 
     def _body(self, phase: Phase) -> Body:
         """The lines of a sub-graph, up to its ``return`` and closing brace."""
         scope = _Scope()
         statements = []
-        line = next(self._lines)
+        line = next(self._lines)  # there is one: the text ends with its last line
         while line.peek.kind == "value":
             statements.append(self._statement(line, "graph", phase, scope))
             line.finish()

@@ -56,10 +56,11 @@ _OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Pow: operator.pow,
     ast.FloorDiv: FloorDiv,
     ast.Mod: Mod,
 }
+_LONGEST, _SHOWN = 2000, 40  # characters of an expression, and of one in an error
+_LARGEST, _LARGEST_POWER = 2**63, 8
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": Max, "min": Min}
 
 
@@ -69,31 +70,50 @@ def read_size(text: str, symbols: Mapping[str, Symbol]) -> Size:
     Raises:
         ValueError: the text is no such expression, or uses another symbol.
     """
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    if len(text) > _LONGEST:
+        raise ValueError(f"`{shown}` is too long for a size")
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"`{text}` is not a size") from error
-    value = sympy.sympify(_evaluated(tree, symbols))
+        value = sympy.sympify(_evaluated(tree, symbols))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"`{shown}` is not a size") from error
+    except (ArithmeticError, TypeError) as error:  # of sympy: division by zero, say
+        raise ValueError(f"`{shown}` is not a size: {error}") from error
     if value.is_Integer:
-        return int(value)
+        return int(_limited(value))
+    if not value.free_symbols or value.is_integer is False:
+        raise ValueError(f"`{shown}` is no whole number")
     return value
 
 
 def _evaluated(tree: ast.AST, symbols: Mapping[str, Symbol]) -> Any:
     match tree:
         case ast.Constant(value=int(number)) if type(number) is int:
-            return sympy.Integer(number)
+            return _limited(sympy.Integer(number))
         case ast.Name(id=name) if name in symbols:
             return symbols[name].expression
         case ast.Name(id=name):
             raise ValueError(f"no line says what the symbol {name} is")
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_evaluated(operand, symbols)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            exponent = _evaluated(right, symbols)
+            if not (exponent.is_Integer and 0 <= exponent <= _LARGEST_POWER):
+                raise ValueError(f"a power is 0 to {_LARGEST_POWER}, and no `{exponent}`")
+            return _limited(_evaluated(left, symbols) ** exponent)
         case ast.BinOp(left=left, op=kind, right=right) if type(kind) in _OPERATORS:
-            return _OPERATORS[type(kind)](_evaluated(left, symbols), _evaluated(right, symbols))
+            pair = _evaluated(left, symbols), _evaluated(right, symbols)
+            return _limited(_OPERATORS[type(kind)](*pair))
         case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
             return _FUNCTIONS[name](*(_evaluated(argument, symbols) for argument in arguments))
     raise ValueError(f"`{ast.unparse(tree)}` is not a size")
+
+
+def _limited(value: Any) -> Any:
+    if value.is_Integer and abs(value) >= _LARGEST:
+        raise ValueError("a size has less than 64 bits")
+    return value
 
 
 class Symbols:

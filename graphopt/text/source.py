@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from graphopt.errors import TextError
@@ -24,6 +25,8 @@ _TOKEN = re.compile(
 )
 _IN_SIZES = ("(", ")", ",", "+", "-", "*", "/", "%")
 _SHOWN = 100  # characters of a long line that an error shows
+_DEEPEST = 32  # brackets within one another; no graph has more than a few
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # whole numbers that a tensor may hold
 
 
 class Token(NamedTuple):
@@ -68,6 +71,7 @@ class Line:
         self.number = number
         self._tokens = list(self._split(source.lines[number - 1]))
         self._next = 0
+        self._depth = 0
 
     def _split(self, text: str) -> Iterator[Token]:
         position = 0
@@ -131,9 +135,28 @@ class Line:
     def unquote(self, token: Token, skip: int = 0) -> str:
         """The string that a token writes, `skip` characters after its start."""
         try:
-            return str(json.loads(token.text[skip:]))
-        except json.JSONDecodeError as error:
+            value = str(json.loads(token.text[skip:]))
+            value.encode()  # half of a pair of surrogates is no character
+        except ValueError as error:
             raise self.error("this string has a wrong escape", at=token) from error
+        return value
+
+    def whole(self, token: Token) -> int:
+        """The whole number that a token writes."""
+        # Python reads no more than some thousand digits, and torch no more than 20.
+        value = int(token.text) if len(token.text) <= len(str(_SMALLEST)) else None
+        if value is None or not _SMALLEST <= value <= _LARGEST:
+            raise self.error("this number is too large: it has more than 64 bits", at=token)
+        return value
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Read what is within one more pair of brackets."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self.error(f"more than {_DEEPEST} brackets within one another")
+        yield
+        self._depth -= 1
 
     def names_argument(self) -> bool:
         """Whether ``name=`` comes next."""

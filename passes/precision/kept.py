@@ -21,9 +21,12 @@ CACHE = JsonCache("precision")
 def kept_times(graph: Graph, problem: Problem, format: Format) -> tuple[Times, str]:
     """Times on this machine, and where they are from: ``"measured"`` or ``"kept"``."""
     key = fingerprint(format.name, names_of(problem), print_graph(graph))
-    kept = times_of(problem, CACHE.read(key))
+    found = CACHE.read(key)
+    kept = times_of(problem, found)
     if kept is not None:
         return kept, "kept"
+    if found is not None:
+        CACHE.distrust(key, "it has no times of these operators")
     times = measured_times(graph, problem, format)
     CACHE.write(key, data_of(problem, times))
     return times, "measured"

@@ -15,7 +15,7 @@ from graphopt.plan import Plan, Role
 from graphopt.plan.batch_statistics import Norm, Norms, Statistic
 from graphopt.runtime.batch_statistics.moments import Layout, Taking, joined, width
 from graphopt.runtime.engine.step import Forward, Half, MakeForward, Step
-from graphopt.runtime.part import RuntimePart
+from graphopt.runtime.part import RuntimePart, check_dtype
 from graphopt.runtime.session import Session
 
 # In `Step.own`: what a forward has found, and the buffers that belong to it.
@@ -52,6 +52,7 @@ class BatchStatistics(RuntimePart[Norms]):
 
     name: ClassVar[str] = "batch_statistics"
     methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+    accepts_early: ClassVar[bool] = True
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -187,6 +188,8 @@ class BatchStatistics(RuntimePart[Norms]):
                             f"{tuple(found.shape)} in the saved state and {shape} here",
                             hint=hint,
                         )
+                    if found is not None:
+                        check_dtype(f"{self.name}/{prefix}{norm.mean}", found, torch.float64)
         expected = {_RING + norm.mean for part in parts for norm in part.norms}
         if rings and expected and not expected & saved.keys():
             raise StateError(f"the saved state lacks 'batch_statistics/{min(expected)}'", hint=hint)

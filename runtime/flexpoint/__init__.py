@@ -25,7 +25,7 @@ from graphopt.runtime.flexpoint.statistics import (
     taken,
 )
 from graphopt.runtime.flexpoint.weights import Weights
-from graphopt.runtime.part import RuntimePart
+from graphopt.runtime.part import RuntimePart, check_dtype
 from graphopt.runtime.session import Session
 
 
@@ -42,6 +42,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
 
     name: ClassVar[str] = "flexpoint"
     methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+    accepts_early: ClassVar[bool] = True
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -137,9 +138,8 @@ class Flexpoint(RuntimePart[FlexTensors]):
                 )
         for part in parts:
             count = len(part.names)
-            expected = {t: shape for t, (shape, _) in _tables(count, part.autoflex).items()}
-            expected["waiting"] = (count, 4)
-            for table, shape in expected.items():
+            expected = _tables(count, part.autoflex) | {"waiting": ((count, 4), torch.int64)}
+            for table, (shape, dtype) in expected.items():
                 found = saved.get(f"{table}/{part.key}")
                 if found is not None and found.shape != shape:
                     raise StateError(
@@ -147,6 +147,10 @@ class Flexpoint(RuntimePart[FlexTensors]):
                         f"saved state and {shape} here",
                         hint=hint,
                     )
+                if found is not None:
+                    check_dtype(f"flexpoint/{table}/{part.key}", found, dtype)
+        for key, value in saved.items():
+            _check_values(key, value, hint)
         known = {f"exponents/{part.key}" for part in parts}
         if parts and any(key.startswith("exponents/") for key in saved) and not known & set(saved):
             raise StateError(f"the saved state lacks 'flexpoint/{min(known)}'", hint=hint)
@@ -187,6 +191,20 @@ def _advance(seed: Tensor, ends: bool) -> None:
 
 _MEMORY = ("queue", "lengths", "seen", "renewals")
 _TABLES = ("exponents", *_MEMORY, "counters", "bits")
+
+
+def _check_values(key: str, value: Tensor, hint: str) -> None:
+    """Whether a saved tensor can be one of its table, whatever tensors it is of.
+
+    Raises:
+        StateError: it cannot.
+    """
+    table = key.partition("/")[0]
+    if key == "seed" and (value.dtype != torch.int64 or value.shape != (2,)):
+        raise StateError("'flexpoint/seed' should be two whole numbers", hint=hint)
+    counts = table in ("lengths", "seen", "renewals", "counters", "waiting")
+    if (counts and bool((value < 0).any())) or not bool(torch.isfinite(value).all()):
+        raise StateError(f"'flexpoint/{key}' has a number that is none of it", hint=hint)
 
 
 def _tables(count: int, autoflex: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

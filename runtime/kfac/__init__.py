@@ -22,6 +22,7 @@ from graphopt.runtime.engine.step import (
     Step,
 )
 from graphopt.runtime.kfac.division import Division
+from graphopt.runtime.kfac.saved import check_values
 from graphopt.runtime.kfac.shapes import shapes
 from graphopt.runtime.kfac.state import CurvatureState
 from graphopt.runtime.kfac.statistics import (
@@ -50,6 +51,7 @@ class Kfac(RuntimePart[Curvature]):
 
     name: ClassVar[str] = "kfac"
     methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+    accepts_early: ClassVar[bool] = True
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -170,6 +172,7 @@ class Kfac(RuntimePart[Curvature]):
             lacking.append(next((key for key in needed if key not in saved), ""))
         if any(key.startswith("now/") for key in saved) and lacking and all(lacking):
             raise StateError(f"the saved state lacks 'kfac/{lacking[0]}'", hint=hint)
+        check_values(parts, saved, self.state)
 
     def gather(self) -> dict[str, Tensor]:
         """The state of all ranks; to be called on all of them.
@@ -179,6 +182,10 @@ class Kfac(RuntimePart[Curvature]):
             RankError: a rank does not answer.
         """
         return dict(self.state) if self.division is None else self.division.whole(self.state)
+
+    def own(self) -> dict[str, Tensor]:
+        """What this rank keeps."""
+        return dict(self.state) if self.division is None else self.division.mine(self.state)
 
     def notes(self) -> tuple[str, ...]:
         """How often statistics are renewed now, what low rank leaves out, and what ranks send."""

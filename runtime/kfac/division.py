@@ -143,6 +143,18 @@ class Division:
             StateError: within a step.
             RankError: a rank does not answer.
         """
+        mine = self.mine(state)
+        if not self.owners:
+            return mine
+        self.exchange.about = "the state"
+        return self.exchange.union("saved", self.exchange.inner, mine)
+
+    def mine(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank answers for, and who owns what; all ranks' together are the state.
+
+        Raises:
+            StateError: within a step.
+        """
         if "micro-batches" in state:
             raise StateError(
                 "a step is not finished: its micro-batches are on several ranks",
@@ -150,9 +162,7 @@ class Division:
             )
         if not self.owners:
             return dict(state)
-        mine = {k: v for k, v in state.items() if self._keeper(k) in (None, self.rank)}
-        self.exchange.about = "the state"
-        found = self.exchange.union("saved", self.exchange.inner, mine)
+        found = {k: v for k, v in state.items() if self._keeper(k) in (None, self.rank)}
         found[_OWNERS] = torch.tensor([self.grid.world, *self.owners.values()])
         return found
 

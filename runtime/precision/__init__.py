@@ -13,7 +13,7 @@ from graphopt.errors import ArgumentError, StateError
 from graphopt.plan import Plan, Role
 from graphopt.plan.precision import LossScaling
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
-from graphopt.runtime.part import RuntimePart, check_like
+from graphopt.runtime.part import RuntimePart, check_dtype, check_like
 from graphopt.runtime.precision.leaving_out import LeavingOut
 from graphopt.runtime.ranks.presence import Question
 from graphopt.runtime.session import Session
@@ -40,6 +40,7 @@ class Precision(RuntimePart[LossScaling]):
 
     name: ClassVar[str] = "precision"
     methods: ClassVar[tuple[str, ...]] = ("no_sync",)
+    accepts_early: ClassVar[bool] = True
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -140,8 +141,18 @@ class Precision(RuntimePart[LossScaling]):
         Raises:
             StateError: it has not.
         """
-        changes = saved.get("changes", self.state["changes"])
-        check_like(self.name, dict(self.state, changes=changes), saved)
+        own = self.state
+        if "steps" not in own:  # no call was captured yet
+            own = dict.fromkeys(("clean", "steps", "skipped"), torch.zeros((), dtype=torch.int64))
+            own |= {"overflow": torch.zeros((), dtype=torch.bool), "scale": torch.ones(())}
+        changes = saved.get("changes", torch.zeros(0, 2, dtype=torch.int64))
+        check_like(self.name, dict(own, changes=changes), saved)
+        check_dtype("precision/changes", changes, torch.int64)
+        if bool(saved["steps"] < saved["skipped"]) or bool(saved["skipped"] < 0):
+            raise StateError(
+                "'precision/steps' and 'precision/skipped' are no numbers of steps",
+                hint="load the state of this model",
+            )
         if changes.dim() != 2 or changes.shape[1] != 2 or bool(saved["clean"] < 0):
             raise StateError(
                 "'precision/changes' or 'precision/clean' is not what loss scaling saves",

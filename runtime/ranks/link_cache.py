@@ -34,7 +34,10 @@ def find(ranks: Sequence[str]) -> Curve | None:
     Args:
         ranks: what `describe` says on every rank, in order.
     """
-    match CACHE.read(_key(ranks)):
+    key = _key(ranks)
+    match CACHE.read(key):
+        case None:
+            return None
         case {"points": list(points), "source": str(source), "joining": float(joining)} if (
             all(map(_is_point, points)) and 0 <= joining < 1
         ):
@@ -42,7 +45,8 @@ def find(ranks: Sequence[str]) -> Curve | None:
             try:
                 return Curve(pairs, f"{source} (kept from an earlier run)", joining)
             except ValueError:  # no points, or falling ones
-                return None
+                pass
+    CACHE.distrust(key, "it is no cost of messages")
     return None
 
 

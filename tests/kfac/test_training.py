@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -402,6 +403,54 @@ def test_a_saved_tensor_of_another_shape_is_refused(key: str, captured: bool) ->
         after = graphopt.state_dict(model)
         assert after.keys() == good.keys()
         assert all(torch.equal(after[k], v) for k, v in good.items())
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("solution/0.weight/0/left_inverse", lambda t: t * float("nan"), "is not finite in the"),
+        ("now/0.weight:A", lambda t: t.half(), "has dtype float"),
+        ("now/0.weight:A", lambda t: t.long(), "has dtype int64"),
+        ("solution/0.weight/0/damping", lambda t: t * 0, "is not positive in the saved state"),
+        ("step", lambda t: -t, "has a number that is none of it"),
+        ("interval/0.weight:A", lambda t: t * 0, "has a number that is none of it: [0, 0, 0]"),
+    ],
+)
+def test_values_that_no_step_can_work_with_are_refused(
+    key: str, change: Callable[[Tensor], Tensor], said: str, captured: bool
+) -> None:
+    model = _optimized(STALE)
+    _steps(model, 0, 3)
+    good = graphopt.state_dict(model)
+    state = {**good, f"kfac/{key}": change(good[f"kfac/{key}"])}
+    target = model if captured else _optimized(STALE)
+
+    def load() -> None:
+        graphopt.load_state_dict(target, state)
+        _steps(target, 0, 1)
+
+    with pytest.raises(StateError, match=re.escape(said)):
+        load()
+    after = graphopt.state_dict(model)
+    assert after.keys() == good.keys()
+    assert all(torch.equal(after[k], v) for k, v in good.items())
+
+
+def test_a_state_that_is_not_whole() -> None:
+    model = _optimized(STALE)
+    _steps(model, 0, 3)
+    good = graphopt.state_dict(model)
+    for key in ("kfac/step", "kfac/before/0.weight:A", "kfac/interval/0.weight:A"):
+        cut = {k: v for k, v in good.items() if k != key}
+        with pytest.raises(StateError, match="the saved state is not whole"):
+            graphopt.load_state_dict(model, cut)
+    with pytest.raises(StateError, match="has format 7, and this graphopt reads 1"):
+        graphopt.load_state_dict(model, good | {"graphopt/format": torch.tensor(7 << 32)})
+    with pytest.raises(StateError, match="has nothing of 'kfac', which has a state here"):
+        graphopt.load_state_dict(model, {})
+    graphopt.load_state_dict(model, {}, strict=False)
+    assert graphopt.state_dict(model) == {}
 
 
 @pytest.mark.parametrize("solver", ["factored", "eigen", "ekfac", "lowrank"])

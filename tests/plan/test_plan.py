@@ -141,6 +141,62 @@ def test_texts_that_are_no_plan(text: str, error: type[Exception], sentence: str
         Plan.from_json(text)
 
 
+def _with_alias(size: object) -> str:
+    return _edited(lambda d: d["aliases"][0].update(size=[size]))
+
+
+@pytest.mark.usefixtures("methods")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (_edited(lambda d: d.update(format=2)), "the plan has format 2, and this graphopt reads 1"),
+        (_edited(lambda d: d.update(format=True)), "the plan has format True"),
+        (_edited(lambda d: d.update(backend="fast")), "there is no backend 'fast'"),
+        (
+            _edited(lambda d: d.update(gradient_sources=[[0], [0]])),
+            "2 gradients have sources, of 1",
+        ),
+        (_edited(lambda d: d.update(gradient_sources=[[1]])), "a tangent that is none of 1"),
+        (_edited(lambda d: d.update(gradient_sources=[[-1]])), "should be at least 0 and is -1"),
+        (_edited(lambda d: d["aliases"][0].update(input=9)), "an input that is none of 2"),
+        (_edited(lambda d: d["aliases"][0].update(stride=[])), "1 sizes have 0 strides"),
+        (_edited(lambda d: d["signature"]["inputs"][0].update(role="grad")), "is no input"),
+        (_edited(lambda d: d["facts"].append("captured")), "a fact is there twice"),
+        (
+            _edited(lambda d: None).replace('"facts"', '"spec": "x", "facts"'),
+            "a key is there twice",
+        ),
+        (_with_alias("__import__('os').getpid()"), "is no size of a view"),
+        (_with_alias("9**9**9"), "is no size of a view"),
+        (_with_alias("n0.real"), "is no size of a view"),
+        (_with_alias("max(n0, 2) * 3 + n9"), "read off an input that is none of 2"),
+        (_with_alias(10**400), "should be"),
+    ],
+)
+def test_wrong_values_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(sentence)):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"damping": 0.01', '"damping": -1.0', "kfac.damping should be positive and is -1.0"),
+        ('"damping": 0.01', '"damping": Infinity', "kfac.damping should be positive and is inf"),
+        ('"solver": "factored"', '"solver": "best"', "kfac.solver should be one of 'factored', "),
+        ('"form": "dense"', '"form": "low-rank"', "has no rank of 0"),
+        ('"kind": "kronecker"', '"kind": "unitwise"', "is unitwise and has 2 sides"),
+        ('"rows": 3', '"rows": 0', "rows should be at least 1 and is 0"),
+    ],
+)
+def test_decisions_out_of_their_range(old: str, new: str, sentence: str) -> None:
+    plan = graphopt.optimize(nn.Linear(3, 3), (X,), passes="kfac{damping=0.01}", dry_run=True)
+    text = plan.to_json()
+    assert old in text
+    with pytest.raises(PlanError, match=re.escape(sentence)):
+        Plan.from_json(text.replace(old, new))
+
+
 def test_a_number_of_a_part_that_is_nan() -> None:
     model = nn.Linear(3, 3)
     plan = graphopt.optimize(model, (X,), passes="kfac{damping=0.01}", dry_run=True)

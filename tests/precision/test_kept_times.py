@@ -82,7 +82,7 @@ def test_entries_that_make_no_sense_count_as_absent(change: Any) -> None:
     graph = _graph()
     _rows(graph)
     data = json.loads(_file().read_text())
-    change(data)
+    change(data["entry"])
     _file().write_text(json.dumps(data))
     assert _rows(graph)[1]["times"] == "measured"
     assert _rows(graph)[1]["times"] == "kept"

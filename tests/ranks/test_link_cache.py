@@ -65,7 +65,7 @@ def test_found_again() -> None:
 def test_an_entry_that_is_no_curve_is_ignored(wrong: dict[str, Any]) -> None:
     keep(RANKS, CURVE)
     entry = json.loads(_file().read_text())
-    _file().write_text(json.dumps({**entry, **wrong}))
+    _file().write_text(json.dumps({**entry, "entry": {**entry["entry"], **wrong}}))
     assert find(RANKS) is None
     _file().write_text(json.dumps(entry))
     assert find(RANKS) is not None

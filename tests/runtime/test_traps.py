@@ -66,7 +66,10 @@ def test_a_state_key_that_another_method_uses_does_not_break_the_report() -> Non
     model = graphopt.optimize(_net(), passes=[Remembers()], backend="eager")
     model(torch.randn(8, 4)).sum().backward()
     assert "remembers" in model.explain()
-    assert list(graphopt.state_dict(model)) == ["remembers/relu/interval"]
+    assert list(graphopt.state_dict(model)) == [
+        "remembers/relu/interval",
+        "graphopt/format",
+    ]
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -173,6 +173,7 @@ def resumes() -> None:
     twin = copy.deepcopy(straight)
     steps(straight, range(3, 6))
     assert sorted(graphopt.state_dict(straight)) == [
+        "graphopt/format",
         "scale_by_peak/running/relu",
         "scale_by_peak/running/tanh",
     ]
