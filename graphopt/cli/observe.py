@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def _check_memory(graph: Graph) -> None:
 
 def _bytes(value: Tensor) -> int:
     """What a tensor takes; of symbolic sizes those of the captured call."""
-    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape)
+    shape: Iterable[Any] = value.shape
+    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in shape)
     return math.prod(1 if s is None else int(s) for s in sizes) * value.dtype.itemsize
 
 

@@ -40,7 +40,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], document: str) -> None:
 
     Tensors of one name are taken to be equal on all ranks that have it, and are written once.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
@@ -52,7 +52,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], document: str) -> None:
     # The first rank that has it writes it.
     earlier = shares[: dist.get_rank()]
     mine = {n: t.contiguous() for n, t in tensors.items() if not any(n in s for s in earlier)}
-    dcp.save(mine, storage_writer=_writer(partial))
+    save(mine, storage_writer=_writer(partial))
     if dist.get_rank() == 0:
         checksums = {name: value for share in reversed(shares) for name, value in share.items()}
         strides = {n: list(t.stride()) for n, t in tensors.items() if not t.is_contiguous()}

@@ -178,7 +178,7 @@ def misfit(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         if isinstance(value, (list, tuple)) and not value and _is_tensors(argument.real_type):
             return f"{argument.name} should have a tensor, and has none"
         # One number stands for all, and `int[1]` for any number of them.
-        if isinstance(value, (list, tuple)) and (wanted := argument.N or 0) > 1:
+        if isinstance(value, (list, tuple)) and (wanted := getattr(argument, "N", 0) or 0) > 1:
             # No stride is that of the window, in backwards, too, which have no default for it.
             absent = not value and (argument.name == "stride" or argument.has_default_value())
             if len(value) != wanted and not absent:
@@ -205,7 +205,7 @@ def _too_many(target: OpOverload, given: Mapping[str, Any]) -> str:
 
 
 def _is_tensors(kind: Any) -> bool:
-    return kind.kind() == "ListType" and kind.getElementType().kind() == "TensorType"
+    return bool(kind.kind() == "ListType" and kind.getElementType().kind() == "TensorType")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -147,7 +147,6 @@ class Precision(RuntimePart[LossScaling]):
             own |= {"overflow": torch.zeros((), dtype=torch.bool), "scale": torch.ones(())}
         changes = saved.get("changes", torch.zeros(0, 2, dtype=torch.int64))
         check_like(self.name, dict(own, changes=changes), saved)
-        check_dtype("precision/changes", changes, torch.int64)
         if bool(saved["steps"] < saved["skipped"]) or bool(saved["skipped"] < 0):
             raise StateError(
                 "'precision/steps' and 'precision/skipped' are no numbers of steps",
@@ -158,6 +157,7 @@ class Precision(RuntimePart[LossScaling]):
                 "'precision/changes' or 'precision/clean' is not what loss scaling saves",
                 hint="load the state of this model, or remove the keys of precision/ from it",
             )
+        check_dtype("precision/changes", changes, torch.int64)
         scale = float(saved["scale"])
         if not 1 <= scale < float("inf") or math.frexp(scale)[0] != 0.5:
             raise StateError(

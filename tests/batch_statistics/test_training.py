@@ -245,7 +245,7 @@ def test_a_run_that_was_saved_goes_on_within_a_step() -> None:
     ("change", "message"),
     [
         (
-            lambda s: {k: t[:1] for k, t in s.items()},
+            lambda s: {k: t[:1] for k, t in s.items() if t.dim()},
             r"ring/image.running_mean' has shape \(1, 9\) in the saved state and \(2, 9\)",
         ),
         (
