@@ -97,7 +97,10 @@ def described(
     }
 
 
-_WRITES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE")
+_WRITES = frozenset({
+    "STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE",
+    "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_DEREF",
+})  # fmt: skip
 _READY = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
 
 
@@ -106,7 +109,7 @@ def _only_builds(code: CodeType) -> bool:
     steps = list(dis.get_instructions(code))
     calls = sum(step.opname.startswith("CALL") for step in steps)
     ready = sum(step.argval in _READY for step in steps)
-    writes = any(step.opname in _WRITES or step.opname.startswith("DELETE_") for step in steps)
+    writes = any(step.opname in _WRITES for step in steps)
     return calls == ready + 1 and not writes
 
 
