@@ -115,10 +115,10 @@ def test_runtime_knows_the_ground_floor_only() -> None:
     allowed = (
         *("graphopt.plan", "graphopt.registry", "graphopt.network", "graphopt.cache"),
         *("graphopt.ops", "graphopt.grouping", "graphopt.errors", "graphopt.runtime"),
-        # How a step is cut, in which order stages run, whose memory a value lies in, and fake
-        # values with symbols: plain functions of graphs and numbers.
+        # How a step is cut, in which order stages run, whose memory a value lies in, fake values
+        # with symbols, and minimum cuts: plain functions of graphs and numbers.
         *("graphopt.partitioning.split", "graphopt.partitioning.place", "graphopt.schedules"),
-        *("graphopt.analysis.aliasing", "graphopt.analysis.fakes"),
+        *("graphopt.analysis.aliasing", "graphopt.analysis.cut", "graphopt.analysis.fakes"),
     )
     for file in _files("runtime"):
         own = {n for n in _all_imports(file) if n.startswith("graphopt.")}

@@ -51,8 +51,8 @@ def match_after(norm: fx.Node, result: fx.Node, before: str) -> fx.Node | Declin
 
 def data_of(layer: fx.Node) -> object:
     """What a layer multiplies its weight with."""
-    names = {aten.convolution.default: "input", aten.mm.default: "self"}
-    return arguments(layer)[names.get(layer.target, "mat1")]
+    given = arguments(layer)
+    return next(given[name] for name in ("input", "mat1", "self") if name in given)
 
 
 def fold_after(graph: Graph, site: Site) -> tuple[fx.Node, fx.Node]:

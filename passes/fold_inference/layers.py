@@ -7,9 +7,11 @@ what runs the graph; the mark says that it may.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from graphopt.analysis.cost import tensor_bytes
 from graphopt.graph import Graph, value_of
@@ -34,7 +36,7 @@ def mark_weights(graph: Graph, weights: Mapping[fx.Node, Slot]) -> Outcome:
     """
     marked: dict[fx.Node, fx.Node] = {}
     for node in [n for n in graph.operators if n.target in _WEIGHTS]:
-        reader, weight = node, node.args[_WEIGHTS[node.target]]
+        reader, weight = node, node.args[_WEIGHTS[cast("OpOverload", node.target)]]
         while isinstance(weight, fx.Node) and weight.target in _VIEWS:
             reader, weight = weight, weight.args[0]
         if not isinstance(weight, fx.Node) or weight not in weights:

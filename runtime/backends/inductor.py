@@ -233,10 +233,7 @@ def _prepare_inference(module: fx.GraphModule) -> fx.GraphModule:
 
     values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     module = _decompose(module, values)
-    return cast(
-        "fx.GraphModule",
-        _recursive_joint_graph_passes(module, input_device=torch.device(_device(module))),
-    )
+    return _recursive_joint_graph_passes(module, input_device=torch.device(_device(module)))
 
 
 def _finish_inference(module: fx.GraphModule, static: Sequence[int], outputs: int) -> Executable:

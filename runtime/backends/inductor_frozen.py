@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.backends.strides import restore, results_of
 from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.contest import Contest
 from graphopt.runtime.frozen.fusions import fuse
@@ -52,14 +53,14 @@ def _packed(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executa
     hoisted = hoist(module)
     fuse(hoisted.main.graph, hoisted.kept, _is_wanted)
     hoisted.main = prepare(hoisted.main)
-    recorded = _results(hoisted.main)
+    recorded = results_of(hoisted.main)
     packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=False)
     if not packed.weights:
         return None
     hoisted.put_last(packed.weights)
     hoisted.prune()
     constants = _hold(hoisted, [node for node in packed.weights if node.users])
-    if not _restore(hoisted.main, recorded):
+    if not restore(hoisted.main, recorded):
         return None
     kept = range(hoisted.inputs, hoisted.inputs + len(hoisted.kept))
     main = finish(hoisted.main, kept)
@@ -100,70 +101,3 @@ def _hold(hoisted: Hoisted, weights: Sequence[fx.Node]) -> list[Tensor]:
         main.graph.erase_node(node)
     cast("Any", main)._has_frozen_params = True
     return constants
-
-
-# -- strides of the results ------------------------------------------------------------------------
-
-
-def _results(module: fx.GraphModule) -> list[Any]:
-    """The fake values of the results, in the strides that the user's model gives them."""
-    nodes = cast("Sequence[Any]", module.graph.output_node().args[0])
-    return [node.meta["val"] if isinstance(node, fx.Node) else None for node in nodes]
-
-
-def _restore(module: fx.GraphModule, recorded: Sequence[Any]) -> bool:
-    """Have results come in the recorded strides, where packed kernels give others.
-
-    Returns:
-        Whether that was possible.
-    """
-    from torch._inductor.compile_fx import fake_tensor_prop
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
-
-    view_to_reshape(module)
-    values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    with torch.no_grad():
-        fake_tensor_prop(module, values, True)
-    output = module.graph.output_node()
-    results = list(cast("Sequence[Any]", output.args[0]))
-    for index, (node, before) in enumerate(zip(results, recorded, strict=True)):
-        if isinstance(before, Tensor) and not _are_equal(node.meta["val"].stride(), before):
-            order = _order(before)
-            if order is None:
-                return False
-            with module.graph.inserting_before(output):
-                results[index] = _copied(module.graph, node, order, before)
-    output.args = (results,)
-    module.recompile()
-    return True
-
-
-def _are_equal(strides: Sequence[Any], value: Tensor) -> bool:
-    pairs = zip(strides, value.stride(), strict=True)
-    return all(statically_known_true(a == b) for a, b in pairs)
-
-
-def _order(value: Tensor) -> list[int] | None:
-    """The dimensions of a dense value from the outermost to the innermost one."""
-    order = list(range(value.dim()))
-    if all(isinstance(n, int) for n in (*value.shape, *value.stride())):
-        order.sort(key=lambda d: (-value.stride(d), -value.size(d), d))
-    expected: Any = 1
-    for d in reversed(order):
-        if not statically_known_true(value.stride(d) == expected):
-            return None
-        expected = expected * value.size(d)
-    return order
-
-
-def _copied(graph: fx.Graph, node: fx.Node, order: list[int], like: Tensor) -> fx.Node:
-    """A copy whose dimensions lie in memory in this order."""
-    inner = graph.call_function(aten.permute.default, (node, order))
-    layout = {"memory_format": torch.contiguous_format}
-    copy = graph.call_function(aten.clone.default, (inner,), layout)
-    back = [order.index(d) for d in range(len(order))]
-    outer = graph.call_function(aten.permute.default, (copy, back))
-    inner.meta["val"] = node.meta["val"].permute(order)
-    copy.meta["val"] = like.permute(order)
-    outer.meta = {**node.meta, "val": like}
-    return outer

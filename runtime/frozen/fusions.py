@@ -129,7 +129,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 def post_of(node: fx.Node) -> Post | None:
     """The function that a node applies to each element of its first operand, if oneDNN has it."""
     read = _FUNCTIONS.get(node.target)
-    if read is None or node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+    if read is None or node.meta["val"].dtype != node.all_input_nodes[0].meta["val"].dtype:
         return None
     return read(node)
 
@@ -151,7 +151,7 @@ def _clamp(node: fx.Node) -> Post | None:
     limits = (_given(node, 1, "min", None), _given(node, 2, "max", None))
     if not all(isinstance(limit, int | float) for limit in limits):
         return None
-    return "hardtanh", [float(limit) for limit in limits], ""  # type: ignore[arg-type]
+    return "hardtanh", [float(limit) for limit in limits], ""
 
 
 def _leaky_relu(node: fx.Node) -> Post:

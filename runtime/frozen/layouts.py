@@ -147,7 +147,7 @@ def _converts(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, tuple | list):
         return any(_is_image(v) and _is_contiguous(v) for v in value)
-    return _is_image(value) and _is_contiguous(value)
+    return isinstance(value, Tensor) and _is_image(value) and _is_contiguous(value)
 
 
 def _is_contiguous(value: Tensor) -> bool:
@@ -172,7 +172,7 @@ def _needs(reader: fx.Node, value: fx.Node, sides: Mapping[fx.Node, object]) -> 
 
 def _reduced(node: fx.Node) -> set[int]:
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return {int(d) % 4 for d in dims} if isinstance(dims, list | tuple) else set()  # type: ignore[arg-type]
+    return {int(d) % 4 for d in dims} if isinstance(dims, list | tuple) else set()
 
 
 # -- the cut ---------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def _bytes(value: Any) -> float:
     number = value.numel()
     if isinstance(number, torch.SymInt):
         number = number.node.hint or 1
-    return float(number) * value.element_size()
+    return float(number) * float(value.element_size())
 
 
 def _insert(

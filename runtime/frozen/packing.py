@@ -95,7 +95,9 @@ def _convolution(hoisted: Hoisted, node: fx.Node, sums: bool, packed: Packed) ->
 def _linear(hoisted: Hoisted, linear: Linear, packed: Packed) -> None:
     node, graph = linear.node, hoisted.main.graph
     rows = int(linear.x.meta["val"].shape[0])
-    plain = _kept(hoisted, linear.weight, aten.permute.default, ([1, 0],))
+    # A copy: a kept value must not hold the memory of the user's weight.
+    rows_first = _kept(hoisted, linear.weight, aten.permute.default, ([1, 0],))
+    plain = _more(hoisted, rows_first, aten.clone.default, ())
     if node.meta["val"].dtype is torch.float32:
         reordered = _more(hoisted, plain, mkl._mkl_reorder_linear_weight.default, (rows,))
         packed.weights += [reordered, plain]

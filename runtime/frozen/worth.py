@@ -48,7 +48,7 @@ def _kept(key: str) -> tuple[float, float] | None:
 
 def _measured(make: Callable[[], tuple[Run, Run]]) -> tuple[float, float]:
     # Somebody else may have interrupted a run, so the shortest one says what the kernel takes.
-    with torch.no_grad(), _disable_current_modes():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), _disable_current_modes():
         runs = make()
         for run in runs:
             run()
