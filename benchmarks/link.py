@@ -14,8 +14,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+NO_LIMIT = "a rate needs root, unshare, ip and tc; without them try --rates 0"
 # A burst of 1 MB is what the kernel needs to keep 1 Gbit/s with a 100 Hz timer, with room.
 _BUCKET = "burst 1mb latency 2s"
 
@@ -44,6 +45,21 @@ class Link:
             "loopback": "this machine's loopback",
         }
         return f"{rate}, {how[self.kind]}"
+
+    def limited(self, rate: float) -> Link:
+        """The same link, from now on with another rate.
+
+        Raises:
+            RuntimeError: no rate can be set.
+        """
+        if self.kind == "loopback" and rate:
+            raise RuntimeError(NO_LIMIT)
+        if self.kind != "loopback":
+            for prefix, interface in zip(self.prefixes, self.interfaces, strict=True):
+                _sh(prefix, f"tc qdisc del dev {interface} root")
+                if rate and not _sh(prefix, f"true{_limit(interface, rate)}"):
+                    raise RuntimeError(f"{interface} takes no limit of {rate:g} Gbit/s")
+        return replace(self, rate=rate)
 
 
 @contextmanager
@@ -86,7 +102,7 @@ def _lo(rate: float, holders: list[subprocess.Popen[str]]) -> Link | None:
 
 def _loopback(rate: float) -> Link:
     if rate:
-        raise RuntimeError("a rate needs root, unshare, ip and tc; without them try --rates 0")
+        raise RuntimeError(NO_LIMIT)
     return Link("loopback", 0.0, ([], []), ("lo", "lo"))
 
 

@@ -104,18 +104,19 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Four layers, and one matrix for embedding and output: its gradient is ready last."""
+    """Like GPT-2, with four layers; one matrix embeds and gives the output: it is ready last."""
 
-    def __init__(self, vocabulary: int = 8192, width: int = 256) -> None:
+    def __init__(self, vocabulary: int = 8192, width: int = 256, context: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(context, width))
         self.layers = nn.Sequential(*(TransformerLayer(width, 4) for _ in range(4)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.layers(self.embedding(tokens))))
+        return self.head(self.norm(self.layers(self.embedding(tokens) + self.positions)))
 
 
 def _images(model: nn.Module, batch: int) -> Case:

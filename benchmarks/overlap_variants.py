@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from benchmarks.overlap_models import Case
+from benchmarks.overlap_peers import PEERS, Compiled
 from graphopt.grouping.baselines import mg_wfbp
 from graphopt.model.surface import report
 from graphopt.network.curve import Curve
@@ -24,6 +25,13 @@ from graphopt.plan.grouping import Ready
 PLAIN = "no communication"
 GRAPHOPT = "graphopt"
 GROUPED = "graphopt grouping only"
+COMPILED = "graphopt, Inductor"
+# Passes and backend of each.
+OURS = {
+    GROUPED: ("cleanup,group_gradients", "eager"),
+    GRAPHOPT: ("auto", "eager"),
+    COMPILED: ("auto", "inductor"),
+}
 DEFAULT = "ddp default"
 STILL = "ddp default, buffers not broadcast"
 MG_WFBP = "ddp mg-wfbp"
@@ -36,23 +44,34 @@ def cap_name(cap: float) -> str:
     return f"ddp cap {cap:g} MiB"
 
 
-def variants(case: Case, with_graphopt: bool) -> dict[str, nn.Module]:
-    """All variants, with equal weights; every rank must call this at the same time."""
+def fixed_variants(case: Case, without: Sequence[str]) -> dict[str, nn.Module]:
+    """The variants that know nothing of the link, with equal weights."""
     plain = copy.deepcopy(case.model)
-    names, sizes, ready = arrivals(case, plain)
-    caps = [_layers(names, sizes), _merged(names, sizes, ready, link_cost())]
-    dist.broadcast_object_list(caps, 0)
+    names, sizes, _ = arrivals(case, plain)
+    layers = [_layers(names, sizes)]
+    dist.broadcast_object_list(layers, 0)
     made: dict[str, nn.Module] = {PLAIN: plain, DEFAULT: _ddp(case)}
     if any(True for _ in case.model.buffers()):
         made[STILL] = _ddp(case, broadcast_buffers=False)
     made |= {cap_name(cap): _ddp(case, bucket_cap_mb=cap) for cap in CAPS}
     made["ddp one bucket"] = _ddp(case, bucket_cap_mb=sum(sizes) / MIB + 1)
-    for name, groups in zip(("ddp per layer", MG_WFBP), caps, strict=True):
-        made[name] = _ddp(case, bucket_cap_mb_list=[size / MIB for size in groups])
-    if with_graphopt:
-        for name, passes in ((GROUPED, "cleanup,group_gradients"), (GRAPHOPT, "auto")):
+    made["ddp per layer"] = _ddp(case, bucket_cap_mb_list=[size / MIB for size in layers[0]])
+    wanted = {name: peer for name, peer in PEERS.items() if name not in without}
+    return made | {name: Compiled(case.model, peer) for name, peer in wanted.items()}
+
+
+def link_variants(case: Case, without: Sequence[str]) -> dict[str, nn.Module]:
+    """The variants that are planned for the link as it is now; call it on all ranks at once."""
+    names, sizes, ready = arrivals(case, copy.deepcopy(case.model))
+    merged = [_merged(names, sizes, ready, link_cost())]
+    dist.broadcast_object_list(merged, 0)
+    made: dict[str, nn.Module] = {
+        MG_WFBP: _ddp(case, bucket_cap_mb_list=[size / MIB for size in merged[0]])
+    }
+    for name, (passes, backend) in OURS.items():
+        if name not in without:
             made[name] = graphopt.optimize(
-                copy.deepcopy(case.model), passes=passes, backend="eager", verify="off"
+                copy.deepcopy(case.model), passes=passes, backend=backend, verify="off"
             )
     return made
 
@@ -65,11 +84,26 @@ def predicted_exposed(model: nn.Module) -> float | None:
 
 def buckets(model: nn.Module) -> list[int]:
     """Bytes of each message of the last step, in order; empty where there are none."""
+    if isinstance(model, Compiled):
+        model = model.wrapped
     if isinstance(model, DistributedDataParallel):
         sizes = model._get_ddp_logging_data().get("rebuilt_bucket_sizes", "")
         return [int(size) for size in sizes.split(", ") if size]
     grouping = _grouping(model)
     return [] if grouping is None else [group.bytes for group in grouping.groups]
+
+
+def order_choice(model: nn.Module) -> dict[str, Any] | None:
+    """What graphopt said of the order of backward: whether it was changed, and its numbers."""
+    if not hasattr(model, "explain"):
+        return None
+    steps = [s for made in report(model).specialisations for s in made.steps]
+    for step in steps:
+        if step.spec.startswith("schedule"):
+            for item in (*step.outcome.applied, *step.outcome.declined):
+                reason = getattr(item, "reason", "applied")
+                return {"reason": reason, "numbers": dict(item.numbers)}
+    return None
 
 
 def arrivals(case: Case, model: nn.Module) -> tuple[list[str], list[int], list[float]]:

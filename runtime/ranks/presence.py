@@ -28,7 +28,8 @@ class Presence:
         reduced: names of the gradients that are reduced.
 
     Attributes:
-        names: the reduced gradients in the order of the plan.
+        names: the reduced gradients, sorted, since ranks that use their parameters in other orders
+            list them in other orders.
         asks: whether a rank may lack a gradient that another one has; the same on all ranks, as
             their models are.
     """
@@ -40,7 +41,7 @@ class Presence:
             for name, sources in zip(grads, plan.gradient_sources, strict=True)
             if name in reduced
         }
-        self.names = tuple(reach)
+        self.names = tuple(sorted(reach))
         self._never = {name for name, sources in reach.items() if not sources}
         everything = set().union(*reach.values())
         self.asks = any(sources and sources != everything for sources in reach.values())

@@ -26,15 +26,18 @@ def over(*medians: float) -> dict[str, Any]:
 
 
 def test_names_are_those_of_the_benchmark() -> None:
-    assert list(ladder.RUNGS) == [overlap_variants.GROUPED, overlap_variants.GRAPHOPT, overlap.BEST]
+    assert list(ladder.RUNGS) == [*overlap_variants.OURS, *overlap.BESTS]
 
 
 def test_rungs_in_order_and_runs_without_one_left_out() -> None:
-    rungs = ladder.ladder({"mlp": over(0.9, 0.85, 0.95, 1.1), "old": over(0.9)})
+    values = (0.9, 0.85, 0.8, 0.95, 0.94, 0.93)
+    rungs = ladder.ladder({"mlp": over(*values, 1.1), "old": over(0.9)})
     assert list(rungs) == ["mlp"]
-    assert [bar.value for bar in rungs["mlp"]] == [1.0, 0.9, 0.85, 0.95]
+    assert [bar.value for bar in rungs["mlp"]] == [1.0, *values]
     lines = ladder.table(rungs).splitlines()
     assert lines[0] == "mlp"
+    few = {name: over(0.9)["over ddp default"][ladder.NEEDED[0]] for name in ladder.NEEDED}
+    assert len(ladder.ladder({"mlp": {"over ddp default": few}})["mlp"]) == 4
     assert lines[2].split()[-3:] == ["0.900", "[0.880,", "0.930]"]
 
 
@@ -43,7 +46,7 @@ def test_picture_is_written_beside_the_page(
 ) -> None:
     monkeypatch.setattr(ladder, "RESULTS", tmp_path)
     monkeypatch.setattr(ladder, "IMAGE", tmp_path / "images" / "overlap.svg")
-    record = {**ABOUT, "results": {"mlp, 1 Gbit/s": over(0.9, 0.85, 0.95)}}
+    record = {**ABOUT, "results": {"mlp, 1 Gbit/s": over(0.9, 0.85, 0.95, 0.94, 0.93, 0.92)}}
     (tmp_path / "overlap.json").write_text(json.dumps(record))
     ladder.main()
     assert "0.850" in capsys.readouterr().out
@@ -57,6 +60,28 @@ def test_results_without_the_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "overlap.json").write_text(json.dumps({"results": {"old": over()}}))
     with pytest.raises(SystemExit, match=r"no run in overlap\.json has the variant"):
         ladder.main()
+
+
+def test_the_best_is_chosen_on_other_blocks_than_it_is_measured_on() -> None:
+    times = {
+        overlap_variants.PLAIN: [0.0] * 4,
+        "a": [1.0, 9.0, 1.0, 9.0],
+        "b": [2.0, 3.0, 2.0, 3.0],
+    }
+    # Of the even blocks b is chosen, as it is better on the odd ones; and the other way round.
+    assert overlap._best(times, ["a", "b"]) == [2.0, 9.0, 2.0, 9.0]
+
+
+def test_every_peer_counts_and_nothing_else() -> None:
+    names = [
+        overlap_variants.PLAIN,
+        *overlap_variants.OURS,
+        *overlap.BESTS,
+        overlap_variants.DEFAULT,
+        *overlap.PEERS,
+    ]
+    found = overlap._peers(dict.fromkeys(names))
+    assert found == [overlap_variants.DEFAULT, *overlap.PEERS]
 
 
 # -- bars ------------------------------------------------------------------------------------------

@@ -156,3 +156,21 @@ def test_without_a_question_only_gradients_that_nobody_reduces_are_absent() -> N
     presence = _presence(((0, 1), (0, 1), (0,)))
     assert presence.absent({"p1", "p2"}, None) == {"p2"}
     assert _presence(((0, 1), ())).absent({"p0", "p1"}, None) == {"p1"}
+
+
+def test_ranks_that_list_gradients_in_other_orders_ask_in_one() -> None:
+    grads = [Slot(Role.GRAD, name, Phase.BACKWARD) for name in ("p0", "p1")]
+    inputs = [Slot(Role.PARAM, grad.name) for grad in grads]
+    tangents = [Slot(Role.TANGENT, str(i)) for i in range(2)]
+    found = [
+        Presence(
+            Plan(
+                spec="",
+                signature=Signature((*inputs[::step], *tangents), tuple(grads[::step])),
+                gradient_sources=((0,), (1,))[::step],
+            ),
+            ("p0", "p1"),
+        )
+        for step in (1, -1)
+    ]
+    assert found[0].names == found[1].names
