@@ -3,7 +3,7 @@
 Each case is a model of a trunk and branches, and eight steps. Every rank runs the branches in an
 order of its own, which is the reverse of the order in which their gradients are ready; in each step
 it uses only some of them in its loss, waits before its forward and in the middle of its backward,
-and accumulates as many micro-batches as all. Some ranks have another operator somewhere, so that
+and accumulates as many micro-batches as all. Some ranks have an operator somewhere else, so that
 the order of rank 0 is no order of theirs. The expected means are computed on each rank by itself,
 with plain PyTorch.
 
@@ -69,7 +69,7 @@ class RankCase:
 
     Attributes:
         order: in which the forward runs the branches.
-        other: the branch that has another activation here; -1 for none.
+        other: the branch that has one activation more here.
         steps: `STEPS` of them.
     """
 
@@ -111,7 +111,7 @@ def generated(seed: int, world: int) -> Case:
     def rank() -> RankCase:
         return RankCase(
             order=tuple(draw.sample(branches, len(widths))),
-            other=draw.choice((-1, -1, draw.choice(branches))),
+            other=draw.choice((0, 0, draw.choice(branches))),
             steps=tuple(step(count) for count in micro_batches),
         )
 
@@ -202,7 +202,7 @@ def run_case(case: Case, rank: int) -> dict[str, int]:
     return {
         "models": 1,
         "models with other orders than rank 0's": len({one.order for one in case.ranks}) > 1,
-        "models with other operators than rank 0's": len({one.other for one in case.ranks}) > 1,
+        "models with an operator elsewhere than on rank 0": len({one.other for one in case.ranks}) > 1,
         "models with several messages": len(part.grouping.groups) > 1,
         REORDERED: any(s.outcome.applied for s in made.steps if s.spec.startswith("schedule")),
         "steps": len(steps),

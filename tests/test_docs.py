@@ -38,6 +38,7 @@ WITH_PYTHON = [
     PYTHON,
     DATA_PARALLEL,
     DELAYED,
+    DOCS / "checkpoints.md",
     DOCS / "dynamic_sizes.md",
     DOCS / "flexpoint.md",
     DOCS / "hierarchical_arithmetic.md",

@@ -2,7 +2,8 @@
 
 Sizes may differ between ranks, and so may numbers that are made of them. So numbers count only
 where they are no sizes: floating-point arguments of functions other than arithmetic, exponents,
-flags and names.
+flags and names. Ranks may run branches in an order of their own, so only which functions there are is
+compared, and how often.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _POWERS = frozenset({"pow", "pow_", "ipow", "rpow"})
 
 
 def functions_of(module: fx.GraphModule) -> str:
-    """One line per function that makes tensors, in the order of calls."""
-    return "\n".join(_lines(module))
+    """One line per function that makes tensors, sorted."""
+    return "\n".join(sorted(_lines(module)))
 
 
 def _lines(module: fx.GraphModule) -> Iterator[str]:

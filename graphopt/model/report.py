@@ -42,7 +42,10 @@ class Report:
 
         Numbers that JSON does not have (infinities) are strings.
         """
-        return json.dumps(_strict(asdict(self)), sort_keys=True, indent=1, allow_nan=False)
+        data = _strict(asdict(self))
+        for one, entry in zip(data["specialisations"], self.specialisations, strict=True):
+            one["plan"] = json.loads(entry.plan.to_json())
+        return json.dumps(data, sort_keys=True, indent=1, allow_nan=False)
 
     def _repr_html_(self) -> str:
         return to_html(self.model, self.spec, self.specialisations, self.notes, self.plain)

@@ -121,12 +121,14 @@ class Check:
     def _compare(self, stages: Sequence[Stage], backend: str, call: Call) -> Verification:
         start = time.perf_counter()
         eager = backend == "eager"
-        reference: Observed | None = self.trial.observe(self.forward)
+        observed = self.trial.observe(self.forward)
+        reference: Observed | None = observed
         wanted = None
         if eager and self.level != "full" and not self.trial.devices:
-            wanted = marks(reference.values), reference.streams
+            wanted = marks(observed.values), observed.streams
             # Results of two steps at once would be more than any later step needs.
             reference = None
+        del observed
         actual = self.trial.observe(call)
         if wanted and wanted[0] and (marks(actual.values), actual.streams) == wanted:
             del actual

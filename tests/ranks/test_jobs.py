@@ -84,22 +84,19 @@ def test_one_gradient_is_stamped_too(tmp_path: Path) -> None:
 
 
 def _computes(rank: int, found: str) -> None:
-    other = {"tanh": nn.Tanh(), "slope": nn.LeakyReLU(0.2), "order": nn.ReLU()}[found]
-    own = {"tanh": nn.ReLU(), "slope": nn.LeakyReLU(0.1), "order": nn.ReLU()}[found]
+    other = {"tanh": nn.Tanh(), "slope": nn.LeakyReLU(0.2)}[found]
+    own = {"tanh": nn.ReLU(), "slope": nn.LeakyReLU(0.1)}[found]
     parts = [nn.Linear(8, 8), other if rank else own, nn.Dropout(0.5)]
-    if found == "order" and rank:
-        parts[1:] = parts[:0:-1]
     model: Any = graphopt.optimize(nn.Sequential(*parts), backend="eager")
     expected = {
         "tanh": r"rank 0 has 'relu.*where rank 1 has 'tanh",
         "slope": r"rank 0 has 'leaky_relu 0.1.*where rank 1 has 'leaky_relu 0.2",
-        "order": r"rank 0 has 'relu.*where rank 1 has 'dropout 0.5",
     }[found]
     with pytest.raises(RankError, match=f"functions that the models call differ: {expected}"):
         model(batch("mlp", rank))
 
 
-@pytest.mark.parametrize("found", ["tanh", "slope", "order"])
+@pytest.mark.parametrize("found", ["tanh", "slope"])
 def test_ranks_that_compute_different_things(found: str, tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _computes, found, timeout=20)
 
