@@ -202,7 +202,8 @@ def run_case(case: Case, rank: int) -> dict[str, int]:
     return {
         "models": 1,
         "models with other orders than rank 0's": len({one.order for one in case.ranks}) > 1,
-        "models with an operator elsewhere than on rank 0": len({one.other for one in case.ranks}) > 1,
+        "models with an operator elsewhere than on rank 0": len({one.other for one in case.ranks})
+        > 1,
         "models with several messages": len(part.grouping.groups) > 1,
         REORDERED: any(s.outcome.applied for s in made.steps if s.spec.startswith("schedule")),
         "steps": len(steps),

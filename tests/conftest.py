@@ -6,6 +6,10 @@ import gc
 import os
 from itertools import count
 
+# Before MKL is loaded. On an AMD processor its default kernels gave K-FAC in two stages other bits
+# than in one process.
+os.environ["MKL_CBWR"] = os.environ.get("MKL_CBWR", "AVX2,STRICT")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -2,8 +2,8 @@
 
 Sizes may differ between ranks, and so may numbers that are made of them. So numbers count only
 where they are no sizes: floating-point arguments of functions other than arithmetic, exponents,
-flags and names. Ranks may run branches in an order of their own, so only which functions there are is
-compared, and how often.
+flags and names. Ranks may run branches in an order of their own, so only which functions there are
+is compared, and how often.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from graphopt.model.entries import PlainKind, Specialisation
 from graphopt.model.explain import explain, to_html
@@ -42,7 +43,7 @@ class Report:
 
         Numbers that JSON does not have (infinities) are strings.
         """
-        data = _strict(asdict(self))
+        data: Any = _strict(asdict(self))
         for one, entry in zip(data["specialisations"], self.specialisations, strict=True):
             one["plan"] = json.loads(entry.plan.to_json())
         return json.dumps(data, sort_keys=True, indent=1, allow_nan=False)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt import api
 from graphopt.model import backend_choice, bands
 from graphopt.model.bands import Bands, PerBand, band_of
 from graphopt.model.controller import controller_of
@@ -40,7 +39,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Inductor, "build", build)
     monkeypatch.setattr(backend_choice, "times", times)
-    monkeypatch.setattr(api, "times", times)
     return found
 
 
@@ -79,7 +77,7 @@ def test_a_call_that_cannot_be_timed_runs(
 ) -> None:
     model = _model()
     model(_x(8))
-    monkeypatch.setattr(api, "times", None)
+    monkeypatch.setattr(backend_choice, "times", None)
     assert model(_x(200)).shape == (200, 4)
 
 
