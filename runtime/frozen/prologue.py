@@ -182,7 +182,7 @@ class WhileUnchanged:
         self.values: list[Tensor] = []
         self._seen: tuple[tuple[int, int, int], ...] = ()
         self._samples: list[Tensor] = []
-        self._sampled: list[float] = []
+        self._sampled: Tensor | None = None
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
         """Outputs of the main module; empties the list."""
@@ -198,16 +198,17 @@ class WhileUnchanged:
 
     def _changed(self, weights: Sequence[Tensor]) -> bool:
         seen = tuple((id(t), t.data_ptr(), t._version) for t in weights)
-        if seen == self._seen and self._read() == self._sampled:
+        known = self._sampled
+        if known is not None and seen == self._seen and torch.equal(self._read(), known):
             return False
         self._seen = seen
         self._samples = [_sample(t) for t in weights]
         self._sampled = self._read()
         return True
 
-    def _read(self) -> list[float]:
-        # One concatenation promotes all dtypes to one, and one transfer reads it.
-        return cast("list[float]", torch.cat(self._samples).tolist())
+    def _read(self) -> Tensor:
+        # One concatenation promotes all dtypes to one. Bytes, as NaN is not equal to itself.
+        return torch.cat(self._samples).view(torch.uint8)
 
 
 def _sample(tensor: Tensor) -> Tensor:
