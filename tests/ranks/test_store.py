@@ -79,11 +79,11 @@ def test_functions_are_told_with_their_constants_and_without_sizes() -> None:
     calls = [capture(_Calls(2), (torch.ones(rows, 4),)).functions for rows in (2, 3)]
     assert calls[0] == calls[1]
     assert calls[0].splitlines() == [
-        "linear",
+        "gelu approximate='tanh'",
         "layer_norm eps=0.001",
+        "linear",
         "pow 2",
         "truediv",
-        "gelu approximate='tanh'",
     ]
     assert "pow 3" in capture(_Calls(3), (torch.ones(2, 4),)).functions
 
