@@ -90,6 +90,11 @@ class GradientOrder:
         """One line per gradient, equal on all ranks that can reduce them together."""
         return sorted(f"{r.name} {r.kind} {r.bytes} bytes" for r in self.ready)
 
+    @property
+    def sparse(self) -> list[str]:
+        """Parameters whose gradients are sparse: no message of fixed size carries them."""
+        return [r.name for r in self.ready if r.kind.startswith("sparse")]
+
 
 def gradient_order(graph: Graph, device: Device | None = None) -> GradientOrder:
     """The order for a device, by default of the class (`ASSUMED`) that the graph is captured on."""

@@ -146,10 +146,9 @@ class GroupGradients(Pass):
 
 def _refuse_sparse(order: GradientOrder) -> None:
     """Ranks would have to agree on indices first, which no message of fixed size can carry."""
-    sparse = [r.name for r in order.ready if r.kind.startswith("sparse")]
-    if sparse:
+    if order.sparse:
         raise ArgumentError(
-            f"the gradient of {sparse[0]!r} is sparse, and sparse gradients are not reduced",
+            f"the gradient of {order.sparse[0]!r} is sparse, and sparse gradients are not reduced",
             hint="build the embedding with sparse=False, or optimize with passes='cleanup' and "
             "wrap the model in DistributedDataParallel",
         )

@@ -69,11 +69,12 @@ class Schedule(Pass):
         world = ctx.size("dp")
         if world == 1:
             return _declined("one-rank", "there is one rank, so nothing has to be reduced")
-        if not graph.get(gradient_order).ready:
+        order = graph.get(gradient_order)
+        if not order.ready:
             return _declined("no-gradients", "no parameter receives a gradient")
-        sparse = [r.name for r in graph.get(gradient_order).ready if r.kind.startswith("sparse")]
-        if sparse:
-            return _declined("sparse", f"the gradient of {sparse[0]!r} has no size to plan with")
+        if order.sparse:
+            detail = f"the gradient of {order.sparse[0]!r} has no size to plan with"
+            return _declined("sparse", detail)
         choice = self._choice(graph, ctx, world)
         if not choice["order"]:
             return _declined(choice["reason"], choice["detail"], choice["numbers"])
