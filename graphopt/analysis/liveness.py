@@ -6,7 +6,7 @@ whole base alive and takes no memory itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -51,6 +51,12 @@ def liveness(graph: Graph) -> Liveness:
     return Liveness(_saved(graph, memory), peak, peak_at)
 
 
+def alive(graph: Graph) -> tuple[tuple[fx.Node, int], ...]:
+    """Bytes alive while each operator runs, besides the inputs of the graph, in order."""
+    held = _alive(graph, graph.get(storage))
+    return tuple((node, size) for node, size in held if node.op == "call_function")
+
+
 def _saved(graph: Graph, memory: Storage) -> dict[fx.Node, int]:
     wanted = [
         source
@@ -74,6 +80,15 @@ def _saved(graph: Graph, memory: Storage) -> dict[fx.Node, int]:
 
 
 def _peak(graph: Graph, memory: Storage) -> tuple[int, fx.Node | None]:
+    peak, peak_at = 0, None
+    for node, alive in _alive(graph, memory):
+        if alive > peak:
+            peak, peak_at = alive, node
+    return peak, peak_at
+
+
+def _alive(graph: Graph, memory: Storage) -> Iterator[tuple[fx.Node, int]]:
+    """Bytes while each node runs."""
     nodes = graph.nodes
     last_use = {
         memory.owner[source]: node for node in nodes for source in (*node.all_input_nodes, node)
@@ -82,15 +97,12 @@ def _peak(graph: Graph, memory: Storage) -> tuple[int, fx.Node | None]:
     for owner, node in last_use.items():
         if owner.op == "call_function":
             dies.setdefault(node, []).append(owner)
-    alive = peak = 0
-    peak_at = None
+    alive = 0
     for node in nodes:
         if node.op == "call_function" and memory.owner[node] is node:
             alive += _owned_bytes(node)
-        if alive > peak:
-            peak, peak_at = alive, node
+        yield node, alive
         alive -= sum(_owned_bytes(owner) for owner in dies.get(node, ()))
-    return peak, peak_at
 
 
 def _owned_bytes(node: fx.Node) -> int:

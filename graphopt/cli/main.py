@@ -8,7 +8,19 @@ from collections.abc import Callable
 
 import typer
 
-from graphopt.cli import calibrate, diff, doctor, passes, plan, run, show, simulate, verify, why
+from graphopt.cli import (
+    calibrate,
+    diff,
+    doctor,
+    passes,
+    plan,
+    report,
+    run,
+    show,
+    simulate,
+    verify,
+    why,
+)
 from graphopt.errors import ArgumentError, GraphoptError, SpecError
 
 FINDING = 1
@@ -48,6 +60,7 @@ for _command in (
     diff.diff,
     verify.verify,
     plan.plan,
+    report.report,
     calibrate.calibrate,
     simulate.simulate,
     passes.passes,

@@ -13,8 +13,6 @@ from graphopt.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from graphopt.simulate.pipeline import PipelineTrace
-
 
 def plan_stages(
     model: str,
@@ -71,33 +69,15 @@ def _draw(name: str, data: Mapping[str, Any], plot: Path | None, trace: Path | N
     """Write the simulated step as a chart, and for Perfetto."""
     from graphopt.render.perfetto import trace_events
     from graphopt.render.pipeline import pipeline_chart
+    from graphopt.simulate.pipeline import planned_pipeline
 
-    simulated = _simulated(data)
+    simulated = planned_pipeline(data)
     title = f"{name}: {len(data['stages'])} stages, {data['schedule']} (simulated)"
     if plot is not None:
         _write(plot, pipeline_chart(simulated, title))
     if trace is not None:
         held = {f"bytes of rank {rank}": steps for rank, steps in enumerate(simulated.memory)}
         _write(trace, jsonlib.dumps(trace_events(simulated, title, held)))
-
-
-def _simulated(data: Mapping[str, Any]) -> PipelineTrace:
-    from graphopt.schedules.generate import scheduled
-    from graphopt.simulate.pipeline import StageCost, Transfer, simulate_pipeline
-
-    stages = data["stages"]
-    schedule = scheduled(data["schedule"], len(stages), data["ranks"], data["micro_batches"])
-    costs = [
-        StageCost(
-            stage["forward"],
-            stage["input_grad"],
-            stage["weight_grad"],
-            saved=stage["saved"],
-            fixed=stage["memory"] - stage["saved"] * stage["in_flight"],
-        )
-        for stage in stages
-    ]
-    return simulate_pipeline(schedule, costs, [Transfer(**cut) for cut in data["cuts"]])
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from graphopt.cli.console import phase
 from graphopt.cli.model import Example, load_example, near
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level
+from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.text import parse_graph, print_graph
 
@@ -86,23 +87,30 @@ def text_of(name: str, *, no_grad: bool) -> str:
     return print_graph(load_subject(name, no_grad=no_grad).graph)
 
 
-def rewrite(subject: Subject, spec: str) -> tuple[Graph, tuple[PassStep, ...]]:
+def rewrite(
+    subject: Subject, spec: str, mesh: Mapping[str, int] | None = None
+) -> tuple[Graph, tuple[PassStep, ...]]:
     """Run the passes of `spec`: on a copy of the graph, or in the capture of the model's forward.
 
     Parameters may be replaced in the graph; the model stays as it is.
+
+    Args:
+        subject: what to work on.
+        spec: in the spec language.
+        mesh: the ranks to plan for; none of them has to be there.
     """
+    sizes = mesh or {}
     pipeline = Pipeline.parse(spec)
     example = subject.example
     if example is None or not pipeline.on_forward:
         graph = subject.graph.copy()
         with phase(f"running {spec}"):
-            return graph, pipeline.run(graph)
+            return graph, pipeline.run(graph, PassContext(mesh=sizes))
     from graphopt.capture import capture
     from graphopt.model.forward_passes import ForwardPasses
     from graphopt.model.parametrize import named_parameters
-    from graphopt.passbase import PassContext
 
-    ctx = PassContext(parameters=named_parameters(example.model))
+    ctx = PassContext(mesh=sizes, parameters=named_parameters(example.model))
     with phase(f"running {spec}"):
         if subject.graph.level is Level.FORWARD:
             graph = subject.graph.copy()
@@ -111,7 +119,7 @@ def rewrite(subject: Subject, spec: str) -> tuple[Graph, tuple[PassStep, ...]]:
         no_grad = subject.graph.level is Level.INFERENCE
         with mode(example, no_grad=no_grad):
             captured = capture(example.model, example.args, example.kwargs, rewrite=early.rewriter)
-        return captured.graph, pipeline.run(captured.graph, earlier=early.steps)
+        return captured.graph, pipeline.run(captured.graph, ctx, earlier=early.steps)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +11,6 @@ from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, ModelName, NoGrad
 
 if TYPE_CHECKING:
-    from graphopt.analysis.provenance import Provenance
     from graphopt.pipeline.step import PassStep
 
 
@@ -46,6 +44,7 @@ def why(
         from graphopt.analysis.provenance import names, provenance
         from graphopt.cli.model import near
         from graphopt.cli.subject import load_subject, rewrite
+        from graphopt.pipeline.decisions import Decisions
         from graphopt.pipeline.step import parts_of
         from graphopt.plan.reading import mentions
     from graphopt.errors import ArgumentError
@@ -67,7 +66,7 @@ def why(
             )
         told, origin = provenance(graph, name), "rewritten"
     removed = name not in rewritten
-    decisions = [_about(step, told, removed=removed) for step in steps]
+    decisions = Decisions(steps).about(told, removed=removed)
     planned = mentions(parts_of(steps), name)
     node = rewritten.get(name)
     story = None
@@ -92,27 +91,6 @@ def why(
         show(provenance_view(told, decisions, planned, removed=removed))
         if story is not None:
             show(story_view(story))
-
-
-def _about(step: PassStep, told: Provenance, *, removed: bool) -> PassStep:
-    """The step with only those sites that are this parameter or node, or mention it.
-
-    What a pass says about the module of a parameter, or about all nodes of the operator of a node
-    that is gone, is about it too.
-    """
-    about = {told.name, told.node, *([told.gradient.node] if told.gradient else [])}
-    if told.what != "operator" and told.module:
-        about.add(told.module)
-    if removed:
-        about.add(told.operator)
-    words = "|".join(map(re.escape, sorted(about)))
-    mention = re.compile(rf"(?<![\w.])(?:{words})(?![\w.])")
-    outcome = replace(
-        step.outcome,
-        applied=tuple(a for a in step.outcome.applied if mention.search(f"{a.site} {a.what}")),
-        declined=tuple(d for d in step.outcome.declined if mention.search(f"{d.site} {d.detail}")),
-    )
-    return replace(step, outcome=outcome)
 
 
 def _sites(step: PassStep) -> dict[str, object]:

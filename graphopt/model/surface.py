@@ -26,6 +26,7 @@ from graphopt.model.controller import KEY, Controller, controller_of
 from graphopt.model.programs import bypassed, register, within_another_program
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Specialiser
+from graphopt.model.tree import model_html
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -59,7 +60,8 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
         "__deepcopy__": _deepcopy,
         "_replicate_for_data_parallel": _replicate,
     }
-    methods = {"explain": explain} | {n: _offered(o, n, kind) for n, (o, kind) in offered}
+    own_methods = {"explain": explain, "_repr_html_": _repr_html}
+    methods = own_methods | {n: _offered(o, n, kind) for n, (o, kind) in offered}
     surface |= {name: method for name, method in methods.items() if not _has_own(model, name)}
     controller.surface = {n: types.MethodType(method, model) for n, method in surface.items()}
     model.__dict__.update({KEY: controller, **controller.surface})
@@ -126,6 +128,11 @@ def _signature(controller: Controller) -> inspect.Signature:
 def explain(self: nn.Module) -> str:
     """What graphopt did to this model, what it declined, and why."""
     return report(self).explain()
+
+
+def _repr_html(self: nn.Module) -> str:
+    """The model in a notebook; IPython asks the instance for it."""
+    return model_html(self, report(self))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

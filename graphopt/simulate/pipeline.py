@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.errors import ArgumentError
 from graphopt.partitioning.result import Partition
@@ -15,6 +16,7 @@ from graphopt.schedules.execution import (
     split_backwards,
     waits_for,
 )
+from graphopt.schedules.generate import scheduled
 from graphopt.schedules.transfers import with_transfers, without_transfers
 from graphopt.simulate.trace import Span
 
@@ -140,6 +142,27 @@ def costs_of(partition: Partition) -> tuple[list[StageCost], list[Transfer]]:
         for s in partition.stages
     ]
     return stages, [Transfer(c.forward, c.backward) for c in partition.cuts]
+
+
+def planned_pipeline(part: Mapping[str, Any]) -> PipelineTrace:
+    """Run the schedule of a plan with what the plan says of its stages and cuts.
+
+    Args:
+        part: the plan part of a pass that makes stages, as data.
+    """
+    stages = part["stages"]
+    schedule = scheduled(part["schedule"], len(stages), part["ranks"], part["micro_batches"])
+    costs = [
+        StageCost(
+            stage["forward"],
+            stage["input_grad"],
+            stage["weight_grad"],
+            saved=stage["saved"],
+            fixed=stage["memory"] - stage["saved"] * stage["in_flight"],
+        )
+        for stage in stages
+    ]
+    return simulate_pipeline(schedule, costs, [Transfer(**cut) for cut in part["cuts"]])
 
 
 class _Run:

@@ -28,6 +28,7 @@ NET, MLP = f"{FILE}:net", f"{FILE}:mlp"
 COMMANDS = (
     *("show", "run", "plan", "calibrate", "simulate", "why", "diff", "verify", "passes"),
     "doctor",
+    "report",
 )
 
 

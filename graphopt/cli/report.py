@@ -1,0 +1,151 @@
+"""`graphopt report`: one page about M and what passes make of it."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli.console import phase, show_json, show_text
+from graphopt.cli.data_parallel import assumed_device, check_flops, words_of
+from graphopt.cli.options import Json, ModelName, NoGrad
+from graphopt.errors import ArgumentError
+from graphopt.registry import PRESETS
+
+if TYPE_CHECKING:
+    from graphopt.analysis.gradient_order import Device
+    from graphopt.cli.subject import Subject
+    from graphopt.graph import Graph
+    from graphopt.reports.document import Document
+    from graphopt.reports.timeline import Link
+
+DEFAULT_LINK = "10gbe"
+
+
+def report(
+    model: ModelName,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page, such as report.html."),
+    ] = None,
+    passes: Annotated[
+        str,
+        typer.Option("--passes", "-p", metavar="SPEC", help="The passes to report on, or auto."),
+    ] = "auto",
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="MESH", help="Ranks, as dp=64 or pp=4.", show_default=False),
+    ] = None,
+    link: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Machine whose network to assume, such as summit."),
+    ] = DEFAULT_LINK,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Assumed floating-point operations per second of each device."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the time lines for Perfetto."),
+    ] = None,
+    no_grad: NoGrad = False,
+    json: Json = False,
+) -> None:
+    """Write a page about M: modules, passes, time line, memory, formats, factors, parameters.
+
+    The page is one file that needs no network. Nothing is measured: times are a roofline estimate
+    for an assumed device, and messages travel over a model of the named machine.
+
+    JSON: model, passes, level, versions, figures: [[topic, words]], modules: a tree of {path, kind,
+    output, parameters, forward and backward: {ops, flops, bytes, seconds}, saved, formats: FLOPs by
+    format, children}, steps: [{spec, skipped, numerics, nodes, seconds, applied: [{site, what,
+    numbers}], declined: [{site, reason, detail, numbers}]}], time_lines: [{title, assumed, lanes,
+    activities: [{lane, kind, name, start, end}], counters}], memory: {points, peak, peak_at,
+    saved}, factors: {options, blocks} or null, stories: [{name, role, type, module, facts,
+    decisions: [{pass, verdict, words}], planned: [{part, path, words}]}]; in seconds and bytes.
+    """
+    if output is None and trace is None and not json:
+        raise ArgumentError("a report needs a file to go to", hint="-o report.html, or --json")
+    check_flops(flops)
+    with phase("importing torch"):
+        from graphopt.cli.subject import load_subject, rewrite
+        from graphopt.model.arguments import parse_mesh
+    sizes = parse_mesh(mesh)
+    device = assumed_device(flops)
+    subject = load_subject(model, no_grad=no_grad)
+    world = sizes.get("dp", 1)
+    spec = PRESETS.get(passes, (passes, passes))[world > 1]
+    graph, steps = rewrite(subject, _on_link(spec, link), sizes)
+    with phase("gathering the report"):
+        from graphopt.analysis.gradient_order import roofline
+        from graphopt.reports.gather import Sources, document
+
+        found = document(
+            Sources(
+                model=subject.name,
+                passes=spec,
+                captured=subject.graph,
+                rewritten=graph,
+                steps=steps,
+                seconds=roofline(graph, device),
+                assumed=(("compute", words_of(device)),),
+                link=_messages(subject, graph, device, world, link),
+            )
+        )
+    _write(found, output, trace)
+    if json:
+        from dataclasses import asdict
+
+        show_json("report", asdict(found))
+    else:
+        show_text("\n".join(f"wrote {path}" for path in (output, trace) if path))
+
+
+def _messages(subject: Subject, graph: Graph, device: Device, world: int, link: str) -> Link | None:
+    """How the gradients of data-parallel ranks would be grouped and sent."""
+    if world == 1:
+        return None
+    from graphopt.analysis.gradient_order import gradient_order
+    from graphopt.cli.data_parallel import gradients_of
+    from graphopt.grouping.planner import plan
+    from graphopt.network.clusters import cluster
+    from graphopt.reports.timeline import Link
+
+    curve = cluster(link).all_reduce(world)
+    order = gradients_of(graph, subject.name, lambda joint: gradient_order(joint, device))
+    grouping = plan(order.ready, curve, order.backward, times=order.times, world=world)
+    return Link(world, curve, grouping)
+
+
+def _on_link(spec: str, link: str) -> str:
+    """The spec, where passes that would measure the link take the named machine instead."""
+    from dataclasses import replace
+
+    from graphopt.pipeline.spec import format_spec, parse_spec
+
+    passes = parse_spec(spec)
+    named: dict[str, str] = {"link": link}
+    return format_spec(
+        replace(p, **named) if getattr(p, "link", "") == "measure" else p for p in passes
+    )
+
+
+def _write(found: Document, output: Path | None, trace: Path | None) -> None:
+    from graphopt.reports.page import page
+    from graphopt.reports.trace import trace_of
+
+    texts = {output: lambda: page(found), trace: lambda: jsonlib.dumps(trace_of(found))}
+    for path, text in texts.items():
+        if path is None:
+            continue
+        try:
+            path.write_text(text(), encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(
+                f"{str(path)!r} cannot be written: {error.strerror}",
+                hint="name a file in a folder that exists",
+            ) from error
