@@ -14,6 +14,7 @@ from graphopt.pipeline.step import PassStep
 Site = TypeVar("Site", Applied, Declined)
 
 _NAME = re.compile(r"[\w.]+")
+_QUALIFIED = re.compile(r"[._]")
 
 
 class Decisions:
@@ -21,10 +22,10 @@ class Decisions:
 
     def __init__(self, steps: Sequence[PassStep]) -> None:
         self._steps = tuple(steps)
-        self._mentions = [
+        self._said = [
             (
-                [_names(f"{site.site} {site.what}") for site in step.outcome.applied],
-                [_names(f"{site.site} {site.detail}") for site in step.outcome.declined],
+                [_Said(site.site, site.what) for site in step.outcome.applied],
+                [_Said(site.site, site.detail) for site in step.outcome.declined],
             )
             for step in self._steps
         ]
@@ -44,23 +45,32 @@ class Decisions:
             about.add(told.module)
         if removed:
             about.add(told.operator)
+        # In a sentence "view" is a word and "8" a number, unless a node of that name was asked for.
+        spoken = about if told.what == "operator" else set(filter(_QUALIFIED.search, about))
         result = []
-        for step, (applied, declined) in zip(self._steps, self._mentions, strict=True):
+        for step, (applied, declined) in zip(self._steps, self._said, strict=True):
             outcome = replace(
                 step.outcome,
-                applied=_of(step.outcome.applied, applied, about),
-                declined=_of(step.outcome.declined, declined, about),
+                applied=_of(step.outcome.applied, applied, about, spoken),
+                declined=_of(step.outcome.declined, declined, about, spoken),
             )
             result.append(replace(step, outcome=outcome))
         return result
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(_NAME.findall(text))
+class _Said:
+    """The names in a site, and those in the sentence about it."""
+
+    def __init__(self, site: str, sentence: str) -> None:
+        self.site = frozenset(_NAME.findall(site))
+        self.sentence = frozenset(_NAME.findall(sentence))
 
 
 def _of(
-    sites: Iterable[Site], mentions: Iterable[frozenset[str]], about: set[str]
+    sites: Iterable[Site], said: Iterable[_Said], about: set[str], spoken: set[str]
 ) -> tuple[Site, ...]:
-    found = zip(sites, mentions, strict=True)
-    return tuple(site for site, names in found if not names.isdisjoint(about))
+    return tuple(
+        site
+        for site, names in zip(sites, said, strict=True)
+        if not names.site.isdisjoint(about) or not names.sentence.isdisjoint(spoken)
+    )

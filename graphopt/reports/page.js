@@ -105,10 +105,10 @@ function passEntry(step) {
 
 const LEFT = 124, LANE = 26, CURVE = 90, TOP = 22;
 
-function ticks(end) {
-  const step = 10 ** Math.floor(Math.log10(end));
-  const wide = end / step < 2 ? step / 4 : end / step < 5 ? step / 2 : step;
-  return Array.from({ length: Math.floor(end / wide) + 1 }, (_, index) => index * wide);
+function ticks(end, wide) {
+  const power = 10 ** Math.floor(Math.log10(end));
+  const step = [0.1, 0.2, 0.5, 1, 2, 5].map((factor) => factor * power).find((one) => wide * one / end >= 72) ?? end;
+  return Array.from({ length: Math.floor(end / step) + 1 }, (_, index) => index * step);
 }
 
 function chart(line, zoom) {
@@ -118,7 +118,7 @@ function chart(line, zoom) {
   const height = TOP + line.lanes.length * LANE + counters.length * (CURVE + 14) + 8;
   const x = (seconds) => LEFT + wide * seconds / end;
   const picture = make("svg", { width: LEFT + wide + 12, height, role: "img", "aria-label": line.title });
-  for (const seconds of ticks(end)) {
+  for (const seconds of ticks(end, wide)) {
     picture.append(make("line", { class: "grid", x1: x(seconds), x2: x(seconds), y1: TOP - 4, y2: height }),
       make("text", { class: "faint", x: x(seconds) + 3, y: 12 }, seconds ? duration(seconds) : "0"));
   }

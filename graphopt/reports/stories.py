@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from graphopt.analysis.cost import tensor_bytes
 from graphopt.analysis.formats import format_of
@@ -57,7 +58,7 @@ def numbers(values: Mapping[str, Number]) -> str:
 
 def _facts(told: Provenance) -> Iterator[tuple[str, str]]:
     if told.source:
-        yield "source", told.source
+        yield "source", told.source.removeprefix(f"{Path.cwd()}/")
     for half in ("forward", "backward"):
         users = [other for other in told.users if other.phase == half]
         yield from ((f"used in {half}", _words(other)) for other in users[:USERS_TOLD])

@@ -14,11 +14,15 @@ from graphopt.model.surface import restore
 class _Own(nn.Module):
     """A model that shows itself in its own way."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
     def _repr_html_(self) -> str:
         return "mine"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
+        return self.layer(x)
 
 
 def test_a_model_shows_its_modules_folded_and_what_passes_did_in_them() -> None:
@@ -40,5 +44,5 @@ def test_a_model_shows_its_modules_folded_and_what_passes_did_in_them() -> None:
 
 def test_a_models_own_way_stays() -> None:
     model = graphopt.optimize(_Own(), backend="eager")
-    model(torch.randn(2))
+    model(torch.randn(3, 2))
     assert model._repr_html_() == "mine"
