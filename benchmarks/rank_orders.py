@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from benchmarks.harness import keep
 from graphopt.model.surface import report
 from graphopt.network.curve import Curve
 from graphopt.passes import group_gradients, schedule
+from graphopt.passes.schedule import search
+from graphopt.passes.schedule.order import Order, Task
 from graphopt.plan.group_gradients import Reduction
 
 TIMEOUT = 900  # seconds that a rank waits for a message, a stopped machine included
@@ -180,7 +184,7 @@ def run_case(case: Case, rank: int) -> dict[str, int]:
     mine = case.ranks[rank]
     model: Any = graphopt.optimize(
         Branches(case, mine),
-        passes="cleanup,schedule,group_gradients",
+        passes="cleanup,schedule{memory=10},group_gradients",
         backend="eager",
         verify="off",
     )
@@ -215,24 +219,41 @@ def run_case(case: Case, rank: int) -> dict[str, int]:
     }
 
 
-def run_cases(rank: int, world: int, seeds: range, confirms: bool = False) -> Counter[str]:
-    """All cases on this rank, one after the other.
+def run_cases(rank: int, world: int, seeds: range, *, drawn: bool = False) -> Counter[str]:
+    """All cases on this rank, one after the other; orders that are found are taken untried.
 
     Args:
         rank: this one.
         world: number of ranks.
         seeds: of the cases.
-        confirms: whether orders that are found are taken whatever their trial says.
+        drawn: whether each order is drawn from all legal ones. Which ones are searched and found
+            depends on measured times, and often none is.
     """
     # Links of the job itself would all be alike, and so fast that one message is best.
     schedule.link_curve = group_gradients.link_curve = lambda *_: LINK
-    if confirms:
-        schedule.confirmed = lambda choice, ratios: choice
+    schedule.confirmed = lambda choice, ratios: choice
     counts: Counter[str] = Counter()
     for seed in seeds:
+        if drawn:
+            search.LEAST_GAIN = float("-inf")
+            search.best_first = partial(drawn_order, seed)
         torch._dynamo.reset()
         counts.update(run_case(generated(seed, world), rank))
     return counts
+
+
+def drawn_order(seed: int, tasks: Sequence[Task], *_: object) -> list[tuple[float, str, Order]]:
+    """In the form of `best_first`: one order, in which tasks stand behind those that they need."""
+    draw = random.Random(seed)
+    order: list[int] = []
+    while len(order) < len(tasks):
+        may_run = [
+            index
+            for index, task in enumerate(tasks)
+            if index not in order and (task.after < 0 or task.after in order)
+        ]
+        order.append(draw.choice(may_run))
+    return [(0.0, "drawn", tuple(order))]
 
 
 def _rank(rank: int, world: int, folder: str, count: int) -> None:
@@ -244,7 +265,7 @@ def _rank(rank: int, world: int, folder: str, count: int) -> None:
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT),
     )
-    found = run_cases(rank, world, range(count), confirms=True)
+    found = run_cases(rank, world, range(count))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()  # no rank leaves while another may still talk to it
     sys.stdout.flush()

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rank_orders import STEPS, generated, run_cases
+from benchmarks.rank_orders import REORDERED, STEPS, generated, run_cases
 from tests.support.ranks import on_ranks
 
 
 def _cases(rank: int, world: int, seeds: range) -> None:
-    # Most runs find orders for some of the models; which, depends on measured times.
-    found = run_cases(rank, world, seeds, confirms=True)
+    found = run_cases(rank, world, seeds, drawn=True)
     assert found["steps"] == STEPS * len(seeds)
     assert found["models with several messages"] > 0
+    # Rank 0 draws the orders; those with other operators than it keep theirs.
+    assert rank > 0 or found[REORDERED] == len(seeds)
     assert found["steps with gradients that only some ranks have"] > 0
 
 
