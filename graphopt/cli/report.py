@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from graphopt.analysis.gradient_order import Device
     from graphopt.cli.subject import Subject
     from graphopt.graph import Graph
-    from graphopt.reports.document import Document
-    from graphopt.reports.timeline import Link
+    from graphopt.render.report.document import Document
+    from graphopt.render.report.timeline import Link
 
 DEFAULT_LINK = "10gbe"
 
@@ -82,7 +82,7 @@ def report(
     graph, steps = rewrite(subject, _on_link(spec, link), sizes)
     with phase("gathering the report"):
         from graphopt.analysis.gradient_order import roofline
-        from graphopt.reports.gather import Sources, document
+        from graphopt.render.report.gather import Sources, document
 
         found = document(
             Sources(
@@ -113,7 +113,7 @@ def _messages(subject: Subject, graph: Graph, device: Device, world: int, link: 
     from graphopt.cli.data_parallel import gradients_of
     from graphopt.grouping.planner import plan
     from graphopt.network.clusters import cluster
-    from graphopt.reports.timeline import Link
+    from graphopt.render.report.timeline import Link
 
     curve = cluster(link).all_reduce(world)
     order = gradients_of(graph, subject.name, lambda joint: gradient_order(joint, device))
@@ -135,17 +135,20 @@ def _on_link(spec: str, link: str) -> str:
 
 
 def _write(found: Document, output: Path | None, trace: Path | None) -> None:
-    from graphopt.reports.page import page
-    from graphopt.reports.trace import trace_of
+    from graphopt.render.report.page import page
+    from graphopt.render.report.trace import trace_of
 
-    texts = {output: lambda: page(found), trace: lambda: jsonlib.dumps(trace_of(found))}
-    for path, text in texts.items():
-        if path is None:
-            continue
-        try:
-            path.write_text(text(), encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(
-                f"{str(path)!r} cannot be written: {error.strerror}",
-                hint="name a file in a folder that exists",
-            ) from error
+    if output is not None:
+        _save(output, page(found))
+    if trace is not None:
+        _save(trace, jsonlib.dumps(trace_of(found)))
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror}",
+            hint="name a file in a folder that exists",
+        ) from error

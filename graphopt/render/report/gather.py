@@ -21,8 +21,7 @@ from graphopt.graph import Graph, module_of, phase_of
 from graphopt.pipeline.step import PassStep, parts_of
 from graphopt.plan import Phase, PlanPart
 from graphopt.plan.part import to_data
-from graphopt.render.units import count, duration, size
-from graphopt.reports.document import (
+from graphopt.render.report.document import (
     Document,
     Factors,
     Half,
@@ -31,8 +30,9 @@ from graphopt.reports.document import (
     PassEntry,
     TimeLine,
 )
-from graphopt.reports.stories import stories
-from graphopt.reports.timeline import Link, Seconds, memory_points, pipeline_line, step_line
+from graphopt.render.report.stories import stories
+from graphopt.render.report.timeline import Link, Seconds, memory_points, pipeline_line, step_line
+from graphopt.render.units import count, duration, size
 
 NO_FORMAT = "other"
 
@@ -79,7 +79,7 @@ def document(sources: Sources) -> Document:
         steps=tuple(map(_step, sources.steps)),
         time_lines=tuple(lines),
         memory=memory,
-        factors=next((_factors(to_data(p)) for p in parts if p.name == "kfac"), None),
+        factors=next(_factored(parts), None),
         stories=tuple(stories(sources.captured, graph, sources.steps)),
     )
 
@@ -172,9 +172,12 @@ def _staged(parts: Sequence[PlanPart]) -> Iterator[Mapping[str, Any]]:
             yield data
 
 
-def _factors(data: Mapping[str, Any]) -> Factors:
-    options = {key: value for key, value in data.items() if not isinstance(value, (list, dict))}
-    return Factors(options, tuple(map(_block, data["blocks"])))
+def _factored(parts: Sequence[PlanPart]) -> Iterator[Factors]:
+    for part in parts:
+        data = to_data(part)
+        if {"blocks", "damping"} <= data.keys():
+            plain = {k: v for k, v in data.items() if not isinstance(v, (list, dict))}
+            yield Factors(plain, tuple(map(_block, data["blocks"])))
 
 
 def _block(block: Mapping[str, Any]) -> dict[str, Any]:

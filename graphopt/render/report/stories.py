@@ -14,8 +14,8 @@ from graphopt.pipeline.decisions import Decisions
 from graphopt.pipeline.step import PassStep, parts_of
 from graphopt.plan import Role
 from graphopt.plan.reading import mentions
+from graphopt.render.report.document import Story
 from graphopt.render.units import size
-from graphopt.reports.document import Story
 
 USERS_TOLD = 6
 ROLES = (Role.PARAM, Role.BUFFER)

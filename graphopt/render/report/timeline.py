@@ -13,7 +13,7 @@ from torch import fx
 from graphopt.analysis.liveness import alive
 from graphopt.graph import Graph, module_of, operator_name, phase_of
 from graphopt.plan import Phase
-from graphopt.reports.document import Activity, TimeLine
+from graphopt.render.report.document import Activity, TimeLine
 
 if TYPE_CHECKING:
     from graphopt.network.curve import Curve

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from html import escape
 from importlib import resources
 
-from graphopt.reports.document import Document
+from graphopt.render.report.document import Document
 
 
 def page(found: Document) -> str:
@@ -52,4 +52,4 @@ def _inside(found: Document) -> str:
 
 
 def _part(name: str) -> str:
-    return resources.files("graphopt.reports").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("graphopt.render.report").joinpath(name).read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.render.perfetto import trace_events
-from graphopt.reports.document import Document, TimeLine
+from graphopt.render.report.document import Document, TimeLine
 from graphopt.simulate.trace import Span
 
 

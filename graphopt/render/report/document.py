@@ -139,7 +139,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Factors:
-    """What K-FAC does.
+    """The Kronecker factors by which gradients are preconditioned.
 
     Attributes:
         options: of the method, by name.
@@ -183,7 +183,7 @@ class Document:
         steps: one per pass.
         time_lines: one rank's step, and the stages of a pipeline if there are any.
         memory: of one rank's step.
-        factors: where K-FAC is among the passes.
+        factors: where a pass preconditions gradients.
         stories: of parameters and buffers, in the order of the graph.
     """
 

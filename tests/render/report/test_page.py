@@ -18,9 +18,9 @@ from graphopt.analysis.gradient_order import roofline
 from graphopt.capture import capture
 from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
-from graphopt.reports.document import Document
-from graphopt.reports.gather import Sources, document
-from graphopt.reports.page import page
+from graphopt.render.report.document import Document
+from graphopt.render.report.gather import Sources, document
+from graphopt.render.report.page import page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='taken'</script>&<b>"

@@ -22,10 +22,10 @@ from graphopt.network.curve import Curve
 from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Phase, Role
-from graphopt.reports.document import Document, Module
-from graphopt.reports.gather import Sources, document
-from graphopt.reports.timeline import Link
-from graphopt.reports.trace import trace_of
+from graphopt.render.report.document import Document, Module
+from graphopt.render.report.gather import Sources, document
+from graphopt.render.report.timeline import Link
+from graphopt.render.report.trace import trace_of
 from graphopt.testing import joint_graphs
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
