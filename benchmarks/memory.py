@@ -26,10 +26,10 @@ import torch
 
 import graphopt
 from benchmarks.harness import RESULTS, keep
+from benchmarks.tables import FIRST
 from benchmarks.zoo import SMALL, ZOO, Step, step
 
 NAME = "memory_cpu"
-FIRST = "peak of the first call over eager's step"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+FIRST = "peak of the first call over eager's step"
 Results = Mapping[str, Any]
 Lines = Iterator[str]
 
@@ -61,7 +62,8 @@ def memory(results: Results) -> Lines:
     kinds = list(dict.fromkeys(k for found in results.values() for k in found["bytes"]))
     others = [kind for kind in kinds if kind != "eager"]
     names = [f"`{kind}`" if kind != "graphopt" else kind for kind in others]
-    yield from _head("model", "saved by eager, MB", *names, "most of eager, MB", *names)
+    columns = ("saved by eager, MB", *names, "most of eager, MB", *names, "first call")
+    yield from _head("model", *columns)
     over: dict[str, list[float]] = {"saved": [], "peak": []}
     for name, found in results.items():
         cells = [name]
@@ -72,7 +74,7 @@ def memory(results: Results) -> Lines:
                 ours = found["bytes"].get(kind)
                 cells.append(f"{ours[what] / eager:.3f}" if ours else "")
             over[what].append(found["bytes"]["graphopt"][what] / eager)
-        yield _row(*cells)
+        yield _row(*cells, f"{found[FIRST]:.2f}" if FIRST in found else "")
     above = [n for n, found in results.items() if found["peak over eager"] > 1]
     yield ""
     yield (

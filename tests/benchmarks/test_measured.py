@@ -66,7 +66,7 @@ def test_rows_and_columns_come_and_go(tmp_path: Path) -> None:
         "b": {"bytes": {"eager": held, "graphopt": held}, **of},
     }
     _keep(tmp_path, "memory_cpu", models)
-    assert "| b | 0.00 | 1.000 |  | 0.00 | 1.000 |  |" in table("memory", tmp_path)
+    assert "| b | 0.00 | 1.000 |  | 0.00 | 1.000 |  |  |" in table("memory", tmp_path)
 
 
 def test_a_mark_without_a_table() -> None:
