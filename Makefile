@@ -8,10 +8,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick explore lint bench workloads clean
+.PHONY: help demo test quick explore lint bench bench-check workloads clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ lint: $(STAMP) ## check style and types
 bench: $(STAMP) ## measure step times against PyTorch; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.pass_time
+
+bench-check: $(STAMP) ## measure a few figures again, fail where they are far from the kept ones
+	$(BIN)/python -m benchmarks.check
 
 workloads: $(STAMP) ## train the scientific workloads with three seeds, hold them against their criteria
 	$(BIN)/python -m benchmarks.workloads

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -32,27 +33,33 @@ def _eager_seconds(name: str) -> float:
     return statistics.median(times[2:])
 
 
+def measure(name: str, backends: Sequence[str] = BACKENDS) -> dict[str, float]:
+    """Of one model of the corpus."""
+    step = _eager_seconds(name)
+    row = {"eager step, ms": round(1e3 * step, 3)}
+    for backend in backends:
+        found = []
+        for _ in range(3):
+            model, args, kwargs = CORPUS[name].make()
+            graphopt.optimize(model, backend=backend)
+            CORPUS[name].loss(model(*args, **kwargs)).backward()
+            found.append(report(model).specialisations[0])
+        seconds = statistics.median(entry.verification.seconds for entry in found)
+        row[f"{backend}, ms"] = round(1e3 * seconds, 1)
+        row[f"{backend}, eager steps"] = round(seconds / step, 1)
+        row[f"{backend}, share of the capture"] = round(
+            seconds / statistics.median(entry.capture_seconds for entry in found), 3
+        )
+    return row
+
+
 def main() -> None:
+    """Measure all models, print and keep."""
     torch.set_num_threads(1)
     results = {}
     for name in MODELS:
-        step = _eager_seconds(name)
-        row = {"eager step, ms": round(1e3 * step, 3)}
-        for backend in BACKENDS:
-            found = []
-            for _ in range(3):
-                model, args, kwargs = CORPUS[name].make()
-                graphopt.optimize(model, backend=backend)
-                CORPUS[name].loss(model(*args, **kwargs)).backward()
-                found.append(report(model).specialisations[0])
-            seconds = statistics.median(entry.verification.seconds for entry in found)
-            row[f"{backend}, ms"] = round(1e3 * seconds, 1)
-            row[f"{backend}, eager steps"] = round(seconds / step, 1)
-            row[f"{backend}, share of the capture"] = round(
-                seconds / statistics.median(entry.capture_seconds for entry in found), 3
-            )
-        results[name] = row
-        print(name, row, flush=True)
+        results[name] = measure(name)
+        print(name, results[name], flush=True)
     print("kept in", keep("verification_cpu", results).name)
 
 

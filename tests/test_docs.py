@@ -25,6 +25,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import measured
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -253,6 +255,11 @@ def test_pass_pages_are_up_to_date() -> None:
     generator = _generator("generate_passes")
     committed = {p.name: p.read_text() for p in (DOCS / "passes").glob("*.md")}
     assert committed == generator.pages(), "run `python docs/generate_passes.py`"
+
+
+def test_tables_of_figures_are_those_of_the_kept_results() -> None:
+    text = measured.PAGE.read_text()
+    assert text == measured.page(text), "run `python -m benchmarks.measured`"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ OPERATOR = re.compile(r"(?<![\w.])torch\.ops\.(\w+\.\w+\.\w+)\(")
 
 # Operators of ATen that have a function of the same arguments in the same order.
 _FUNCTIONS = {
-    *("_log_softmax.default", "_softmax.default", "add.Tensor", "addmm.default"),
+    *("_log_softmax.default", "_native_batch_norm_legit.default", "_softmax.default"),
+    *("add.Tensor", "add.out", "addmm.default", "div.out", "empty_like.default", "mul.out"),
+    "sub.out",
     *("amax.default", "argmax.default", "bitwise_and.Tensor", "bitwise_not.default"),
     *("bitwise_or.Tensor", "bmm.default", "baddbmm.default", "clone.default"),
     *("convolution.default", "cos.default", "cumsum.default", "detach.default", "div.Scalar"),
@@ -34,7 +36,8 @@ _FUNCTIONS = {
     *("tanh.default", "transpose.int", "unsqueeze.default", "where.self"),
 }
 _METHODS = {
-    *("add_.Scalar", "add_.Tensor", "div_.Scalar", "div_.Tensor", "expand.default"),
+    *("add_.Scalar", "add_.Tensor", "bernoulli_.float", "div_.Scalar", "div_.Tensor"),
+    *("expand.default", "view.dtype"),
     *("mul_.Scalar", "mul_.Tensor", "sub_.Scalar", "sub_.Tensor", "unsqueeze_.default"),
     *("view.default",),
 }

@@ -12,10 +12,13 @@ from torch import fx
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.calls import OPERATOR, bind, unpacked
+from graphopt.runtime.backends.dropout import expand_dropout
 from graphopt.runtime.backends.norms import write_statistics
 from graphopt.runtime.backends.pieces import write_in_place
 from graphopt.runtime.engine.build import inference, training
+from graphopt.runtime.engine.copies import save_sources
 from graphopt.runtime.engine.halves import copy_graph, split
+from graphopt.runtime.engine.lone_tangents import without_zeros
 from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.contest import Contest
 from graphopt.runtime.frozen.fusions import fuse
@@ -37,7 +40,7 @@ class Eager(Backend):
         if not plan.signature.names(Role.TANGENT):
             return inference(plan, session, module, _inference)
         halves = split(module, plan.signature, default_partition)
-        halves = write_statistics(halves, plan.signature)
+        halves = without_zeros(save_sources(write_statistics(halves, plan.signature)))
         return training(plan, session, halves, boxed, boxed)
 
     def function(self, module: fx.GraphModule) -> Executable:
@@ -81,6 +84,7 @@ def boxed(module: fx.GraphModule) -> Executable:
     The module stays as it is; others may make functions of its graph, too.
     """
     graph = copy_graph(module.graph)
+    expand_dropout(graph)
     write_in_place(graph)
     graph.set_codegen(fx.graph._BoxedCodeGen())
     code = graph.python_code("self")

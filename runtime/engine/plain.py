@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from graphopt.plan import Role, Slot
+from graphopt.runtime.engine.lone_tangents import may_lack
 from graphopt.runtime.engine.step import Compile, Half, Source, Step
 from graphopt.runtime.engine.tangents import Expected, Taken
 from graphopt.runtime.engine.written import Before, written_inputs
@@ -50,6 +51,11 @@ class PlainBackward:
             index: Expected.of(node.meta["val"])
             for (kind, index), node in zip(half.sources, placeholders, strict=True)
             if kind == "tangent"
+        }
+        self._may_lack = {
+            index
+            for (kind, index), node in zip(half.sources, placeholders, strict=True)
+            if kind == "tangent" and may_lack(node)
         }
         sources = [_resolved(source, slots) for source in half.sources]
         self._saved, self._own, self._states = (
@@ -93,7 +99,9 @@ class PlainBackward:
             tangents.clear()
         return list(self._in_order(gathered))
 
-    def _tangent(self, step: Step, key: int, tangent: Tensor | None) -> Tensor:
+    def _tangent(self, step: Step, key: int, tangent: Tensor | None) -> Tensor | None:
+        if tangent is None and key in self._may_lack:
+            return None
         expected = self._tangents[key]
         if step.geometry:
             expected = expected.at(step.geometry[key])
