@@ -20,7 +20,7 @@ log = logging.getLogger("graphopt")
 CACHE = JsonCache("inference")
 ROUNDS = 9
 SECONDS = 1.5
-NOISE = 0.01  # by how much one has to be faster than the first to be chosen
+NOISE = 0.02  # by how much one has to be faster than the first to be chosen
 MAKING = 120.0
 """Seconds after which no further executable is made."""
 

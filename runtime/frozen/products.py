@@ -41,7 +41,7 @@ def add_biases_apart(graph: fx.Graph) -> None:
             continue
         shape = [node.meta["val"].shape[1], 1, 1]
         with graph.inserting_before(node):
-            bare = graph.call_function(node.target, (x, weight, None, *rest))  # type: ignore[arg-type]
+            bare = graph.call_function(node.target, (x, weight, None, *rest))
             column = graph.call_function(aten.view.default, (bias, shape))
             added = graph.call_function(aten.add.Tensor, (bare, column))
         bare.meta, added.meta = dict(node.meta), dict(node.meta)
