@@ -1,9 +1,9 @@
 """Inference of models that nobody tuned for, beside `torch.compile` in three settings.
 
-Run ``python -m benchmarks.inference [MODEL[:BATCH] ...]`` on an otherwise idle machine. Without
-arguments, all models of `benchmarks.inference_models` with a batch of 1 and of 4. Each model adds
-Run ``python -m benchmarks.inference [MODEL[:BATCH] ...]`` on an idle machine; without
-in front, code is generated and nothing is kept, so that the next run finds it on the disk.
+Run ``python -m benchmarks.inference [--warm] [MODEL[:BATCH] ...]`` on an otherwise idle machine.
+Without models, all those of `benchmarks.inference_models`, with a batch of 1 and of 4. Each of them
+adds its entry to ``results/inference.json``. With ``--warm`` code is generated and nothing is kept,
+so that the next run finds it on the disk.
 
 Target: over `torch.compile` a median of at most 0.85, and no model above 1.00.
 """
@@ -64,7 +64,7 @@ def measure(name: str, batch: int, is_warm_up: bool) -> dict[str, object]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rounds": rounds,
         "milliseconds": milliseconds(times),
-        "runs": _choice(made["graphopt"]),
+        **_form(made["graphopt"]),
         "difference from eager": different,
         "best peer": best,
     }
@@ -78,14 +78,16 @@ def _difference(result: Tensor, expected: Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
 
-def _choice(model: nn.Module) -> str:
-    """Which of its executables graphopt runs."""
+def _form(model: nn.Module) -> dict[str, object]:
+    """Which of its forms graphopt runs, and what each of them took when it chose."""
     from graphopt.model.surface import controller_of
 
     controller = controller_of(model)
     assert controller is not None
     run = controller.variants[0].engine._forward._run  # type: ignore[attr-defined]
-    return str(getattr(run, "choice", "plain"))
+    seconds = getattr(run, "seconds", {})
+    forms = {name: round(1e3 * value, 3) for name, value in seconds.items()}
+    return {"runs": str(getattr(run, "choice", "plain")), "milliseconds of forms": forms}
 
 
 def main(chosen: list[str]) -> None:

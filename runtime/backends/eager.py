@@ -24,8 +24,9 @@ from graphopt.runtime.frozen.contest import Contest
 from graphopt.runtime.frozen.fusions import fuse
 from graphopt.runtime.frozen.layouts import keep_layouts
 from graphopt.runtime.frozen.packing import pack
-from graphopt.runtime.frozen.prologue import Hoisted, WhileUnchanged, hoist, is_marked
-from graphopt.runtime.frozen.sites import convolution_is_faster, linears
+from graphopt.runtime.frozen.prologue import Hoisted, hoist, is_marked
+from graphopt.runtime.frozen.sites import convolution_is_faster, linear_is_faster, linears
+from graphopt.runtime.frozen.unchanged import WhileUnchanged
 from graphopt.runtime.session import Session
 
 
@@ -52,7 +53,7 @@ def _inference(module: fx.GraphModule) -> Executable:
     if not is_marked(module):
         return boxed(module)
     makers = {"plain": lambda: _plain(module), "packed": lambda: _packed(module)}
-    return Contest(makers, module.graph, "eager")
+    return Contest(makers, module.graph, "eager", unmeasured="packed")
 
 
 def _plain(module: fx.GraphModule) -> Executable:
@@ -65,7 +66,8 @@ def _packed(module: fx.GraphModule) -> Executable | None:
     hoisted = hoist(module)
     fuse(hoisted.main.graph, hoisted.kept, convolution_is_faster)
     keep_layouts(hoisted.main.graph)
-    packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=True)
+    products = filter(linear_is_faster, linears(hoisted.main.graph, hoisted.kept))
+    packed = pack(hoisted, list(products), sums=True)
     if not packed.weights:
         return None
     hoisted.prune()

@@ -20,8 +20,15 @@ from graphopt.runtime.engine.step import Executable
 from graphopt.runtime.frozen.contest import Contest
 from graphopt.runtime.frozen.fusions import fuse
 from graphopt.runtime.frozen.packing import pack
-from graphopt.runtime.frozen.prologue import Hoisted, WhileUnchanged, hoist
-from graphopt.runtime.frozen.sites import convolution_is_faster, linears
+from graphopt.runtime.frozen.products import add_biases_apart, is_product_node
+from graphopt.runtime.frozen.prologue import Hoisted, hoist
+from graphopt.runtime.frozen.sites import (
+    Linear,
+    convolution_is_faster,
+    linear_is_faster,
+    linears,
+)
+from graphopt.runtime.frozen.unchanged import WhileUnchanged
 
 aten = torch.ops.aten
 
@@ -36,26 +43,88 @@ def frozen_inference(module: fx.GraphModule, prepare: Prepare, finish: Finish) -
     """The fastest executable of an inference module with frozen values; see `Contest`."""
     makers = {
         "plain": lambda: _plain(module, prepare, finish),
-        "packed": lambda: _packed(module, prepare, finish),
+        "tuned": lambda: _tuned(module, prepare, finish),
+        "packed": lambda: _packed(module, prepare, finish, _Measured()),
+        "packed throughout": lambda: _packed(module, prepare, finish, _Throughout()),
     }
-    return Contest(makers, module.graph, "inductor")
+    return Contest(makers, module.graph, "inductor", unmeasured="packed")
 
 
 def _plain(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable:
+    return _passed(hoist(module), prepare, finish)
+
+
+def _tuned(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable | None:
+    """With Inductor's search for kernels; it has one for products only."""
+    from torch._inductor import config
+
+    if not any(is_product_node(node) for node in module.graph.nodes):
+        return None
     hoisted = hoist(module)
+    add_biases_apart(hoisted.main.graph)
+    with config.patch(max_autotune=True):
+        return _passed(hoisted, prepare, finish)
+
+
+def _passed(hoisted: Hoisted, prepare: Prepare, finish: Finish) -> Executable:
+    """Kept values are inputs."""
     hoisted.prune()
     kept = range(hoisted.inputs, hoisted.inputs + len(hoisted.kept))
     main = finish(prepare(hoisted.main), kept)
     return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources) if kept else main
 
 
-def _packed(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executable | None:
+class _Measured:
+    """The layers whose packed kernel is faster."""
+
+    def convolution(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether to pack a fused convolution with these arguments."""
+        return _is_possible(arguments) and convolution_is_faster(arguments, is_compiled=True)
+
+    def linear(self, linear: Linear) -> bool:
+        """Whether to pack a product with a weight."""
+        return linear_is_faster(linear)
+
+    def is_of_its_own(self) -> bool:
+        """Whether another selection may be the same."""
+        return True
+
+
+class _Throughout(_Measured):
+    """All layers: what is around a kernel can make up for it."""
+
+    def __init__(self) -> None:
+        self._is_other = False
+
+    def convolution(self, arguments: tuple[Any, ...]) -> bool:
+        """See `_Measured`."""
+        is_possible = _is_possible(arguments)
+        self._is_other |= is_possible and not super().convolution(arguments)
+        return is_possible
+
+    def linear(self, linear: Linear) -> bool:
+        """See `_Measured`."""
+        self._is_other |= not super().linear(linear)
+        return True
+
+    def is_of_its_own(self) -> bool:
+        """See `_Measured`."""
+        return self._is_other
+
+
+def _packed(
+    module: fx.GraphModule, prepare: Prepare, finish: Finish, choose: _Measured
+) -> Executable | None:
+    from torch._inductor import config
+
     hoisted = hoist(module)
-    fuse(hoisted.main.graph, hoisted.kept, _is_wanted)
+    fuse(hoisted.main.graph, hoisted.kept, choose.convolution)
+    add_biases_apart(hoisted.main.graph)
     hoisted.main = prepare(hoisted.main)
     recorded = results_of(hoisted.main)
-    packed = pack(hoisted, linears(hoisted.main.graph, hoisted.kept), sums=False)
-    if not packed.weights:
+    products = filter(choose.linear, linears(hoisted.main.graph, hoisted.kept))
+    packed = pack(hoisted, list(products), sums=False)
+    if not packed.weights or not choose.is_of_its_own():
         return None
     hoisted.put_last(packed.weights)
     hoisted.prune()
@@ -63,15 +132,16 @@ def _packed(module: fx.GraphModule, prepare: Prepare, finish: Finish) -> Executa
     if not restore(hoisted.main, recorded):
         return None
     kept = range(hoisted.inputs, hoisted.inputs + len(hoisted.kept))
-    main = finish(hoisted.main, kept)
+    with config.patch(conv_1x1_as_mm=True):
+        main = finish(hoisted.main, kept)
     return WhileUnchanged(boxed(hoisted.prologue), main, hoisted.sources, constants)
 
 
-def _is_wanted(arguments: tuple[Any, ...]) -> bool:
+def _is_possible(arguments: tuple[Any, ...]) -> bool:
     x = arguments[0].meta["val"]
-    if not all(isinstance(n, int) for n in x.shape) and statically_known_true(x.shape[1] == 1):
-        return False  # Inductor takes the result of the kernel for contiguous then
-    return convolution_is_faster(arguments)
+    # Inductor takes the result of the kernel for contiguous where there is one channel.
+    is_static = all(isinstance(n, int) for n in x.shape)
+    return is_static or not statically_known_true(x.shape[1] == 1)
 
 
 def _hold(hoisted: Hoisted, weights: Sequence[fx.Node]) -> list[Tensor]:

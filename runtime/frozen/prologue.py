@@ -1,8 +1,8 @@
 """Compute what depends only on weights once, and again when a weight changes.
 
 `hoist` cuts a module at its ``graphopt.frozen`` nodes into a prologue, which runs on weights alone,
-and a main module, which takes the prologue's results as further inputs. `WhileUnchanged` runs the
-prologue when it must.
+and a main module, which takes the prologue's results as further inputs. `WhileUnchanged`, in
+`unchanged`, runs the prologue when it must.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ import torch
 from torch import Tensor, fx
 
 import graphopt.ops  # noqa: F401  (registers graphopt::frozen)
-
-# Elements compared per weight. Code that keeps moving averages updates ``.data``, which does not
-# bump the version counter; such an update changes every element.
-SAMPLE = 16
 
 
 @dataclass
@@ -159,60 +155,3 @@ def hoist(module: fx.GraphModule) -> Hoisted:
 
 def _results(prologue: fx.GraphModule) -> list[fx.Node]:
     return list(cast("Sequence[fx.Node]", prologue.graph.output_node().args[0]))
-
-
-class WhileUnchanged:
-    """An executable whose prologue runs again when one of its weights has changed.
-
-    Args:
-        prologue: from weights to frozen values; both executables empty their argument list.
-        main: takes the inputs of the call followed by the frozen values.
-        sources: positions of the weights among the inputs.
-        constants: tensors that the main executable holds; the last values of the prologue go into
-            them instead of to its inputs.
-    """
-
-    def __init__(
-        self, prologue: Any, main: Any, sources: Sequence[int], constants: Sequence[Tensor] = ()
-    ) -> None:
-        self.prologue = prologue
-        self.main = main
-        self.sources = tuple(sources)
-        self.constants = tuple(constants)
-        self.values: list[Tensor] = []
-        self._seen: tuple[tuple[int, int, int], ...] = ()
-        self._samples: list[Tensor] = []
-        self._sampled: Tensor | None = None
-
-    def __call__(self, arguments: list[Any]) -> Sequence[Any]:
-        """Outputs of the main module; empties the list."""
-        weights = [arguments[i] for i in self.sources]
-        if self._changed(weights):
-            values = list(self.prologue(list(weights)))
-            passed = len(values) - len(self.constants)
-            for constant, value in zip(self.constants, values[passed:], strict=True):
-                constant.data = value
-            self.values = values[:passed]
-        arguments.extend(self.values)
-        return cast("Sequence[Any]", self.main(arguments))
-
-    def _changed(self, weights: Sequence[Tensor]) -> bool:
-        seen = tuple((id(t), t.data_ptr(), t._version) for t in weights)
-        known = self._sampled
-        if known is not None and seen == self._seen and torch.equal(self._read(), known):
-            return False
-        self._seen = seen
-        self._samples = [_sample(t) for t in weights]
-        self._sampled = self._read()
-        return True
-
-    def _read(self) -> Tensor:
-        # One concatenation promotes all dtypes to one. Bytes, as NaN is not equal to itself.
-        return torch.cat(self._samples).view(torch.uint8)
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """A view of some elements, spread over the storage."""
-    detached = tensor.detach()
-    step = max(1, tensor.numel() // SAMPLE)
-    return detached.as_strided((-(-tensor.numel() // step),), (step,))

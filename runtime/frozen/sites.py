@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphopt.ops.convolution import reference
 from graphopt.runtime.frozen.fusions import is_supported
+from graphopt.runtime.frozen.products import is_product
 from graphopt.runtime.frozen.prologue import reads_constant
 from graphopt.runtime.frozen.worth import Run, is_faster, sample
 
@@ -33,9 +34,9 @@ class Linear:
 
 
 def linears(graph: fx.Graph, kept: Collection[fx.Node]) -> list[Linear]:
-    """The products with kept weights that a packed kernel computes faster."""
+    """The products with kept weights for which there is a packed kernel."""
     found = (linear_of(node, kept) for node in graph.nodes)
-    return [linear for linear in found if linear is not None and _linear_is_faster(linear)]
+    return [linear for linear in found if linear is not None]
 
 
 def linear_of(node: fx.Node, kept: Collection[fx.Node]) -> Linear | None:
@@ -60,7 +61,8 @@ def linear_of(node: fx.Node, kept: Collection[fx.Node]) -> Linear | None:
     return Linear(node, x, weight, bias)  # type: ignore[arg-type]
 
 
-def _linear_is_faster(linear: Linear) -> bool:
+def linear_is_faster(linear: Linear) -> bool:
+    """Whether the packed kernel computes a product faster."""
     x, value = linear.x.meta["val"], linear.node.meta["val"]
     rows, inputs, outputs = int(x.shape[0]), int(x.shape[1]), int(value.shape[1])
     what = f"linear {value.dtype} {rows} {inputs} {outputs} {linear.bias is not None}"
@@ -95,10 +97,15 @@ def _linear_is_faster(linear: Linear) -> bool:
 # -- convolutions ----------------------------------------------------------------------------------
 
 
-def convolution_is_faster(arguments: tuple[Any, ...]) -> bool:
+def convolution_is_faster(arguments: tuple[Any, ...], is_compiled: bool = False) -> bool:
     """Whether a packed kernel runs a fused convolution faster than PyTorch's operators do.
 
     Where sizes are symbols, there is nothing to measure, and the packed kernel is taken.
+
+    Args:
+        arguments: of the fused operator.
+        is_compiled: what comes after the convolution is one pass over its result then, and a
+            product over channels runs as one.
     """
     x, weight, bias, *geometry, other, post, scalars, algorithm = arguments
     given, kernel = x.meta["val"], weight.meta["val"]
@@ -107,7 +114,7 @@ def convolution_is_faster(arguments: tuple[Any, ...]) -> bool:
     stride, padding, dilation, groups = geometry
     what = (
         f"convolution {given.dtype} {tuple(given.shape)} {tuple(kernel.shape)} {bias is not None} "
-        f"{geometry} {other is not None} {post} {scalars} {algorithm}"
+        f"{geometry} {other is not None} {post} {scalars} {algorithm} {is_compiled}"
     )
 
     def make() -> tuple[Run, Run]:
@@ -131,11 +138,20 @@ def convolution_is_faster(arguments: tuple[Any, ...]) -> bool:
             return kernels(values, added, reordered, offset, *call, *sums)
 
         def plain() -> object:
-            return reference(
-                *(values, weights, offset, stride, padding, dilation, groups),
-                *(added, post, scalars, algorithm),
-            )
+            geometry = (stride, padding, dilation, groups)
+            return reference(values, weights, offset, *geometry, added, post, scalars, algorithm)
 
-        return packed, plain
+        rows, matrix = values.permute(0, 2, 3, 1).flatten(0, 2), weights.flatten(1).t()
+        multiplies = is_product(weight, stride, padding, dilation, groups)
+        is_bare = bias is None and other is None and post == "none"
+
+        def compiled() -> object:
+            if multiplies:
+                y = torch.mm(rows, matrix)
+            else:
+                y = torch.conv2d(values, weights, None, stride, padding, dilation, groups)
+            return y if is_bare else y.relu_()
+
+        return packed, compiled if is_compiled else plain
 
     return is_faster(what, make)

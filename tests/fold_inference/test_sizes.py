@@ -14,6 +14,7 @@ import graphopt
 from graphopt.model.controller import controller_of
 from graphopt.passbase import PassContext
 from graphopt.passes.fold_inference import FoldInference
+from graphopt.runtime.frozen import contest
 from graphopt.runtime.frozen.fusions import fuse
 from graphopt.runtime.frozen.packing import pack
 from graphopt.runtime.frozen.prologue import hoist
@@ -62,7 +63,9 @@ SIZES = ((4, 8, 8), (6, 8, 8), (3, 12, 10), (2, 16, 16), (5, 9, 11))
 
 
 @torch.no_grad()
-def test_images_of_many_sizes_take_three_captures() -> None:
+def test_images_of_many_sizes_take_three_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Bits are compared, and the forms that a measurement chooses among round differently.
+    monkeypatch.setattr(contest, "_kept", lambda *_: "plain")
     batches = [images(*size) for size in SIZES]
     assert trained_equal(_evaluated, "cleanup,fold_inference", batches).made == 3
 
