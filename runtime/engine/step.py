@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Slot
-from graphopt.runtime.engine.written import Before
+from graphopt.runtime.engine.tangents import Expected
+from graphopt.runtime.engine.written import Before, written_inputs
 
 # Takes a list of arguments, empties it, returns the outputs.
 Executable = Callable[[list[Any]], Sequence[Any]]
@@ -35,6 +36,21 @@ class Half:
     module: fx.GraphModule
     slots: tuple[Slot, ...]
     sources: tuple[Source, ...]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Which of its arguments its operators write into."""
+        return written_inputs(self.module.graph)
+
+    @property
+    def tangents(self) -> dict[int, Expected]:
+        """The geometry of those of its arguments that are tangents, by position."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return {
+            index: Expected.of(node.meta["val"])
+            for (kind, index), node in zip(self.sources, placeholders, strict=True)
+            if kind == "tangent"
+        }
 
 
 @dataclass(eq=False)
