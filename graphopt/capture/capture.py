@@ -310,22 +310,23 @@ class _Keeping:
             return None
         call = self.call
         given = (call.model, call.forward, call.args, call.kwargs)
+        made = behind(kept.digest)  # what it warns of is heard here
         try:
             with dynamo_settings(), _drawing_nothing(), _keeping_garbage():
-                entry = found(kept.entry, *given, lambda: behind(kept.digest))
+                entry = found(kept.entry, *given, made)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
                 self.store.damaged(self.key, str(misfit))
             log.info("the kept capture is not for this call: %s", misfit)
             return None
-        bind, made = entry.bind, entry.graph
+        bind, graph = entry.bind, entry.graph
         positions = sharing.watched(entry.slots, entry.signature.names(Role.MUTATION))
-        checked = made.fx if made is not None and has_checks(made.fx) else None
+        checked = graph.fx if graph is not None and has_checks(graph.fx) else None
         if positions or checked is not None:
             prepare = sharing.prepared(entry.slots, entry.inputs, positions)
             bind = or_plain(bind, call.forward, prepare, checked)
         return Capture(
-            made=made,
+            made=graph,
             aliases=entry.aliases,
             route="kept",
             seconds=0.0,

@@ -177,7 +177,7 @@ def _step(data: Any) -> PassStep:
     outcome = Outcome(
         from_data(tuple[Applied, ...], data["applied"]),
         from_data(tuple[Declined, ...], data["declined"]),
-        tables=from_data(Mapping[str, tuple[Row, ...]], data["tables"]),
+        tables=from_data(dict[str, tuple[Row, ...]], data["tables"]),
     )
     before, after = from_data(tuple[int, int], data["nodes"])
     spec, skipped = from_data(tuple[str, str], (data["spec"], data["skipped"]))

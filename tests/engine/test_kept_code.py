@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import operator
 import weakref
 from typing import Any
 
@@ -47,7 +48,7 @@ def _graph() -> fx.GraphModule:
     )
     graph.call_function(aten.add_.Tensor, (made, y))
     large = graph.call_function(aten.max.dim, (made, 0))
-    first = graph.call_function(__import__("operator").getitem, (large, 0))
+    first = graph.call_function(operator.getitem, (large, 0))
     graph.output((total, first, None))
     return fx.GraphModule(torch.nn.Module(), graph)
 

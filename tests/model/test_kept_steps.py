@@ -265,7 +265,7 @@ def test_what_is_poisoned_is_no_step(
     file.write_text(signed(file, POISONS[name](body(file))))
     with pytest.warns(RuntimeWarning, match="is damaged and is made anew") as said:
         second = step()
-    assert len(said) == 1
+    assert len([w for w in said if "a kept" in str(w.message)]) == 1
     assert second.bits == first.bits
     assert capsys.readouterr().out == ""
     with warnings.catch_warnings():
@@ -331,6 +331,6 @@ def test_a_full_folder_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.warns(RuntimeWarning) as said:
         assert not step().taken
-    assert [str(w.message).partition(" (")[0] for w in said] == [
-        "captures cannot be kept for later processes: No space left on device"
-    ]
+    messages = [str(w.message).partition(" (")[0] for w in said]
+    told = "captures cannot be kept for later processes: No space left on device"
+    assert [m for m in messages if "kept" in m] == [told]

@@ -149,7 +149,7 @@ def found(
     forward: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    behind: Callable[[], Behind | None] = lambda: None,
+    behind: Behind | None = None,
 ) -> Entry:
     """The capture that was written, if it is one for this call.
 
@@ -159,7 +159,7 @@ def found(
         forward: its function.
         args: of the call.
         kwargs: of the call.
-        behind: looks for what an earlier process has made of the graph.
+        behind: what an earlier process has made of the graph, which is not made then.
 
     Raises:
         Misfit: it is not.
@@ -187,7 +187,7 @@ def _bound(
     model: nn.Module,
     forward: Callable[..., object],
     guard: Guard,
-    behind: Callable[[], Behind | None],
+    behind: Behind | None,
 ) -> Entry:
     places, results, notes = (data.get(name) for name in ("inputs", "results", "notes"))
     functions = data.get("functions")
@@ -198,19 +198,19 @@ def _bound(
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
     make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
-    made, graph = behind(), None
-    if made is None:
+    graph = None
+    if behind is None:
         graph, aliases = read_graph(data.get("graph"))
         signature = graph.signature
     else:
-        signature, aliases = made.plan.signature, made.plan.aliases
+        signature, aliases = behind.plan.signature, behind.plan.aliases
     slots = tuple(slot for slot in signature.inputs if slot.role in _PRIMAL)
     names = name_inputs(model, inputs, [slot.name for slot in slots][: len(inputs)]) if len(
         slots
     ) == len(inputs) else ()  # fmt: skip
     if names != slots:
         raise Unreadable("the inputs of its graph are others")
-    for node, tensor in zip(graph.inputs if graph else (), inputs, strict=False):
+    for node, tensor in zip(graph.inputs if graph is not None else (), inputs, strict=False):
         value = node.meta["val"]
         if (value.shape, value.stride(), value.dtype) != (
             tensor.shape,
@@ -230,4 +230,4 @@ def _bound(
         return call
 
     told = tuple(map(str, notes))
-    return Entry(graph, made, signature, aliases, inputs, slots, bind, guard, told, functions)
+    return Entry(graph, behind, signature, aliases, inputs, slots, bind, guard, told, functions)
