@@ -1,70 +1,45 @@
 """The first step of a model in a new process: cold, and warm from what an earlier one has kept.
 
-    python -m benchmarks.first_call eager
-    python -m benchmarks.first_call inductor
+    python -m benchmarks.first_call eager [MODEL ...]
+    python -m benchmarks.first_call inductor [MODEL ...]
 
-Each measurement is a process of its own with a cache folder of its own; the warm one is a second
-process with that folder. The time is that of the first call and its backward, from the model as it
-was built: capture, passes, verification and backend. Seconds of the wall, and of the processor,
-which says more where the machine is not idle. Peers: `torch.compile` with ``aot_eager``, which has
-no code generator, and with Inductor, cold and with its caches.
+Each measurement is a process of its own; those of one variant share a new cache folder, so that the
+first is cold and the others are warm. The time is that of the first call and its backward, from the
+model as it was built: capture, passes, verification, backend and the step itself. Seconds of the
+wall, and of the processor, which says more where the machine is not idle. Peers: `torch.compile`
+with ``aot_eager``, which has no code generator, and with Inductor, cold and with its caches.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import keep
+from benchmarks.harness import RESULTS, keep
+from benchmarks.inference_models import make
 
 VARIANTS = {
     "eager": ("graphopt eager", "torch.compile aot_eager"),
     "inductor": ("graphopt inductor", "torch.compile inductor"),
 }
-
-
-class Block(nn.Module):
-    """Of a ResNet-18."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.short = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.short = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions and a short cut."""
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.short(x))
-
-
-class Dense(nn.Module):
-    """A layer of a DenseNet."""
-
-    def __init__(self, inputs: int, growth: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(4 * growth)
-        self.conv1 = nn.Conv2d(inputs, 4 * growth, 1, bias=False)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All earlier channels, and new ones."""
-        y = self.conv1(F.relu(self.norm1(x)))
-        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+OWN = "transformer24"
+MODELS = (
+    *("resnet18", "mobilenet_v3", "densenet121", "convnext", "unet", "swin", "gpt2"), OWN,
+)  # fmt: skip
+CLOCKS = ("wall", "processor")
 
 
 class Attention(nn.Module):
@@ -88,40 +63,6 @@ class Attention(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-def resnet18() -> tuple[nn.Module, Tensor]:
-    """20 convolutions, an eighth of the width."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    inputs = 8
-    for outputs in (8, 16, 32, 64):
-        for stride in (1 if outputs == 8 else 2, 1):
-            layers.append(Block(inputs, outputs, stride))
-            inputs = outputs
-    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    return nn.Sequential(*layers, *tail), torch.randn(2, 3, 32, 32)
-
-
-def densenet121() -> tuple[nn.Module, Tensor]:
-    """120 convolutions, an eighth of the width."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 1, 1, bias=False)]
-    width = 8
-    for count in (6, 12, 24, 16):
-        for _ in range(count):
-            layers.append(Dense(width, 4))
-            width += 4
-        halved = nn.Conv2d(width, width // 2, 1, bias=False)
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), halved, nn.AvgPool2d(2)]
-        width //= 2
-    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-    return nn.Sequential(*layers, *tail), torch.randn(2, 3, 32, 32)
-
-
-def vit() -> tuple[nn.Module, Tensor]:
-    """12 blocks of a vision transformer."""
-    patches = (nn.Conv2d(3, 64, 8, 8), nn.Flatten(2), Swapped())
-    blocks = (Attention(64, causal=False) for _ in range(12))
-    return nn.Sequential(*patches, *blocks, nn.Linear(64, 10)), torch.randn(2, 3, 32, 32)
-
-
 def transformer24() -> tuple[nn.Module, Tensor]:
     """24 blocks of a language model."""
     blocks = (Attention(64, causal=True) for _ in range(24))
@@ -129,28 +70,14 @@ def transformer24() -> tuple[nn.Module, Tensor]:
     return net, torch.randint(0, 100, (2, 32))
 
 
-class Swapped(nn.Module):
-    """Channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Swap the last two dimensions."""
-        return x.transpose(1, 2)
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "resnet18": resnet18,
-    "densenet121": densenet121,
-    "vit": vit,
-    "transformer24": transformer24,
-}
-
-
-def first_step(model: str, variant: str) -> dict[str, float]:
-    """Seconds of the first step in this process."""
+def first_step(name: str, variant: str) -> dict[str, object]:
+    """Seconds of the first step in this process, and of another one."""
     import graphopt
+    from graphopt.model.surface import report
 
     torch.manual_seed(0)
-    net, x = MODELS[model]()
+    net, x = transformer24() if name == OWN else make(name, batch=1)
+    net.train()
     net(x).float().square().mean().backward()  # kernels of the library are ready
     net.zero_grad()
     run: Callable[[Tensor], Tensor] = net
@@ -158,44 +85,91 @@ def first_step(model: str, variant: str) -> dict[str, float]:
         graphopt.optimize(net, backend=variant.split()[1])
     else:
         run = torch.compile(net, backend=variant.split()[1])
-    wall, processor = time.perf_counter(), time.process_time()
-    run(x).float().square().mean().backward()
-    return {
-        "wall": round(time.perf_counter() - wall, 3),
-        "processor": round(time.process_time() - processor, 3),
-    }
+    seconds = []
+    for _ in range(2):
+        wall, processor = time.perf_counter(), _processor()
+        run(x).float().square().mean().backward()
+        seconds.append({
+            "wall": round(time.perf_counter() - wall, 3),
+            "processor": round(_processor() - processor, 3),
+        })  # fmt: skip
+    said = {}
+    if run is net:
+        made = report(net).specialisations[-1]
+        said = {"route": made.route, "unkept": made.unkept, "backend": made.backend.backend}
+    return {"first": seconds[0], "second": seconds[1], **said}
 
 
-def measured(model: str, variant: str) -> dict[str, dict[str, float]]:
-    """Cold and warm, in two processes with one new cache folder."""
-    found = {}
+def _processor() -> float:
+    """Of this process and of the compilers that it has started and seen end."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
+
+
+def measured(name: str, variants: Sequence[str], warm: int = 3) -> dict[str, dict[str, Any]]:
+    """Cold once and warm some times, each in a process; the variants take turns."""
+    found: dict[str, dict[str, Any]] = {v: {"cold": None, "warm": []} for v in variants}
     with tempfile.TemporaryDirectory() as folder:
-        own = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-        for state in ("cold", "warm"):
-            child = [sys.executable, "-m", "benchmarks.first_call", model, variant]
-            run = subprocess.run(
-                child, env={**os.environ, **own}, capture_output=True, text=True, check=True
-            )
-            found[state] = json.loads(run.stdout.splitlines()[-1])
+        for turn in range(1 + warm):
+            order = list(variants)
+            random.Random(turn).shuffle(order)
+            for variant in order:
+                one = _process(name, variant, f"{folder}/{variant.replace(' ', '_')}")
+                if turn == 0:
+                    found[variant]["cold"] = one
+                else:
+                    found[variant]["warm"].append(one)
     return found
 
 
-def main(backend: str) -> None:
-    """Measure all models and keep the result."""
-    results: dict[str, object] = {}
-    for model in MODELS:
-        times = {variant: measured(model, variant) for variant in VARIANTS[backend]}
-        shares = {
-            name: round(t["warm"]["processor"] / t["cold"]["processor"], 3)
-            for name, t in times.items()
+def _process(name: str, variant: str, folder: str) -> Any:
+    own = {
+        "XDG_CACHE_HOME": folder,
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # so that its compilers are children of the process
+    }
+    child = [sys.executable, "-m", "benchmarks.first_call", name, "--as", variant]
+    run = subprocess.run(
+        child, env={**os.environ, **own}, capture_output=True, text=True, check=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def share(one: Mapping[str, Any], clock: str) -> float:
+    """The median warm call as a share of the cold one."""
+    warm = statistics.median(run["first"][clock] for run in one["warm"])
+    return round(warm / one["cold"]["first"][clock], 3)
+
+
+def main(backend: str, names: Sequence[str]) -> None:
+    """Measure some models; results of others that are there stay."""
+    file = RESULTS / "first_call.json"
+    results: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
+    for name in names:
+        times = measured(name, VARIANTS[backend])
+        ours, peer = (times[variant] for variant in VARIANTS[backend])
+        entry = {
+            "threads": torch.get_num_threads(),
+            "quiet": os.nice(0) == 0,
+            "warm over cold": {
+                variant: {clock: share(one, clock) for clock in CLOCKS}
+                for variant, one in times.items()
+            },
+            "cold over the peer's cold": {
+                clock: round(ours["cold"]["first"][clock] / peer["cold"]["first"][clock], 3)
+                for clock in CLOCKS
+            },
+            "runs": times,
         }
-        results[model] = {"seconds": times, "warm over cold, processor": shares}
-        print(model, json.dumps(results[model]), flush=True)
-    keep(f"first_call_{backend}", {"threads": torch.get_num_threads(), "models": results})
+        results.setdefault(backend, {})[name] = entry
+        shown = {key: value for key, value in entry.items() if key != "runs"}
+        print(backend, name, json.dumps(shown), flush=True)
+        keep("first_call", results)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(first_step(*sys.argv[1:])))
+    if "--as" in sys.argv:
+        print(json.dumps(first_step(sys.argv[1], sys.argv[3])))
     else:
-        main(sys.argv[1])
+        main(sys.argv[1], sys.argv[2:] or MODELS)

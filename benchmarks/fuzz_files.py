@@ -386,8 +386,46 @@ def caches() -> Try:
     return attempt
 
 
+def kept() -> Try:
+    """A kept capture and a kept step, changed and signed anew."""
+    folder = Path(tempfile.mkdtemp())
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    from graphopt.capture.kept import Misfit, found
+    from graphopt.model.kept_steps import STORE, Steps
+    from graphopt.passes.cleanup import Cleanup
+    from graphopt.pipeline import Pipeline
+    from graphopt.runtime.session import Session
+
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, plain = torch.randn(4, 8), copy.deepcopy(net)
+    graphopt.optimize(net, (x,), backend="eager", passes="cleanup")
+    names = ("captures", "steps")
+    files = [next((folder / "graphopt" / name).iterdir()) for name in names]
+    capture, step = (json.loads(file.read_text().partition("\n")[2]) for file in files)
+    capture["graph"] = json.loads(capture["graph"])
+    steps = Steps.of(Pipeline((Cleanup(),)), {}, "eager", "off", Session())
+    assert steps is not None
+
+    def attempt(rng: random.Random) -> str:
+        entry = copy.deepcopy(rng.choice([capture, step]))
+        _change(rng, entry)
+        if "engine" in entry or "plan" in entry:
+            STORE.write(steps.key("digest"), entry)
+            return TAKEN if steps.found("digest") else REFUSED
+        if rng.random() < 0.95:
+            entry["graph"] = json.dumps(entry.get("graph"))
+        try:
+            one = found(entry, plain, nn.Sequential.forward, (x,), {})
+        except Misfit:
+            return REFUSED
+        return TAKEN if one.guard(plain, x) else WRONG
+
+    return attempt
+
+
 KINDS: dict[str, Callable[[], Try]] = {
     "texts": texts, "plans": plans, "states": states, "files": files, "caches": caches,
+    "kept": kept,
 }  # fmt: skip
 
 
@@ -440,7 +478,7 @@ def _in_processes(kind: str, count: int, seed: int) -> Counter[str]:
     return found
 
 
-SHARES = {"texts": 0.4, "plans": 0.3, "states": 0.1, "files": 0.1, "caches": 0.1}
+SHARES = {"texts": 0.4, "plans": 0.25, "states": 0.1, "files": 0.1, "caches": 0.1, "kept": 0.05}
 
 
 def main() -> None:

@@ -103,13 +103,18 @@ def inference(results: Results) -> Lines:
 
 
 def first_call(results: Results) -> Lines:
-    """First calls of ``benchmarks.first_call``."""
-    yield from _head("model", "", "cold, s", "warm, s", "warm over cold, processor")
-    for name, found in results["models"].items():
-        shares = found["warm over cold, processor"]
-        for variant, times in found["seconds"].items():
-            cold, warm = (f"{times[state]['wall']:.2f}" for state in ("cold", "warm"))
-            yield _row(name, variant, cold, warm, f"{shares[variant]:.3f}")
+    """First calls of ``benchmarks.first_call``: seconds of the wall."""
+    yield from _head("model", "", "later step", "cold", "warm", "warm over cold")
+    for backend in results.values():
+        for name, found in backend.items():
+            for variant, runs in found["runs"].items():
+                later = statistics.median(run["second"]["wall"] for run in runs["warm"])
+                warm = statistics.median(run["first"]["wall"] for run in runs["warm"])
+                share = found["warm over cold"][variant]["wall"]
+                cold = runs["cold"]["first"]["wall"]
+                yield _row(
+                    name, variant, f"{later:.2f}", f"{cold:.2f}", f"{warm:.2f}", f"{share:.2f}"
+                )
 
 
 def overlap(results: Results) -> Lines:
@@ -155,8 +160,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], Iterable[str]]]] = {
     "zoo_steps": ("zoo_steps_cpu", zoo_steps),
     "memory": ("memory_cpu", memory),
     "inference": ("inference", inference),
-    "first_call_eager": ("first_call_eager", first_call),
-    "first_call_inductor": ("first_call_inductor", first_call),
+    "first_call": ("first_call", first_call),
     "overlap": ("overlap", overlap),
     "job_faults": ("job_faults", job_faults),
 }

@@ -29,6 +29,7 @@ from graphopt.model.backend_choice import Built, choose, timed
 from graphopt.model.bands import PerBand, band_of
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
 from graphopt.model.forward_passes import ForwardPasses
+from graphopt.model.kept_steps import KeptStep, Steps, told_of
 from graphopt.model.parametrize import named_parameters
 from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
@@ -107,6 +108,11 @@ class Compiler(Specialiser):
         level = "structure" if self.verify == "eager" else self.verify
         ctx = PassContext(session.ranks, self.mesh, session.states, decided=session.decided)
         early = ForwardPasses(self.pipeline, ctx, level)
+        kept = (
+            Steps.of(self.pipeline, self.mesh, self.backend, self.verify, session)
+            if remember and self.cache == "verified"
+            else None
+        )
         captured = capture(
             model,
             args,
@@ -117,7 +123,10 @@ class Compiler(Specialiser):
             rewrite=early.rewriter,
             symbols=not self.constant_sizes(),
             store=Store() if self.cache != "off" else None,
+            behind=kept.found if kept else lambda _: None,
         )
+        if isinstance(captured.behind, KeptStep):
+            return self._again(captured, captured.behind, model, args, kwargs, session)
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
             check_kept(self.pipeline, sizes, captured.keeps[0], forward)
@@ -172,6 +181,11 @@ class Compiler(Specialiser):
         if chosen.bands is not None and others and band is not None:
             calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
             call = PerBand(chosen.bands, calls, captured.sizes_of, partial(timed, session), band)
+        found, told = features.features_of(captured.graph), told_of(built.engine)
+        if kept and captured.digest and chosen.bands is None and (ran or not compares):
+            level = str(captured.graph.level)
+            behind = KeptStep(level, plan, built.engine, steps, choice, verification, found, roles)
+            kept.keep(captured.digest, captured.graph, behind, told, ran)
         entry = Specialisation(
             signature=describe_call(model, args, kwargs),
             level=str(captured.graph.level),
@@ -181,7 +195,7 @@ class Compiler(Specialiser):
             backend=choice,
             verification=verification,
             plan=plan,
-            notes=captured.notes + features.note(features.features_of(captured.graph)),
+            notes=captured.notes + features.note(found),
             sizes=captured.sizes,
             numbers=tuple(sorted(map(readable, captured.numbers))),
             unkept=captured.unkept,
@@ -195,6 +209,38 @@ class Compiler(Specialiser):
             entry,
             roles,
             numbers=captured.numbers,
+            changed=captured.changed,
+        )
+
+    def _again(
+        self,
+        captured: Capture,
+        step: KeptStep,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        session: Session,
+    ) -> Variant:
+        """The variant of a step that an earlier process has made."""
+        session.agree(step.plan, captured.functions if model.training else "")
+        entry = Specialisation(
+            signature=describe_call(model, args, kwargs),
+            level=step.level,
+            route=captured.route,
+            capture_seconds=captured.seconds,
+            steps=step.steps,
+            backend=step.backend,
+            verification=step.verification,
+            plan=step.plan,
+            notes=captured.notes + features.note(step.features),
+        )
+        return Variant(
+            captured.bind(features.watched(step.engine, step.features)),
+            step.engine,
+            captured.holds,
+            captured.failure,
+            entry,
+            step.roles,
             changed=captured.changed,
         )
 

@@ -214,6 +214,9 @@ class Pass:
             decides it.
         symbolic: whether it takes graphs in which sizes of inputs are symbols. Where a pass of a
             pipeline does not, each size has a graph of its own.
+        lasting: whether what it does follows from the graph, its options and the mesh alone, so
+            that a later process may take it over: it measures nothing, and looks at no value of a
+            tensor.
         idempotent: whether a second application, right after the first, changes nothing.
         source: the publication that the method comes from, if any.
     """
@@ -230,6 +233,7 @@ class Pass:
     owns_step: ClassVar[bool] = False
     on_one_rank: ClassVar[bool] = False
     symbolic: ClassVar[bool] = False
+    lasting: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     source: ClassVar[str] = ""
 

@@ -119,6 +119,9 @@ def test_runtime_knows_the_ground_floor_only() -> None:
         # with symbols, and minimum cuts: plain functions of graphs and numbers.
         *("graphopt.partitioning.split", "graphopt.partitioning.place", "graphopt.schedules"),
         *("graphopt.analysis.aliasing", "graphopt.analysis.cut", "graphopt.analysis.fakes"),
+        # Which operators data may call, by which names, with which arguments.
+        *("graphopt.text.names", "graphopt.text.operators", "graphopt.text.elements"),
+        "graphopt.text.syntax",
     )
     for file in _files("runtime"):
         own = {n for n in _all_imports(file) if n.startswith("graphopt.")}

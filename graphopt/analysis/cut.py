@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 SOURCE, SINK = "source", "sink"
 
@@ -34,6 +32,10 @@ class Network:
         """What the source still reaches once the largest flow is subtracted."""
         if not self._edges:
             return {SOURCE}
+        # Half a second to import, and few models have a cut to find.
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
         count, keys = len(self._numbers), list(self._edges)
         total = sum(self._edges.values())
         scale = _LARGEST / total if total > 0 else 1.0

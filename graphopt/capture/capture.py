@@ -21,11 +21,11 @@ from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.functions import functions_of
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.kept import (
+    Behind,
     Misfit,
     Store,
     Unkept,
     Unreadable,
-    digest_of,
     entry_of,
     found,
     key_of,
@@ -49,7 +49,8 @@ class Capture:
     """One model, captured for one kind of call.
 
     Attributes:
-        graph: the joint graph, or the inference graph where nothing requires a gradient.
+        made: the joint graph, or the inference graph where nothing requires a gradient; ``None``
+            where an earlier process has done what follows, see `behind`.
         aliases: outputs of the model that are inputs of it, or views of inputs; they are not
             outputs of the graph.
         route: where it comes from: ``"dynamo"``, or ``"kept"`` by an earlier process.
@@ -70,9 +71,10 @@ class Capture:
         unkept: why later processes do not find it; empty if they do, or if nothing is kept.
         digest: of what is kept; empty where nothing is.
         functions: what forward calls, a line each; equal on ranks that compute the same.
+        behind: what an earlier process has made of the graph, where that was looked for.
     """
 
-    graph: Graph
+    made: Graph | None
     aliases: tuple[OutputAlias, ...]
     route: str
     seconds: float
@@ -91,6 +93,13 @@ class Capture:
     unkept: str = ""
     digest: str = ""
     functions: str = ""
+    behind: Behind | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, where it was made."""
+        assert self.made is not None
+        return self.made
 
     @property
     def symbolic(self) -> bool:
@@ -109,6 +118,7 @@ def capture(
     rewrite: Rewriter | None = None,
     symbols: bool = True,
     store: Store | None = None,
+    behind: Callable[[str], Behind | None] = lambda _: None,
 ) -> Capture:
     """Capture one call of `model` as one graph.
 
@@ -125,6 +135,8 @@ def capture(
             inputs, the capture is for looking at: no call of the model has them.
         symbols: whether numbers may be symbols of the graph.
         store: where captures of earlier processes are, and where this one is kept.
+        behind: looks for what an earlier process has made of a kept graph, by its digest. Where it
+            finds something, the graph is not made.
 
     Returns:
         The captured graph, in the mode the call would run in now (``training``, grad mode,
@@ -148,7 +160,7 @@ def capture(
     wanted = Numbers(frozenset(numbers), symbols)
     keeping = _Keeping.of(call, wanted, store)
     with tracing_alone(), checkpoints.without_hooks():
-        if (kept := keeping.found()) is not None:
+        if (kept := keeping.found(behind)) is not None:
             return replace(kept, seconds=time.perf_counter() - start)
         made = _with_numbers(replace(call, describe=bool(keeping)), wanted)
     if checkpointed and made.state:
@@ -156,7 +168,7 @@ def capture(
     flat = made.flat
     unkept, digest = keeping.keep(made)
     return Capture(
-        graph=made.graph,
+        made=made.graph,
         aliases=made.aliases,
         route=flat.route,
         seconds=time.perf_counter() - start,
@@ -291,27 +303,30 @@ class _Keeping:
     def __bool__(self) -> bool:
         return self.store is not None
 
-    def found(self) -> Capture | None:
+    def found(self, behind: Callable[[str], Behind | None]) -> Capture | None:
         """The capture that an earlier process has kept for this call."""
-        data = self.store.read(self.key) if self.store else None
-        if data is None:
+        kept = self.store.read(self.key) if self.store else None
+        if kept is None:
             return None
         call = self.call
+        given = (call.model, call.forward, call.args, call.kwargs)
+        made = behind(kept.digest)  # what it warns of is heard here
         try:
             with dynamo_settings(), _drawing_nothing(), _keeping_garbage():
-                entry = found(data, call.model, call.forward, call.args, call.kwargs)
+                entry = found(kept.entry, *given, made)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
                 self.store.damaged(self.key, str(misfit))
             log.info("the kept capture is not for this call: %s", misfit)
             return None
-        bind = entry.bind
-        positions = sharing.watched(entry.slots, entry.graph.signature.names(Role.MUTATION))
-        if positions or has_checks(entry.graph.fx):
+        bind, graph = entry.bind, entry.graph
+        positions = sharing.watched(entry.slots, entry.signature.names(Role.MUTATION))
+        checked = graph.fx if graph is not None and has_checks(graph.fx) else None
+        if positions or checked is not None:
             prepare = sharing.prepared(entry.slots, entry.inputs, positions)
-            bind = or_plain(bind, call.forward, prepare, entry.graph.fx)
+            bind = or_plain(bind, call.forward, prepare, checked)
         return Capture(
-            graph=entry.graph,
+            made=graph,
             aliases=entry.aliases,
             route="kept",
             seconds=0.0,
@@ -321,8 +336,9 @@ class _Keeping:
             failure=entry.guard.failure,
             changed=entry.guard.changed,
             notes=entry.notes,
-            digest=entry.digest,
+            digest=kept.digest,
             functions=entry.functions,
+            behind=entry.behind,
         )
 
     def keep(self, made: _Found) -> tuple[str, str]:
@@ -339,13 +355,11 @@ class _Keeping:
                 raise Unkept("inputs that forward writes to share memory")
             functions = functions_of(flat.module)
             entry = entry_of(flat.description, made.graph, made.aliases, flat.notes, functions)
-            digest = digest_of(entry)
+            return "", self.store.write(self.key, entry)
         except Unkept as error:
             return str(error), ""
         except (TypeError, ValueError) as error:  # no JSON
             return first_line(error), ""
-        self.store.write(self.key, entry)
-        return "", digest
 
 
 def capture_forward(

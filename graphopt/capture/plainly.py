@@ -21,7 +21,7 @@ def or_plain(
     bind: Bind,
     plain: Callable[..., object],
     prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-    graph: fx.Graph,
+    graph: fx.Graph | None,
 ) -> Bind:
     """A `bind` whose calls run `plain`, from the same random numbers, where the graph declines.
 
@@ -31,9 +31,9 @@ def or_plain(
         bind: of the graph.
         plain: the user's own forward.
         prepare: from the tensors of the call to those of the graph.
-        graph: whose checks may fail.
+        graph: whose checks may fail; none where there are no checks.
     """
-    checks = has_checks(graph)
+    checks = graph is not None and has_checks(graph)
     draws = checks and any(_draws(node) for node in graph.nodes)
 
     def with_plain(runner: Runner) -> Callable[..., object]:

@@ -77,7 +77,7 @@ def choose(
         except BackendError as error:
             log.warning("falling back to eager: %s", error)
             return Chosen(BackendChoice("eager", requested, error.message, {}), make("eager"))
-    text = print_graph(graph)
+    text = graph.get(print_graph)
     if band is None:
         return _measured(make, trial, fingerprint(text))
     # Whatever sizes were captured, the graph is the same.

@@ -108,10 +108,11 @@ def _reasons(kind: PlainKind) -> Iterator[str]:
 def _title(step: PassStep) -> str:
     if step.skipped:
         return f"pass       {step.spec}: skipped, {step.skipped}"
+    time = "by an earlier process" if step.earlier else _time(step.seconds)
     check = f", checked in {_time(step.verify_seconds)}" if step.verify_seconds else ""
     return (
         f"pass       {step.spec}: {step.nodes_before} -> {step.nodes_after} nodes, "
-        f"{step.numerics}, {_time(step.seconds)}{check}"
+        f"{step.numerics}, {time}{check}"
     )
 
 

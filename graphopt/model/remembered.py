@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-import graphopt
 from graphopt.cache import JsonCache, fingerprint
 from graphopt.capture.kept.fingerprints import Fingerprints
+from graphopt.capture.kept.key import sources
 from graphopt.graph import Graph
 from graphopt.model.entries import Verification
 from graphopt.pipeline import Pipeline
@@ -55,18 +52,7 @@ def key_of(digest: str, pipeline: Pipeline, level: str, backend: str) -> str:
         return ""
     code = [Fingerprints().kind(pass_) for pass_ in pipeline.passes]
     devices = str(torch.backends.mkldnn.enabled)
-    return fingerprint(digest, str(pipeline), *code, level, backend, _sources(), devices)
-
-
-@functools.cache
-def _sources() -> str:
-    """Every line of graphopt."""
-    root = Path(graphopt.__file__).parent
-    hashed = hashlib.sha256()
-    for folder in (root, root / "passes", root / "runtime"):  # links, which rglob does not follow
-        for path in sorted(folder.rglob("*.py")):
-            hashed.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return hashed.hexdigest()
+    return fingerprint(digest, str(pipeline), *code, level, backend, sources(), devices)
 
 
 def known(key: str) -> Known:
@@ -87,7 +73,7 @@ def known(key: str) -> Known:
 
 def ran(graph: Graph, plan: Plan) -> str:
     """A fingerprint of what runs."""
-    return fingerprint(print_graph(graph), plan.digest, plan.backend)
+    return fingerprint(graph.get(print_graph), plan.digest, plan.backend)
 
 
 def remember(key: str, found: Verification, ran: str) -> None:

@@ -23,6 +23,7 @@ class PassStep:
         nodes_before: size of the graph before.
         nodes_after: size of the graph after.
         skipped: why the pass did not run at all; empty if it ran.
+        earlier: whether an earlier process has run it, so that it took no time in this one.
     """
 
     spec: str
@@ -33,6 +34,7 @@ class PassStep:
     nodes_before: int
     nodes_after: int
     skipped: str = ""
+    earlier: bool = False
 
 
 def parts_of(steps: Sequence[PassStep]) -> tuple[PlanPart, ...]:

@@ -54,6 +54,7 @@ class Cleanup(Pass):
     name: ClassVar[str] = "cleanup"
     numerics: ClassVar[Numerics] = EXACT
     symbolic: ClassVar[bool] = True
+    lasting: ClassVar[bool] = True
 
     def apply(self, graph: Graph, ctx: PassContext) -> Outcome:
         """Rewrite `graph` until nothing is left to do."""

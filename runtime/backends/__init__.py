@@ -33,6 +33,14 @@ class Backend:
         """
         raise NotImplementedError
 
+    def kept(self, data: object, plan: Plan, session: Session) -> Callable[..., Any]:
+        """The engine that an earlier process has built, from what `Engine.data` of it has told.
+
+        Raises:
+            Unreadable: it is none, or not one for this plan.
+        """
+        raise NotImplementedError
+
     def function(self, module: fx.GraphModule) -> Executable:
         """A graph without autograd, such as a part of a half, as a function.
 

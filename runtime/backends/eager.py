@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,15 @@ from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.calls import OPERATOR, bind, unpacked
 from graphopt.runtime.backends.dropout import expand_dropout
+from graphopt.runtime.backends.kept_engine import (
+    Written,
+    engine_of,
+    inference_data,
+    training_data,
+)
 from graphopt.runtime.backends.norms import write_statistics
 from graphopt.runtime.backends.pieces import write_in_place
+from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.copies import save_sources
 from graphopt.runtime.engine.halves import copy_graph, split
@@ -39,19 +47,31 @@ class Eager(Backend):
     def build(self, module: fx.GraphModule, plan: Plan, session: Session) -> Callable[..., Any]:
         """See `Backend.build`."""
         if not plan.signature.names(Role.TANGENT):
-            return inference(plan, session, module, _inference)
+            if is_marked(module):
+                return inference(plan, session, module, _contest)
+            run, written = _code(module)
+            made: Engine = inference(plan, session, module, lambda _: run)
+            made.data = partial(inference_data, written)
+            return made
         halves = split(module, plan.signature, default_partition)
         halves = without_zeros(save_sources(write_statistics(halves, plan.signature)))
-        return training(plan, session, halves, boxed, boxed)
+        if plan.parts:
+            return training(plan, session, halves, boxed, boxed)
+        (first, forward), (second, backward) = map(_code, (halves.forward, halves.backward))
+        made = training(plan, session, halves, lambda _: first, lambda _: second)
+        made.data = partial(training_data, halves, forward, backward)
+        return made
+
+    def kept(self, data: object, plan: Plan, session: Session) -> Callable[..., Any]:
+        """See `Backend.kept`."""
+        return engine_of(data, plan, session)
 
     def function(self, module: fx.GraphModule) -> Executable:
         """See `Backend.function`."""
         return boxed(module)
 
 
-def _inference(module: fx.GraphModule) -> Executable:
-    if not is_marked(module):
-        return boxed(module)
+def _contest(module: fx.GraphModule) -> Executable:
     makers = {"plain": lambda: _plain(module), "packed": lambda: _packed(module)}
     return Contest(makers, module.graph, "eager", unmeasured="packed")
 
@@ -85,6 +105,10 @@ def boxed(module: fx.GraphModule) -> Executable:
 
     The module stays as it is; others may make functions of its graph, too.
     """
+    return _code(module)[0]
+
+
+def _code(module: fx.GraphModule) -> tuple[Executable, Written]:
     graph = copy_graph(module.graph)
     expand_dropout(graph)
     write_in_place(graph)
@@ -103,4 +127,4 @@ def boxed(module: fx.GraphModule) -> Executable:
         with torch._C.DisableTorchFunction():
             return function(module, arguments)  # type: ignore[no-any-return]
 
-    return run
+    return run, Written(module, graph)

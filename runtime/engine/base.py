@@ -19,7 +19,12 @@ class Engine:
         plan: what to obey.
         session: holds the tensors of ``STATE`` inputs.
         returns: what the forward gives, in order.
+
+    Attributes:
+        data: tells what the backend has made, for a later process; none where nothing is told.
     """
+
+    data: Callable[[], dict[str, Any]] | None = None
 
     def __init__(self, plan: Plan, session: Session, returns: Sequence[Slot]) -> None:
         self.plan = plan

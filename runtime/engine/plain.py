@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from graphopt.plan import Role, Slot
-from graphopt.runtime.engine.lone_tangents import may_lack
 from graphopt.runtime.engine.step import Compile, Half, Source, Step
-from graphopt.runtime.engine.tangents import Expected, Taken
-from graphopt.runtime.engine.written import Before, written_inputs
+from graphopt.runtime.engine.tangents import Taken
+from graphopt.runtime.engine.written import Before
 from graphopt.runtime.session import Session
 
 
@@ -21,7 +20,7 @@ class PlainForward:
 
     def __init__(self, compile: Compile, half: Half) -> None:
         self.returns = half.slots
-        self._written = written_inputs(half.module.graph)
+        self._written = half.written
         self._run = compile(half.module)
 
     def __call__(self, step: Step, inputs: list[Any]) -> Sequence[Any]:
@@ -46,17 +45,8 @@ class PlainBackward:
     ) -> None:
         self.returns = half.slots
         self._session = session
-        placeholders = half.module.graph.find_nodes(op="placeholder")
-        self._tangents = {
-            index: Expected.of(node.meta["val"])
-            for (kind, index), node in zip(half.sources, placeholders, strict=True)
-            if kind == "tangent"
-        }
-        self._may_lack = {
-            index
-            for (kind, index), node in zip(half.sources, placeholders, strict=True)
-            if kind == "tangent" and may_lack(node)
-        }
+        self._tangents = half.tangents
+        self._may_lack = half.may_lack
         sources = [_resolved(source, slots) for source in half.sources]
         self._saved, self._own, self._states = (
             [key for kind, key in sources if kind == wanted] for wanted in ("saved", "own", "state")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.plan import Slot
-from graphopt.runtime.engine.written import Before
+from graphopt.runtime.engine.lone_tangents import may_lack
+from graphopt.runtime.engine.tangents import Expected
+from graphopt.runtime.engine.written import Before, written_inputs
 
 # Takes a list of arguments, empties it, returns the outputs.
 Executable = Callable[[list[Any]], Sequence[Any]]
@@ -35,6 +37,27 @@ class Half:
     module: fx.GraphModule
     slots: tuple[Slot, ...]
     sources: tuple[Source, ...]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Which of its arguments its operators write into."""
+        return written_inputs(self.module.graph)
+
+    @property
+    def tangents(self) -> dict[int, Expected]:
+        """The geometry of those of its arguments that are tangents, by position."""
+        return {index: Expected.of(node.meta["val"]) for index, node in self._tangent_nodes}
+
+    @property
+    def may_lack(self) -> frozenset[int]:
+        """Which of the tangents may be ``None``."""
+        return frozenset(index for index, node in self._tangent_nodes if may_lack(node))
+
+    @property
+    def _tangent_nodes(self) -> list[tuple[int, fx.Node]]:
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        places = zip(self.sources, placeholders, strict=True)
+        return [(index, node) for (kind, index), node in places if kind == "tangent"]
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.fuzz_files import KINDS, RAW, WRONG, run
 
-COUNTS = {"texts": 600, "plans": 1500, "states": 200, "files": 150, "caches": 300}
+COUNTS = {"texts": 600, "plans": 1500, "states": 200, "files": 150, "caches": 300, "kept": 100}
 
 
 @pytest.fixture(autouse=True)

@@ -5,20 +5,20 @@ fingerprints of all code, classes and values behind them, where the inputs of th
 and what forward returns. What is read counts for a call only if all of it fits.
 """
 
-from graphopt.capture.kept.entry import Entry, described, digest_of, entry_of, found
+from graphopt.capture.kept.entry import Behind, Entry, described, entry_of, found
 from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.key import key_of
 from graphopt.capture.kept.sources import Misfit, Unreadable
 from graphopt.capture.kept.store import Store
 
 __all__ = [
+    "Behind",
     "Entry",
     "Misfit",
     "Store",
     "Unkept",
     "Unreadable",
     "described",
-    "digest_of",
     "entry_of",
     "found",
     "key_of",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from graphopt.capture.flat import Bind, Runner, name_inputs
 from graphopt.capture.guards import Constants, Guard
 from graphopt.capture.kept.conditions import Kept, conditions_of
-from graphopt.capture.kept.fingerprints import Unkept, digest
+from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
 from graphopt.capture.kept.results import containers, maker, result_of
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
 from graphopt.graph import Graph
-from graphopt.plan import OutputAlias, Role, Slot
+from graphopt.plan import OutputAlias, Plan, Role, Signature, Slot
 
 _PRIMAL = (Role.PARAM, Role.BUFFER, Role.INPUT)
+
+
+class Behind(Protocol):
+    """What an earlier process has made of a graph."""
+
+    @property
+    def plan(self) -> Plan:
+        """That of the graph."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class Entry:
     """A kept capture, bound to a model of this process.
 
     Attributes:
-        graph: its graph, a new one.
+        graph: its graph, a new one; ``None`` where what stands behind it is there.
+        behind: that.
+        signature: of the graph.
         aliases: outputs that are inputs, or views of them.
         inputs: the tensors of the call.
         slots: their names.
@@ -38,10 +48,11 @@ class Entry:
         guard: whether a call is one that it is for.
         notes: what the user should know about how it was captured.
         functions: what forward calls; see `Capture`.
-        digest: of all that was written.
     """
 
-    graph: Graph
+    graph: Graph | None
+    behind: Behind | None
+    signature: Signature
     aliases: tuple[OutputAlias, ...]
     inputs: tuple[Tensor, ...]
     slots: tuple[Slot, ...]
@@ -49,7 +60,6 @@ class Entry:
     guard: Guard
     notes: tuple[str, ...]
     functions: str
-    digest: str
 
 
 def described(
@@ -127,7 +137,7 @@ def entry_of(
     """
     return {
         **description,
-        "graph": graph_data(graph, aliases),
+        "graph": json.dumps(graph_data(graph, aliases)),  # read only where it is needed
         "notes": list(notes),
         "functions": functions,
     }
@@ -139,8 +149,17 @@ def found(
     forward: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    behind: Behind | None = None,
 ) -> Entry:
     """The capture that was written, if it is one for this call.
+
+    Args:
+        data: what was written.
+        model: of the call.
+        forward: its function.
+        args: of the call.
+        kwargs: of the call.
+        behind: what an earlier process has made of the graph, which is not made then.
 
     Raises:
         Misfit: it is not.
@@ -153,7 +172,7 @@ def found(
         raise Misfit("the arguments do not fit")
     before = set(scope)
     try:
-        return _bound(data, Kept(data, variables, scope), model, forward, guard)
+        return _bound(data, Kept(data, variables, scope), model, forward, guard, behind)
     except BaseException as error:
         for name in scope.keys() - before:
             del scope[name]
@@ -163,7 +182,12 @@ def found(
 
 
 def _bound(
-    data: Any, kept: Kept, model: nn.Module, forward: Callable[..., object], guard: Guard
+    data: Any,
+    kept: Kept,
+    model: nn.Module,
+    forward: Callable[..., object],
+    guard: Guard,
+    behind: Behind | None,
 ) -> Entry:
     places, results, notes = (data.get(name) for name in ("inputs", "results", "notes"))
     functions = data.get("functions")
@@ -174,14 +198,19 @@ def _bound(
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
     make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
-    graph, aliases = read_graph(data.get("graph"))
-    slots = tuple(slot for slot in graph.signature.inputs if slot.role in _PRIMAL)
+    graph = None
+    if behind is None:
+        graph, aliases = read_graph(data.get("graph"))
+        signature = graph.signature
+    else:
+        signature, aliases = behind.plan.signature, behind.plan.aliases
+    slots = tuple(slot for slot in signature.inputs if slot.role in _PRIMAL)
     names = name_inputs(model, inputs, [slot.name for slot in slots][: len(inputs)]) if len(
         slots
     ) == len(inputs) else ()  # fmt: skip
     if names != slots:
         raise Unreadable("the inputs of its graph are others")
-    for node, tensor in zip(graph.inputs, inputs, strict=False):
+    for node, tensor in zip(graph.inputs if graph is not None else (), inputs, strict=False):
         value = node.meta["val"]
         if (value.shape, value.stride(), value.dtype) != (
             tensor.shape,
@@ -201,9 +230,4 @@ def _bound(
         return call
 
     told = tuple(map(str, notes))
-    return Entry(graph, aliases, inputs, slots, bind, guard, told, functions, digest_of(data))
-
-
-def digest_of(entry: Mapping[str, Any]) -> str:
-    """One short text for all that is written of a capture."""
-    return digest([json.dumps(entry, sort_keys=True)])
+    return Entry(graph, behind, signature, aliases, inputs, slots, bind, guard, told, functions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable
 from typing import Any
 
@@ -88,6 +89,7 @@ def read_graph(data: Any) -> tuple[Graph, tuple[OutputAlias, ...]]:
         Unreadable: it is no graph.
     """
     try:
+        data = json.loads(data)
         graph = parse_graph(data["text"], typed=True)
         nodes = graph.nodes
         if graph.level not in (Level.JOINT, Level.INFERENCE) or len(nodes) != len(data["nodes"]):

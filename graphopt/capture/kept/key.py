@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import sys
@@ -94,18 +95,23 @@ def _state() -> str:
 
 
 @functools.cache
+def sources() -> str:
+    """Every line of graphopt."""
+    root = Path(graphopt.__file__).parent
+    hashed = hashlib.sha256()
+    for folder in (root, root / "passes", root / "runtime"):  # links, which rglob does not follow
+        for path in sorted(folder.rglob("*.py")):
+            hashed.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return hashed.hexdigest()
+
+
+@functools.cache
 def _installed() -> str:
     """Python, torch, graphopt and the processor; of graphopt every line."""
-    root = Path(graphopt.__file__).parent
-    texts = [
-        digest([path.relative_to(root), path.read_bytes()])
-        for folder in ("capture", "text", "analysis", "ops", "plan")
-        for path in sorted((root / folder).rglob("*.py"))
-    ]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return digest([
         sys.version, platform.machine(), torch.__version__, torch.version.git_version,
-        torch.backends.cpu.get_cpu_capability(), gpu, os.name, *texts,
+        torch.backends.cpu.get_cpu_capability(), gpu, os.name, sources(),
     ])  # fmt: skip
 
 

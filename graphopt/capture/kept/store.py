@@ -23,51 +23,69 @@ _warned: set[str] = set()
 
 
 @dataclass(frozen=True)
+class Found:
+    """What was read.
+
+    Attributes:
+        entry: as it was written.
+        digest: of the key and of the text of all of it.
+    """
+
+    entry: Any
+    digest: str
+
+
+@dataclass(frozen=True)
 class Store:
     """Entries by key, one file each; a file is never read half written."""
 
     kind: str = "captures"
 
-    def read(self, key: str) -> Any:
+    def read(self, key: str) -> Found | None:
         """The entry; ``None`` where there is none. One that was damaged is one warning."""
         try:
             text = self._file(key).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, RuntimeError, ValueError) as error:
-            self.warn(f"cannot read kept captures: {error}")
+            why = getattr(error, "strerror", None) or error
+            self.warn(f"cannot read kept captures: {why} ({_root()})")
             return None
         try:
-            value = json.loads(text)
-            body = value["entry"]
-            if value["key"] != key or value["digest"] != digest([key, json.dumps(body)]):
+            first, _, body = text.partition("\n")
+            if json.loads(first) != {"key": key, "digest": (found := digest([key, body]))}:
                 raise ValueError("it is not what was written")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return Found(json.loads(body), found)
+        except (ValueError, RecursionError) as error:
             self.damaged(key, str(error))
             return None
-        return body
 
-    def write(self, key: str, entry: Any) -> None:
-        """Replace an entry; where that cannot be done, one warning."""
+    def write(self, key: str, entry: Any) -> str:
+        """Replace an entry, and return its digest; where it cannot be replaced, one warning."""
+        body = json.dumps(entry)
+        told = digest([key, body])
         try:
             file = self._file(key)
             file.parent.mkdir(parents=True, exist_ok=True)
-            body = {"key": key, "digest": digest([key, json.dumps(entry)]), "entry": entry}
+            first = json.dumps({"key": key, "digest": told})
             partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
             try:
-                partial.write_text(json.dumps(body), encoding="utf-8")
+                partial.write_text(f"{first}\n{body}", encoding="utf-8")
                 partial.replace(file)
             finally:
                 partial.unlink(missing_ok=True)
             self._sweep(file.parent)
         except (OSError, RuntimeError) as error:
-            self.warn(f"captures cannot be kept for later processes: {error}")
+            why = getattr(error, "strerror", None) or error  # without the name of the file
+            self.warn(f"captures cannot be kept for later processes: {why} ({_root()})")
+        return told
 
     def damaged(self, key: str, reason: str) -> None:
         """Say that an entry cannot be used, and take it away."""
         with contextlib.suppress(OSError, RuntimeError):
             file = self._file(key)
-            self.warn(f"a kept capture is damaged and is made anew ({reason}): {file}")
+            what = f"a kept {self.kind.removesuffix('s')}"
+            self.warn(f"{what} is damaged and is made anew ({reason}): {file}")
             file.unlink(missing_ok=True)
 
     def warn(self, message: str) -> None:
@@ -86,3 +104,10 @@ class Store:
 
     def _file(self, key: str) -> Path:
         return folder(self.kind) / f"{key}.json"
+
+
+def _root() -> str:
+    try:
+        return str(folder(""))
+    except RuntimeError:
+        return "there is no home folder"
