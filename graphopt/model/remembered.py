@@ -42,7 +42,7 @@ CACHE = JsonCache("verified")
 _RESULTS = ("bit-equal", "within tolerance")
 
 
-def key_of(digest: str, pipeline: Pipeline, level: str, backend: str) -> str:
+def key_of(digest: str, pipeline: Pipeline, level: str, backend: str, place: str = "") -> str:
     """Of a kept capture under these passes; empty where there is none.
 
     Args:
@@ -50,12 +50,13 @@ def key_of(digest: str, pipeline: Pipeline, level: str, backend: str) -> str:
         pipeline: the passes with their options; their code counts.
         level: of verification.
         backend: that was asked for.
+        place: which rank of how many, in a job; each has batches of its own.
     """
     if not digest:
         return ""
     code = [Fingerprints().kind(pass_) for pass_ in pipeline.passes]
     devices = str(torch.backends.mkldnn.enabled)
-    return fingerprint(digest, str(pipeline), *code, level, backend, _sources(), devices)
+    return fingerprint(digest, str(pipeline), *code, level, backend, place, _sources(), devices)
 
 
 @functools.cache
