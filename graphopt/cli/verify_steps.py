@@ -49,7 +49,6 @@ def rows(example: Example, pipeline: Pipeline, backend: str) -> list[Row]:
     made = [Row(name, "", GENERATED, check.worst_error, check.worst_name, result)]
     for form in found.forms:
         if form.result in _RESULTS:
-            name = f"part {form.part}, {form.name}"
-            error = form.worst_error
-            made.append(Row(name, "", GENERATED, error, form.worst_name, _RESULTS[form.result]))
+            name, result = f"part {form.part}, {form.name}", _RESULTS[form.result]
+            made.append(Row(name, "", GENERATED, form.worst_error, form.worst_name, result))
     return made

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from graphopt.cli.main import app
 from tests.support import faults
 
-NET = "tests/support/faults.py:example"
+NET = "tests/support/faulty_example.py:example"
 
 
 @pytest.fixture(autouse=True)

@@ -26,13 +26,13 @@ def _model(passes: Any, **options: Any) -> nn.Module:
     return graphopt.optimize(Net(), passes=passes, **{"backend": "eager", **options})
 
 
-def _train(model: nn.Module, steps: int = 1, scale: float = 1.0, micro_batches: int = 1) -> None:
+def _train(model: nn.Module, steps: int = 1, micro_batches: int = 1) -> None:
     for _ in range(steps):
         model.zero_grad()
         for _ in range(micro_batches - 1):
             with model.no_sync():  # type: ignore[operator]
-                model(scale * torch.randn(16, 8)).square().mean().backward()
-        model(scale * torch.randn(16, 8)).square().mean().backward()
+                model(torch.randn(16, 8)).square().mean().backward()
+        model(torch.randn(16, 8)).square().mean().backward()
 
 
 def _train_and_evaluate(model: nn.Module) -> None:
@@ -106,8 +106,10 @@ def test_a_pass_that_is_wrong_later_is_found_by_sampling(fault: str) -> None:
     faults.CALLS[0] = 0
     model = _model([Faulty(fault, promise="lowered")], verify="sample{every=4}")
     _train(model, 4)
+    if fault == "large_values":
+        model.bn.weight.data.fill_(500.0)  # type: ignore[union-attr]
     with pytest.raises(MismatchError, match=r"pass 'faulty' .*, in step \d+") as told:
-        _train(model, 24, scale=1.0 if fault == "late" else 1e3)
+        _train(model, 24)
     assert told.value.guilty == "pass faulty"
 
 
@@ -168,7 +170,7 @@ def _patched(what: str) -> None:
             here = what != "transport on rank 1" or dist.get_rank() == 1
             late = what == "transport, later" and sent[0] <= 7
             if here and not late:
-                tensor[: tensor.numel() // 2] *= 1.01
+                tensor[: tensor.numel() // 2] *= 1.1
             return work
 
         Channel.start = wrong  # type: ignore[method-assign]

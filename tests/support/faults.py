@@ -48,11 +48,6 @@ class Net(nn.Module):
         return out
 
 
-def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """For the command line."""
-    return Net(), (torch.randn(16, 8),)
-
-
 def _gradient(graph: Graph, name: str) -> int:
     return graph.signature.output_index(Role.GRAD, name)
 
@@ -183,20 +178,9 @@ class WrongReducing(Eager):
 
         eager.boxed = wrong
         try:
-            engine = super().build(module, plan, session)
-            # Forms are made when they first run; this one has to be made here.
-            _make_forms(engine)
-            return engine
+            return super().build(module, plan, session)
         finally:
             eager.boxed = before
-
-
-def _make_forms(engine: Any) -> None:
-    backward = getattr(engine, "backward", None)
-    while backward is not None and not hasattr(backward, "_form"):
-        backward = getattr(backward, "inner", None)
-    if backward is not None:
-        backward._form("reducing")
 
 
 BACKENDS = {kind.name: kind for kind in (WrongForward, WrongBackward, WrongReducing)}
@@ -217,10 +201,14 @@ def swap_in(make: Callable[..., Half]) -> Callable[..., Half]:
 
     def wrong(*args: Any) -> Half:
         half = make(*args)
-        i, j = (i for i, s in enumerate(half.slots) if s.name in ("a.weight", "b.weight"))
         output = half.module.graph.output_node()
         values = list(output.args[0])  # type: ignore[arg-type]
-        values[i], values[j] = values[j], values[i]
+        for role in (Role.GRAD, Role.LOCAL):
+            found = [(i, s.name) for i, s in enumerate(half.slots) if s.role is role]
+            places = [i for i, name in found if name in ("a.weight", "b.weight")]
+            if len(places) == 2:
+                i, j = places
+                values[i], values[j] = values[j], values[i]
         output.args = (tuple(values),)
         half.module.recompile()
         return half
