@@ -23,7 +23,7 @@ from graphopt.model.surface import report
 from graphopt.testing.corpus import CORPUS
 
 MODELS = ("resnet", "vit", "gpt2")
-ROUNDS = 101
+ROUNDS = 61
 EVERY = 8
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS = {"steps": 31, "eager": 15, "first": 9}
+ROUNDS = {"steps": 31, "eager": 11, "first": 9}
 # Steps of one block: long enough that a switch between processes does not count.
 BLOCK_SECONDS = 0.25
 

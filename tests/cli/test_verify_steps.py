@@ -43,8 +43,7 @@ def test_forms_of_a_right_step_are_shown() -> None:
 
 
 def test_a_wrong_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.runtime.kfac import statistics
-
+    statistics = faults.place("kfac.statistics")
     monkeypatch.setattr(statistics, "keeping", faults.swap_in(statistics.keeping))
     out = verify(NET, "-p", "kfac{interval=2}", code=1).stdout
     assert "first out of its class: part kfac" in out

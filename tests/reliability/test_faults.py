@@ -15,10 +15,15 @@ import graphopt
 from graphopt.errors import MismatchError
 from graphopt.model.surface import report
 from tests.support import faults
-from tests.support.faults import Faulty, Net
+from tests.support.faults import Faulty, Net, place
 from tests.support.ranks import on_ranks
 
 LINK = "group_gradients{link=10gbe%s}"
+# Where faults are put in.
+PLACES = (
+    *("group_gradients.exact", "group_gradients.messages", "group_gradients.reducing"),
+    *("kfac.statistics", "ranks.channel.Channel"),
+)
 
 
 def _model(passes: Any, **options: Any) -> nn.Module:
@@ -71,8 +76,7 @@ def test_a_wrong_backend_is_named_at_the_first_call(
 
 
 def test_a_wrong_form_without_statistics_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.runtime.kfac import statistics
-
+    statistics = place("kfac.statistics")
     # Only the form without statistics lacks outputs.
     monkeypatch.setattr(statistics, "keeping", faults.swap_in(statistics.keeping))
     model = _model("cleanup,kfac{interval=2}")
@@ -83,8 +87,7 @@ def test_a_wrong_form_without_statistics_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_wrong_form_without_statistics_runs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.runtime.kfac import statistics
-
+    statistics = place("kfac.statistics")
     right = _model("cleanup,kfac{interval=2}")
     monkeypatch.setattr(statistics, "keeping", faults.swap_in(statistics.keeping))
     model = _model("cleanup,kfac{interval=2}", on_mismatch="warn")
@@ -140,10 +143,7 @@ def test_what_is_found_later_runs_no_more() -> None:
 
 def _patched(what: str) -> None:
     """Break one thing of the runtime in this process, for good."""
-    from graphopt.runtime.group_gradients import exact, messages, reducing
-    from graphopt.runtime.kfac import statistics
-    from graphopt.runtime.ranks.channel import Channel
-
+    exact, messages, reducing, statistics, Channel = map(place, PLACES)
     if what == "buckets":  # two gradients come out of their message at each other's places
         reducing.reducing = faults.swap_in(reducing.reducing)
     elif what == "accumulating":
@@ -210,18 +210,14 @@ class _undone:
     """Within, modules may be patched."""
 
     def __enter__(self) -> None:
-        from graphopt.runtime.group_gradients import exact, messages, reducing
-        from graphopt.runtime.kfac import statistics
-        from graphopt.runtime.ranks.channel import Channel
-
-        places = (exact, reducing, statistics, messages.History, Channel)
-        self._before = [(place, dict(vars(place))) for place in places]
+        places = [*map(place, PLACES), place("group_gradients.messages.History")]
+        self._before = [(one, dict(vars(one))) for one in places]
 
     def __exit__(self, *_: object) -> None:
-        for place, before in self._before:
+        for one, before in self._before:
             for name, value in before.items():
-                if vars(place).get(name) is not value:
-                    setattr(place, name, value)
+                if vars(one).get(name) is not value:
+                    setattr(one, name, value)
 
 
 @pytest.mark.distributed

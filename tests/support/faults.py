@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -194,6 +195,11 @@ def with_backends(patch: Callable[[object, str, object], None]) -> None:
 
 
 # -- runtime parts ---------------------------------------------------------------------------------
+
+
+def place(name: str) -> Any:
+    """A module or a class of the runtime that a fault is put into, by its name there."""
+    return pkgutil.resolve_name(f"graphopt.runtime.{name}")
 
 
 def swap_in(make: Callable[..., Half]) -> Callable[..., Half]:
