@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import ArgumentError
 from graphopt.model.levels import Verify
+from graphopt.model.remembered import key_of
 from graphopt.model.surface import report
 from graphopt.model.verification import Check
 from tests.support.ranks import on_ranks
@@ -204,8 +205,16 @@ def test_other_levels_are_refused(text: object, message: str) -> None:
     assert message in told.value.message
 
 
+def test_each_rank_remembers_what_it_has_compared_itself() -> None:
+    pipeline = graphopt.Pipeline.parse("cleanup")
+    places = ("", "dp:0/2", "dp:1/2", "dp:1/4")
+    keys = [key_of("digest", pipeline, "eager", "eager", place) for place in places]
+    assert len(set(keys)) == len(places)
+    assert key_of("digest", pipeline, "eager", "eager", "dp:1/2") == keys[2]
+
+
 class Once(nn.Linear):
-    """A forward of which a graph is right in training, and whose loss is a sum."""
+    """A layer whose output can be differentiated as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).sum()
