@@ -1,11 +1,11 @@
 """Steps, or first calls, of two checkouts of graphopt, side by side.
 
-Run ``python -m benchmarks.two_checkouts steps|first OLD [NEW]`` on an otherwise idle machine, where
-OLD and NEW are checkouts (NEW is this one by default). Each checkout gets a process of its own,
-which imports its graphopt and its benchmarks; blocks of steps alternate between the two, so that
-both see the same machine. ``first`` times the first call of each model of the corpus: capture,
-passes, verification and the call itself, on a new model each time. Results go to
-``benchmarks/results/two_checkouts_<what>_<device>.json``.
+Run ``python -m benchmarks.two_checkouts steps|eager|first OLD [NEW]`` on an otherwise idle machine,
+where OLD and NEW are checkouts (NEW is this one by default). Each checkout gets a process of its
+own, which imports its graphopt and its benchmarks; blocks of steps alternate between the two, so
+that both see the same machine. ``eager`` is ``steps`` without generated code. ``first`` times the
+first call of each model of the corpus: capture, passes, verification and the call itself, on a new
+model each time. Results go to ``benchmarks/results/two_checkouts_<what>_<device>.json``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS = {"steps": 31, "first": 9}
+ROUNDS = {"steps": 31, "eager": 11, "first": 9}
 # Steps of one block: long enough that a switch between processes does not count.
 BLOCK_SECONDS = 0.25
 
 
-def _steps() -> dict[str, Callable[[], object]]:
+def _steps(*backends: str) -> dict[str, Callable[[], object]]:
     """The steps that are timed; only what both checkouts have may be used here."""
     import torch
     import torch.nn.functional as F
@@ -43,7 +43,7 @@ def _steps() -> dict[str, Callable[[], object]]:
         return F.cross_entropy(out.logits.flatten(0, 1), tokens.flatten())
 
     found = {}
-    for backend in ("eager", "inductor"):
+    for backend in backends:
         model = optimize(digits_resnet(), backend=backend)
         found[f"digits ResNet, {backend}"] = training_step(
             model, (images,), lambda out: F.cross_entropy(out, labels)
@@ -81,7 +81,8 @@ def _first_calls() -> dict[str, Callable[[], object]]:
 
 def _serve(what: str) -> None:
     """Time a block of steps for each line that names one."""
-    steps = _steps() if what == "steps" else _first_calls()
+    backends = {"steps": ("eager", "inductor"), "eager": ("eager",)}
+    steps = _steps(*backends[what]) if what in backends else _first_calls()
     counts = {}
     for name, step in steps.items():
         if what == "first":  # the very first one imports and fills caches

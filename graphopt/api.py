@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphopt import registry
-from graphopt.compiler import Compiler, Verify
+from graphopt.compiler import Compiler
 from graphopt.errors import ArgumentError
 from graphopt.model.arguments import (
     Example,
@@ -28,6 +28,8 @@ from graphopt.model.arguments import (
     split_example_inputs,
 )
 from graphopt.model.declared import Declared, Dim
+from graphopt.model.levels import Verify
+from graphopt.model.sites import warn_at_call
 from graphopt.model.specialiser import Cache, Fallback, OnMismatch
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial
@@ -51,7 +53,7 @@ def optimize(
     passes: str | Sequence[Pass] = "auto",
     mesh: object = None,
     backend: str = "auto",
-    verify: Verify = "eager",
+    verify: str = "eager",
     fallback: Fallback | None = None,
     on_mismatch: OnMismatch = "raise",
     loss: Callable[[Any, Any], Any] | None = None,
@@ -85,14 +87,17 @@ def optimize(
         verify: ``"off"``; ``"structure"``: the invariants after every pass; ``"eager"``: also
             compare what will run, after all passes and in the chosen backend, with PyTorch eager,
             once per specialisation, on the first real batch: outputs, gradients and buffers;
-            ``"full"``: also each pass on its own.
+            ``"full"``: also each pass on its own; ``"sample{every=1000}"``: as ``"eager"``, and
+            again every so many steps, on a copy of the step. In a job, and with passes that have
+            several forms of a step, each form is compared when it first runs.
         fallback: what happens to a call that cannot be captured. ``"error"``: it raises;
             ``"eager"``: it runs as plain PyTorch, with one warning per kind of call; by default it
             raises, until the model has trained, so that a later validation does not end the run.
             In a job a training call raises all the same, as its gradients would not be reduced.
         on_mismatch: what happens where `verify` finds that the graph computes something else than
-            eager. ``"raise"``: raise; ``"warn"``: warn once and run the graph; ``"eager"``: warn
-            and run calls of this kind as plain PyTorch.
+            eager. ``"raise"``: raise; ``"warn"``: warn once and run what is left without the
+            guilty pass, backend or form of a step, compared anew, or plain PyTorch where nothing
+            is; ``"eager"``: warn and run calls of this kind as plain PyTorch.
         loss: for passes that run whole steps, by ``model.step(*batch)``: of the model's output and
             the last item of the batch; by default the output is, or has, the loss.
         optimizer: for passes that run whole steps: of the model's parameters, or what makes one of
@@ -116,10 +121,12 @@ def optimize(
         PipelineError: the passes are in an impossible order.
         ArgumentError: an argument cannot be used.
     """
+    from graphopt.runtime.validation import Validation
+
     _set_up_logging()
     check_model(model)
     one_of("backend", backend, ("auto", *registry.names(registry.BACKENDS)))
-    one_of("verify", verify, get_args(Verify))
+    checks = Verify.parse(verify)
     if fallback is not None:
         one_of("fallback", fallback, get_args(Fallback))
     one_of("on_mismatch", on_mismatch, get_args(OnMismatch))
@@ -134,12 +141,14 @@ def optimize(
         pipeline,
         where.sizes,
         backend,
-        verify,
+        checks,
         fallback=fallback,
         on_mismatch=on_mismatch,
         dynamic=Declared.of(dynamic, plain_forward(model)),
         cache=cache,
     )
+    if checks.compares:
+        session.validation = Validation(on_mismatch, checks.every, warn_at_call)
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:

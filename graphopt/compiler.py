@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from graphopt.capture import Capture, capture
 from graphopt.capture.forward import Rewriter
 from graphopt.capture.kept import Store
 from graphopt.capture.sizes import NONE, Dimensions
-from graphopt.errors import BackendMismatchError, MismatchError
+from graphopt.errors import BackendMismatchError, InvariantError, MismatchError
 from graphopt.graph import Graph, Level
 from graphopt.model import features, remembered
 from graphopt.model.arguments import (
@@ -27,12 +26,16 @@ from graphopt.model.arguments import (
 )
 from graphopt.model.backend_choice import Built, choose, timed
 from graphopt.model.bands import PerBand, band_of
+from graphopt.model.comparing import Args, Comparing, Kwargs
 from graphopt.model.entries import BackendChoice, Specialisation, Verification
+from graphopt.model.falling_back import sentence, without, words
 from graphopt.model.forward_passes import ForwardPasses
 from graphopt.model.kept_steps import KeptStep, Steps, told_of
+from graphopt.model.levels import Verify
 from graphopt.model.parametrize import named_parameters
 from graphopt.model.replacing import Replacement
 from graphopt.model.report import Report
+from graphopt.model.sampling import Renewed, Sampled, of_all, plainly
 from graphopt.model.specialiser import Cache, Specialiser, Variant
 from graphopt.model.surface import plain_forward
 from graphopt.model.trial import Call, Trial, describe_call
@@ -48,8 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("graphopt")
 
-Verify = Literal["off", "structure", "eager", "full"]
-
 
 @dataclass(frozen=True)
 class Compiler(Specialiser):
@@ -58,7 +59,7 @@ class Compiler(Specialiser):
     pipeline: Pipeline
     mesh: Mapping[str, int]
     backend: str
-    verify: Verify
+    verify: Verify = field(default_factory=lambda: Verify("eager"))
     cache: Cache = "off"
 
     def report(self, model: str) -> Report:
@@ -103,14 +104,44 @@ class Compiler(Specialiser):
     ) -> Variant:
         """Capture, rewrite, check and build the variant for one call.
 
-        With `remember`, what an earlier process has verified is not verified again.
+        With `remember`, what an earlier process has verified is not verified again. What is found
+        wrong runs no more, where the user allows that (`on_mismatch`), in this variant and in all
+        that follow.
         """
-        level = "structure" if self.verify == "eager" else self.verify
+        trusted = self._trusted(model, session)
+        kinds = (model, forward, args, kwargs, session, numbers, dimensions)
+        try:
+            variant = trusted._compile(*kinds, remember=remember)
+        except MismatchError as error:
+            if not trusted._distrust(error, model, session):
+                raise
+            variant = self.compile(*kinds, remember=False)
+            said = sentence(error.guilty, error)
+            return replace(variant, warnings=(said, *variant.warnings))
+        if not session.distrusted:
+            return variant
+        fallen_back = tuple(f"{words(g)}: {why}" for g, why in session.distrusted.items())
+        return replace(variant, entry=replace(variant.entry, fallen_back=fallen_back))
+
+    def _compile(
+        self,
+        model: nn.Module,
+        forward: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        session: Session,
+        numbers: frozenset[str],
+        dimensions: Dimensions,
+        *,
+        remember: bool,
+    ) -> Variant:
+        verify = self.verify
+        level = "structure" if verify.level == "eager" else verify.level
         ctx = PassContext(session.ranks, self.mesh, session.states, decided=session.decided)
         early = ForwardPasses(self.pipeline, ctx, level)
         kept = (
-            Steps.of(self.pipeline, self.mesh, self.backend, self.verify, session)
-            if remember and self.cache == "verified"
+            Steps.of(self.pipeline, self.mesh, self.backend, verify.level, session)
+            if remember and self.cache == "verified" and not verify.every
             else None
         )
         captured = capture(
@@ -133,54 +164,78 @@ class Compiler(Specialiser):
         # Passes change the graph in place.
         roles = find_roles(captured.graph) if captured.graph.level is Level.JOINT else {}
         trial = Trial(model, args, kwargs, session.trial)
-        keys = remember and self.cache == "verified" and self.verify in ("eager", "full")
+        keys = remember and self.cache == "verified" and verify.compares
         known = remembered.known(
-            remembered.key_of(captured.digest, self.pipeline, self.verify, self.backend)
+            remembered.key_of(
+                captured.digest, self.pipeline, verify.level, self.backend, _place(session)
+            )
             if keys
             else ""
         )
-        compares = self.verify in ("eager", "full") and known.verification is None
-        stages = early.stages(captured) if compares else Stages()
-        pipeline = replace(self.pipeline, observers=(stages,)) if compares else self.pipeline
+        compares = verify.compares and known.verification is None
+        # Where sizes vary, what runs at others is compared when it first does.
+        observes = compares or verify.every > 0 or (verify.compares and captured.symbolic)
+        stages = early.stages(captured) if observes else Stages()
+        pipeline = replace(self.pipeline, observers=(stages,)) if observes else self.pipeline
         checks = "off" if known.verification else level
-        steps = pipeline.run(captured.graph, ctx, checks, early.steps)
+        # Ranks make their first training graph at the same time, and later ones on their own.
+        first = captured.graph.level is Level.JOINT and model.training and verify.compares
+        try:
+            steps = pipeline.run(captured.graph, ctx, checks, early.steps)
+        except InvariantError as error:
+            if first:
+                self._of_all(session, MismatchError(error.message, hint=error.hint))
+            raise
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
         band = band_of(captured.sizes_of(model, *args, **kwargs)) if captured.symbolic else None
         chosen = choose(self._backend(session), make, trial, captured.graph, band)
         choice, built, others = chosen.choice, chosen.built, chosen.others
-        verification = known.verification or Verification(self.verify, "not run")
+        verification = known.verification or Verification(str(verify), "not run")
+        run = partial(self._run, session)
+        comparing = Comparing(captured, stages, session, forward, verify, run)
+        said: tuple[str, ...] = ()
+        wrong: MismatchError | None = None
         if compares:
-            run = partial(self._run, captured, session)
-            where = describe_call(model, args, kwargs)
-            around = session.watched_trial if self.verify == "full" else session.trial
-            trial = Trial(model, args, kwargs, around)
-            state = session.states.tensor
-            check = Check(self.verify, where, trial, forward, run, captured.inputs, state)
+            check = comparing.first(model, args, kwargs)
             try:
                 try:
                     verification = check(stages.stages, choice.backend, built.call)
                 except BackendMismatchError as error:
-                    if self.backend != "auto":
+                    if self.backend != "auto" or session.ranks:
                         raise
-                    log.warning("running eager instead: %s", error)
                     choice, built = BackendChoice("eager", "auto", error.message), make("eager")
                     others = {}
+                    said = (f"backend 'eager' runs, which backend='auto' leaves: {error}",)
                     verification = check(stages.stages, choice.backend, built.call)
-                others = self._right(others, check, stages)
+                others, left = self._right(others, check, stages)
+                said = (*said, *left)
             except MismatchError as error:
-                verification, others = self._mismatched(error), {}
+                wrong = error
+        if first:
+            self._of_all(session, wrong)
+        if wrong is not None:
+            raise wrong
         plan = self._plan(captured, captured.graph, parts, choice.backend)
         ran = remembered.ran(captured.graph, plan) if known.key else ""
         if known.other(ran):
-            return self.compile(model, forward, args, kwargs, session, remember=False)
+            kinds = (model, forward, args, kwargs, session, numbers, dimensions)
+            return self._compile(*kinds, remember=False)
         if compares:
             remembered.remember(known.key, verification, ran)
         session.agree(plan, captured.functions if model.training else "")
         call: Call = built.call
         if chosen.bands is not None and others and band is not None:
             calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
-            call = PerBand(chosen.bands, calls, captured.sizes_of, partial(timed, session), band)
+            later = comparing.forgetful().later if observes else None
+            measure = partial(timed, session)
+            call = PerBand(chosen.bands, calls, captured.sizes_of, measure, band, later)
+        if verify.every:
+            settings = (numbers, dimensions)
+            trains = captured.graph.level is Level.JOINT and model.training
+            call = self._sampled(
+                call, choice.backend, comparing.forgetful(), *settings, trains=trains
+            )
         found, told = features.features_of(captured.graph), told_of(built.engine)
         if kept and captured.digest and chosen.bands is None and (ran or not compares):
             level = str(captured.graph.level)
@@ -210,6 +265,7 @@ class Compiler(Specialiser):
             roles,
             numbers=captured.numbers,
             changed=captured.changed,
+            warnings=said,
         )
 
     def _again(
@@ -244,18 +300,92 @@ class Compiler(Specialiser):
             changed=captured.changed,
         )
 
+    # -- comparing with eager ----------------------------------------------------------------------
+
+    def _of_all(self, session: Session, mine: MismatchError | None) -> None:
+        """Raise on all ranks what one of them has found; once per graph that all have.
+
+        Raises:
+            MismatchError: some rank has found it.
+            RankError: a rank does not come.
+        """
+        topic = f"comparison {len(session.distrusted)}"
+        if not session.ranks or session.content(topic):
+            return
+        wrong = of_all(session, topic, mine)
+        if wrong is not None:
+            raise wrong
+        session.content(topic, now=True)
+
+    def _trusted(self, model: nn.Module, session: Session) -> Compiler:
+        """Without what was found wrong."""
+        found: Compiler = self
+        for guilty in session.distrusted:
+            left = without(guilty, found.pipeline, found.backend, model, job=_is_job(session))
+            if left is not None:
+                found = replace(found, pipeline=left[0], backend=left[1])
+        return found
+
+    def _distrust(self, error: MismatchError, model: nn.Module, session: Session) -> bool:
+        """Whether something may run in place of what is wrong; all ranks say the same."""
+        backend = "inductor" if self.backend == "auto" else self.backend
+        left = without(error.guilty, self.pipeline, backend, model, job=_is_job(session))
+        # What `auto` has chosen is given up without being told.
+        automatic = self.backend == "auto" and error.guilty.startswith("backend")
+        if left is None or not (self.on_mismatch == "warn" or automatic):
+            return False
+        session.distrusted[error.guilty] = error.message
+        return True
+
+    def _sampled(
+        self,
+        call: Call,
+        backend: str,
+        comparing: Comparing,
+        numbers: frozenset[str],
+        dimensions: Dimensions,
+        *,
+        trains: bool,
+    ) -> Sampled:
+        """A call that is compared with eager every so many steps."""
+        session, forward = comparing.session, comparing.forward
+
+        def compare(model: nn.Module, args: Args, kwargs: Kwargs) -> Verification:
+            name, now = backend, call
+            if isinstance(call, PerBand):
+                name, now = call.chosen(model, *args, **kwargs)
+            return comparing.later(model, args, kwargs, name, now)
+
+        def renew(
+            error: MismatchError | None, model: nn.Module, args: Args, kwargs: Kwargs
+        ) -> Renewed:
+            # One rank cannot have other passes than the others.
+            job = _is_job(session)
+            trusted = self._trusted(model, session)
+            goes_on = error is None or not job or trains
+            if error is not None and not (goes_on and trusted._distrust(error, model, session)):
+                if self.on_mismatch == "raise" or (job and trains):
+                    raise error
+                return plainly(session, forward, error, self.on_mismatch)
+            settings = (session, numbers, dimensions)
+            variant = self.compile(model, forward, args, kwargs, *settings, remember=False)
+            said = () if error is None else (sentence(error.guilty, error),)
+            return Renewed(variant.call, (*said, *variant.warnings), variant)
+
+        return Sampled(call, compare, renew, session, self.verify.every, trains)
+
     def _right(
         self, others: Mapping[str, Built], check: Check, stages: Stages
-    ) -> Mapping[str, Built]:
+    ) -> tuple[Mapping[str, Built], tuple[str, ...]]:
         """Those of the backends that other sizes may run in whose results are eager's, too."""
-        right = {}
+        right, said = {}, []
         for name, other in others.items():
             try:
                 check(stages.stages, name, other.call)
                 right[name] = other
             except BackendMismatchError as error:
-                log.warning("%s is not used at any size: %s", name, error)
-        return right
+                said.append(f"backend {name!r} is used at no size: {error}")
+        return right, tuple(said)
 
     def constant_sizes(self) -> str:
         """See `Specialiser.constant_sizes`."""
@@ -274,7 +404,7 @@ class Compiler(Specialiser):
         made = Replacement(model, args, kwargs, plain_forward(model), session.trial)
         if self._parameters(model):
             ctx = PassContext(session.ranks, self.mesh, session.states)
-            made.make(self.pipeline, ctx, compares=self.verify in ("eager", "full"))
+            made.make(self.pipeline, ctx, compares=self.verify.compares)
         return made
 
     def rewriter(self) -> Rewriter | None:
@@ -286,13 +416,6 @@ class Compiler(Specialiser):
         wanted = any(pass_.wants_parameters(model) for pass_ in self.pipeline.passes)
         return named_parameters(model) if wanted else {}
 
-    def _mismatched(self, error: MismatchError) -> Verification:
-        """What is reported where the user lets a graph run that differs from eager."""
-        if self.on_mismatch != "warn":
-            raise error
-        warnings.warn(f"the graph runs all the same (on_mismatch='warn'): {error}", stacklevel=2)
-        return Verification(self.verify, "mismatch")
-
     def _backend(self, session: Session) -> str:
         """Ranks must not wait for a trial whose rounds they count differently."""
         if not session.ranks or self.backend != "auto":
@@ -300,7 +423,7 @@ class Compiler(Specialiser):
         devices = {ranks.device.type for ranks in session.ranks.values()}
         return "inductor" if "cuda" in devices else "eager"
 
-    def _run(self, captured: Capture, session: Session, stage: Stage) -> Callable[..., object]:
+    def _run(self, session: Session, captured: Capture, stage: Stage) -> Callable[..., object]:
         """A stage of the graph, in the eager backend, as a call of the model."""
         return self._build(captured, stage.graph, stage.parts, session, "eager").call
 
@@ -329,3 +452,13 @@ class Compiler(Specialiser):
             facts=tuple(sorted(graph.facts)),
             parts=parts,
         )
+
+
+def _is_job(session: Session) -> bool:
+    return any(ranks.size > 1 for ranks in session.ranks.values())
+
+
+def _place(session: Session) -> str:
+    """Which rank this is: each compares on its own batch, whatever others have found."""
+    places = ((n, r.group.rank(), r.size) for n, r in sorted(session.ranks.items()))
+    return " ".join(f"{name}:{rank}/{size}" for name, rank, size in places)

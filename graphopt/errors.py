@@ -82,9 +82,21 @@ class InvariantError(GraphoptError):
 
 
 class MismatchError(GraphoptError):
-    """What would run does not compute what PyTorch eager computes."""
+    """What would run does not compute what PyTorch eager computes.
+
+    Args:
+        message: one sentence saying what is wrong.
+        where: what it is about.
+        hint: one thing to try.
+        guilty: who made the difference, as ``"pass cleanup"``, ``"backend inductor"``,
+            ``"part kfac"`` (of the runtime) or ``"capture"``; empty where that is not known.
+    """
 
     code = "GO-V02"
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "", guilty: str = "") -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.guilty = guilty
 
 
 class BackendMismatchError(MismatchError):

@@ -64,6 +64,10 @@ class RuntimePart(Generic[P]):
         """
         return ""
 
+    def uncompared(self, part: P) -> Mapping[str, str]:
+        """What of its work no comparison with eager holds, and why."""
+        return {}
+
     # -- while a step runs -------------------------------------------------------------------------
 
     def forward(self, part: P, plan: Plan, below: MakeForward) -> MakeForward:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from graphopt import registry
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.runtime.owned_step import OwnedStep
     from graphopt.runtime.part import RuntimePart
     from graphopt.runtime.ranks.ranks import Ranks
+    from graphopt.runtime.validation import Validation
 
 
 # Under which ranks agree on what their models call.
@@ -51,6 +53,11 @@ class Session:
         handles: undo what parts have hung on the model and on the optimizer.
         trying: whether a step is tried, and leaves no trace.
         decided: what passes did when they could replace parameters, by their name.
+        steps: how many steps have ended; without runtime parts each backward ends one.
+        uneven: whether ranks may have unequally many steps.
+        validation: what compares forms of a step when they first run; ``None`` for nothing.
+        distrusted: passes and backends that were found wrong and run no more (see
+            `MismatchError.guilty`), with what was wrong.
     """
 
     def __init__(
@@ -67,6 +74,10 @@ class Session:
         self.trying = False
         self.handles: list[Any] = []
         self.decided: dict[str, Any] = {}
+        self.steps = 0
+        self.uneven = False
+        self.validation: Validation | None = None
+        self.distrusted: dict[str, str] = {}
         self._runtime: dict[str, RuntimePart[Any]] = {}
         self._plan_parts: list[PlanPart] = []
         self._unchecked: set[str] = set()
@@ -138,6 +149,9 @@ class Session:
                 self._unchecked.discard(part.name)
             if part not in self._plan_parts:
                 self._plan_parts.append(part)
+                if self.validation is not None:
+                    for what, why in runtime.uncompared(part).items():
+                        self.validation.expect(part.name, what, unless=why)
             found.append((runtime, part))
         return found
 
@@ -156,6 +170,33 @@ class Session:
             ranks.agree("plans", plan.outline(), lambda: "")
             if functions and not ranks.agreed_on(_FUNCTIONS):
                 ranks.agree(_FUNCTIONS, functions, lambda: "")
+
+    def complaint(self, topic: str, mine: str) -> tuple[int, str]:
+        """What the first rank that has a complaint says; -1 and nothing where all are content.
+
+        Args:
+            topic: equal on all ranks, which all come.
+            mine: what this rank complains of; empty for nothing.
+
+        Raises:
+            RankError: a rank did not come.
+        """
+        found = (0, mine) if mine else (-1, "")
+        for ranks in self.ranks.values():
+            if ranks.size > 1:
+                found = ranks.complaint(topic, found[1])
+        return found
+
+    def content(self, topic: str, *, now: bool = False) -> bool:
+        """Whether all ranks have told each other that they have no complaint on this topic.
+
+        Args:
+            topic: the topic.
+            now: note that they have.
+        """
+        for ranks in self.ranks.values() if now else ():
+            ranks.settle(topic)
+        return all(ranks.agreed_on(topic) for ranks in self.ranks.values())
 
     def announced(self, groups: Iterable[ProcessGroup], spec: str) -> Session:
         """This session; where it sends nothing, other ranks of the job are told, and may object.
@@ -318,12 +359,19 @@ class Session:
         other.states.update(deepcopy(dict(self.states), memo))
         other.pending, other.scaler = self.pending, self.scaler
         other.decided = dict(self.decided)
+        other.steps, other.distrusted = self.steps, dict(self.distrusted)
+        other.validation = None if self.validation is None else self.validation.copy()
         other._unchecked, other.states.written = set(self._unchecked), set(self.states.written)
         other._plan_parts = list(self._plan_parts)
         other._runtime = {name: part.copy(other) for name, part in self._runtime.items()}
         return other
 
     # -- steps -------------------------------------------------------------------------------------
+
+    def count(self, step: Step) -> None:
+        """Note that a backward is through."""
+        if step.ends and not self.trying:
+            self.steps += 1
 
     @property
     def loss_scale(self) -> float:
@@ -398,6 +446,16 @@ class Session:
                 yield
         finally:
             self.synchronise, self.pending, self.trying = flags
+
+    @contextmanager
+    def silently(self) -> Iterator[None]:
+        """Within, a backward runs once more: it counts for nothing, and draws nothing."""
+        before, self.trying = self.trying, True
+        try:
+            with torch.random.fork_rng():
+                yield
+        finally:
+            self.trying = before
 
     @contextmanager
     def watched_trial(self) -> Iterator[None]:

@@ -67,6 +67,12 @@ def verify(
     side: Annotated[
         Literal["right", "left"], typer.Option(help="Where padding goes; for --padding.")
     ] = "right",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Also compare what this backend makes of the last graph.", show_default=False
+        ),
+    ] = "",
     no_grad: NoGrad = False,
     json: Json = False,
 ) -> None:
@@ -75,6 +81,9 @@ def verify(
     Compared are all outputs, gradients and buffers, from the same inputs and random numbers, each
     graph with the one before it, at the numerics class of the pass between them. Exits with 1 and
     names the first pass that is out of its class. A .gopt file is run on made-up inputs.
+
+    Where a pass leaves work for the runtime, or with --backend, M then takes two steps as it would
+    be optimized: what runs is compared with eager, and forms of its backward with each other.
 
     With --padding, M runs in PyTorch eager on its example inputs, and on the same with padded
     positions more. Compared are outputs at true positions, the loss, gradients and buffers. Exits
@@ -101,6 +110,7 @@ def verify(
     with phase("importing torch"):
         from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
         from graphopt.cli.subject import load_subject, mode
+    from graphopt.cli import verify_steps
     from graphopt.model.comparison import tolerance
     from graphopt.passbase import EXACT, PassContext
     from graphopt.pipeline import Pipeline
@@ -121,7 +131,17 @@ def verify(
     checks = _Checks(stages, captured, observe)
     with phase(f"running {passes}"), mode(subject.example, no_grad=no_grad):
         Pipeline(pipeline.passes, (checks,)).run(graph, context)
-    first_bad = next((s.stage for s in stages if s.result == BAD), None)
+    if first_of(stages) is None and (backend or checks.parts):
+        if not subject.example or not subject.capture:
+            if backend:
+                raise ArgumentError(
+                    "a .gopt file has no model whose steps a backend could run",
+                    hint="name a model and its example inputs, or leave --backend out",
+                )
+        else:
+            with phase("running steps"), mode(subject.example, no_grad=no_grad):
+                stages += verify_steps.rows(subject.example, pipeline, backend or "eager")
+    first_bad = first_of(stages)
     if json:
         answer = {
             "model": subject.name,
@@ -137,16 +157,23 @@ def verify(
         raise typer.Exit(1)
 
 
+def first_of(stages: list[Row]) -> str | None:
+    """The first stage that is out of its class."""
+    return next((s.stage for s in stages if s.result == BAD), None)
+
+
 class _Checks:
     """Observes a pipeline: runs the graph after each pass and compares it with the one before."""
 
     def __init__(self, stages: list[Row], captured: Observed, observe: Observe) -> None:
         self.stages = stages
+        self.parts = False
         self._before = captured
         self._observe = observe
 
     def __call__(self, index: int, pass_: Pass, graph: Graph, step: PassStep) -> None:
         """Add one stage."""
+        self.parts |= step.outcome.part is not None
         if step.skipped:
             self.stages.append(Row(step.spec, str(step.numerics), 0.0, 0.0, "", "skipped"))
             return

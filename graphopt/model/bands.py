@@ -13,10 +13,14 @@ from typing import Any
 
 from graphopt.cache import JsonCache, is_duration
 from graphopt.capture.lock import one_at_a_time
+from graphopt.errors import BackendMismatchError, MismatchError
 from graphopt.model.entries import BackendChoice
+from graphopt.model.sites import warn_at_call
 from graphopt.model.trial import Call
 
 log = logging.getLogger("graphopt")
+
+Compare = Callable[[Any, Sequence[Any], Mapping[str, Any], str, Call], object]
 
 CACHE = JsonCache("bands")
 # A compiling backend has to win by this much; anything less is noise.
@@ -122,6 +126,7 @@ class PerBand:
         sizes: reads the sizes that vary off a call.
         measure: seconds of a call in each backend; leaves no trace.
         band: of the captured call.
+        compare: a call with eager, by the backend that runs it; ``None`` for not at all.
     """
 
     def __init__(
@@ -131,8 +136,10 @@ class PerBand:
         sizes: Callable[..., Sequence[int]],
         measure: Callable[..., Seconds],
         band: int,
+        compare: Compare | None = None,
     ) -> None:
         self._bands, self._calls, self._sizes, self._measure = bands, calls, sizes, measure
+        self._compare = compare
         self._chosen: dict[int, Call] = {}
         self._band = band
 
@@ -151,8 +158,44 @@ class PerBand:
                     self._bands.add(band, self._measure(model, args, kwargs, self._calls))
                 except Exception as error:  # the call itself raises it, if it is the user's
                     log.info("this band of sizes cannot be measured: %s", error)
-        call = self._chosen[band] = self._calls[self._bands.backend(band)]
+            call = self._compared(band, model, args, kwargs)
+        self._chosen[band] = call
         return call
+
+    def _compared(
+        self, band: int, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Call:
+        """The faster backend's call; the other one's, where its code is wrong at these sizes.
+
+        Raises:
+            MismatchError: both are.
+        """
+        wanted = self._bands.backend(band)
+        if self._compare is None or band == self._band:  # the captured call was compared
+            return self._calls[wanted]
+        names = [wanted, *(name for name in self._calls if name != wanted)]
+        for name in names:
+            call = self._calls[name]
+            try:
+                self._compare(model, args, kwargs, name, call)
+            except BackendMismatchError as error:
+                if name == names[-1]:
+                    raise
+                warn_at_call(f"backend {names[-1]!r} runs calls of these sizes: {error}")
+            except MismatchError:
+                raise
+            except Exception as error:  # the call itself raises it, if it is the user's
+                log.info("calls of these sizes cannot be compared with eager: %s", error)
+                return call
+            else:
+                return call
+        raise AssertionError("there is no backend")
+
+    def chosen(self, model: Any, *args: Any, **kwargs: Any) -> tuple[str, Call]:
+        """The backend that runs a call, and the call; it is measured if it is the first."""
+        band = band_of(self._sizes(model, *args, **kwargs))
+        call = self._chosen.get(band) or self._choose(band, model, args, kwargs)
+        return next(name for name, one in self._calls.items() if one is call), call
 
     def choice(self) -> BackendChoice:
         """What runs calls like the captured one, and what runs others."""

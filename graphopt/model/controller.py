@@ -20,6 +20,7 @@ from graphopt.capture.lock import is_tracing, one_at_a_time
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import GraphoptError, RankError
 from graphopt.model.dimensions import Seen
+from graphopt.model.entries import Form
 from graphopt.model.kinds import Kind, PlainKinds, kind_of
 from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
@@ -170,6 +171,7 @@ class Controller:
             variant = replace(made, entry=entry, mode=mode)
             self.seen.captured(model, args, kwargs)
             self.made += 1
+            self._untold += variant.warnings
             site.captured(changes)
             self._keep(variant, site)
         if entry.because:
@@ -346,7 +348,13 @@ class Controller:
                 *self.sites.notes(),
             ),
             plain=self.kinds.entries(),
+            forms=self._forms(),
         )
+
+    def _forms(self) -> tuple[Form, ...]:
+        validation = self.session.validation
+        found = () if validation is None else validation.forms.values()
+        return tuple(Form(**vars(form)) for form in found)
 
     def _remember(
         self,

@@ -33,8 +33,7 @@ class Verification:
 
     Attributes:
         level: what was asked for: ``"off"``, ``"structure"``, ``"eager"`` or ``"full"``.
-        result: ``"bit-equal"``, ``"within tolerance"``, ``"not run"``, or ``"mismatch"`` where the
-            user lets such a specialisation run.
+        result: ``"bit-equal"``, ``"within tolerance"`` or ``"not run"``.
         worst_name: the output or gradient that is farthest off.
         worst_error: its error, relative to its largest magnitude.
         seconds: how long the comparison took.
@@ -50,6 +49,60 @@ class Verification:
     seconds: float = 0.0
     declined: tuple[str, ...] = ()
     earlier: bool = False
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How the comparison with eager came out that is repeated every so many steps.
+
+    Attributes:
+        every: so many steps; calls, where nothing is trained.
+        count: how often it was made.
+        step: before which step last.
+        first_error, last_error: the largest relative error then, and in the first one.
+        worst_name: the output or gradient that was farthest off in any.
+        worst_error: its relative error.
+        worst_step: in which step.
+        failed: how often it could not be made, as for lack of memory.
+        seconds: how long all of them took.
+    """
+
+    every: int
+    count: int = 0
+    step: int = 0
+    first_error: float = 0.0
+    last_error: float = 0.0
+    worst_name: str = ""
+    worst_error: float = 0.0
+    worst_step: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a step, compared in real steps with the forms that it is made of.
+
+    Attributes:
+        part: the method that makes it.
+        name: of the form, in words.
+        result: ``"bit-equal"``, ``"within tolerance"``, ``"mismatch"``, ``"not run yet"``, or
+            ``"not compared"``.
+        reason: why it is not compared, or what was wrong.
+        step: in which step it was last compared.
+        worst_name: the gradient that was farthest off.
+        worst_error: relative to its largest magnitude.
+        times: how often it was compared.
+    """
+
+    part: str
+    name: str
+    result: str
+    reason: str = ""
+    step: int = 0
+    worst_name: str = ""
+    worst_error: float = 0.0
+    times: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +123,8 @@ class Specialisation:
         because: what was other than in earlier calls, where it is not the first of its site.
         numbers: those that are inputs of its graph, as users write them (``self.steps``).
         unkept: why later processes have to capture it again; empty where they do not.
+        fallen_back: what was found wrong, and does not run here.
+        samples: how later comparisons came out; ``None`` where there are none.
     """
 
     signature: str
@@ -85,6 +140,8 @@ class Specialisation:
     because: str = ""
     numbers: tuple[str, ...] = ()
     unkept: str = ""
+    fallen_back: tuple[str, ...] = ()
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,14 @@ import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from graphopt.model.entries import BackendChoice, PlainKind, Specialisation, Verification
+from graphopt.model.entries import (
+    BackendChoice,
+    Form,
+    PlainKind,
+    Samples,
+    Specialisation,
+    Verification,
+)
 from graphopt.passbase import Applied, Declined
 from graphopt.pipeline.step import PassStep
 
@@ -22,6 +29,7 @@ def explain(
     specialisations: Sequence[Specialisation],
     notes: Sequence[str],
     plain: Sequence[PlainKind] = (),
+    forms: Sequence[Form] = (),
 ) -> str:
     """The report as indented lines without line end at the end."""
     lines = [f"graphopt on {model}", f"passes: {spec or 'none'}"]
@@ -34,6 +42,8 @@ def explain(
         lines += [f"  {line}" for line in _specialisation(specialisation)]
     for kind in plain:
         lines += ["", f"plain PyTorch: {kind.signature}", *(f"  {s}" for s in _reasons(kind))]
+    if forms:
+        lines += ["", "forms of steps", *(f"  {_form(form)}" for form in forms)]
     if notes:
         lines += ["", *(f"note: {note}" for note in notes)]
     return "\n".join(lines)
@@ -45,6 +55,7 @@ def to_html(
     specialisations: Sequence[Specialisation],
     notes: Sequence[str],
     plain: Sequence[PlainKind] = (),
+    forms: Sequence[Form] = (),
 ) -> str:
     """The same text as one self-contained HTML fragment with sections that fold."""
     parts = [f"<b>graphopt on {_escape(model)}</b>"]
@@ -61,6 +72,8 @@ def to_html(
     for kind in plain:
         title = f"<b>plain PyTorch: {_escape(kind.signature)}</b>"
         parts.append(_details(title, _pre(_reasons(kind)), is_open=True))
+    if forms:
+        parts.append(_details("<b>forms of steps</b>", _pre(map(_form, forms)), is_open=True))
     parts += [f"<div>note: {_escape(note)}</div>" for note in notes]
     return f'<div class="graphopt-report">{"".join(parts)}</div>'
 
@@ -89,6 +102,9 @@ def _head(item: Specialisation) -> Iterator[str]:
 def _tail(item: Specialisation) -> Iterator[str]:
     yield f"backend    {_backend(item.backend)}"
     yield f"verified   {_verification(item.verification)}"
+    yield from (f"fell back  {text}" for text in item.fallen_back)
+    if item.samples is not None:
+        yield f"samples    {_samples(item.samples)}"
     yield f"plan       {item.plan.digest}"
     if item.unkept:
         yield f"cache      each process captures it anew: {item.unkept}"
@@ -138,8 +154,6 @@ def _backend(choice: BackendChoice) -> str:
 def _verification(check: Verification) -> str:
     if check.result == "not run":
         return f"{check.level}: not compared with eager"
-    if check.result == "mismatch":
-        return f"{check.level}: MISMATCH with eager, run all the same (on_mismatch='warn')"
     took = "by an earlier process" if check.earlier else f"in {_time(check.seconds)}"
     if check.declined:
         names = ", ".join(check.declined)
@@ -149,6 +163,34 @@ def _verification(check: Verification) -> str:
         )
     worst = f", worst {check.worst_name} by {check.worst_error:.2g}" if check.worst_error else ""
     return f"{check.level}: {check.result}{worst} {took}"
+
+
+def _samples(found: Samples) -> str:
+    every = f"every {found.every} steps"
+    failed = f"; {found.failed} could not be made" if found.failed else ""
+    if not found.count:
+        return f"none yet, {every}{failed}"
+    drift = "bit-equal to eager in all"
+    if found.worst_error:
+        drift = (
+            f"worst {found.worst_name} by {found.worst_error:.2g} in step {found.worst_step}, "
+            f"first {found.first_error:.2g}, last {found.last_error:.2g}"
+        )
+    took = _time(found.seconds / found.count)
+    return f"{found.count}, {every}, the last in step {found.step}: {drift}; {took} each{failed}"
+
+
+def _form(form: Form) -> str:
+    what = f"{form.part}, {form.name}"
+    if form.result == "not run yet":
+        return f"not yet    {what}: such a step has not run"
+    if form.result == "not compared":
+        return f"not        {what}: {form.reason}"
+    if form.result == "mismatch":
+        return f"MISMATCH   {what}: {form.reason}"
+    worst = f", worst {form.worst_name} by {form.worst_error:.2g}" if form.worst_error else ""
+    times = f" and {form.times - 1} before" if form.times > 1 else ""
+    return f"compared   {what}: {form.result}{worst}, in step {form.step}{times}"
 
 
 def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> list[tuple[str, list[Site]]]:

@@ -21,10 +21,10 @@ from graphopt.errors import (
     RankError,
     StateError,
 )
-from graphopt.model.specialiser import Specialiser
 from graphopt.model.trial import Trial, tensors_of
 
 if TYPE_CHECKING:
+    from graphopt.model.specialiser import Specialiser
     from graphopt.runtime.session import Session
 
 # What is about more than one call, so that running this one plain is no way on.
@@ -89,7 +89,7 @@ def refuse(
 def _falls_back(settings: Specialiser, trained: bool, error: GraphoptError) -> bool:
     """Whether a call that failed so may run plain."""
     if isinstance(error, MismatchError):
-        return settings.on_mismatch == "eager"
+        return settings.on_mismatch in ("eager", "warn")
     if isinstance(error, _RAISED):
         return False
     return trained if settings.fallback is None else settings.fallback == "eager"

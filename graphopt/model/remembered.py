@@ -39,7 +39,7 @@ CACHE = JsonCache("verified")
 _RESULTS = ("bit-equal", "within tolerance")
 
 
-def key_of(digest: str, pipeline: Pipeline, level: str, backend: str) -> str:
+def key_of(digest: str, pipeline: Pipeline, level: str, backend: str, place: str = "") -> str:
     """Of a kept capture under these passes; empty where there is none.
 
     Args:
@@ -47,12 +47,13 @@ def key_of(digest: str, pipeline: Pipeline, level: str, backend: str) -> str:
         pipeline: the passes with their options; their code counts.
         level: of verification.
         backend: that was asked for.
+        place: which rank of how many, in a job; each has batches of its own.
     """
     if not digest:
         return ""
     code = [Fingerprints().kind(pass_) for pass_ in pipeline.passes]
     devices = str(torch.backends.mkldnn.enabled)
-    return fingerprint(digest, str(pipeline), *code, level, backend, sources(), devices)
+    return fingerprint(digest, str(pipeline), *code, level, backend, place, sources(), devices)
 
 
 def known(key: str) -> Known:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graphopt.model.entries import PlainKind, Specialisation
+from graphopt.model.entries import Form, PlainKind, Specialisation
 from graphopt.model.explain import explain, to_html
 
 
@@ -26,6 +26,7 @@ class Report:
         specialisations: the captured variants, oldest first.
         notes: what concerns the model as a whole.
         plain: the kinds of calls that run as plain PyTorch, oldest first.
+        forms: of steps that send, add up or compute statistics, and whether they were compared.
     """
 
     model: str
@@ -33,10 +34,13 @@ class Report:
     specialisations: tuple[Specialisation, ...] = ()
     notes: tuple[str, ...] = ()
     plain: tuple[PlainKind, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     def explain(self) -> str:
         """The report as text for a terminal."""
-        return explain(self.model, self.spec, self.specialisations, self.notes, self.plain)
+        return explain(
+            self.model, self.spec, self.specialisations, self.notes, self.plain, self.forms
+        )
 
     def to_json(self) -> str:
         """The report as JSON with sorted keys; keys are those of the dataclasses.
@@ -49,7 +53,9 @@ class Report:
         return json.dumps(data, sort_keys=True, indent=1, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        return to_html(self.model, self.spec, self.specialisations, self.notes, self.plain)
+        return to_html(
+            self.model, self.spec, self.specialisations, self.notes, self.plain, self.forms
+        )
 
 
 def _strict(value: object) -> object:

@@ -16,6 +16,7 @@ from graphopt.model.bands import PerBand
 from graphopt.model.declared import Declared
 from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
+from graphopt.model.sampling import Sampled
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -39,6 +40,7 @@ class Variant:
         mode: of the model when it was made (training, gradients, autocast).
         numbers: those that are inputs of the graph, by where Dynamo finds them.
         changed: which numbers are other ones in a call, as conditions that do not hold.
+        warnings: what the user has to be told once it is made.
     """
 
     call: Callable[..., object]
@@ -50,14 +52,20 @@ class Variant:
     mode: Hashable = None
     numbers: frozenset[str] = frozenset()
     changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def reported(self) -> Specialisation:
-        """The entry, with the backend that runs calls by now where that depends on their sizes."""
-        call = self.call
-        return (
-            replace(self.entry, backend=call.choice()) if isinstance(call, PerBand) else self.entry
-        )
+        """The entry, with what runs calls by now, and how later comparisons came out."""
+        call, entry = self.call, self.entry
+        if isinstance(call, Sampled):
+            renewed, entry = call.renewed, replace(entry, samples=call.samples)
+            if renewed is not None and renewed.variant is not None:
+                return renewed.variant.reported
+            if renewed is not None:
+                return replace(entry, fallen_back=(*entry.fallen_back, *renewed.warnings))
+            call = call.call
+        return replace(entry, backend=call.choice()) if isinstance(call, PerBand) else entry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.api import optimize
-from graphopt.compiler import Verify
 from graphopt.model.checkpoint import load_state_dict, state_dict
 from graphopt.model.comparison import same
 from graphopt.model.controller import Controller, controller_of
@@ -61,7 +60,7 @@ class Run:
         verify: see `graphopt.optimize`.
     """
 
-    def __init__(self, subject: Subject, verify: Verify = "off") -> None:
+    def __init__(self, subject: Subject, verify: str = "off") -> None:
         self.subject = subject
         model, self.example = subject.start()
         # In place: what it returns is the same object, or a plan where a plan was asked for.

@@ -72,6 +72,10 @@ class BatchStatistics(RuntimePart[Norms]):
         """Each rank would have the statistics of its own stages only."""
         return "the statistics of one stage are not known to the ranks of others"
 
+    def uncompared(self, part: Norms) -> Mapping[str, str]:
+        """What eager has nothing like."""
+        return {"statistics of several steps": "they change the training method by design"}
+
     @torch.no_grad()
     def finish(self, part: Norms, step: Step, gradients: dict[str, Tensor]) -> None:
         """Add moments up; where the step ends, set the buffers.

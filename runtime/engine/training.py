@@ -145,6 +145,7 @@ class TrainingEngine(Engine):
                 self._write_back(self._backward_mutations, at, results)
             if self.plan.parts:
                 self._finish(step, results)
+        self.session.count(step)
         for i in self._sharing:
             # Autograd copies a gradient that somebody else holds, and a view holds its base.
             if results[i] is not None:

@@ -15,6 +15,7 @@ from graphopt.plan import Plan, Role
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.group_gradients import exact
+from graphopt.runtime.group_gradients.checked import Checked
 from graphopt.runtime.group_gradients.joining import Joining
 from graphopt.runtime.group_gradients.messages import Messages
 from graphopt.runtime.group_gradients.reducing import LOCAL, Reducing
@@ -68,6 +69,7 @@ class GroupGradients(RuntimePart[Reduction]):
                     hint="leave it out, or give all ranks as many batches",
                 )
         messages.joining = joining = Joining(messages)
+        self.session.uneven = True
         try:
             yield
             if not messages.step:
@@ -76,7 +78,7 @@ class GroupGradients(RuntimePart[Reduction]):
                     hint="give every rank a batch at least",
                 )
         finally:
-            messages.joining = None
+            messages.joining, self.session.uneven = None, False
         joining.finish()
 
     def backward(self, part: Reduction, plan: Plan, below: MakeBackward) -> MakeBackward:
@@ -121,8 +123,14 @@ class GroupGradients(RuntimePart[Reduction]):
             {n: b[n] if n in b else torch.zeros_like(step.parameters[n]) for n in local}
             for b in batches
         ]
-        means = exact.reduce(messages, part.grouping.groups, whole)
-        gradients.update(means)
+        checked, form = Checked(self.session, messages, part), "several micro-batches by integers"
+        local = {n: torch.stack([batch[n] for batch in whole]).sum(0) for n in local}
+        if checked.distrusts(form):
+            gradients.update(checked.means(local))
+        else:
+            means = exact.reduce(messages, part.grouping.groups, whole)
+            instead = checked.check(form, local, means) if checked.wants(form) else None
+            gradients.update(means if instead is None else instead)
         for name in presence.absent(local.keys() - mine, question):
             gradients.pop(name, None)
 
@@ -138,6 +146,12 @@ class GroupGradients(RuntimePart[Reduction]):
         if not step.ends:
             return
         messages.begin(part, step.parameters, step.examples)
+        checked, form = Checked(self.session, messages, part), "after the stages"
+        distrusts, wants = checked.distrusts(form), checked.wants(form)
+        local = dict(gradients) if distrusts or wants else {}
+        if distrusts:
+            gradients.update(checked.means(local))
+            return
         sent = []
         for index, group in enumerate(part.grouping.groups):
             by_type: dict[torch.dtype, list[str]] = {}
@@ -156,6 +170,8 @@ class GroupGradients(RuntimePart[Reduction]):
             pieces = torch.split(body, [gradients[n].numel() for n in names])
             for name, piece in zip(names, pieces, strict=True):
                 gradients[name] = piece.view(gradients[name].shape)
+        if wants:
+            gradients.update(checked.check(form, local, gradients) or {})
 
     def _waiting(self) -> list[dict[str, Tensor]]:
         """Gradients of earlier micro-batches of this step, in order."""

@@ -66,6 +66,7 @@ class Messages:
         self._sent = 0
         self.asked = 0
         self.joining: Joins | None = None
+        self._expected: tuple[int, Mapping[str, Tensor]] | None = None
         self._forms: list[tuple[int, torch.dtype, Any]] = []
         self._local = self._reduced = 0.0
         ranks.group.carrier = self._carry
@@ -96,6 +97,20 @@ class Messages:
         with self.waiting(-1):
             self.ranks.group.inner.allreduce([squares]).wait()
         self.noise.update(float(squares), self._reduced, size, self._examples)
+
+    @property
+    def expects(self) -> bool:
+        """Whether it is known what the results of this step or the next one have to be."""
+        return self._expected is not None
+
+    def expect(self, means: Mapping[str, Tensor]) -> None:
+        """Know what the next step has to return, where results are delayed by one."""
+        self._expected = self.step + 1, means
+
+    def take_expected(self) -> Mapping[str, Tensor] | None:
+        """What this step has to return; ``None`` where that is not known."""
+        found, self._expected = self._expected, None
+        return found[1] if found is not None and found[0] == self.step else None
 
     def shadow(self) -> None:
         """Send what other ranks send in a step, with zeros, as this one has no batch.

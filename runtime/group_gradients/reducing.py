@@ -5,7 +5,8 @@ A step within ``no_sync`` returns its own gradients; the next step that ends red
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from graphopt.plan import Plan, Role
 from graphopt.plan.group_gradients import Reduction
+from graphopt.runtime.backends.eager import boxed
+from graphopt.runtime.engine.plain import PlainBackward
 from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
+from graphopt.runtime.group_gradients.checked import Checked
 from graphopt.runtime.group_gradients.forms import accumulating, reduce_in_place, reducing, silent
 from graphopt.runtime.group_gradients.messages import Messages
 from graphopt.runtime.group_gradients.stamp import KEY, Stamp, stamped
@@ -48,7 +52,10 @@ class Reducing:
         self.session, self.messages, self.part = session, messages, part
         self.returns = tuple(s for s in half.slots if s.role is not Role.LOCAL)
         self._half, self._below = half, below
+        self._checked = Checked(session, messages, part, plan.backend)
+        self._inputs = tuple(s for s in plan.signature.inputs if s.role is not Role.TANGENT)
         self._forms: dict[str, Backward] = {}
+        self._halves: dict[str, Half] = {}
         self._stamps: dict[str, Stamp | None] = {}
         self._names = tuple(s.name for s in half.slots if s.role is Role.LOCAL)
         self._presence = Presence(plan, self._names)
@@ -57,6 +64,13 @@ class Reducing:
         self._positions = {name: i for i, name in gradients}
         # Nobody averages gradients of inputs, so the scale of the tangents comes off again.
         self._of_inputs = [i for i, name in gradients if name not in parameters]
+        others = {s.name.partition("/")[0] for s in half.slots if s.role is Role.AUX}
+        self._beside = f", with results for {', '.join(sorted(others))}" if others else ""
+        if session.validation is not None:
+            integers = "several micro-batches by integers"
+            for name in ("reducing", integers if part.wire == "int32" else "accumulating"):
+                beside = "" if name == integers else self._beside
+                session.validation.expect(part.name, f"{name}{beside}")
         # What a backend asks of sizes is a condition of the graph while that is built, not later.
         if plan.signature.names(Role.SIZE):
             for name in ("silent", "reducing", "accumulating"):
@@ -80,6 +94,11 @@ class Reducing:
             return self._form("silent")(step, tangents, absent)
         before = self._take(step) if self.session.pending else None
         form = "reducing" if before is None else "accumulating"
+        name = form + self._beside
+        checked, distrusts = self._checked, self._checked.distrusts(name)
+        compares = not distrusts and (checked.wants(name) or self.messages.expects)
+        again = _again(step, tangents) if compares or distrusts else None
+        waited = {n: step.own[_key(n)] for n in self._names} if before is not None else {}
         scale = self.part.scale
         expected = step.scale != 1.0  # who scales tangents lets them overflow, and skips the step
         if scale != 1.0:
@@ -93,7 +112,7 @@ class Reducing:
         messages.begin(self.part, step.parameters, step.examples, stamp)
         if stamp is not None:
             step.own[KEY] = stamp.of(messages.passes, messages.ranks.device)
-        present = (set(self._names) - set(absent)) | (before or set())
+        present = (set(self._names) - set(absent)) | set(before or ())
         question = None
         if self.part.stale == "none":
             # A result of the step before belongs to no tangent of this one: it is never absent.
@@ -101,11 +120,27 @@ class Reducing:
         messages.asked = 0 if question is None else len(self._presence.names)
         found = len(messages.nonfinite)
         # The others reduce what is absent here, too, so it has to be computed.
-        results = backward(step, tangents, set(absent) - set(self._names))
-        messages.end()
-        if scale != 1.0:
+        missing = set(absent) - set(self._names)
+        if distrusts:
+            assert again is not None
+            results, local = self._alone(*again, missing, waited)
+            self._put(results, checked.means(local))
+            step.scale /= scale
+            for n in self._names:
+                step.own.pop(_key(n), None)
+        else:
+            results = backward(step, tangents, missing)
+            messages.end()
+        if scale != 1.0 and not distrusts:
             for i in self._of_inputs:
                 results[i] = None if results[i] is None else results[i] * (1.0 / scale)
+        if again is not None and not distrusts:
+            try:
+                self._compare(name, form, again, missing, waited, results)
+            except BaseException:
+                for n, gradient in (before or {}).items():
+                    step.parameters[n].grad = gradient
+                raise
         if not messages.shows_nonfinite and self._on_cpu(results):
             messages.results(self._not_finite(results))
         if len(messages.nonfinite) > found and not expected:
@@ -114,13 +149,83 @@ class Reducing:
             results[self._positions[name]] = None
         return results
 
-    def _take(self, step: Step) -> set[str]:
-        """Hand accumulated gradients to the form that adds them; their names."""
+    # -- comparing ---------------------------------------------------------------------------------
+
+    def _alone(
+        self,
+        step: Step,
+        tangents: Sequence[Tensor | None],
+        absent: Collection[str],
+        waited: Mapping[str, Tensor],
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """Results of a backward that sends nothing; and its gradients with those accumulated."""
+        results = self._form("silent")(step, tangents, absent)
+        local = {n: results[self._positions[n]] for n in self._names}
+        return results, {n: g + waited[n] if n in waited else g for n, g in local.items()}
+
+    def _put(self, results: list[Any], gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            results[self._positions[name]] = gradient
+
+    def _compare(
+        self,
+        name: str,
+        form: str,
+        again: tuple[Step, list[Tensor | None]],
+        absent: Collection[str],
+        waited: Mapping[str, Tensor],
+        results: list[Any],
+    ) -> None:
+        """Compare what a form has reduced, and put what is right in the place of what is not."""
+        step, tangents = again
+        found = {n: results[self._positions[n]] for n in self._names}
+        once_more = _again(step, tangents)
+        with self.session.silently():
+            _, local = self._alone(step, tangents, absent, waited)
+        if self.part.stale == "none":
+
+            def in_eager() -> Mapping[str, Tensor | None]:
+                return self._in_eager(form, *once_more, absent, waited)
+
+            instead = self._checked.check(name, local, found, in_eager)
+        else:  # what this step returns was sent by the one before
+            late = self.messages.take_expected()
+            instead = None
+            if late is not None:
+                instead = self._checked.check(name, local, found, mean=late)
+            if self._checked.wants(name):
+                self.messages.expect(self._checked.means(local))
+        self._put(results, instead or {})
+
+    def _in_eager(
+        self,
+        form: str,
+        step: Step,
+        tangents: Sequence[Tensor | None],
+        absent: Collection[str],
+        waited: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor | None]:
+        """The gradients of a form, operator by operator, by eager's kernels; it sends once more."""
+        messages, stamp = self.messages, self._stamps[form]
+        scaled = [None if t is None else t * self.part.scale for t in tangents]
+        step.own.update({_key(name): value for name, value in waited.items()})
+        if stamp is not None:
+            step.own[KEY] = stamp.of(messages.passes, messages.ranks.device)
+        messages.step -= 1
+        messages.begin(self.part, step.parameters, step.examples, stamp)
+        run = PlainBackward(boxed, self.session, self._inputs, self._halves[form])
+        returns = [slot.name if slot.role is Role.GRAD else "" for slot in run.returns]
+        return dict(zip(returns, run(step, scaled, absent), strict=True))
+
+    # -- forms -------------------------------------------------------------------------------------
+
+    def _take(self, step: Step) -> dict[str, Tensor]:
+        """Hand accumulated gradients to the form that adds them; which there were."""
         taken = self.session.take(step.parameters, self._names)
         for name in self._names:
             own = taken.get(name)
             step.own[_key(name)] = torch.zeros_like(step.parameters[name]) if own is None else own
-        return set(taken)
+        return taken
 
     def _form(self, name: str) -> Backward:
         if name not in self._forms:
@@ -135,6 +240,7 @@ class Reducing:
                     half, stamp = stamped(half, self.messages.ranks.size)
                 half = reduce_in_place(half)
             self._stamps[name] = stamp
+            self._halves[name] = half
             self._forms[name] = self._below(half)
         return self._forms[name]
 
@@ -146,6 +252,12 @@ class Reducing:
     def _not_finite(self, results: Sequence[Any]) -> list[str]:
         found = ((name, results[i]) for name, i in self._positions.items())
         return [name for name, r in found if r is not None and not torch.isfinite(r).all()]
+
+
+def _again(step: Step, tangents: Sequence[Tensor | None]) -> tuple[Step, list[Tensor | None]]:
+    """What the same backward needs to run once more, alone."""
+    again = replace(step, saved=list(step.saved), own=dict(step.own), ends=False)
+    return again, list(tangents)
 
 
 def _key(name: str) -> str:

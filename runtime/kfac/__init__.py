@@ -79,7 +79,8 @@ class Kfac(RuntimePart[Curvature]):
         def make(half: Half) -> Backward:
             if not any(map(is_statistic, half.slots)):
                 return below(half)
-            return WithStatistics(part, plan, CurvatureState(part, self.state), half, below)
+            state = CurvatureState(part, self.state)
+            return WithStatistics(part, plan, state, half, below, self.session)
 
         return make
 
@@ -90,6 +91,13 @@ class Kfac(RuntimePart[Curvature]):
         if per_rank > 1:
             return f"it counts the micro-batches of one stage, and each rank has {per_rank}"
         return ""
+
+    def uncompared(self, part: Curvature) -> Mapping[str, str]:
+        """What eager has nothing like."""
+        found = {"preconditioning": "it changes the training method by design"}
+        if part.fisher != "empirical":
+            found["statistics of drawn labels"] = "eager computes none"
+        return found
 
     def finish(self, part: Curvature, step: Step, gradients: dict[str, Tensor]) -> None:
         """Renew statistics and solutions, and precondition.

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from graphopt.plan import Plan, Role, Slot
 from graphopt.plan.kfac import Curvature
+from graphopt.runtime.engine.compared import Pair
 from graphopt.runtime.engine.forms import keeping
 from graphopt.runtime.engine.step import Backward, Forward, Half, MakeBackward, Step
 from graphopt.runtime.kfac.labels import tangents_of_labels
 from graphopt.runtime.kfac.state import CurvatureState
+from graphopt.runtime.session import Session
 
 PREFIX = "kfac/"
 # Under these a step keeps the model's first output, and what its backward has found.
@@ -72,6 +74,7 @@ class WithStatistics:
         curvature: says which statistics are due.
         half: the backward half, with statistics among its outputs.
         below: makes the backward of a form.
+        session: of the model.
     """
 
     def __init__(
@@ -81,8 +84,10 @@ class WithStatistics:
         curvature: CurvatureState,
         half: Half,
         below: MakeBackward,
+        session: Session,
     ) -> None:
         self.part, self.plan, self.curvature = part, plan, curvature
+        self._pair = Pair(session, part.name, plan.backend)
         self._half, self._below = half, below
         names = (slot.name for slot in half.slots if is_statistic(slot))
         self._own = frozenset(name.removeprefix(PREFIX) for name in names)
@@ -119,8 +124,12 @@ class WithStatistics:
         statistics: dict[str, Tensor] = {}
         if due and output is not None:
             statistics = self._of_labels(step, output, len(tangents))
-        if due and output is None:
+        with_them = bool(due) and output is None
+        if output is None and self._pair.wants(with_them, step):
+            self._pair.compare(self._plain, self._with, step, tangents, absent)
+        if with_them or (output is None and self._pair.distrusts):
             results, statistics = self._with_statistics(step, tangents, absent)
+            statistics = statistics if with_them else {}
         else:
             results = self._plain(step, tangents, absent)
         step.own[FOUND] = Found(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -92,6 +92,12 @@ class Partition(RuntimePart[Stages]):
 
     def _shared(self, part: Stages, name: str) -> bool:
         return sum(name in stage.parameters for stage in part.stages) > 1
+
+    def uncompared(self, part: Stages) -> Mapping[str, str]:
+        """The graph is compared whole, where the model is called."""
+        return {
+            "steps in stages": "each stage runs a part of the graph, and only the whole is compared"
+        }
 
     # -- steps -------------------------------------------------------------------------------------
 

@@ -77,6 +77,10 @@ class Precision(RuntimePart[LossScaling]):
         """Tangents are multiplied in the last stage, and overflows found in any."""
         return "its loss scale is a decision about all stages at once; use format=bf16"
 
+    def uncompared(self, part: LossScaling) -> Mapping[str, str]:
+        """What eager has nothing like."""
+        return {"steps left out": "eager leaves none out"}
+
     def finish(self, part: LossScaling, step: Step, gradients: dict[str, Tensor]) -> None:
         """Leave out a step with gradients that are not finite, and renew the scale.
 

@@ -6,6 +6,7 @@ A collective would hang where one rank does not take part, and that is what has 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -153,6 +154,17 @@ class Agreement:
         holder = self.store.holder
         who = f"{holder}, which holds the job's store," if holder else "the job's store"
         return RankError(f"{what}: {who} did not answer", where=str(error), hint=LOOK, restart=True)
+
+    def collect(self, topic: str, mine: str) -> list[str]:
+        """The texts of all ranks, in their order; all of them call it.
+
+        Raises:
+            RankError: a rank did not come in time, or the store is gone.
+        """
+        told = f"{topic}/{self._counts.get(topic, 0) + 1}/told"
+        self.tell(told, mine)
+        found: list[str] = json.loads(self.agree(topic, "", lambda: json.dumps(self.told(told))))
+        return found
 
     def tell(self, topic: str, mine: str) -> None:
         """Leave a text for rank 0, before a call of `agree` in which it decides by all of them.

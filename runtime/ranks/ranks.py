@@ -107,6 +107,19 @@ class Ranks:
             self._decisions[topic, mine] = decision
         return self._decisions[topic, mine]
 
+    def complaint(self, topic: str, mine: str) -> tuple[int, str]:
+        """The first rank that has something to say, and what; -1 where all are content.
+
+        Raises:
+            RankError: a rank did not come.
+        """
+        told = self.group.agreement.collect(topic, mine)
+        return next(((rank, text) for rank, text in enumerate(told) if text), (-1, ""))
+
+    def settle(self, topic: str) -> None:
+        """Note that there is nothing more to agree on."""
+        self._decisions[topic, ""] = ""
+
     def agreed_on(self, topic: str) -> bool:
         """Whether there was an agreement on this, whatever it was."""
         return any(about == topic for about, _ in self._decisions)

@@ -102,3 +102,22 @@ def test_few_bands_are_measured_and_others_follow_the_nearest() -> None:
 def test_an_entry_that_nobody_wrote_is_absent(entry: object) -> None:
     bands.CACHE.write("key", entry)
     assert Bands("key").seconds == {}
+
+
+def test_what_runs_other_sizes_is_compared_when_it_first_does(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that is right at the captured size and wrong at large ones is given up, loudly."""
+
+    def build(_: Inductor, *args: Any) -> Any:
+        engine = Eager().build(*args)
+        return lambda inputs: [1.5 * t if len(t) >= LARGE else t for t in engine(inputs)]
+
+    monkeypatch.setattr(Inductor, "build", build)
+    model = _model()
+    model(_x(8))
+    x = _x(100)
+    with pytest.warns(UserWarning, match="backend 'eager' runs calls of these sizes") as told:
+        found = model(x)
+    assert [one.filename for one in told] == [__file__]
+    assert torch.equal(found, nn.functional.linear(x, model.weight, model.bias))
