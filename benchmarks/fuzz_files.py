@@ -199,13 +199,13 @@ def _change(rng: random.Random, data: Any) -> None:
         break
     match rng.choice(["replace", "replace", "replace", "delete", "add", "double"]):
         case "replace":
-            here[key] = rng.choice(JUNK)
+            here[key] = copy.deepcopy(rng.choice(JUNK))
         case "delete":
             del here[key]
         case "add" if isinstance(here, dict):
-            here[rng.choice(["x", "part", "format", ""])] = rng.choice(JUNK)
+            here[rng.choice(["x", "part", "format", ""])] = copy.deepcopy(rng.choice(JUNK))
         case _ if isinstance(here, list):
-            here.insert(key, rng.choice([here[key], rng.choice(JUNK)]))
+            here.insert(key, rng.choice([here[key], copy.deepcopy(rng.choice(JUNK))]))
         case _:
             here[key] = [here[key]]
 
@@ -300,13 +300,13 @@ def _damaged_state(rng: random.Random, good: dict[str, torch.Tensor]) -> Any:
         case 6 if value.is_floating_point():
             state[key] = value * rng.choice([float("nan"), float("inf")])
         case 7:
-            state[key] = rng.choice(JUNK)
+            state[key] = copy.deepcopy(rng.choice(JUNK))
         case 8:
             state = {k: v for k, v in state.items() if rng.random() < 0.8}
         case 9:
             state[key] = rng.choice([value.to("meta"), value.to_sparse() if value.dim() else None])
         case 10:
-            return rng.choice(JUNK)
+            return copy.deepcopy(rng.choice(JUNK))
         case _ if value.dtype == torch.int64:
             state[key] = -value - 1
         case _:

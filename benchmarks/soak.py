@@ -37,9 +37,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 
 def look() -> dict[str, float]:
     """What this process holds: kilobytes, descriptors, threads of the system and of Python."""
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "kilobytes": float(status["VmRSS"].split()[0]),
         "descriptors": float(len(os.listdir("/proc/self/fd"))),

@@ -330,6 +330,11 @@ class Session:
         """What the loss of this step was multiplied with."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
+    def loss_scale_of(self, step: Step) -> Callable[[], float]:
+        """Gives, when asked, what the tangents of a step were multiplied with, by whomever."""
+        scale = step.scale
+        return lambda: scale * self.loss_scale
+
     def use_scaler(self, scaler: Scaler) -> None:
         """Know what multiplies the loss; parts that would do so leave it to the scaler."""
         self.scaler = scaler
