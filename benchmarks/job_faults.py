@@ -224,7 +224,9 @@ def write() -> None:
 def main() -> None:
     """Run attacks, and keep what was found when all of them ran."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="those whose name begins so: dp/kill/mid-step/4")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="those whose names begin so: dp/kill/mid-step/4"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="attacks that run side by side")
     parser.add_argument("--write", action="store_true", help="only renew the table of the page")
     parser.add_argument("--keep", action="store_true", help="put what --only ran in its place")
@@ -234,7 +236,7 @@ def main() -> None:
         return
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost store writes pages of frames
     multiprocessing.set_forkserver_preload(["benchmarks.job_faults_preloaded"])
-    chosen = [attack for attack in attacks() if str(attack).startswith(arguments.only)]
+    chosen = [attack for attack in attacks() if str(attack).startswith(tuple(arguments.only))]
     rows = []
     with ThreadPoolExecutor(arguments.at_once) as pool:
         for row in pool.map(run, chosen):
@@ -248,7 +250,7 @@ def main() -> None:
         "at_once": arguments.at_once,
     }
     print(json.dumps(summary))
-    if not arguments.only or arguments.keep:
+    if arguments.only == [""] or arguments.keep:
         rows = _together(rows)
         counts = {"in_time": sum(map(in_time, rows)), "named": sum(map(names, rows))}
         keep(NAME, {**summary, **counts, "attacks": rows, "count": len(rows)})

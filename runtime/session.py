@@ -192,6 +192,7 @@ class Session:
             StateError: another state was loaded.
         """
         mutated = set(plan.signature.names(Role.MUTATION))
+        owners: set[str] = set()
         for slot, value in zip(plan.signature.inputs, values, strict=True):
             if slot.role is not Role.STATE:
                 continue
@@ -199,7 +200,7 @@ class Session:
                 self.states.written.add(slot.name)
             owner, _, what = slot.name.partition("/")
             found = self.state(owner).get(what)
-            self._unchecked.discard(owner)
+            owners.add(owner)
             if found is None or found.shape != value.shape:
                 here = "nothing" if found is None else f"shape {tuple(found.shape)}"
                 raise StateError(
@@ -214,6 +215,12 @@ class Session:
                     hint="load the state of this model",
                 )
             self.states.needed(slot.name)
+        # Inputs are a part of the state; what else there is has to fit, too.
+        for part in plan.parts:
+            if part.name in self._unchecked:
+                self.part(part.name).accepts([part], self.state(part.name))
+                owners.add(part.name)
+        self._unchecked -= owners
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors as ``"<namespace>/<name>"``; a collective where ranks divide them."""
