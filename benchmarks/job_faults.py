@@ -178,13 +178,13 @@ def in_time(row: dict[str, Any]) -> bool:
 def _together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All attacks in order: those that ran, and the others as they were kept."""
     kept = json.loads((RESULTS / f"{NAME}.json").read_text())["results"]["attacks"]
-    known = {_key(row): row for row in (*kept, *rows)}
+    known = {_key(row): row for row in ({"job": "dp"} | row for row in (*kept, *rows))}
     return [known[str(attack)] for attack in attacks() if str(attack) in known]
 
 
 def _key(row: dict[str, Any]) -> str:
     names = ("fault", "place", "world", "victim", "job")
-    return str(Attack(**{name: row[name] for name in names if name in row}))
+    return str(Attack(**{name: row[name] for name in names}))
 
 
 # -- the page --------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class Steps:
         if self.ranks.device.type != "cpu":
             return
         here, agreement = self._rank, self.ranks.group.agreement
-        what = f"whether ranks along pp have one batch, asked by {agreement.named([here])},"
+        what = "the checksum of the batch"
         mine = torch.tensor([zlib.crc32(fingerprint(given).encode())])
         if self._rank + 1 < self.ranks.size:
             messages.send(Phase.FORWARD, [(BATCH, mine)], self._rank + 1, what)
