@@ -1,7 +1,7 @@
 """Many steps: does memory, threads, descriptors or the time of a step grow?
 
 Run: ``python -m benchmarks.soak [STEPS]`` (20,000 by default), for the default passes, ``kfac``
-and two ranks, each in processes of its own; ``--only kfac`` runs one and keeps nothing. After each
+and two ranks, each in processes of its own; ``--only kfac`` runs one. After each
 hundredth of the steps the process is looked at. Growth is the median slope of all pairs of looks
 (Theil and Sen), behind the first tenth, in which caches fill. Time is that of the processor, so
 that it is about graphopt and not about what else the machine does.
@@ -185,8 +185,9 @@ def main() -> None:
     for name in names:
         results[name] = run(name, arguments.steps)
         print(name, json.dumps(results[name], indent=1), flush=True)
-    if not arguments.only:
-        keep("soak", results)
+        kept = RESULTS / "soak.json"
+        known = json.loads(kept.read_text())["results"] if kept.exists() else {}
+        keep("soak", {n: r for n in CASES if (r := (known | results).get(n))})
 
 
 if __name__ == "__main__":

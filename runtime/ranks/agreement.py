@@ -146,6 +146,7 @@ class Agreement:
         if found is None:
             store.set(f"{key}/failed", self._late(key, needed, topic))
         text = store.get(f"{key}/failed")
+        self.notes.failed(self._on(key, needed), text)
         self.notes.leave(key, self.size - 1)
         raise RankError(
             text,
