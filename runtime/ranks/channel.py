@@ -79,7 +79,9 @@ class Channel(dist.ProcessGroup):
     def leave_note(self, what: str) -> None:
         """Have others that wait for this rank know with which error of its own it ends."""
         with contextlib.suppress(StoreLost):
-            self.agreement.notes.failed((), what)
+            notes = self.agreement.notes
+            notes.failed((), what)
+            notes.leave("notes", notes.size)
 
     def failure(self, wait: Wait, error: BaseException, hint: str) -> RankError:
         """Who is missing, as far as the other ranks' notes tell.
@@ -93,7 +95,11 @@ class Channel(dist.ProcessGroup):
         on = [rank for rank in wait.on if rank != notes.rank]
         try:
             notes.failed(on, what)
-            who = _who(on, notes.find(on))
+            found = notes.find(on)
+            who = _who(on, found)
+            if not found.lost:
+                with contextlib.suppress(StoreLost):
+                    notes.leave("notes", notes.size)
         except StoreLost as lost:
             if not notes.verdict:
                 return self.agreement.lost(what, lost)
