@@ -42,7 +42,7 @@ class Channel(dist.ProcessGroup):
         self.agreement = agreement
         self.channel = name
         self.watch = Watch(agreement)
-        self._all = agreement.members
+        self._all = tuple(agreement.members)
         self.carrier: Callable[[Tensor, Any], Work] | None = None
         _register_process_group(GroupName(name), self)
 
