@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,8 @@ from graphopt.runtime.serving import Dispatcher
 FEATURES, POISON = 16, 1e9
 THREADS, CALLERS, TASKS = 8, 150, 50
 INPUTS = 256
+# Answers without which nothing is said.
+LEAST = 1500
 
 
 class Net(nn.Module):
@@ -62,12 +64,15 @@ class Seen:
         counts: what became of calls and callers.
         errors: what should not have been.
         times: seconds of each answer, by the second in which it came.
+        begun: when it began.
+        ended: set when callers are to end.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     times: dict[int, list[float]] = field(default_factory=dict)
     begun: float = field(default_factory=time.perf_counter)
+    ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answered(self, since: float) -> None:
@@ -92,15 +97,19 @@ def watched(seconds: float, seen: Seen) -> dict[str, Any]:
     """Look at this process until the time is over; what grew, and how latency went."""
     every = max(0.2, seconds / 100)
     looks: dict[str, list[float]] = {}
-    while time.perf_counter() - seen.begun < seconds:
+    # A machine that is busy may give none for seconds.
+    while time.perf_counter() - seen.begun < seconds or (
+        seen.counts["answers"] < LEAST and not seen.errors
+    ):
         time.sleep(every)
         for name, value in look().items():
             looks.setdefault(name, []).append(value)
+    seen.ended.set()
     with seen.lock:
         order = [times for _, times in sorted(seen.times.items())]
     quarter = max(1, len(order) // 4)
-    first = [t for times in order[quarter : 2 * quarter] or order for t in times]
-    last = [t for times in order[-quarter:] for t in times]
+    first = [t for times in order[quarter : 2 * quarter] or order for t in times] or [math.nan]
+    last = [t for times in order[-quarter:] for t in times] or [math.nan]
     grown = {}
     for name, values in looks.items():
         rest = values[len(values) // 4 :]
@@ -142,7 +151,7 @@ def threads(seconds: float) -> dict[str, Any]:
         draw = random.Random(number)
         try:
             with torch.no_grad():
-                while time.perf_counter() - seen.begun < seconds:
+                while not seen.ended.is_set():
                     rows = draw.choice((1, 2, 3, 5, 8, 13, 21, 34, 55))
                     start = draw.randrange(INPUTS - rows)
                     since = time.perf_counter()
@@ -180,16 +189,11 @@ def serving(seconds: float) -> dict[str, Any]:
         with Dispatcher(answer, x[0], sizes=(1, 8, 32, 128)) as dispatcher:
             seen.begun = time.perf_counter()
 
-            def over() -> bool:
-                return time.perf_counter() - seen.begun >= seconds
-
             pools = [
-                threading.Thread(target=_replace, args=(number, dispatcher, x, y, seen, over))
+                threading.Thread(target=_replace, args=(number, dispatcher, x, y, seen))
                 for number in range(CALLERS)
             ]
-            loop = threading.Thread(
-                target=lambda: asyncio.run(_tasks(dispatcher, x, y, seen, over))
-            )
+            loop = threading.Thread(target=lambda: asyncio.run(_tasks(dispatcher, x, y, seen)))
             for thread in (*pools, loop):
                 thread.start()
             found = watched(seconds, seen)
@@ -202,25 +206,21 @@ def serving(seconds: float) -> dict[str, Any]:
     return found
 
 
-def _replace(
-    number: int, dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen, over: Callable[[], bool]
-) -> None:
+def _replace(number: int, dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen) -> None:
     """A caller, and one after the other that takes the place of one that has died."""
     lives = 0
-    while not over():
+    while not seen.ended.is_set():
         lives += 1
         caller = threading.Thread(
-            target=_caller, args=(f"{number} {lives}", dispatcher, x, y, seen, over)
+            target=_caller, args=(f"{number} {lives}", dispatcher, x, y, seen)
         )
         caller.start()
         caller.join()
 
 
-def _caller(
-    name: str, dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen, over: Callable[[], bool]
-) -> None:
+def _caller(name: str, dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen) -> None:
     draw = random.Random(name)
-    while not over():
+    while not seen.ended.is_set():
         index, how = draw.randrange(INPUTS), draw.random()
         since = time.perf_counter()
         if how < 0.01:
@@ -251,13 +251,11 @@ def _caller(
         time.sleep(draw.random() * 0.02)
 
 
-async def _tasks(
-    dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen, over: Callable[[], bool]
-) -> None:
+async def _tasks(dispatcher: Dispatcher, x: Tensor, y: Tensor, seen: Seen) -> None:
     draw = random.Random(0)
 
     async def ask() -> None:
-        while not over():
+        while not seen.ended.is_set():
             index, since = draw.randrange(INPUTS), time.perf_counter()
             found: Any = await dispatcher.acall(x[index])
             if not torch.allclose(found, y[index], atol=1e-5):
@@ -266,7 +264,7 @@ async def _tasks(
             await asyncio.sleep(draw.random() * 0.02)
 
     running = [asyncio.create_task(ask()) for _ in range(TASKS)]
-    while not over():
+    while not seen.ended.is_set():
         await asyncio.sleep(0.05)
         place = draw.randrange(TASKS)
         running[place].cancel()
