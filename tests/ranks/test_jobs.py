@@ -83,16 +83,14 @@ def _precisions(rank: int) -> None:
     """Without reduced gradients ranks ask each other whether to leave a step out."""
     spec = "precision{format=fp16,cost=roofline,policy=tf}"
     for passes in (f"{spec},group_gradients{{link=10gbe}}", spec):
-        model: Any = graphopt.optimize(
-            mlp(), passes=passes, backend="eager", verify="off", mesh="dp=2"
-        )
+        model: Any = graphopt.optimize(mlp(), passes=passes, backend="eager", verify="off")
         model(batch("mlp", rank)).sum().backward()
         if rank:
             state = graphopt.state_dict(model)
             state["precision/scale"] /= 2
             graphopt.load_state_dict(model, state)
         loss = model(batch("mlp", rank)).sum()
-        with pytest.raises(RankError, match="rank 0 has 65536, rank 1 has 32768"):
+        with pytest.raises(RankError, match=r"scales .*: rank 0 has \d+, rank 1 has \d+"):
             loss.backward()
 
 
