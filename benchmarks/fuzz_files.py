@@ -17,7 +17,6 @@ import copy
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,118 +30,16 @@ import torch
 from torch import nn
 
 import graphopt
+from benchmarks.fuzz_texts import TAKEN, WRONG, Try, operators, texts
 from graphopt.errors import GraphoptError
 from graphopt.plan import Plan
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-REFUSED, TAKEN, RAW, WRONG = "refused", "taken", "raw exception", "wrong"
+REFUSED, RAW = "refused", "raw exception"
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**64), 10**400, 0.5, -1.0, 1e308, "", "x",
     "n0", "0", "__import__('os').getpid()", "9**9**9", [], {}, [1], [[]], {"a": 1}, float("inf"),
     float("nan"), "f32", [None], "bf16", "2*n0",
 ]  # fmt: skip
-
-Try = Callable[[random.Random], str]
-
-
-# -- texts -----------------------------------------------------------------------------------------
-
-
-def texts() -> Try:
-    """Golden files with some tokens changed, and calls of any operator of ATen."""
-    seeds = [file.read_text() for file in sorted(GOLDEN.glob("*.gopt"))]
-    seeds = [re.split(r"(\W)", seed) for seed in seeds if len(seed) < 6000]
-    names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::"))
-
-    def text(rng: random.Random) -> str:
-        if rng.random() < 0.5:
-            return _call(rng, rng.choice(names))
-        tokens = list(rng.choice(seeds))
-        for _ in range(rng.choice([1, 1, 2, 4])):
-            extra = [
-                "",
-                "0",
-                "-1",
-                "f32",
-                "%",
-                '"',
-                "(" * 50,
-                "}",
-                "\n",
-                "9" * 400,
-                "\ud800",
-                "None",
-            ]
-            tokens[rng.randrange(len(tokens))] = rng.choice([*extra, *rng.choice(seeds)])
-        return "".join(tokens)
-
-    def attempt(rng: random.Random) -> str:
-        read = graphopt.parse_graph(text(rng))
-        again = graphopt.print_graph(read)
-        return TAKEN if graphopt.print_graph(graphopt.parse_graph(again)) == again else WRONG
-
-    before = torch.get_rng_state()
-
-    def checked(rng: random.Random) -> str:
-        try:
-            return attempt(rng)
-        finally:
-            assert torch.equal(before, torch.get_rng_state()), "the random stream has changed"
-
-    return checked
-
-
-_INPUTS = """gopt 1 inference torch 2.13
-forward inputs
-  %x = input "0" : f32[2,3]
-  %i = input "1" : i64[2]
-  %b = input "2" : bool[2,3]
-  %y = input "3" : f32[1,4,5,5]
-forward
-  %o = """
-_WORDS = (
-    "%x %x %x %y %i %b 0 1 2 -1 3 9223372036854775807 0.5 nan inf True False None [] [1] [1,1] "
-    "[2,2] [%x] [%x,%i] [0] [-1] [1,2,3] f32 i64 cpu cuda:0 strided sparse_coo channels_last "
-    'contiguous_format "mean" "" (1,) {"a":1} complex(1,2) aten.mm.default slice(1,2,3) Ellipsis'
-)
-_ARGUMENTS = tuple(_WORDS.split())
-
-
-def _call(rng: random.Random, name: str) -> str:
-    full = name.replace("::", ".")
-    full = full if full.count(".") > 1 else f"{full}.default"
-    namespace, operator, overload = full.split(".", 2)
-    schema = getattr(getattr(getattr(torch.ops, namespace), operator), overload)._schema
-    arguments = []
-    for argument in schema.arguments:
-        if argument.has_default_value() and rng.random() < 0.5:
-            if argument.kwarg_only:
-                continue
-            break
-        value = _of_type(rng, str(argument.real_type), argument.N or 0)
-        arguments.append(f"{argument.name}={value}" if argument.kwarg_only else value)
-    call = f"{full}({', '.join(arguments)}) : f32[2,3]"
-    return f'{_INPUTS}{call}\nforward outputs\n  output "0" = %o\nend\n'
-
-
-def _of_type(rng: random.Random, kind: str, length: int) -> str:
-    if rng.random() < 0.15:
-        return rng.choice(_ARGUMENTS)
-    number = rng.choice(["0", "1", "2", "-1", "3", "7", "4611686018427387904"])
-    if kind.startswith("List[Tensor") or "List[Optional[Tensor" in kind:
-        return rng.choice(["[%x, %x]", "[%x]", "[]", "[%i, %y]"])
-    if "Tensor" in kind:
-        return rng.choice(["%x", "%x", "%y", "%i", "%b"])
-    if "List" in kind:
-        count = length if length > 1 else rng.choice([0, 1, 2, 2, 3, 4])
-        return f"[{', '.join(rng.choice(['0', '1', '2', '-1', number]) for _ in range(count))}]"
-    if "ool" in kind:
-        return rng.choice(["True", "False"])
-    if "float" in kind or "number" in kind:
-        return rng.choice(["0.5", "1", "-1.0", "nan", "inf"])
-    if "str" in kind:
-        return rng.choice(['"mean"', '""', '"sum"', '"linear"', '"ij,jk->ik"'])
-    return number
 
 
 # -- plans -----------------------------------------------------------------------------------------
@@ -199,13 +96,13 @@ def _change(rng: random.Random, data: Any) -> None:
         break
     match rng.choice(["replace", "replace", "replace", "delete", "add", "double"]):
         case "replace":
-            here[key] = rng.choice(JUNK)
+            here[key] = copy.deepcopy(rng.choice(JUNK))
         case "delete":
             del here[key]
         case "add" if isinstance(here, dict):
-            here[rng.choice(["x", "part", "format", ""])] = rng.choice(JUNK)
+            here[rng.choice(["x", "part", "format", ""])] = copy.deepcopy(rng.choice(JUNK))
         case _ if isinstance(here, list):
-            here.insert(key, rng.choice([here[key], rng.choice(JUNK)]))
+            here.insert(key, rng.choice([here[key], copy.deepcopy(rng.choice(JUNK))]))
         case _:
             here[key] = [here[key]]
 
@@ -300,13 +197,13 @@ def _damaged_state(rng: random.Random, good: dict[str, torch.Tensor]) -> Any:
         case 6 if value.is_floating_point():
             state[key] = value * rng.choice([float("nan"), float("inf")])
         case 7:
-            state[key] = rng.choice(JUNK)
+            state[key] = copy.deepcopy(rng.choice(JUNK))
         case 8:
             state = {k: v for k, v in state.items() if rng.random() < 0.8}
         case 9:
             state[key] = rng.choice([value.to("meta"), value.to_sparse() if value.dim() else None])
         case 10:
-            return rng.choice(JUNK)
+            return copy.deepcopy(rng.choice(JUNK))
         case _ if value.dtype == torch.int64:
             state[key] = -value - 1
         case _:
@@ -424,8 +321,8 @@ def kept() -> Try:
 
 
 KINDS: dict[str, Callable[[], Try]] = {
-    "texts": texts, "plans": plans, "states": states, "files": files, "caches": caches,
-    "kept": kept,
+    "texts": texts, "operators": operators, "plans": plans, "states": states, "files": files,
+    "caches": caches, "kept": kept,
 }  # fmt: skip
 
 
@@ -478,7 +375,10 @@ def _in_processes(kind: str, count: int, seed: int) -> Counter[str]:
     return found
 
 
-SHARES = {"texts": 0.4, "plans": 0.25, "states": 0.1, "files": 0.1, "caches": 0.1, "kept": 0.05}
+SHARES = {
+    "texts": 0.3, "operators": 0.1, "plans": 0.25, "states": 0.1, "files": 0.1, "caches": 0.1,
+    "kept": 0.05,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -1,67 +1,40 @@
 """Every fault in a job at every place: seconds to the error of each survivor, and whom it names.
 
-Run: ``python -m benchmarks.job_faults``; ``--only kill/mid-step`` runs some; ``--write`` renews the
-table of ``docs/reliability_jobs.md`` from what was kept. Ranks are processes of this machine over
-Gloo, with a TCP store that rank 0 holds; one of them has the fault.
+Run: ``python -m benchmarks.job_faults``; ``--only dp/kill/mid-step`` runs some; ``--write`` renews
+the table of ``docs/reliability_jobs.md`` from what was kept. Ranks are processes of this machine
+over Gloo, with a TCP store that rank 0 holds; one of them has the fault.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-import graphopt
 from benchmarks.harness import RESULTS, keep
+from benchmarks.job_faults_training import SCHEDULES, TIMEOUT, Attack, train
 
 NAME = "job_faults"
 PAGE = Path(__file__).parents[1] / "docs" / "reliability_jobs.md"
-TIMEOUT = 8.0  # of the process group, in seconds
 ALLOWED = 5.0  # seconds that an error may take beyond it
-STEPS = 8
-MID = 4  # the step of a fault in mid-training
 LIMIT = 150.0  # after which a rank counts as hanging
 PLACES = ("before optimize", "link measurement", "agreement", "first step", "mid-step")
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One fault.
-
-    Attributes:
-        fault: what happens.
-        place: where.
-        world: number of ranks.
-        victim: the rank that it happens to.
-    """
-
-    fault: str
-    place: str
-    world: int
-    victim: int
-
-    def __str__(self) -> str:
-        return f"{self.fault}/{self.place}/{self.world}/{self.victim}"
 
 
 def attacks() -> Iterator[Attack]:
@@ -78,6 +51,20 @@ def attacks() -> Iterator[Attack]:
             yield Attack(fault, "before optimize", world, 1)
         for fault in ("ReLU against Tanh", "an option differs"):
             yield Attack(fault, "agreement", world, 1)
+        yield Attack("loss scale differs", "mid-step", world, 1)
+        for fault in ("exponents differ", "kill", "stop", "slip"):
+            yield Attack(fault, "mid-step", world, 1, "flexpoint")
+    for job in SCHEDULES:
+        for victim in range(3):  # the stages; rank 0 holds the store
+            for fault in ("kill", "stop", "slip"):
+                yield Attack(fault, "mid-step", 3, victim, job)
+        yield Attack("micro-batches differ", "agreement", 3, 1, job)
+        yield Attack("an error in the loss", "mid-step", 3, 2, job)
+    for victim in (1, 2, 3):
+        for fault in ("kill", "stop"):
+            yield Attack(fault, "mid-step", 4, victim, "dp x pp")
+    yield Attack("stop", "agreement", 4, 3, "dp x pp")
+    yield Attack("slip", "mid-step", 4, 3, "dp x pp")
 
 
 # -- one rank --------------------------------------------------------------------------------------
@@ -87,6 +74,7 @@ def _rank(attack: Attack, rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"  # no link of an earlier job
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["RANK"] = str(rank)
     sys.stderr = open(f"{folder}/{rank}.err", "w")  # noqa: SIM115  (until the process ends)
     store = dist.TCPStore(
         "127.0.0.1", port, attack.world, rank == 0, timeout=timedelta(seconds=LIMIT)
@@ -103,7 +91,7 @@ def _rank(attack: Attack, rank: int, port: int, folder: str) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            _train(attack, rank == attack.victim, folder)
+            train(attack, rank == attack.victim, folder)
             found = [str(w.message) for w in warned if "not finite" in str(w.message)]
             said = {"kind": "warning", "text": found[0]} if found else {"kind": "finished"}
         except BaseException as error:
@@ -115,84 +103,6 @@ def _rank(attack: Attack, rank: int, port: int, folder: str) -> None:
     if said["kind"] != "finished":
         sys.exit(1)
     os._exit(0)
-
-
-def _train(attack: Attack, victim: bool, folder: str) -> None:
-    def strike(what: str = attack.fault) -> None:
-        Path(folder, "fault").write_text(str(time.time()))
-        if what in ("kill", "stop"):
-            os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
-
-    strikes = victim and attack.fault in ("kill", "stop")
-    torch.manual_seed(0)
-    if attack.place == "before optimize" and victim:
-        strike()
-    width = 24 if victim and attack.fault == "parameters differ" else 16
-    other = victim and attack.fault == "ReLU against Tanh"
-    model: Any = nn.Sequential(
-        nn.Linear(8, width), nn.BatchNorm1d(width), nn.Tanh() if other else nn.ReLU(),
-        nn.Linear(width, 4),
-    )  # fmt: skip
-    passes = "auto"
-    if attack.fault == "passes that send nothing" and victim:
-        passes = "cleanup"
-    if attack.fault == "an option differs":
-        passes = f"group_gradients{{wire={'bf16' if victim else 'native'}}}"
-    if attack.place == "agreement" and victim and not strikes:
-        strike()
-    with _injected(attack.place, strike) if strikes else contextlib.nullcontext():
-        model = graphopt.optimize(model, passes=passes, backend="eager")
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for step in range(1, STEPS + 1):
-            now = victim and step == (1 if attack.place == "first step" else MID)
-            x = torch.randn(6, 8)
-            if now and attack.fault in ("nan", "slip"):
-                strike()
-                x[0, 0] = float("nan") if attack.fault == "nan" else x[0, 0]
-            skips = model.no_sync() if now and attack.fault == "slip" else None
-            optimizer.zero_grad()
-            with skips or contextlib.nullcontext():
-                model(x).square().mean().backward()
-            optimizer.step()
-            if passes == "cleanup":
-                time.sleep(TIMEOUT / 4)  # its steps must not be over before others notice
-
-
-@contextlib.contextmanager
-def _injected(place: str, strike: Callable[[], None]) -> Iterator[None]:
-    """Within, the process is struck at a place of graphopt's own code."""
-    from graphopt.runtime.group_gradients.messages import Messages
-    from graphopt.runtime.ranks import link
-    from graphopt.runtime.ranks.agreement import Agreement
-
-    calls = 0
-    at = {
-        "link measurement": (link, "_timed"),
-        "agreement": (Agreement, "agree"),
-        "first step": (Messages, "start"),
-        "mid-step": (Messages, "start"),
-    }
-    if place not in at:
-        yield
-        return
-    owner, name = at[place]
-    real = getattr(owner, name)
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        hit = {
-            "link measurement": calls == 9,
-            "agreement": args[1] == "gradients",
-            "first step": calls == 1,
-            "mid-step": getattr(args[0], "step", 0) == MID,
-        }
-        if hit[place]:
-            strike()
-        return real(*args, **kwargs)
-
-    with mock.patch.object(owner, name, struck):
-        yield
 
 
 # -- one attack ------------------------------------------------------------------------------------
@@ -242,11 +152,14 @@ def names(row: dict[str, Any]) -> bool:
     """Whether each survivor names the victim, and no other rank as lost."""
     for one in row["survivors"]:
         first = one["text"].splitlines()[0] if one["text"] else ""
+        if row["fault"] == "an error in the loss" and one["rank"] == row["victim"]:
+            continue  # has its own error
         if row["fault"] == "nan":
             if "not finite in step" not in first:
                 return False
             continue
-        if f"rank {row['victim']}" not in first:
+        said = re.findall(r"ranks? (\d+(?:, \d+)*)", first)
+        if str(row["victim"]) not in {number for group in said for number in group.split(", ")}:
             return False
         lost = re.search(r"rank[s]? ([\d, and]+) did not", first)
         if lost and lost.group(1).strip() != str(row["victim"]):
@@ -262,14 +175,27 @@ def in_time(row: dict[str, Any]) -> bool:
     )
 
 
+def _together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All attacks in order: those that ran, and the others as they were kept."""
+    kept = json.loads((RESULTS / f"{NAME}.json").read_text())["results"]["attacks"]
+    known = {_key(row): row for row in ({"job": "dp"} | row for row in (*kept, *rows))}
+    return [known[str(attack)] for attack in attacks() if str(attack) in known]
+
+
+def _key(row: dict[str, Any]) -> str:
+    names = ("fault", "place", "world", "victim", "job")
+    return str(Attack(**{name: row[name] for name in names}))
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of the page."""
     lines = [
-        "| fault | at | ranks | victim | seconds to the error of each survivor | what it says |",
-        "|---|---|---|---|---|---|",
+        "| job | fault | at | ranks | victim | seconds to the error of each survivor | "
+        "what it says |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         seconds = ", ".join(
@@ -280,7 +206,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         unnamed = "" if names(row) else " **(not named)**"
         texts = [one["text"].splitlines()[0] for one in row["survivors"] if one["text"]]
         said = (texts[0] if texts else "nothing").replace("|", "/")
-        head = [row["fault"], row["place"], str(row["world"]), f"rank {row['victim']}"]
+        head = [row["job"], row["fault"], row["place"], str(row["world"]), f"rank {row['victim']}"]
         lines.append(f"| {' | '.join([*head, seconds + late, said + unnamed])} |")
     return "\n".join(lines)
 
@@ -298,16 +224,19 @@ def write() -> None:
 def main() -> None:
     """Run attacks, and keep what was found when all of them ran."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="those whose name begins so: kill/mid-step/4")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="those whose names begin so: dp/kill/mid-step/4"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="attacks that run side by side")
     parser.add_argument("--write", action="store_true", help="only renew the table of the page")
+    parser.add_argument("--keep", action="store_true", help="put what --only ran in its place")
     arguments = parser.parse_args()
     if arguments.write:
         write()
         return
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost store writes pages of frames
     multiprocessing.set_forkserver_preload(["benchmarks.job_faults_preloaded"])
-    chosen = [attack for attack in attacks() if str(attack).startswith(arguments.only)]
+    chosen = [attack for attack in attacks() if str(attack).startswith(tuple(arguments.only))]
     rows = []
     with ThreadPoolExecutor(arguments.at_once) as pool:
         for row in pool.map(run, chosen):
@@ -321,8 +250,10 @@ def main() -> None:
         "at_once": arguments.at_once,
     }
     print(json.dumps(summary))
-    if not arguments.only:
-        keep(NAME, {**summary, "attacks": rows, "count": len(rows)})
+    if arguments.only == [""] or arguments.keep:
+        rows = _together(rows)
+        counts = {"in_time": sum(map(in_time, rows)), "named": sum(map(names, rows))}
+        keep(NAME, {**summary, **counts, "attacks": rows, "count": len(rows)})
         write()
 
 

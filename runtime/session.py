@@ -233,6 +233,7 @@ class Session:
             StateError: another state was loaded.
         """
         mutated = set(plan.signature.names(Role.MUTATION))
+        owners: set[str] = set()
         for slot, value in zip(plan.signature.inputs, values, strict=True):
             if slot.role is not Role.STATE:
                 continue
@@ -240,7 +241,7 @@ class Session:
                 self.states.written.add(slot.name)
             owner, _, what = slot.name.partition("/")
             found = self.state(owner).get(what)
-            self._unchecked.discard(owner)
+            owners.add(owner)
             if found is None or found.shape != value.shape:
                 here = "nothing" if found is None else f"shape {tuple(found.shape)}"
                 raise StateError(
@@ -255,6 +256,12 @@ class Session:
                     hint="load the state of this model",
                 )
             self.states.needed(slot.name)
+        # Inputs are a part of the state; what else there is has to fit, too.
+        for part in plan.parts:
+            if part.name in self._unchecked:
+                self.part(part.name).accepts([part], self.state(part.name))
+                owners.add(part.name)
+        self._unchecked -= owners
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors as ``"<namespace>/<name>"``; a collective where ranks divide them."""
@@ -377,6 +384,11 @@ class Session:
     def loss_scale(self) -> float:
         """What the loss of this step was multiplied with."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
+
+    def loss_scale_of(self, step: Step) -> Callable[[], float]:
+        """Gives, when asked, what the tangents of a step were multiplied with, by whomever."""
+        scale = step.scale
+        return lambda: scale * self.loss_scale
 
     def use_scaler(self, scaler: Scaler) -> None:
         """Know what multiplies the loss; parts that would do so leave it to the scaler."""

@@ -158,7 +158,7 @@ class BatchStatistics(RuntimePart[Norms]):
         ranks.agree("batch norms", "\n".join(f"{n.mean} {n.channels}" for n in layout.norms), str)
         moments = moments.to(ranks.device)
         what = "the statistics of batch norms were not added up"
-        with ranks.group.waiting(what, self.name):
+        with ranks.group.waiting(what):
             ranks.group.inner.allreduce([moments]).wait()
         return moments
 

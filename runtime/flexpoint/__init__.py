@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -48,6 +50,7 @@ class Flexpoint(RuntimePart[FlexTensors]):
         super().__init__(session)
         self._weights = Weights()
         self._watch = counters.Watch()
+        self._steps = 0
 
     def forward(self, part: FlexTensors, plan: Plan, below: MakeForward) -> MakeForward:
         """Take the statistics off; before, round the weights where they are flex tensors."""
@@ -96,7 +99,8 @@ class Flexpoint(RuntimePart[FlexTensors]):
         everything = {key: self.state.pop(f"waiting/{key}") for key in keys}
         ranks = self.session.ranks.get("dp")
         if ranks is not None and ranks.size > 1:
-            everything = over_ranks(ranks, everything)
+            self._steps += 1
+            everything = over_ranks(ranks, everything, self._steps, partial(self._checksum, keys))
         for key, found in everything.items():
             self._renew(part, key, found)
         self._watch.look(everything[part.key], part.names)
@@ -113,6 +117,16 @@ class Flexpoint(RuntimePart[FlexTensors]):
         gamma, _ = mantissas(amax, memory.exponents, limits)
         counters.count(tables["counters"], tables["bits"], rows, gamma)
         renew(rule, memory, amax, limits)
+
+    def _checksum(self, keys: Sequence[str]) -> int:
+        """Of what new exponents are made of beside the statistics."""
+        found = 0
+        for key in keys:
+            for table in _REMEMBERED:
+                value = self.state.get(f"{table}/{key}")
+                if value is not None:
+                    found = zlib.crc32(value.cpu().numpy().tobytes(), found)
+        return found
 
     def _table(
         self, table: str, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -194,6 +208,8 @@ def _advance(seed: Tensor, ends: bool) -> None:
 
 
 _MEMORY = ("queue", "lengths", "seen", "renewals")
+# Of which equal ones on all ranks stay equal.
+_REMEMBERED = ("exponents", "queue", "lengths")
 _TABLES = ("exponents", *_MEMORY, "counters", "bits")
 
 

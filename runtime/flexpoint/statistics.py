@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.errors import RankError
 from graphopt.plan import Role, Slot
 from graphopt.plan.flexpoint import FlexTensors
 from graphopt.runtime.engine.step import Backward, Forward, Step
@@ -16,6 +17,9 @@ from graphopt.runtime.ranks.ranks import Ranks
 PREFIX = "flexpoint/"
 # Under these a step keeps the statistics of its halves, int32 [k, 4], and of its weights.
 FORWARD, BACKWARD, WEIGHTS = (PREFIX + name for name in ("forward", "backward", "weights"))
+
+# Steps between two comparisons of ranks on a GPU.
+LOOKS = 8
 
 # Columns of what is added up: bits of the largest magnitude, of which the maximum counts; and sums
 # of saturated elements, NaN, and all elements.
@@ -96,20 +100,60 @@ def merged(one: Tensor, other: Tensor) -> Tensor:
     return total
 
 
-def over_ranks(ranks: Ranks, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def over_ranks(
+    ranks: Ranks, own: Mapping[str, Tensor], steps: int, known: Callable[[], int]
+) -> dict[str, Tensor]:
     """Statistics of all ranks together, in one message; equal on all of them.
 
+    Args:
+        ranks: all of them.
+        own: statistics of this rank.
+        steps: number of this step, which has to be the same on all.
+        known: gives a checksum of what new exponents are made of beside the statistics, which has
+            to be the same, too. On a GPU it is compared every few steps, as this stops its stream.
+
     Raises:
-        RankError: a rank does not answer, or has other tensors.
+        RankError: a rank does not answer, has other tensors or exponents, or is in another step.
     """
-    known = "\n".join(f"{key} {list(rows.shape)}" for key, rows in own.items())
-    ranks.agree("flex tensors", known, lambda: "")
-    mine = torch.cat(list(own.values()))
+    looks = ranks.device.type == "cpu" or steps % LOOKS == 1
+    shapes = "\n".join(f"{key} {list(rows.shape)}" for key, rows in own.items())
+    ranks.agree("flex tensors", shapes, lambda: "")
+    mark = torch.tensor([[steps, known() if looks else 0, 0, 0]]).to(ranks.device)
+    mine = torch.cat([mark, *own.values()])
     everything = [torch.empty_like(mine) for _ in range(ranks.size)]
-    with ranks.group.waiting("the exponents of flex tensors were not agreed on", "flexpoint"):
+    with ranks.group.waiting("the exponents of flex tensors were not agreed on"):
         ranks.group.inner.allgather([everything], [mine]).wait()
-    total = everything[0]
+    if looks:
+        _compare(ranks, [rows[0, :2].tolist() for rows in everything])
+    total = everything[0][1:]
     for theirs in everything[1:]:
-        total = merged(total, theirs)
+        total = merged(total, theirs[1:])
     parts = torch.split(total, [len(rows) for rows in own.values()])
     return dict(zip(own, parts, strict=True))
+
+
+def _compare(ranks: Ranks, marks: list[list[int]]) -> None:
+    """Whether all ranks have the same marks: number of the step, and checksum.
+
+    Raises:
+        RankError: they have not; the same on all ranks.
+    """
+    most = max(marks, key=marks.count)
+    same = [r for r, mark in enumerate(marks) if mark == most]
+    others = [r for r, mark in enumerate(marks) if mark != most]
+    if not others:
+        return
+    named = ranks.group.agreement.named
+    steps = sorted({step for step, _ in marks})
+    if len(steps) == 1:
+        verb = "have" if len(others) > 1 else "has"
+        text = f"the exponents of flex tensors differ: {named(others)} {verb} others than "
+        text += named(same)
+        hint = "load the state on every rank or on none"
+    else:
+        where = ((s, [r for r, mark in enumerate(marks) if mark[0] == s]) for s in steps)
+        told = (f"{named(r)} {'are' if len(r) > 1 else 'is'} in step {s}" for s, r in where)
+        text = f"exponents of different steps were put together: {', '.join(told)}"
+        hint = "make as many steps on every rank"
+    ranks.group.leave_note(text)
+    raise RankError(text, hint=f"{hint}; the gradients of this step are not usable")

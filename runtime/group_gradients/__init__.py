@@ -116,7 +116,8 @@ class GroupGradients(RuntimePart[Reduction]):
             del self.state[key]
         messages = self.messages
         assert messages is not None
-        messages.begin(part, step.parameters, step.examples)
+        scale = self.session.loss_scale_of(step)
+        messages.begin(part, step.parameters, step.examples, scale=scale)
         mine = {name for batch in batches for name in batch}
         question = presence.ask(messages.ranks, mine, messages.waiting)
         whole = [
@@ -145,7 +146,8 @@ class GroupGradients(RuntimePart[Reduction]):
             messages.passes += 1
         if not step.ends:
             return
-        messages.begin(part, step.parameters, step.examples)
+        scale = self.session.loss_scale_of(step)
+        messages.begin(part, step.parameters, step.examples, scale=scale)
         checked, form = Checked(self.session, messages, part), "after the stages"
         distrusts, wants = checked.distrusts(form), checked.wants(form)
         local = dict(gradients) if distrusts or wants else {}
@@ -159,14 +161,14 @@ class GroupGradients(RuntimePart[Reduction]):
                 if name in gradients:
                     by_type.setdefault(gradients[name].dtype, []).append(name)
             for dtype, names in by_type.items():
-                stamp = Stamp(index, dtype, messages.ranks.size)
-                mark = stamp.of(messages.passes, gradients[names[0]].device)
+                stamp = Stamp(index, dtype, messages.ranks.size, messages.ranks.group.rank())
+                mark = stamp.of(messages.number, gradients[names[0]].device)
                 flat = torch.cat([*(gradients[n].reshape(-1) for n in names), mark])
                 sent.append((names, flat, stamp, messages.start(flat, index)))
         for names, flat, stamp, work in sent:
             with messages.waiting(stamp.index):
                 work.wait()
-            body = messages.check(stamp, flat, messages.passes).div_(messages.ranks.size)
+            body = messages.check(stamp, flat, messages.number).div_(messages.ranks.size)
             pieces = torch.split(body, [gradients[n].numel() for n in names])
             for name, piece in zip(names, pieces, strict=True):
                 gradients[name] = piece.view(gradients[name].shape)
@@ -192,7 +194,7 @@ class GroupGradients(RuntimePart[Reduction]):
             return
         step = self.messages.step + 1
         what = f"the gradients for step {step} did not arrive"
-        with self.messages.ranks.group.waiting(what, f"settle {step}"):
+        with self.messages.ranks.group.waiting(what):
             self.messages.history.settle()
 
     def load(self, saved: Mapping[str, Tensor]) -> None:

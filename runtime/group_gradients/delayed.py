@@ -34,21 +34,21 @@ class _Held:
         sizes: elements per key of the state, in the order of the message.
         buffer: last step's message, one-dimensional, with a stamp; ``None`` in the first step.
         work: what fills the buffer.
-        passes: number of the backward pass in which the buffer was filled.
+        number: what the buffer is stamped with.
     """
 
     sizes: Mapping[str, int]
     buffer: Tensor | None
     work: Any = None
-    passes: int = 0
+    number: int = 0
 
 
 class Stamps(Protocol):
     """Knows the number of the backward pass, and whether a message is of one pass."""
 
-    passes: int
+    number: int
 
-    def check(self, stamp: Stamp, message: Tensor, passes: int) -> Tensor:
+    def check(self, stamp: Stamp, message: Tensor, number: int) -> Tensor:
         """A message without its stamp."""
 
 
@@ -95,18 +95,18 @@ class History:
         names = tuple(sizes)
         if names not in self._groups:
             keys = {self._key(mode, name): size for name, size in sizes.items()}
-            self._groups[names] = _Held(keys, self._loaded(mode, names, keys, fresh))
+            self._groups[names] = _Held(keys, self._loaded(mode, names, keys, fresh, stamp))
         held = self._groups[names]
-        old, work, passes = held.buffer, held.work, held.passes
-        mark = stamp.of(stamps.passes, fresh.device)
+        old, work, number = held.buffer, held.work, held.number
+        mark = stamp.of(stamps.number, fresh.device)
         held.buffer = torch.cat([fresh, mark])
-        held.passes = stamps.passes
+        held.number = stamps.number
         if mode == "double_buffer":
             held.work = send(held.buffer)
         elif old is not None:
             old[-stamp.length :] = mark
-            work, passes = send(old), stamps.passes
-        return _Late(old, work, fresh, waiting, lambda all_: stamps.check(stamp, all_, passes))
+            work, number = send(old), stamps.number
+        return _Late(old, work, fresh, waiting, lambda all_: stamps.check(stamp, all_, number))
 
     def settle(self) -> None:
         """Wait for what is under way; the state holds it then, as views that may be written to."""
@@ -125,13 +125,13 @@ class History:
         return f"{_PREFIX}{name}" + (f".rank{self.rank}" if mode == "lag" else "")
 
     def _loaded(
-        self, mode: str, names: Sequence[str], keys: Collection[str], like: Tensor
+        self, mode: str, names: Sequence[str], keys: Collection[str], like: Tensor, stamp: Stamp
     ) -> Tensor | None:
         # What this run has put there itself belongs to groups that keep it anyway.
         state = {key: value for key, value in self.state.items() if key not in self._own}
         found = [state[key].to(like) for key in keys if key in state]
         if len(found) == len(keys):
-            return torch.cat([*found, like.new_zeros(1)])  # with room for a stamp
+            return torch.cat([*found, like.new_zeros(stamp.length)])  # with room for it
         known = _PREFIX + names[0]
         if not found and any(k == known or k.startswith(f"{known}.rank") for k in state):
             raise StateError(
@@ -163,7 +163,7 @@ class _Late(Work):
             self._fresh.zero_()
             return True
         if self._work is None:  # it arrived before the state was saved
-            self._fresh.copy_(self._old[:-1])
+            self._fresh.copy_(self._old[: self._fresh.numel()])
             return True
         with self._waiting():
             self._work.wait()

@@ -45,11 +45,11 @@ def reduce(
         parts = [[batch[name] for name in group.names] for batch in batches]
         largest = torch.stack([ops.magnitudes(part) for part in parts]).amax(0)
         if index == 0:  # as in the message of a step without accumulated gradients
-            stamp = Stamp(0, largest.dtype, world, maximum=True)
-            largest = torch.cat([largest, stamp.of(messages.passes, largest.device)])
+            stamp = Stamp(0, largest.dtype, world, messages.ranks.group.rank(), maximum=True)
+            largest = torch.cat([largest, stamp.of(messages.number, largest.device)])
         _all_reduce(messages, index, largest, dist.ReduceOp.MAX)
         if index == 0:
-            largest = messages.check(stamp, largest, messages.passes)
+            largest = messages.check(stamp, largest, messages.number)
         words = ops.to_wire(parts[0], largest, contributions)
         for part in parts[1:]:
             words += ops.to_wire(part, largest, contributions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -16,9 +16,10 @@ from torch._C._distributed_c10d import Work
 from graphopt.grouping.noise_scale import NoiseScale
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.group_gradients.delayed import History
-from graphopt.runtime.group_gradients.stamp import Stamp, slipped
+from graphopt.runtime.group_gradients.stamp import Stamp, numbered
 from graphopt.runtime.ranks.channel import Waiting
 from graphopt.runtime.ranks.ranks import Ranks
+from graphopt.runtime.ranks.slips import slipped
 
 # Steps between two measurements of gradient noise; each reads the gradients twice.
 NOISE_INTERVAL = 8
@@ -42,6 +43,8 @@ class Messages:
         step: number of reducing backward passes so far.
         passes: number of backward passes so far, with those that only accumulate; equal on all
             ranks, which a stamp in the messages shows.
+        number: what this pass is stamped with.
+        scale: what the loss of this step was multiplied with, as far as it is compared.
         noise: gradient noise scale; its batch is counted in examples.
         nonfinite: what was found in reduced gradients: step, group and parameter.
         waiting_examples: of the micro-batches that wait for the next reduction.
@@ -53,7 +56,8 @@ class Messages:
 
     def __init__(self, ranks: Ranks, state: dict[str, Tensor]) -> None:
         self.ranks = ranks
-        self.step = self.passes = 0
+        self.step = self.passes = self.number = 0
+        self.scale = 1.0
         self.noise = NoiseScale()
         self.nonfinite: list[str] = []
         self._warned = False
@@ -68,6 +72,7 @@ class Messages:
         self.joining: Joins | None = None
         self._expected: tuple[int, Mapping[str, Tensor]] | None = None
         self._forms: list[tuple[int, torch.dtype, Any]] = []
+        self._waits: dict[int, Waiting] = {}
         self._local = self._reduced = 0.0
         ranks.group.carrier = self._carry
 
@@ -77,11 +82,24 @@ class Messages:
         parameters: Mapping[str, Tensor],
         examples: int,
         stamp: Stamp | None = None,
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        """Start the messages of one backward pass of these parameters, one of them stamped."""
+        """Start the messages of one backward pass.
+
+        Args:
+            part: what to obey.
+            parameters: of the model, by name.
+            examples: of the batch.
+            stamp: of one of the messages.
+            scale: gives what the loss was multiplied with.
+        """
         self._part, self.parameters, self._stamp = part, parameters, stamp
         self._examples, self.waiting_examples = examples + self.waiting_examples, 0
         self.step += 1
+        # A rank that has no batches left does not renew its scale.
+        compares = self.joining is None and self._looks(self.ranks.device)
+        self.scale = scale() if compares else 1.0
+        self.number = numbered(self.passes, self.scale)
         self._sent = 0
         self._forms = []
         self._local = self._reduced = 0.0
@@ -151,9 +169,13 @@ class Messages:
 
         One that is lost is a `RankError` that says who is missing.
         """
-        return self.ranks.group.waiting(partial(self._lost, group, self.step), str(self.step))
+        block = self._waits.get(group)
+        if block is None:
+            block = self._waits[group] = self.ranks.group.waiting(partial(self._lost, group))
+        return block
 
-    def _lost(self, group: int, step: int) -> str:
+    def _lost(self, group: int) -> str:
+        step = self.step
         groups = self._part.grouping.groups if self._part else ()
         if not 0 <= group < len(groups):
             return f"what the ranks know of the gradients of step {step} was not shared"
@@ -211,27 +233,30 @@ class Messages:
             fresh,
             lambda tensor: self.start(tensor, index),
             lambda: self.waiting(index),
-            Stamp(index, fresh.dtype, self.ranks.size),
+            Stamp(index, fresh.dtype, self.ranks.size, self.ranks.group.rank()),
             self,
         )
 
-    def check(self, stamp: Stamp, message: Tensor, passes: int) -> Tensor:
+    def _looks(self, device: torch.device) -> bool:
+        """Whether numbers are compared now: a slip lasts, and looking stops the stream of a GPU."""
+        return device.type == "cpu" or (self.step - 1) % NOISE_INTERVAL == 0
+
+    def check(self, stamp: Stamp, message: Tensor, number: int) -> Tensor:
         """A reduced message without its stamp.
 
         Raises:
-            RankError: the ranks that have added it up were in different passes.
+            RankError: the ranks that have added it up were in different passes, or had different
+                loss scales.
         """
         elements = message[-stamp.length :]
-        # A slip lasts, so on a GPU it is looked for when its stream is stopped anyway.
-        looks = message.device.type == "cpu" or (self.step - 1) % NOISE_INTERVAL == 0
-        if looks and not stamp.agrees(elements, passes):
-            raise slipped(self.ranks, self.passes)
+        if self._looks(message.device) and not stamp.agrees(elements, number):
+            raise slipped(self.ranks, self.passes, self.scale)
         return message[: -stamp.length]
 
     def arrived(self, tensor: Tensor, group: int, stamp: Stamp | None) -> None:
         """Look at a reduced message before the optimizer does."""
         if stamp is not None:
-            tensor = self.check(stamp, tensor, self.passes)
+            tensor = self.check(stamp, tensor, self.number)
         if not tensor.is_floating_point():
             return
         # A CPU has waited for the message anyway; asking a GPU would stop its stream.

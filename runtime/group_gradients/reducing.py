@@ -101,6 +101,7 @@ class Reducing:
         waited = {n: step.own[_key(n)] for n in self._names} if before is not None else {}
         scale = self.part.scale
         expected = step.scale != 1.0  # who scales tangents lets them overflow, and skips the step
+        whole = self.session.loss_scale_of(step)
         if scale != 1.0:
             tangents = [None if t is None else t * scale for t in tangents]
             step.scale *= scale
@@ -109,9 +110,9 @@ class Reducing:
         stamp = self._stamps[form]
         if messages.joining is not None:
             messages.joining.announce(self.part)
-        messages.begin(self.part, step.parameters, step.examples, stamp)
+        messages.begin(self.part, step.parameters, step.examples, stamp, whole)
         if stamp is not None:
-            step.own[KEY] = stamp.of(messages.passes, messages.ranks.device)
+            step.own[KEY] = stamp.of(messages.number, messages.ranks.device)
         present = (set(self._names) - set(absent)) | set(before or ())
         question = None
         if self.part.stale == "none":
@@ -237,7 +238,7 @@ class Reducing:
                 accumulates = name == "accumulating"
                 half = accumulating(half, self.part.scale, _key) if accumulates else reducing(half)
                 if self.part.stale == "none":  # messages that wait get theirs when they are sent
-                    half, stamp = stamped(half, self.messages.ranks.size)
+                    half, stamp = stamped(half, self.messages.ranks)
                 half = reduce_in_place(half)
             self._stamps[name] = stamp
             self._halves[name] = half

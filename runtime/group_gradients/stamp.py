@@ -3,25 +3,26 @@
 Where one rank skips a reduction, later messages pair with those of other passes, of the right size
 and wrong in content, and nothing would be said. So one message of each pass has an element more,
 and its sum over ranks has to be the number of ranks times this rank's own: small integers, whose
-sums are exact in the type of the message.
+sums are exact in the type of the message. Where so many ranks have no room in one element, each has
+its number in one of several. The loss scale goes into the number, too, as gradients of different
+scales must not be added up, either.
 """
 
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.errors import RankError
 from graphopt.runtime.engine.halves import copy_graph
 from graphopt.runtime.engine.step import Half
-from graphopt.runtime.ranks.agreement import ranks as named
-from graphopt.runtime.ranks.channel import GRACE
 from graphopt.runtime.ranks.ranks import Ranks
-from graphopt.runtime.ranks.store import StoreLost
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -30,6 +31,8 @@ c10d = torch.ops._c10d_functional
 KEY = "group_gradients/stamp"
 # Passes after which numbers begin again, where the type has room for so many.
 LONGEST = 4096
+# So many numbers are told apart at least.
+LEAST = 16
 
 
 @dataclass(frozen=True)
@@ -40,47 +43,70 @@ class Stamp:
         index: of the message, in the order of sending.
         dtype: of the message.
         size: number of ranks.
+        rank: this one.
         maximum: whether messages are reduced by maximum instead of added.
     """
 
     index: int
     dtype: torch.dtype
     size: int
+    rank: int
     maximum: bool = False
 
-    @property
+    @cached_property
+    def sharing(self) -> int:
+        """How many ranks have their number in one element."""
+        return max(1, min(self.size, _largest(self.dtype) // (LEAST - 1)))
+
+    @cached_property
+    def modulus(self) -> int:
+        """How many numbers there are whose sums are exact."""
+        return max(1, min(LONGEST, _largest(self.dtype) // self.sharing + 1))
+
+    @cached_property
     def length(self) -> int:
         """Elements at the end of the message."""
-        return 2 if self.maximum else 1
+        return 2 if self.maximum else -(-self.size // self.sharing)
 
-    def of(self, passes: int, device: torch.device) -> Tensor:
-        """The elements of a pass."""
-        value = passes % modulus(self.dtype, self.size)
-        return torch.tensor([value, -value][: self.length], dtype=self.dtype, device=device)
+    def of(self, number: int, device: torch.device) -> Tensor:
+        """The elements of a number."""
+        value = number % self.modulus
+        if self.length == 1:
+            return torch.tensor([value], dtype=self.dtype, device=device)
+        elements = [0] * self.length
+        if self.maximum:
+            elements = [value, -value]
+        else:
+            elements[self.rank // self.sharing] = value
+        return torch.tensor(elements, dtype=self.dtype, device=device)
 
-    def agrees(self, elements: Tensor, passes: int) -> bool:
-        """Whether reduced elements are those of ranks that all are in this pass."""
-        value = passes % modulus(self.dtype, self.size)
-        found = elements.tolist()
-        return bool(found == ([value, -value] if self.maximum else [value * self.size]))
+    def agrees(self, elements: Tensor, number: int) -> bool:
+        """Whether reduced elements are those of ranks that all have this number."""
+        value = number % self.modulus
+        found: list[float] = elements.tolist()
+        if self.maximum:
+            return found == [value, -value]
+        last = self.size - (self.length - 1) * self.sharing
+        return found == [value * self.sharing] * (self.length - 1) + [value * last]
 
 
-def modulus(dtype: torch.dtype, size: int) -> int:
-    """How many different numbers there are whose sums over `size` ranks are exact in a type.
+def numbered(passes: int, scale: float) -> int:
+    """The number of a backward pass whose loss was multiplied with a scale."""
+    return passes if scale == 1.0 else passes + zlib.crc32(struct.pack("<d", scale))
 
-    1 where there is room for none: then all passes look the same.
-    """
+
+def _largest(dtype: torch.dtype) -> int:
+    """The whole number up to which a type has all of them."""
     rounds = dtype.is_floating_point or dtype.is_complex
-    whole = 2 / torch.finfo(dtype).eps if rounds else torch.iinfo(dtype).max
-    return max(1, min(LONGEST, int(whole) // size + 1))
+    return int(2 / torch.finfo(dtype).eps) if rounds else torch.iinfo(dtype).max
 
 
-def stamped(half: Half, size: int) -> tuple[Half, Stamp | None]:
+def stamped(half: Half, ranks: Ranks) -> tuple[Half, Stamp | None]:
     """A half whose cheapest message is stamped; ``None`` where it sends nothing.
 
     Args:
         half: with collectives.
-        size: number of ranks.
+        ranks: that take part.
     """
     graph = copy_graph(half.module.graph)
     sent = graph.find_nodes(op="call_function", target=c10d.all_reduce.default)
@@ -89,7 +115,8 @@ def stamped(half: Half, size: int) -> tuple[Half, Stamp | None]:
     chosen = min(sent, key=_cost)
     message = chosen.args[0]
     value: Tensor = message.meta["val"]
-    stamp = Stamp(sent.index(chosen), value.dtype, size, chosen.args[1] == "max")
+    maximum = chosen.args[1] == "max"
+    stamp = Stamp(sent.index(chosen), value.dtype, ranks.size, ranks.group.rank(), maximum)
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         elements = graph.placeholder("stamp")
     elements.meta["val"] = value.new_empty(stamp.length)
@@ -130,32 +157,3 @@ def _call(graph: fx.Graph, value: Tensor, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     node.meta["val"] = value
     return node
-
-
-def slipped(ranks: Ranks, passes: int) -> RankError:
-    """Which ranks are in which backward pass, as far as they say; called on all that find it out.
-
-    Args:
-        ranks: all of them.
-        passes: number of the pass in which this rank is.
-    """
-    agreement, topic = ranks.group.agreement, "slipped"
-    where = {passes: [agreement.rank]}
-    try:
-        absent = agreement.missing(topic, str(passes), GRACE)
-        for rank in range(ranks.size):
-            if rank != agreement.rank and rank not in absent:
-                where.setdefault(int(agreement.store.get(f"{topic}/{rank}")), []).append(rank)
-    except StoreLost:
-        pass  # what this rank knows is worth an error
-    parts = [
-        f"{named(sorted(members))} {'are' if len(members) > 1 else 'is'} in backward pass {number}"
-        for number, members in sorted(where.items(), key=lambda item: min(item[1]))
-    ]
-    if len(parts) == 1:
-        parts.append("another rank is in another one")
-    return RankError(
-        f"gradients of different steps were added up: {', '.join(parts)}",
-        hint="make as many backward passes on every rank, with no_sync() around the same ones; the "
-        "gradients of this step are not usable",
-    )

@@ -254,7 +254,7 @@ def _complete(plan: Plan, step: Step, ranks: Ranks, gradients: dict[str, Tensor]
     names = set(plan.signature.names(Role.GRAD)) & step.parameters.keys()
     what = "which gradients each rank has was not agreed on"
     presence = Presence(plan, names)
-    question = presence.ask(ranks, gradients.keys(), lambda: ranks.group.waiting(what, "presence"))
+    question = presence.ask(ranks, gradients.keys(), lambda: ranks.group.waiting(what))
     nowhere = presence.absent(names - gradients.keys(), question)
     found = {name: gradients.pop(name, None) for name in presence.names}
     # In one order on all ranks, as they lie in the messages in the order of this dictionary.

@@ -214,7 +214,7 @@ class Exchange:
 
     def _telling(self) -> Waiting:
         """Says what did not arrive, and whose fault it is as far as the others' reports tell."""
-        return self._ranks.group.waiting(f"{self.about} did not arrive", self.about)
+        return self._ranks.group.waiting(f"{self.about} did not arrive")
 
 
 def _received(parcel: Parcel, part: Tensor) -> Tensor:

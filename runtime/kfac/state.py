@@ -21,6 +21,7 @@ from graphopt.runtime.kfac.interval import Interval, similar
 from graphopt.runtime.kfac.layout import from_matrix, to_matrix
 from graphopt.runtime.kfac.packing import unpack
 from graphopt.runtime.kfac.solve import Problem, Solution, solver
+from graphopt.runtime.part import check_dtype
 
 # SP-NGD calls a statistic similar to an older one within this relative distance.
 ALPHA = 0.1
@@ -183,6 +184,8 @@ class CurvatureState:
         return self._times(name, value, 1 / divisor) if self.is_low_rank(name) else value / divisor
 
     def _mixed(self, name: str, now: Tensor, fresh: Tensor) -> Tensor:
+        # A state that was loaded before the model was captured could not be compared earlier.
+        check_dtype(f"kfac/now/{name}", now, fresh.dtype)
         ema = self.curvature.ema
         if self.is_low_rank(name):
             return low_rank.weighted_sum([now, fresh], [ema, 1 - ema], self.sides[name].size)

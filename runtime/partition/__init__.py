@@ -133,14 +133,18 @@ class Partition(RuntimePart[Stages]):
                 return self._alone(owned, self._rules, batches, batch)
             if self._steps is None:
                 self._steps = Steps(self.session, owned, ranks)
-            steps = self._steps
-            tasks = steps.tasks(self._rules, batches, batch, kwargs, lambda: self.stages)
-            self._hook(owned, steps)
-            self._stale = True
+            steps, running = self._steps, False
             try:
+                tasks = steps.tasks(self._rules, batches, batch, kwargs, lambda: self.stages)
+                self._hook(owned, steps)
+                running = self._stale = True
                 return steps.run(tasks)
             except BaseException as error:  # the others wait for messages of this step
-                self._broken = getattr(error, "message", None) or repr(error)
+                told = getattr(error, "message", None) or repr(error)
+                if running:
+                    self._broken = told
+                if not getattr(error, "restart", False):  # else it has said so
+                    ranks.group.leave_note(told)
                 raise
 
     def _alone(

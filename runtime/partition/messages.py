@@ -165,8 +165,7 @@ def arriving(ranks: Ranks, what: str, other: int | None = None) -> Waiting:
     Raises:
         RankError: they do not arrive; says which ranks are missing.
     """
-    # Ranks wait for different messages when one is lost, so they report under one topic.
-    return ranks.group.waiting(lambda: f"{what} did not arrive", "pipeline", other)
+    return ranks.group.waiting(lambda: f"{what} did not arrive", other)
 
 
 def _flat(form: Form, value: Tensor) -> Tensor:

@@ -158,11 +158,12 @@ class Steps:
         On a GPU the answer would be waited for, so only the first batch is compared there.
 
         Raises:
-            RankError: it is another one.
+            RankError: it is another one, as where a rank has left a step out.
         """
         if self.ranks.device.type != "cpu":
             return
-        what = f"whether ranks along pp have one batch, asked by rank {self._rank}"
+        here, agreement = self._rank, self.ranks.group.agreement
+        what = "the checksum of the batch"
         mine = torch.tensor([zlib.crc32(fingerprint(given).encode())])
         if self._rank + 1 < self.ranks.size:
             messages.send(Phase.FORWARD, [(BATCH, mine)], self._rank + 1, what)
@@ -172,9 +173,9 @@ class Steps:
         before = messages.arrived(message)["batch"]
         if int(before) != int(mine):
             raise RankError(
-                f"ranks {self._rank - 1} and {self._rank} of one pipeline were given different "
-                f"batches: rank {self._rank} has {sizes_of(given)}",
-                hint=SAME_BATCH,
+                f"{agreement.named([here - 1, here])} of one pipeline were given different "
+                f"batches: {agreement.named([here])} has {sizes_of(given)}",
+                hint=f"{SAME_BATCH}, and leave out a batch on all of them or on none",
             )
 
     def _line(self, count: int) -> tuple[Action, ...]:

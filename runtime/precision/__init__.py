@@ -16,6 +16,7 @@ from graphopt.runtime.engine.step import Backward, Half, MakeBackward, Step
 from graphopt.runtime.part import RuntimePart, check_dtype, check_like
 from graphopt.runtime.precision.leaving_out import LeavingOut
 from graphopt.runtime.ranks.presence import Question
+from graphopt.runtime.ranks.slips import slipped
 from graphopt.runtime.session import Session
 
 # The last changes of the scale that are kept.
@@ -45,6 +46,7 @@ class Precision(RuntimePart[LossScaling]):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self._left_out = LeavingOut()
+        self._asked = 0
 
     def unscaled(self) -> None:
         """Multiply with 1 from now on."""
@@ -127,15 +129,25 @@ class Precision(RuntimePart[LossScaling]):
     def _anywhere(self, step: Step, overflow: bool) -> bool:
         """Whether any rank has to leave the step out.
 
-        Reduced gradients carry what is not finite to all ranks; others have to ask.
+        Reduced gradients carry what is not finite to all ranks, and a number of the step and the
+        scale; others have to ask.
+
+        Raises:
+            RankError: a rank does not answer, is in another step, or has another scale.
         """
         ranks = self.session.ranks.get("dp")
         if ranks is None or ranks.size == 1 or step.own.pop(_REDUCED):
             return overflow
         what = "whether a gradient overflowed was not agreed on"
-        bit = torch.tensor([overflow], dtype=torch.uint8).to(ranks.device)
-        question = Question(ranks, bit, lambda: ranks.group.waiting(what, "overflow"))
-        return bool(question.answer()[0])
+        self._asked += 1
+        scale = float(self.state["scale"])
+        # A maximum shows that all are equal if that of the differences from the largest does, too.
+        mine = [n for v in (self._asked % 256, math.frexp(scale)[1]) for n in (v, 255 - v)]
+        bits = torch.tensor([overflow, *mine], dtype=torch.uint8).to(ranks.device)
+        found, *theirs = Question(ranks, bits, lambda: ranks.group.waiting(what)).answer()
+        if theirs != mine:
+            raise slipped(ranks, self._asked, scale)
+        return bool(found)
 
     # -- saving and reporting ----------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 
 from graphopt.errors import RankError
+from graphopt.runtime.ranks.notes import Notes
 from graphopt.runtime.ranks.silent import refused
 from graphopt.runtime.ranks.store import Store, StoreLost
 
@@ -25,8 +26,10 @@ SAME_MODEL = "build the same model with the same passes on all ranks"
 PATIENCE = timedelta(seconds=20)
 # A wait is told of after this part of the timeout, if that is sooner.
 FRACTION = 0.25
-# Seconds that a rank which knows the end stays, so that others can read it from the store.
-FAREWELL = 1.5
+# Seconds between two looks at a wait.
+BEAT = 0.5
+# Seconds in which ranks may say that they wait elsewhere; those that do have said so before.
+GRACE = 2.0
 LOOK = "look at the output of that rank"
 
 log = logging.getLogger("graphopt")
@@ -41,6 +44,11 @@ class Agreement:
         rank, size: of this process, and their number.
         timeout: how long to wait for the others.
         silences: where ranks whose passes send nothing have said so.
+        noted: who waits for whom in the whole job; by default these ranks are all.
+        members: numbers of these ranks within the job.
+
+    Attributes:
+        notes: who waits for whom.
     """
 
     store: Store
@@ -48,7 +56,18 @@ class Agreement:
     size: int
     timeout: timedelta
     silences: Store | None = None
+    noted: InitVar[Notes | None] = None
+    members: Sequence[int] = ()
+    notes: Notes = field(init=False)
     _counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self, noted: Notes | None) -> None:
+        self.members = tuple(self.members) or tuple(range(self.size))
+        self.notes = noted or Notes(self.store, self.rank, self.size)
+
+    def named(self, numbers: Sequence[int]) -> str:
+        """Ranks of this group, in words, by their numbers within the job."""
+        return ranks([self.members[number] for number in numbers])
 
     def agree(
         self,
@@ -81,7 +100,8 @@ class Agreement:
             store.set(f"{key}/text", mine)
             store.set(f"{key}/digest", digest)
         if digest != self._get(key, "digest", [0], end):
-            difference = _difference(topic, self.rank, store.get(f"{key}/text"), mine)
+            first, here = self.members[0], self.members[self.rank]
+            difference = _difference(topic, first, here, store.get(f"{key}/text"), mine)
             store.set(f"{key}/difference", difference)
         store.set(f"{key}/here/{self.rank}", "here")
         if store.add(f"{key}/arrived") == self.size:
@@ -89,7 +109,7 @@ class Agreement:
             store.set(f"{key}/verdict", store.get(f"{key}/difference") if differs else _EQUAL)
         verdict = self._get(key, "verdict", range(self.size), end)
         if verdict != _EQUAL:
-            self._leave(key, self.size)
+            self.notes.leave(key, self.size)
             raise RankError(verdict, hint=hint)
         if self.rank == 0:
             store.set(f"{key}/decision", decide())
@@ -106,48 +126,64 @@ class Agreement:
         """
         store, whole = self.store, self.timeout.total_seconds()
         keys = (f"{key}/{what}", f"{key}/failed")
+        topic = key.split("/")[0]
         patience = min(PATIENCE.total_seconds(), FRACTION * whole)
-        found = store.first(keys, patience, end)
-        if found is None:
-            log.warning("waiting for %s to agree on %s", self._whom(key, needed), key.split("/")[0])
-            found = store.first(keys, max(end - time.monotonic(), 0.0), end)
+        begun, told, noted = time.monotonic(), False, False
+        while (found := store.first(keys, min(BEAT, end - time.monotonic()), end)) is None:
+            if time.monotonic() >= end:
+                break
+            waited = time.monotonic() - begun
+            if waited >= patience and not told:
+                told = True
+                log.warning("waiting for %s to agree on %s", self._whom(key, needed), topic)
+            self.notes.hear()
+            if told or self.notes.alarm:
+                noted = True
+                self.notes.waits(self._on(key, needed), f"{topic} could not be agreed on")
         if found == keys[0]:
+            if noted:
+                self.notes.done()
             return store.get(keys[0])
         if found is None:
-            who = self._whom(key, needed)
-            text = f"{who} did not come to agree on {key.split('/')[0]} within {whole:g} s"
-            if self.silences is not None:
-                text += refused(self.silences, self._absent(key, needed))
-            store.set(f"{key}/failed", text)
+            store.set(f"{key}/failed", self._late(key, needed, topic))
         text = store.get(f"{key}/failed")
-        self._leave(key, self.size - 1)
+        self.notes.failed(self._on(key, needed), text)
+        self.notes.leave(key, self.size - 1)
         raise RankError(
             text,
             hint="call the model on every rank, and look at the output of the missing one",
             restart=True,
         )
 
+    def _late(self, key: str, needed: Sequence[int], topic: str) -> str:
+        """Who did not come, or whom those wait for who did not."""
+        on, whole = self._on(key, needed), self.timeout.total_seconds()
+        text = f"{self._whom(key, needed)} did not come to agree on {topic} within {whole:g} s"
+        absent = self._absent(key, needed)
+        if self.silences is not None and (said := refused(self.silences, absent)):
+            return text + said
+        self.notes.failed(on, f"{topic} could not be agreed on")
+        found = self.notes.find(on, GRACE)
+        if not found.lost or set(found.lost) == set(on):
+            return text
+        waiting = f"{ranks(on)} {'wait' if len(on) > 1 else 'waits'}"
+        return (
+            f"{topic} could not be agreed on within {whole:g} s: {ranks(found.lost)} did not "
+            f"answer, for which {waiting}"
+        )
+
+    def _on(self, key: str, needed: Sequence[int]) -> list[int]:
+        """For which ranks of the job one waits."""
+        return [self.members[r] for r in self._absent(key, needed) or (0,)]
+
     def _whom(self, key: str, needed: Sequence[int]) -> str:
         if not needed:
-            return ranks([0])
+            return self.named([0])
         absent = self._absent(key, needed)
-        return ranks(absent) if absent else "another rank"
+        return self.named(absent) if absent else "another rank"
 
     def _absent(self, key: str, needed: Sequence[int]) -> list[int]:
         return [r for r in needed if not self.store.has(f"{key}/here/{r}")]
-
-    def _leave(self, key: str, others: int) -> None:
-        """Stay until the others have read what ends this, as the store may end with this process.
-
-        Args:
-            key: of what ends.
-            others: how many ranks read it, this one included.
-        """
-        count = self.store.add(f"{key}/left")
-        end = time.monotonic() + FAREWELL
-        while self.rank == 0 and count < others and time.monotonic() < end:
-            time.sleep(0.05)
-            count = int(self.store.get(f"{key}/left"))
 
     def lost(self, what: str, error: StoreLost) -> RankError:
         """The error where the store does not answer."""
@@ -188,65 +224,39 @@ class Agreement:
         except StoreLost as error:
             raise self.lost(f"{topic} could not be read", error) from error
 
-    def missing(
-        self, topic: str, note: str, grace: float, among: Sequence[int] | None = None
-    ) -> list[int]:
-        """Ranks that do not report within `grace` seconds that they failed, or wait, too.
-
-        The first rank to know publishes it for all, so that none of them takes another one that has
-        left meanwhile for missing.
-
-        Args:
-            topic: equal on all ranks.
-            note: what this rank reports; others have it by `note`.
-            grace: seconds.
-            among: of whom it asks; by default all.
+    def gathered(self, topic: str, mine: str, grace: float) -> dict[int, str]:
+        """What the ranks say that come to the same place within some seconds, by their number.
 
         Raises:
             StoreLost: the store is gone.
         """
         store, end = self.store, time.monotonic() + grace
-        store.set(f"{topic}/{self.rank}", note, grace)
-        store.set(f"{topic}/any", note, grace)
-        asked = range(self.size) if among is None else among
+        store.set(f"{topic}/{self.rank}", mine, grace)
+        others = [r for r in range(self.size) if r != self.rank]
+        found = {self.rank: mine}
         while True:
-            left = max(end - time.monotonic(), 0.5)
-            if among is None and store.has(f"{topic}/missing", left):
-                absent = [int(r) for r in store.get(f"{topic}/missing", left).split()]
-                break
-            absent = [
-                r
-                for r in asked
-                if not (store.has(f"{topic}/{r}", left) or store.has(f"{topic}/waits/{r}", left))
-            ]
-            if not absent or time.monotonic() > end:
-                if among is None:
-                    store.set(f"{topic}/missing", " ".join(map(str, absent)), left)
+            for rank in others:
+                if rank not in found and store.has(f"{topic}/{rank}", grace):
+                    found[rank] = store.get(f"{topic}/{rank}", grace)
+            if len(found) == self.size or time.monotonic() > end:
                 break
             time.sleep(0.05)
-        if among is None:
-            self._leave(topic, self.size - len(absent))
-        return absent
-
-    def note(self, topic: str, rank: int) -> str:
-        """What a rank has reported that is not missing."""
-        if self.store.has(f"{topic}/{rank}"):
-            return f"had failed before, as {self.store.get(f'{topic}/{rank}')}"
-        return f"waits itself, or {self.store.get(f'{topic}/waits/{rank}')}"
+        self.notes.leave(topic, self.size)
+        return found
 
 
-def ranks(numbers: list[int]) -> str:
+def ranks(numbers: Sequence[int]) -> str:
     """``"rank 3"``, ``"ranks 3, 5 and 9 more"``."""
     shown = ", ".join(map(str, numbers[:4]))
     more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-def _difference(topic: str, rank: int, reference: str, mine: str) -> str:
+def _difference(topic: str, first: int, here: int, reference: str, mine: str) -> str:
     theirs, ours = reference.splitlines(), mine.splitlines()
     for left, right in zip(theirs, ours, strict=False):
         if left != right:
-            return f"the {topic} differ: rank 0 has {left!r} where rank {rank} has {right!r}"
-    extra, owner = (theirs, 0) if len(theirs) > len(ours) else (ours, rank)
-    first = extra[min(len(theirs), len(ours))]
-    return f"the {topic} of ranks 0 and {rank} differ: only rank {owner} has {first!r}"
+            return f"the {topic} differ: rank {first} has {left!r} where rank {here} has {right!r}"
+    extra, owner = (theirs, first) if len(theirs) > len(ours) else (ours, here)
+    only = extra[min(len(theirs), len(ours))]
+    return f"the {topic} of ranks {first} and {here} differ: only rank {owner} has {only!r}"

@@ -6,6 +6,8 @@ see the messages of the graph becomes its carrier.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +18,9 @@ from torch.distributed.distributed_c10d import GroupName
 
 from graphopt.errors import RankError
 from graphopt.runtime.ranks.agreement import LOOK, Agreement, ranks
+from graphopt.runtime.ranks.notes import Found
 from graphopt.runtime.ranks.store import StoreLost
 from graphopt.runtime.ranks.watch import Wait, Watch
-
-# Seconds in which other ranks may report that they failed, too, before one counts as missing.
-GRACE = 3.0
 
 
 class Channel(dist.ProcessGroup):
@@ -42,6 +42,7 @@ class Channel(dist.ProcessGroup):
         self.agreement = agreement
         self.channel = name
         self.watch = Watch(agreement)
+        self._all = tuple(agreement.members)
         self.carrier: Callable[[Tensor, Any], Work] | None = None
         _register_process_group(GroupName(name), self)
 
@@ -63,70 +64,86 @@ class Channel(dist.ProcessGroup):
         return "graphopt"
 
     def waiting(
-        self,
-        what: str | Callable[[], str],
-        topic: str,
-        other: int | None = None,
-        hint: str = LOOK,
+        self, what: str | Callable[[], str], other: int | None = None, hint: str = LOOK
     ) -> Waiting:
         """Within, a message is waited for: one that takes long is told of, a lost one is an error.
 
         Args:
             what: is lost then, as a sentence.
-            topic: equal on all ranks that wait at the same place.
             other: the only rank that has to do with the message; by default all have.
             hint: what to try.
         """
-        said = what if callable(what) else lambda: what
-        return Waiting(self, Wait(said, f"failed/{topic}"), other, hint)
+        on = self._all if other is None else (self._all[other],)
+        return Waiting(self, what if callable(what) else lambda: what, on, hint)
 
-    def failure(
-        self,
-        what: str,
-        topic: str,
-        error: BaseException,
-        other: int | None = None,
-        hint: str = LOOK,
-    ) -> RankError:
-        """Who is missing, as far as the other ranks' reports tell.
+    def leave_note(self, what: str) -> None:
+        """Have others that wait for this rank know with which error of its own it ends."""
+        with contextlib.suppress(StoreLost):
+            notes = self.agreement.notes
+            notes.failed((), what)
+            notes.leave("notes", notes.size)
+
+    def failure(self, wait: Wait, error: BaseException, hint: str) -> RankError:
+        """Who is missing, as far as the other ranks' notes tell.
 
         Args:
-            what: the sentence up to the colon.
-            topic: equal on all ranks that fail at the same place.
-            error: what a message failed with.
-            other: the only rank that had to do with the message; by default all had.
+            wait: what has failed.
+            error: what it failed with.
             hint: what to try.
         """
-        topic, among = f"failed/{topic}", None if other is None else [other]
+        notes, what = self.agreement.notes, wait.what()
+        on = [rank for rank in wait.on if rank != notes.rank]
         try:
-            missing = self.agreement.missing(topic, what, GRACE, among)
-            who = f"{ranks(missing)} did not answer" if missing else "no rank is missing"
-            if other is not None and not missing:
-                who = f"rank {other} {self.agreement.note(topic, other)}"
+            notes.failed(on, what)
+            found = notes.find(on)
+            who = _who(on, found)
+            if not found.lost:
+                with contextlib.suppress(StoreLost):
+                    notes.leave("notes", notes.size)
         except StoreLost as lost:
-            known = self.watch.missing(topic)
-            if not known:
+            if not notes.verdict:
                 return self.agreement.lost(what, lost)
-            who = f"{ranks(known)} did not answer"
+            who = f"{ranks(notes.verdict)} did not answer"
         return RankError(
             f"{what}: {who}", where=str(error).splitlines()[0], hint=hint, restart=True
         )
 
 
-class Waiting:
+def _who(on: list[int], found: Found) -> str:
+    """Who is to blame where these ranks were waited for."""
+    lost, notes = found.lost, found.notes
+    if lost:
+        between = [r for r in on if r not in lost]
+        if set(lost) & set(on) or not between:
+            return f"{ranks(lost)} did not answer"
+        waiting = f"{ranks(between)} {'wait' if len(between) > 1 else 'waits'}"
+        return f"{ranks(lost)} did not answer, for which {waiting}"
+    for rank in found.culprits():
+        return f"rank {rank} had failed before: {notes[rank].what}"
+    if len(on) == 1 and on[0] in notes:
+        return f"rank {on[0]} waits itself, or {notes[on[0]].what}"
+    return "no rank is missing"
+
+
+class Waiting(Wait):
     """A block that waits for a message."""
 
-    def __init__(self, channel: Channel, wait: Wait, other: int | None, hint: str) -> None:
-        self._channel, self._wait, self._other, self._hint = channel, wait, other, hint
+    __slots__ = ("_channel", "_hint", "_watch")
+
+    def __init__(
+        self, channel: Channel, what: Callable[[], str], on: tuple[int, ...], hint: str
+    ) -> None:
+        self.what, self.on, self._hint = what, on, hint
+        self._channel, self._watch = channel, channel.watch
 
     def __enter__(self) -> None:
-        self._channel.watch.wait = self._wait
+        self.begun, self.over = time.monotonic(), False
+        watch = self._watch
+        watch.wait = self
+        if watch.thread is None and len(self._channel.agreement.members) > 1:
+            watch.start()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._channel.watch.wait = None
+        self.over = True
         if isinstance(error, RuntimeError):
-            wait = self._wait
-            topic = wait.topic.removeprefix("failed/")
-            raise self._channel.failure(
-                wait.what(), topic, error, self._other, self._hint
-            ) from error
+            raise self._channel.failure(self, error, self._hint) from error

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, _broadcast_coalesced
 from torch.distributed.distributed_c10d import _world
 
-from graphopt.errors import ArgumentError, RankError
+from graphopt.errors import ArgumentError
 from graphopt.network.curve import Curve
 from graphopt.runtime.ranks.agreement import LOOK, SAME_MODEL, Agreement
 from graphopt.runtime.ranks.channel import Channel
 from graphopt.runtime.ranks.link import measure_link
 from graphopt.runtime.ranks.link_cache import describe, find, keep
+from graphopt.runtime.ranks.notes import Notes
 from graphopt.runtime.ranks.silent import silences
 from graphopt.runtime.ranks.store import Store
 
@@ -64,7 +65,9 @@ class Ranks:
         store = PrefixStore(f"graphopt/{number}", _world.pg_map[group][1])
         shared = Store(store, timeout.total_seconds())
         silent = silences(group, timeout.total_seconds())
-        agreement = Agreement(shared, group.rank(), group.size(), timeout, silent)
+        members = dist.get_process_group_ranks(group)
+        noted = _job_notes(timeout.total_seconds())
+        agreement = Agreement(shared, group.rank(), group.size(), timeout, silent, noted, members)
         return cls(Channel(group, agreement, f"graphopt.{number}"), device)
 
     @property
@@ -84,7 +87,7 @@ class Ranks:
             agreement.tell("shape", describe(self.group.inner, self.device))
             kept = self.agree("link cache", "", lambda: _text(find(agreement.told("shape"))))
             if kept == _NONE:
-                with self.group.waiting("the link was not measured", "link", hint=_NO_LINK):
+                with self.group.waiting("the link was not measured", hint=_NO_LINK):
                     mine = measure_link(self.group.inner, self.device)
                 self.agree("link", "", lambda: _text(mine))
                 if self.group.rank() == 0:
@@ -136,14 +139,8 @@ class Ranks:
             RankError: a message failed.
         """
         if (topic, mine) not in self._decisions:
-            try:
+            with self.group.waiting(f"the {topic} cannot be tried out"):
                 found = run(lambda tensor: self.group.inner.allreduce([tensor]))
-            except RuntimeError as error:
-                raise RankError(
-                    f"the {topic} cannot be tried out: {str(error).splitlines()[0]}",
-                    hint="look at the output of the other ranks, and check that an all-reduce "
-                    "works in this group",
-                ) from error
             self.agree(topic, mine, lambda: found)
         return self._decisions[topic, mine]
 
@@ -162,7 +159,7 @@ class Ranks:
         if tensors:
             with torch.no_grad():
                 values = [t.detach() for _, t in tensors]
-                with self.group.waiting("the parameters of rank 0 did not arrive", "parameters"):
+                with self.group.waiting("the parameters of rank 0 did not arrive"):
                     _broadcast_coalesced(self.group.inner, values, 256 << 20, 0)
 
     def copy(self) -> Ranks:
@@ -174,6 +171,14 @@ class Ranks:
         name = f"{self.channel}.{next(self._copies)}"
         own = Channel(self.group.inner, self.group.agreement, name)
         return Ranks(own, self.device, _decisions=self._decisions)
+
+
+def _job_notes(timeout: float) -> Notes:
+    """Who waits for whom, among all ranks of the job."""
+    world = dist.group.WORLD
+    assert world is not None, "a group of ranks needs a job"
+    store = PrefixStore("graphopt", _world.pg_map[world][1])
+    return Notes(Store(store, timeout), dist.get_rank(), dist.get_world_size())
 
 
 def _text(curve: Curve | None) -> str:

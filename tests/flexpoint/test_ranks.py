@@ -93,12 +93,36 @@ def _other_tensors(rank: int) -> None:
     model = _optimized("cleanup,flexpoint")
     ranks = session_of(model).ranks["dp"]
     rows = {"key": torch.ones(2, 4, dtype=torch.int64)}
-    assert over_ranks(ranks, rows)["key"].tolist() == [[1, 2, 2, 2]] * 2
+    assert over_ranks(ranks, rows, 1, int)["key"].tolist() == [[1, 2, 2, 2]] * 2
     with pytest.raises(RankError, match="flex tensors"):
-        over_ranks(ranks, {f"of rank {rank}": rows["key"]})
+        over_ranks(ranks, {f"of rank {rank}": rows["key"]}, 2, int)
+    with pytest.raises(
+        RankError, match=r"different steps .*: rank 0 is in step 3, rank 1 is in step 4"
+    ):
+        over_ranks(ranks, rows, 3 + rank, int)
 
 
-WORK = [_exponents_of_all_ranks, _integers_travel_exactly, _resumes, _other_tensors]
+def _other_exponents(rank: int) -> None:
+    """One rank has loaded a state, which the other one has not."""
+    model = _optimized("cleanup,flexpoint,group_gradients")
+    _step(model, 0, rank)
+    if rank:
+        state = graphopt.state_dict(model)
+        moved = {k: v + 1 if "/exponents/" in k else v for k, v in state.items()}
+        graphopt.load_state_dict(model, moved)
+    expected = "the exponents of flex tensors differ: rank 1 has others than rank 0"
+    with pytest.raises(RankError, match=expected) as raised:
+        _step(model, 1, rank)
+    assert not raised.value.restart
+
+
+WORK = [
+    _exponents_of_all_ranks,
+    _integers_travel_exactly,
+    _resumes,
+    _other_tensors,
+    _other_exponents,
+]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__.strip("_"))

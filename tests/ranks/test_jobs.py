@@ -61,6 +61,43 @@ def test_a_rank_that_slips_is_found_at_once(options: str, last: int, tmp_path: P
     on_ranks(tmp_path, 2, _slips, f"group_gradients{{{options}}}", last, timeout=20)
 
 
+def _scales(rank: int) -> None:
+    model: Any = graphopt.optimize(mlp(), backend="eager", verify="off")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # type: ignore[attr-defined]
+    graphopt.use_scaler(model, scaler)
+    for _ in range(2):
+        scaler.scale(model(batch("mlp", rank)).sum()).backward()
+    scaler.update(1024.0 / (1 + rank))
+    loss = scaler.scale(model(batch("mlp", rank)).sum())
+    with pytest.raises(RankError, match="rank 0 has 1024, rank 1 has 512") as raised:
+        loss.backward()
+    assert "losses with different scales were added up" in str(raised.value)
+    assert not raised.value.restart
+
+
+def test_loss_scales_that_differ(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _scales, timeout=20)
+
+
+def _precisions(rank: int) -> None:
+    """Without reduced gradients ranks ask each other whether to leave a step out."""
+    spec = "precision{format=fp16,cost=roofline,policy=tf}"
+    for passes in (f"{spec},group_gradients{{link=10gbe}}", spec):
+        model: Any = graphopt.optimize(mlp(), passes=passes, backend="eager", verify="off")
+        model(batch("mlp", rank)).sum().backward()
+        if rank:
+            state = graphopt.state_dict(model)
+            state["precision/scale"] /= 2
+            graphopt.load_state_dict(model, state)
+        loss = model(batch("mlp", rank)).sum()
+        with pytest.raises(RankError, match=r"scales .*: rank 0 has \d+, rank 1 has \d+"):
+            loss.backward()
+
+
+def test_scales_of_precision_that_differ(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _precisions, timeout=20)
+
+
 def _one_weight(rank: int) -> None:
     """A message that is one gradient as it lies; nothing else to put the number in."""
     model: Any = graphopt.optimize(nn.Linear(4, 1, bias=False), backend="eager")

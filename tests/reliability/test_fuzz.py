@@ -8,9 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.fuzz_files import KINDS, RAW, WRONG, run
+from benchmarks.fuzz_files import KINDS, RAW, run
+from benchmarks.fuzz_texts import WRONG
 
-COUNTS = {"texts": 600, "plans": 1500, "states": 200, "files": 150, "caches": 300, "kept": 100}
+COUNTS = {
+    "texts": 600, "operators": 150, "plans": 1500, "states": 200, "files": 150, "caches": 300,
+    "kept": 100,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ class ScaleByPeak(RuntimePart[Peaks]):
             return maxima
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX
-        with ranks.group.waiting("the maxima of activations were not agreed on", "scale_by_peak"):
+        with ranks.group.waiting("the maxima of activations were not agreed on"):
             ranks.group.inner.allreduce([maxima], options).wait()
         return maxima
 

@@ -1,0 +1,194 @@
+"""Many steps: does memory, threads, descriptors or the time of a step grow?
+
+Run: ``python -m benchmarks.soak [STEPS]`` (20,000 by default), for the default passes, ``kfac``
+and two ranks, each in processes of its own; ``--only kfac`` runs one. After each
+hundredth of the steps the process is looked at. Growth is the median slope of all pairs of looks
+(Theil and Sen), behind the first tenth, in which caches fill. Time is that of the processor, so
+that it is about graphopt and not about what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from datetime import timedelta
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import graphopt
+from benchmarks.harness import RESULTS, keep
+
+CASES = {"default": ("auto", 1), "kfac": ("kfac", 1), "two ranks": ("auto", 2)}
+LOOKS = 100
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+
+
+def look() -> dict[str, float]:
+    """What this process holds: kilobytes, descriptors, threads of the system and of Python."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "kilobytes": float(status["VmRSS"].split()[0]),
+        "descriptors": float(len(os.listdir("/proc/self/fd"))),
+        "threads": float(status["Threads"]),
+        "python threads": float(threading.active_count()),
+    }
+
+
+def train(passes: str, steps: int) -> dict[str, list[float]]:
+    """Looks at a process that trains a small network with batch norm and dropout."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 4)]
+    model: Any = graphopt.optimize(nn.Sequential(*layers), passes=passes)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    found: dict[str, list[float]] = {}
+    every = max(1, steps // LOOKS)
+    for number in range(LOOKS):
+        begun, spent = time.perf_counter(), time.process_time()
+        for _ in range(every):
+            # Of three sizes, so that calls take symbolic ones; targets that change keep it awake.
+            x = torch.randn(8 + 4 * (number % 3), 16)
+            optimizer.zero_grad()
+            loss = (model(x) - x[:, :4]).square().mean()
+            loss.backward()
+            optimizer.step()
+        seen = look() | {
+            "milliseconds": 1e3 * (time.perf_counter() - begun) / every,
+            "milliseconds of the processor": 1e3 * (time.process_time() - spent) / every,
+        }
+        for name, value in seen.items():
+            found.setdefault(name, []).append(value)
+    assert torch.isfinite(loss), "training diverged"
+    return found
+
+
+def slope(values: list[float]) -> float:
+    """Median change per look, over all pairs."""
+    pairs = combinations(enumerate(values), 2)
+    return statistics.median((b - a) / (j - i) for (i, a), (j, b) in pairs)
+
+
+def summary(looks: dict[str, list[float]], steps: int) -> dict[str, dict[str, float]]:
+    """Of each quantity: its medians in the first and last tenth that count, and its growth."""
+    tenth, per_look = LOOKS // 10, max(1, steps // LOOKS)
+    found = {}
+    for name, values in looks.items():
+        rest = values[tenth:]
+        found[name] = {
+            "begin": round(statistics.median(rest[:tenth]), 4),
+            "end": round(statistics.median(rest[-tenth:]), 4),
+            "per 1000 steps": round(slope(rest) * 1000 / per_look, 6),
+        }
+    return found
+
+
+def _rank(rank: int, world: int, port: int, folder: str, passes: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=15)
+        )
+    looks = train(passes, steps)
+    Path(folder, f"{rank}.json").write_text(json.dumps(looks))
+    if world > 1:
+        dist.barrier()
+    os._exit(0)
+
+
+def run(name: str, steps: int) -> dict[str, Any]:
+    """One case: a summary per rank."""
+    passes, world = CASES[name]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(r, world, port, folder, passes, steps))
+            for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
+        looks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(world)]
+    return {
+        "passes": passes,
+        "steps": steps,
+        "seconds": round(time.monotonic() - begun),
+        "ranks": [summary(found, steps) for found in looks],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of the page."""
+    lines = [
+        "| | rank | memory | per 1,000 steps | descriptors | threads | processor time of a step "
+        "| per 1,000 steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in results.items():
+        for rank, seen in enumerate(case["ranks"]):
+            memory, spent = seen["kilobytes"], seen["milliseconds of the processor"]
+            columns = [
+                f"`{name}`" if name == "kfac" else name,
+                str(rank),
+                f"{memory['begin'] / 1024:.1f} to {memory['end'] / 1024:.1f} MB",
+                f"{memory['per 1000 steps']:+.1f} kB",
+                *(
+                    f"{seen[what]['begin']:.0f} to {seen[what]['end']:.0f}"
+                    for what in ("descriptors", "threads")
+                ),
+                f"{spent['begin']:.3f} to {spent['end']:.3f} ms",
+                f"{1e3 * spent['per 1000 steps']:+.2f} µs",
+            ]
+            lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def write() -> None:
+    """Renew the table of the page from what was kept."""
+    results = json.loads((RESULTS / "soak.json").read_text())["results"]
+    begin, end = "<!-- soak -->", "<!-- end of soak -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    PAGE.write_text(f"{before}{begin}\n\n{table(results)}\n\n{end}{after}")
+
+
+def main() -> None:
+    """Run all cases and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", nargs="?", type=int, default=20_000)
+    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--write", action="store_true", help="only renew the table of the page")
+    arguments = parser.parse_args()
+    if arguments.write:
+        write()
+        return
+    names = [arguments.only] if arguments.only else list(CASES)
+    results = {}
+    for name in names:
+        results[name] = run(name, arguments.steps)
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        kept = RESULTS / "soak.json"
+        known = json.loads(kept.read_text())["results"] if kept.exists() else {}
+        keep("soak", {n: r for n in CASES if (r := (known | results).get(n))})
+
+
+if __name__ == "__main__":
+    main()
