@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +36,7 @@ from graphopt.model.surface import plain_forward
 from graphopt.model.trial import Call, Trial, describe_call
 from graphopt.model.varying import readable
 from graphopt.model.verification import Check, Stage, Stages
+from graphopt.notices import telling, warn
 from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.step import parts_of
@@ -107,17 +107,20 @@ class Compiler(Specialiser):
         level = "structure" if self.verify == "eager" else self.verify
         ctx = PassContext(session.ranks, self.mesh, session.states, decided=session.decided)
         early = ForwardPasses(self.pipeline, ctx, level)
-        captured = capture(
-            model,
-            args,
-            kwargs,
-            forward=forward,
-            numbers=numbers,
-            dimensions=dimensions,
-            rewrite=early.rewriter,
-            symbols=not self.constant_sizes(),
-            store=Store() if self.cache != "off" else None,
-        )
+        where = describe_call(model, args, kwargs)
+        name = type(model).__name__
+        with telling(f"capturing {name}", f"the first call with {where}"):
+            captured = capture(
+                model,
+                args,
+                kwargs,
+                forward=forward,
+                numbers=numbers,
+                dimensions=dimensions,
+                rewrite=early.rewriter,
+                symbols=not self.constant_sizes(),
+                store=Store() if self.cache != "off" else None,
+            )
         if captured.keeps and captured.graph.level is Level.JOINT:
             sizes = {name: ranks.size for name, ranks in session.ranks.items()}
             check_kept(self.pipeline, sizes, captured.keeps[0], forward)
@@ -138,19 +141,23 @@ class Compiler(Specialiser):
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
         band = band_of(captured.sizes_of(model, *args, **kwargs)) if captured.symbolic else None
-        chosen = choose(self._backend(session), make, trial, captured.graph, band)
+        requested = self._backend(session)
+        measured = "the faster of eager and Inductor runs it"
+        why = measured if requested == "auto" else f"backend {requested!r}"
+        with telling(f"building {name}", f"{why}, once for each kind of call"):
+            chosen = choose(requested, make, trial, captured.graph, band)
         choice, built, others = chosen.choice, chosen.built, chosen.others
         verification = known.verification or Verification(self.verify, "not run")
         if compares:
             run = partial(self._run, captured, session)
-            where = describe_call(model, args, kwargs)
             around = session.watched_trial if self.verify == "full" else session.trial
             trial = Trial(model, args, kwargs, around)
             state = session.states.tensor
             check = Check(self.verify, where, trial, forward, run, captured.inputs, state)
             try:
                 try:
-                    verification = check(stages.stages, choice.backend, built.call)
+                    with telling(f"comparing {name} with PyTorch eager", f"verify={self.verify!r}"):
+                        verification = check(stages.stages, choice.backend, built.call)
                 except BackendMismatchError as error:
                     if self.backend != "auto":
                         raise
@@ -173,7 +180,7 @@ class Compiler(Specialiser):
             calls = {n: b.call for n, b in others.items()} | {choice.backend: built.call}
             call = PerBand(chosen.bands, calls, captured.sizes_of, partial(timed, session), band)
         entry = Specialisation(
-            signature=describe_call(model, args, kwargs),
+            signature=where,
             level=str(captured.graph.level),
             route=captured.route,
             capture_seconds=captured.seconds,
@@ -244,7 +251,7 @@ class Compiler(Specialiser):
         """What is reported where the user lets a graph run that differs from eager."""
         if self.on_mismatch != "warn":
             raise error
-        warnings.warn(f"the graph runs all the same (on_mismatch='warn'): {error}", stacklevel=2)
+        warn(f"the graph runs all the same (on_mismatch='warn'): {error}")
         return Verification(self.verify, "mismatch")
 
     def _backend(self, session: Session) -> str:

@@ -65,6 +65,7 @@ class Session:
         self.owned: OwnedStep | None = None
         self.before_call: Callable[[], None] | None = None
         self.trying = False
+        self.searched = False  # whether an error has named parts that can be captured
         self.handles: list[Any] = []
         self.decided: dict[str, Any] = {}
         self._runtime: dict[str, RuntimePart[Any]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from graphopt.errors import MismatchError
 from graphopt.model.comparison import Observed, differences, tolerance
 from graphopt.model.parametrize import Replaced, named_parameters
 from graphopt.model.trial import Call, Trial, describe_call
+from graphopt.notices import warn
 from graphopt.passbase import EXACT, Outcome, PassContext
 from graphopt.pipeline import Pipeline
 
@@ -120,7 +120,7 @@ class Replacement:
                 )
                 if raises:
                     raise error
-                warnings.warn(str(error), stacklevel=2)
+                warn(str(error))
                 return
 
     def undo(self) -> None:
