@@ -393,9 +393,9 @@ class Controller:
 
 
 def hooks_of(model: nn.Module) -> frozenset[int]:
-    """The forward hooks inside of a model, by identity."""
+    """The forward hooks inside of a model, by the numbers that torch gives them."""
     tables = ((m._forward_hooks, m._forward_pre_hooks) for m in model.modules())
-    return frozenset(id(hook) for pair in tables for table in pair for hook in table.values())
+    return frozenset(number for pair in tables for table in pair for number in table)
 
 
 def controller_of(model: nn.Module) -> Controller | None:
