@@ -24,7 +24,8 @@ from torch.nn import functional
 from graphopt.capture.flat import FlatForward
 
 _ADD = torch.ops.aten.add.Tensor
-_DETACHING = ("detach", torch._C._autograd._get_data_attr)
+_AUTOGRAD: Any = torch._C._autograd
+_DETACHING = ("detach", _AUTOGRAD._get_data_attr)
 _IN_PLACE = frozenset(
     name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 ) | {"setitem"}

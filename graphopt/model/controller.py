@@ -118,7 +118,8 @@ class Controller:
 
     def _look_for_ddp(self) -> None:
         """Say once that gradients are reduced twice."""
-        if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
+        wrapper: Any = nn.parallel.DistributedDataParallel
+        if wrapper._get_active_ddp_module() is None:
             return
         self._wrapped = True
         self.notes += (WRAPPED,)

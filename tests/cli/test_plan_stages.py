@@ -23,7 +23,7 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(*arguments: str) -> Result:
-    named = () if "--device" in arguments else ("--device", "v100")
+    named = () if "--device" in arguments else ("--device", "cpu")
     return CliRunner().invoke(app, ["plan", *arguments, *named])
 
 
