@@ -13,7 +13,8 @@ from graphopt.cli.main import app
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "docs" / "images" / "scaling.svg"
 MODEL = ROOT / "examples" / "data_parallel" / "resnet50.py"
-COMMAND = ("simulate", f"{MODEL}:make", "--mesh", "dp=27600", "--cluster", "summit")
+MACHINE = ("--mesh", "dp=27600", "--cluster", "summit", "--flops", "2e13")
+COMMAND = ("simulate", f"{MODEL}:make", *MACHINE)
 
 
 if __name__ == "__main__":

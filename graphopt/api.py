@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from graphopt import registry
 from graphopt.compiler import Compiler
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, CaptureError
 from graphopt.model.arguments import (
     Example,
     Mesh,
@@ -29,10 +29,11 @@ from graphopt.model.arguments import (
 )
 from graphopt.model.declared import Declared, Dim
 from graphopt.model.levels import Verify
-from graphopt.model.sites import warn_at_call
+from graphopt.model.parts import name_parts
 from graphopt.model.specialiser import Cache, Fallback, OnMismatch
 from graphopt.model.surface import install, plain_forward, restore
 from graphopt.model.trial import Trial
+from graphopt.notices import quiet, warn
 from graphopt.passbase import Pass
 from graphopt.plan import Plan
 
@@ -148,7 +149,7 @@ def optimize(
         cache=cache,
     )
     if checks.compares:
-        session.validation = Validation(on_mismatch, checks.every, warn_at_call)
+        session.validation = Validation(on_mismatch, checks.every, warn)
     example = split_example_inputs(example_inputs)
     if dry_run:
         if example is None:
@@ -174,8 +175,10 @@ def optimize(
         if example is not None:
             try:
                 controller.specialise(model, *example)
-            except BaseException:
+            except BaseException as error:
                 restore(model)
+                if isinstance(error, CaptureError):
+                    name_parts(error, model, controller.plain, *example, session.trial)
                 raise
     return model
 
@@ -246,6 +249,6 @@ def _session(model: nn.Module, passes: str | Sequence[Pass], mesh: Mesh) -> Sess
 
 def _set_up_logging() -> None:
     level = os.environ.get("GRAPHOPT_LOG")
-    if level and not log.handlers:
+    if level and not quiet() and not log.handlers:
         logging.basicConfig()
         log.setLevel(level.upper())

@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
+
+from graphopt.notices import warn
 
 log = logging.getLogger("graphopt")
 
@@ -70,11 +71,10 @@ class JsonCache:
                 file = str(self._file(key))
             except RuntimeError:
                 file = key
-            warnings.warn(
+            warn(
                 f"an entry in the cache of {self.kind} is ignored: {why} ({file}); delete it if "
                 "this comes again",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def write(self, key: str, value: object) -> None:

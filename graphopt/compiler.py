@@ -41,6 +41,7 @@ from graphopt.model.surface import plain_forward
 from graphopt.model.trial import Call, Trial, describe_call
 from graphopt.model.varying import readable
 from graphopt.model.verification import Check, Stage, Stages
+from graphopt.notices import telling
 from graphopt.passbase import PassContext
 from graphopt.pipeline import Pipeline
 from graphopt.pipeline.step import parts_of
@@ -144,18 +145,21 @@ class Compiler(Specialiser):
             if remember and self.cache == "verified" and not verify.every
             else None
         )
-        captured = capture(
-            model,
-            args,
-            kwargs,
-            forward=forward,
-            numbers=numbers,
-            dimensions=dimensions,
-            rewrite=early.rewriter,
-            symbols=not self.constant_sizes(),
-            store=Store() if self.cache != "off" else None,
-            behind=kept.found if kept else lambda _: None,
-        )
+        where = describe_call(model, args, kwargs)
+        name = type(model).__name__
+        with telling(f"capturing {name}", f"the first call with {where}"):
+            captured = capture(
+                model,
+                args,
+                kwargs,
+                forward=forward,
+                numbers=numbers,
+                dimensions=dimensions,
+                rewrite=early.rewriter,
+                symbols=not self.constant_sizes(),
+                store=Store() if self.cache != "off" else None,
+                behind=kept.found if kept else lambda _: None,
+            )
         if isinstance(captured.behind, KeptStep):
             return self._again(captured, captured.behind, model, args, kwargs, session)
         if captured.keeps and captured.graph.level is Level.JOINT:
@@ -189,7 +193,11 @@ class Compiler(Specialiser):
         parts = parts_of(steps)
         make = partial(self._build, captured, captured.graph, parts, session)
         band = band_of(captured.sizes_of(model, *args, **kwargs)) if captured.symbolic else None
-        chosen = choose(self._backend(session), make, trial, captured.graph, band)
+        requested = self._backend(session)
+        measured = "the faster of eager and Inductor runs it"
+        why = measured if requested == "auto" else f"backend {requested!r}"
+        with telling(f"building {name}", f"{why}, once for each kind of call"):
+            chosen = choose(requested, make, trial, captured.graph, band)
         choice, built, others = chosen.choice, chosen.built, chosen.others
         verification = known.verification or Verification(str(verify), "not run")
         run = partial(self._run, session)
@@ -200,7 +208,8 @@ class Compiler(Specialiser):
             check = comparing.first(model, args, kwargs)
             try:
                 try:
-                    verification = check(stages.stages, choice.backend, built.call)
+                    with telling(f"comparing {name} with PyTorch eager", f"verify={self.verify!r}"):
+                        verification = check(stages.stages, choice.backend, built.call)
                 except BackendMismatchError as error:
                     if self.backend != "auto" or session.ranks:
                         raise
@@ -238,11 +247,11 @@ class Compiler(Specialiser):
             )
         found, told = features.features_of(captured.graph), told_of(built.engine)
         if kept and captured.digest and chosen.bands is None and (ran or not compares):
-            level = str(captured.graph.level)
-            behind = KeptStep(level, plan, built.engine, steps, choice, verification, found, roles)
+            form = str(captured.graph.level)
+            behind = KeptStep(form, plan, built.engine, steps, choice, verification, found, roles)
             kept.keep(captured.digest, captured.graph, behind, told, ran)
         entry = Specialisation(
-            signature=describe_call(model, args, kwargs),
+            signature=where,
             level=str(captured.graph.level),
             route=captured.route,
             capture_seconds=captured.seconds,

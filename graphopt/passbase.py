@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from graphopt.analysis.gradient_order import Device
     from graphopt.graph import Graph, Level
     from graphopt.network.curve import Curve
     from graphopt.plan import PlanPart
@@ -166,6 +167,8 @@ class PassContext:
         parameters: those of the model by name, while they may be replaced; shared ones under each
             of their names.
         decided: what passes did when they could replace parameters, by their name.
+        device: what each rank of a planned machine computes with; ``None`` for the kind of device
+            that the graph was captured on.
     """
 
     ranks: Mapping[str, Communicator] = field(default_factory=dict)
@@ -174,6 +177,7 @@ class PassContext:
     running: str = ""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     decided: Mapping[str, Outcome] = field(default_factory=dict)
+    device: Device | None = None
 
     @property
     def state(self) -> dict[str, Tensor]:

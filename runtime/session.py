@@ -72,6 +72,7 @@ class Session:
         self.owned: OwnedStep | None = None
         self.before_call: Callable[[], None] | None = None
         self.trying = False
+        self.searched = False  # whether an error has named parts that can be captured
         self.handles: list[Any] = []
         self.decided: dict[str, Any] = {}
         self.steps = 0

@@ -115,6 +115,7 @@ def test_runtime_knows_the_ground_floor_only() -> None:
     allowed = (
         *("graphopt.plan", "graphopt.registry", "graphopt.network", "graphopt.cache"),
         *("graphopt.ops", "graphopt.grouping", "graphopt.errors", "graphopt.runtime"),
+        "graphopt.notices",
         # How a step is cut, in which order stages run, whose memory a value lies in, fake values
         # with symbols, and minimum cuts: plain functions of graphs and numbers.
         *("graphopt.partitioning.split", "graphopt.partitioning.place", "graphopt.schedules"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, value_of
 from graphopt.model.arguments import check_model, split_example_inputs
 from graphopt.model.controller import controller_of
+from graphopt.notices import warn
 from graphopt.pipeline import Pipeline
 from graphopt.plan import Role
 
@@ -66,7 +66,7 @@ def calibrate(
     if captured is None:
         raise ArgumentError("there is no batch to calibrate on", hint="give one batch or more")
     for note in found.notes:
-        warnings.warn(f"calibration: {note}", stacklevel=2)
+        warn(f"calibration: {note}")
     return Calibration(
         model=type(model).__name__,
         torch=torch.__version__,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture import checkpoints, sharing
+from graphopt.capture import checkpoints, hidden_writes, sharing
 from graphopt.capture.dynamo import by_dynamo, dynamo_settings
 from graphopt.capture.flat import Bind, FlatForward, first_line, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
@@ -246,6 +246,7 @@ def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
     with _drawing_nothing() as drawn:
         given = (call.model, forward, call.args, call.kwargs)
         flat = by_dynamo(*given, numbers, call.dimensions, describe=call.describe)
+        flat = hidden_writes.without_gradients(flat)
         if counting and flat.counters:
             with contextlib.suppress(CaptureError):  # one may decide what is computed
                 return _once(call, replace(numbers, sources=numbers.sources | flat.counters))
@@ -391,9 +392,9 @@ def _derived(
         joined, change = sharing.on_memories(flat)
         positions = tuple(range(len(flat.inputs)))
         graph, aliases = _derived_from_memories(joined, flat)
-    if not positions and not has_checks(graph.fx):
+    if not positions and not flat.alone and not has_checks(graph.fx):
         return graph, aliases, flat.inputs, flat.bind
-    prepare = sharing.prepared(flat.slots, flat.inputs, positions, change)
+    prepare = sharing.prepared(flat.slots, flat.inputs, positions, change, flat.alone)
     return graph, aliases, joined.inputs, or_plain(flat.bind, forward, prepare, graph.fx)
 
 

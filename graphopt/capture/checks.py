@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch.distributions import constraints
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graphopt.ops import expect  # noqa: F401
@@ -83,12 +84,20 @@ def _depends_on_data(value: object) -> bool:
 
 def _usual_answer(translator: Any, instruction: Any, value: Any, jumps_on: bool) -> bool | None:
     """The answer that does not raise, or that says all values are finite; ``None`` for neither."""
+    if translator.f_code in _SAYING_NO:
+        return True
     code = translator.instructions
     there = _raises(code, translator.indexof[instruction.target])
     here = _raises(code, translator.instruction_pointer)
     if there is not here:
         return not jumps_on if there else jumps_on
     return _if_finite(value.as_proxy().node)
+
+
+# They return what is wrong with a value at once, for their caller to raise.
+_SAYING_NO = frozenset(
+    getattr(constraints, name).check.__code__ for name in ("_Symmetric", "_PositiveDefinite")
+)
 
 
 def _raises(code: list[Any], start: int) -> bool:

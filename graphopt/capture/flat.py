@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 
-from graphopt.capture.hints import ZEROS, hint
+from graphopt.capture.hints import ZEROS, hint, says
 from graphopt.capture.sizes import Size
 from graphopt.errors import CaptureError
 from graphopt.plan import Role, Slot
@@ -35,6 +35,7 @@ class FlatForward:
     backend are done. `sizes_of` reads the sizes that are symbols off a call. `constants` are the
     numbers that were to be inputs and are not, and `counters` those that forward reads and assigns
     and are none either. `description` is what a later process can know the call by, or why not.
+    `alone` are inputs by position whose memory no other tensor may have.
     """
 
     module: fx.GraphModule
@@ -55,6 +56,7 @@ class FlatForward:
     constants: Callable[[], frozenset[str]] = frozenset
     counters: frozenset[str] = frozenset()
     description: Mapping[str, Any] | str = "it was not asked for"
+    alone: tuple[int, ...] = ()
 
     @property
     def symbolic(self) -> bool:
@@ -107,10 +109,12 @@ def refused(
     reason = str(error).split("from user code:")[0]  # the user's words are no reason
     if model is not None and "backwards hooks" in reason:
         return _hooked(model)
-    stack = [f for f in getattr(error, "real_stack", None) or () if "/torch/" not in f.filename]
+    frames = getattr(error, "real_stack", None) or ()
+    reason += "".join(f"\nin {f.name}" for f in frames if f.name.endswith("trunc_normal_"))
+    stack = [f for f in frames if "/torch/" not in f.filename]
     where = f"{stack[-1].filename}:{stack[-1].lineno}: {stack[-1].line}" if stack else ""
     return CaptureError(
-        f"forward cannot be captured as one graph: {first_line(error)}",
+        says(reason) or f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
         hint=hint(reason, given),
     )

@@ -54,6 +54,15 @@ _HINTS = (
     (r"SimpleNamespace|non-function __getattr__", "use a small class of your own for it"),
     (r"setattr\(\) on unsupported", "keep it in an attribute of the model"),
     (
+        r"no meta kernel",
+        "compute it by other operators (a least-squares solution by torch.linalg.qr or solve), or "
+        "outside of the model",
+    ),
+    (
+        r"trunc_normal_",
+        "draw outside of the model and pass what was drawn, or torch.randn(…).clamp(-2, 2)",
+    ),
+    (
         r"(?i)data-dependent",
         "choose by torch.where or torch.cond instead of by Python on tensor values",
     ),
@@ -76,6 +85,34 @@ _HINTS = (
     (r"numpy function", "compute it by torch"),
     (r"inplace view", "give the view another name: y = x.t()"),
 )
+
+
+# What forward does, where Dynamo's first line speaks of itself.
+_SAYS = (
+    (
+        r"manual_seed|rng_state|fork_rng",
+        "forward seeds random numbers or puts them back, and a graph draws from the default "
+        "generator only",
+    ),
+    (
+        r"\(Generator\)|`Generator\.",
+        "forward draws from a torch.Generator of its own, and a graph draws from the default one "
+        "only",
+    ),
+    (
+        r"(?i)pack_(padded_)?sequence|PackedSequence",
+        "forward packs sequences, and how a recurrent network runs on them depends on data",
+    ),
+    (
+        r"no meta kernel",
+        "forward calls an operator whose results have sizes that torch cannot tell",
+    ),
+)
+
+
+def says(message: str) -> str:
+    """What forward does that cannot be captured; empty where Dynamo says it best."""
+    return next((said for pattern, said in _SAYS if re.search(pattern, message)), "")
 
 
 _OF_DYNAMO = (

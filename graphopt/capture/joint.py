@@ -29,6 +29,7 @@ from graphopt.capture.derivatives import zeros_with_memory
 from graphopt.capture.dropout import eager_dropout, round_as_in_eager
 from graphopt.capture.flat import FlatForward, first_line
 from graphopt.capture.gradients import share_as_in_eager
+from graphopt.capture.hidden_writes import drop_tangents
 from graphopt.capture.indexing import without_whole_slices
 from graphopt.capture.opaque import checks_without_order, eager_resampling
 from graphopt.capture.sizes import in_terms_of, sizes_named_apart, tangents_like_outputs
@@ -51,6 +52,8 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
     module = fx.GraphModule(flat.module, flat.module.graph)
     if flat.symbolic:
         without_whole_slices(module)
+    if any(node.target is torch.Tensor.set_ for node in module.graph.nodes):
+        raise writes.to_data(module, flat.slots)
     joint, metadata = _export_joint(module, flat)
     if len(metadata.input_info) != len(flat.slots):
         raise SharedInputs
@@ -65,6 +68,7 @@ def derive(flat: FlatForward) -> tuple[Graph, tuple[OutputAlias, ...]]:
         joint, metadata = _export_joint(module, flat)
     _refuse_unsupported(metadata, flat)
     aliases = _aliases(joint, metadata)
+    drop_tangents(joint)
     signature = _sign(joint, flat, {alias.output for alias in aliases})
     level = Level.JOINT if signature.names(Role.TANGENT) else Level.INFERENCE
     graph = Graph(joint, signature, level)

@@ -34,7 +34,7 @@ def or_plain(
         graph: whose checks may fail; none where there are no checks.
     """
     checks = graph is not None and has_checks(graph)
-    draws = checks and any(_draws(node) for node in graph.nodes)
+    draws = checks and graph is not None and any(map(_draws, graph.nodes))
 
     def with_plain(runner: Runner) -> Callable[..., object]:
         def prepared(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

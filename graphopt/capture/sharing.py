@@ -148,6 +148,7 @@ def prepared(
     inputs: Sequence[Tensor],
     positions: Sequence[int],
     change: Inputs | None = None,
+    alone: Sequence[int] = (),
 ) -> Inputs:
     """From the tensors of a call to those of the graph.
 
@@ -158,7 +159,17 @@ def prepared(
         inputs: of the captured call.
         positions: inputs whose arrangement matters.
         change: makes the inputs of the graph of those of the call; none where they are the same.
+        alone: inputs that must not share memory with any tensor, in the captured call neither.
+
+    Raises:
+        CaptureError: an input that has to be alone is not.
     """
+    for i in alone:
+        if not _alone(inputs[i]):
+            raise CaptureError(
+                f"forward assigns to the `.data` of {slots[i]}, and another tensor has its memory",
+                hint="change it in place: with torch.no_grad(): tensor.copy_(…)",
+            )
     expected = arrangement(inputs, positions)
     apart = expected == positions
     given = [i for i in positions if slots[i].role is Role.INPUT]
@@ -170,6 +181,10 @@ def prepared(
             and arrangement(tensors, positions) != expected
         ):
             raise Declined("its inputs share memory in another way")
+        if not all(_alone(tensors[i]) for i in alone):
+            raise Declined(
+                "forward assigns to the `.data` of a tensor whose memory another one has"
+            )
         return tensors if change is None else change(tensors)
 
     return prepare

@@ -16,9 +16,17 @@ _OUTSIDE = "change it outside of forward, or compute with a changed copy of it"
 def to_input(module: fx.GraphModule, slots: Sequence[Slot], index: int) -> CaptureError:
     """Forward changes a tensor in place which it differentiates, too."""
     slot = slots[index]
+    place = module.graph.find_nodes(op="placeholder")[index]
+    value = _value(place)
+    if slot.role is Role.BUFFER and value is not None:
+        return CaptureError(
+            f"forward writes a value that requires a gradient into {slot}",
+            where=_line(module, place),
+            hint="write its detach(), and compute with the value itself",
+        )
     return CaptureError(
         f"forward changes {slot}, which requires a gradient, in place",
-        where=_line(module, module.graph.find_nodes(op="placeholder")[index]),
+        where=_line(module, place),
         hint="work on a clone: x = x.clone()" if slot.role is Role.INPUT else _OUTSIDE,
     )
 

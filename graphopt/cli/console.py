@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 
+from graphopt.cli.wrapping import breaking_between_words
+
 PATIENCE = 1.0
 """Seconds after which a phase says what it is doing."""
 
@@ -24,8 +26,9 @@ def show(*answers: RenderableType) -> None:
     # Where there is no terminal, as in a pipe, tables get room.
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(highlight=False, soft_wrap=False, width=PIPED if piped else None)
-    for answer in answers:
-        console.print(answer)
+    with breaking_between_words():
+        for answer in answers:
+            console.print(answer)
 
 
 def show_text(text: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graphopt.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from graphopt.analysis.gradient_order import Device, GradientOrder
+    from graphopt.analysis.gradient_order import GradientOrder
     from graphopt.graph import Graph
 
 
@@ -38,33 +36,6 @@ def ranks_of(mesh: str, command: str) -> int:
             hint=f"--mesh dp={world}",
         )
     return world
-
-
-def check_flops(flops: float | None) -> None:
-    """Whether this can be the speed of a device; raises ``ArgumentError``."""
-    if flops is not None and not (math.isfinite(flops) and flops > 0):
-        raise ArgumentError(
-            f"--flops {flops:g} is no speed of a device", hint="--flops 1.5e13 is 15 TFLOP/s"
-        )
-
-
-def assumed_device(flops: float | None) -> Device:
-    """What each rank computes with: a GPU of today, as fast as told."""
-    from graphopt.analysis.gradient_order import ASSUMED
-
-    device = ASSUMED["cuda"]
-    return device if flops is None else replace(device, flops=flops, half_flops=flops)
-
-
-def words_of(device: Device) -> str:
-    """An assumed device in words."""
-    from graphopt.render.units import count, duration, size
-
-    return (
-        f"roofline of an assumed GPU: {count(device.flops)}FLOP/s ("
-        f"{count(device.half_flops)}FLOP/s in 16 bits), {size(device.bandwidth)}/s, "
-        f"{duration(device.overhead)} to start an operator; not measured"
-    )
 
 
 def gradients_of(graph: Graph, name: str, order: Callable[[Graph], GradientOrder]) -> GradientOrder:

@@ -10,26 +10,35 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.console import phase, show, show_json
-from graphopt.cli.options import Json
+from graphopt.cli.console import phase, show, show_json, show_text
+from graphopt.cli.options import Json, NoGrad, OptionalModelName
 
 _OK = "ok"
 
 
 def doctor(
+    model: OptionalModelName = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compile a small function with Inductor.")
     ] = False,
+    no_grad: NoGrad = False,
     json: Json = False,
 ) -> None:
     """Say what this machine offers: PyTorch, devices, compilers, backends, collectives, threads.
 
-    Exits with 1 when graphopt cannot work here: an unsupported PyTorch, or with --deep an Inductor
-    that fails.
+    With M, say instead whether the model can be captured; where it cannot, on which line, and which
+    of its submodules can, the largest first.
+
+    Exits with 1 when graphopt cannot work here: an unsupported PyTorch, with --deep an Inductor
+    that fails, or a model that cannot be captured.
 
     JSON: checks, a list of {name, state, detail}, where state is "ok", "missing" (something
-    optional is not there) or "failed" (a finding).
+    optional is not there) or "failed" (a finding). With M: model, state, detail, where, hint, and
+    parts, a list of {path, kind, share, of, optimize}.
     """
+    if model is not None:
+        _about_model(model, no_grad=no_grad, json=json)
+        return
     with phase("importing torch"):
         checks = [_python(), _torch(), *_devices(), *_compilers(), *_collectives(), _threads()]
     if deep:
@@ -47,6 +56,18 @@ def doctor(
             table.add_row(f"[{colours[state]}]{state}[/]", name, detail.replace("[", r"\["))
         show(table)
     if any(state == "failed" for _, state, _ in checks):
+        raise typer.Exit(1)
+
+
+def _about_model(model: str, *, no_grad: bool, json: bool) -> None:
+    from graphopt.cli.doctor_model import finding
+
+    found = finding(model, no_grad=no_grad)
+    if json:
+        show_json("doctor.model", found.to_json())
+    else:
+        show_text("\n".join(found.lines()))
+    if found.state == "failed":
         raise typer.Exit(1)
 
 

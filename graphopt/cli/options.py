@@ -15,6 +15,14 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
+OptionalModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="M",
+        help="package.module:factory or path.py:factory, as for other commands.",
+        show_default=False,
+    ),
+]
 Passes = Annotated[
     str,
     typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.compute import HELP
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.plan_formats import plan_formats
 from graphopt.cli.plan_groups import DEFAULT_LINK, plan_groups
@@ -56,6 +57,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help=HELP, show_default=False)
+    ] = None,
     flops: Annotated[
         float | None,
         typer.Option(
@@ -91,12 +95,12 @@ def plan(
 ) -> None:
     """Predict groups of gradients or stages of a pipeline, or show formats or factors by layer.
 
-    Groups: nothing is measured; compute is a roofline estimate for an assumed GPU, as in simulate,
-    and the link a model of the named machine. Formats: times are measured on this device, or from
-    the roofline of an assumed one with cost=roofline. Stages: the call of the example is one
-    micro-batch; times as for formats, and a simulated schedule.
+    Groups and stages: compute is a roofline estimate for the device of --device, as in simulate, or
+    the times of operators here, and the link a model of the named machine. Formats: times are
+    measured on this device, or from the roofline of an assumed one with cost=roofline. Stages: the
+    call of the example is one micro-batch, in a simulated schedule.
 
-    JSON: for groups model, compute ({flops, half_flops, bandwidth, overhead} of each device),
+    JSON: for groups model, compute ({device, flops, half_flops, bandwidth, overhead}),
     link_from, assumed (inputs of the link that are assumptions), order ("graph" or "ddp"), exposed,
     above_bound (fraction), and as in Python groups: [{names, bytes, kind, ready, finish}],
     backward, finish, bound, candidates: [{name, sizes, finish}], link, times, world; all in seconds
@@ -137,14 +141,17 @@ def plan(
                     f"{option} has no meaning for stages, which {passes!r} plans",
                     hint=f"leave {option} out; cost=measure times operators on this device",
                 )
-        plan_stages(model, passes, mesh=mesh, link=link, plot=plot, trace=trace, json=json)
+        plan_stages(
+            model, passes, mesh=mesh, link=link, device=device, plot=plot, trace=trace, json=json
+        )
         return
     if trace is not None:
         raise ArgumentError(
             f"--trace is about stages, and {passes!r} makes none", hint="-p partition --mesh pp=4"
         )
     if "lowered" in facts and "grouped" not in facts:
-        for option, given in (("--link", link), ("--flops", flops), ("--mesh", mesh)):
+        cost = ("--link", link), ("--flops", flops), ("--device", device), ("--mesh", mesh)
+        for option, given in cost:
             if given is not None:
                 raise ArgumentError(
                     f"{option} is about groups of gradients, and {passes!r} makes none",
@@ -158,7 +165,9 @@ def plan(
                 f"{option} is about formats, and {passes!r} plans groups of gradients",
                 hint="give -p a pass that lowers, and none that groups",
             )
-    plan_groups(model, passes, mesh=mesh, link=link, emit=emit, flops=flops, json=json)
+    plan_groups(
+        model, passes, mesh=mesh, link=link, emit=emit, device=device, flops=flops, json=json
+    )
 
 
 def _replaces(spec: str) -> bool:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from graphopt.cli.compute import Compute
 from graphopt.cli.console import phase, show, show_json, show_text
-from graphopt.cli.data_parallel import assumed_device, check_flops, gradients_of, ranks_of, words_of
+from graphopt.cli.data_parallel import gradients_of, ranks_of
 from graphopt.errors import ArgumentError
 from graphopt.registry import PLANNED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from graphopt.analysis.gradient_order import Device
     from graphopt.cli.subject import Subject
     from graphopt.passbase import Pass
     from graphopt.plan import PlanPart
@@ -31,6 +30,7 @@ def plan_groups(
     mesh: str | None,
     link: str | None,
     emit: str | None,
+    device: str | None,
     flops: float | None,
     json: bool,
 ) -> None:
@@ -45,8 +45,8 @@ def plan_groups(
         raise ArgumentError(
             "groups of gradients are planned for a number of ranks", hint="--mesh dp=64"
         )
-    check_flops(flops)
     world = _ranks(mesh)
+    compute = Compute.of(device, flops, because=f"--mesh {mesh}")
     if emit == "ddp" and any(p.name == "schedule" for p in before):
         raise ArgumentError(
             "--emit ddp plans for PyTorch eager, whose backward no pass reorders",
@@ -65,9 +65,8 @@ def plan_groups(
     from graphopt.render.part import part_view
 
     subject = load_subject(model)
-    device = assumed_device(flops)
     ready, backward, times, parts = _gradients(
-        subject, _on_link(before, chosen.name), world, device
+        subject, _on_link(before, chosen.name), world, compute
     )
     if emit == "ddp":
         ready = _as_they_arrive(subject, ready)
@@ -78,7 +77,7 @@ def plan_groups(
     if json:
         answer = {
             "model": subject.name,
-            "compute": asdict(device),
+            "compute": compute.to_json(),
             "link_from": chosen.origin,
             "assumed": machine.assumed,
             "order": emit or "graph",
@@ -90,7 +89,7 @@ def plan_groups(
         show_json("plan", answer if caps is None else {**answer, "bucket_cap_mb_list": caps})
         return
     note = _note(chosen, machine.assumed)
-    show(grouping_view(found, link_note=note, compute=words_of(device)))
+    show(grouping_view(found, link_note=note, compute=compute.words()))
     for part in parts:
         show(part_view(part))
     if caps is not None:
@@ -148,13 +147,12 @@ def _on_link(passes: Sequence[Pass], name: str) -> tuple[Pass, ...]:
 
 
 def _gradients(
-    subject: Subject, before: Sequence[Pass], world: int, device: Device
+    subject: Subject, before: Sequence[Pass], world: int, compute: Compute
 ) -> tuple[tuple[Ready, ...], float, str, tuple[PlanPart, ...]]:
     """When which gradient is ready, the seconds of the backward, where the times are from.
 
     Last, what the passes before have decided.
     """
-    from graphopt.analysis.gradient_order import gradient_order
     from graphopt.passbase import PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.pipeline.step import parts_of
@@ -164,9 +162,7 @@ def _gradients(
         with phase("running passes"):
             context = PassContext(mesh={"dp": world})
             parts = parts_of(Pipeline(tuple(before)).run(subject.graph, context))
-    # The graph was captured on a stand-in for the machine, so its own device does not count.
-    on_device = partial(gradient_order, device=device)
-    order = gradients_of(subject.graph, subject.name, on_device)
+    order = gradients_of(subject.graph, subject.name, compute.order)
     return order.ready, order.backward, str(order.times), parts
 
 

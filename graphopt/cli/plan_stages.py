@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphopt.cli.compute import MEASURE, Compute
 from graphopt.cli.console import phase, show, show_json
 from graphopt.errors import ArgumentError
 
@@ -20,6 +21,7 @@ def plan_stages(
     *,
     mesh: str | None,
     link: str | None,
+    device: str | None,
     plot: Path | None,
     trace: Path | None,
     json: bool,
@@ -35,10 +37,15 @@ def plan_stages(
 
     sizes = parse_mesh(mesh)
     whole = _on_link(Pipeline.parse(passes).passes, link)
+    compute = _compute(whole, device, passes if mesh is None else f"--mesh {mesh}")
+    if compute.device is None:
+        whole = tuple(replace(p, cost=MEASURE) if "staged" in p.provides else p for p in whole)
     at = next(i for i, p in enumerate(whole) if "staged" in p.provides)
     subject = load_subject(model)
     with phase("choosing stages"):
-        step = Pipeline(whole[: at + 1]).run(subject.graph, PassContext(mesh=sizes))[at]
+        step = Pipeline(whole[: at + 1]).run(
+            subject.graph, PassContext(mesh=sizes, device=compute.device)
+        )[at]
     if step.skipped:
         raise ArgumentError(f"{step.spec} was skipped: {step.skipped}", hint="leave it out")
     part = step.outcome.part
@@ -50,16 +57,21 @@ def plan_stages(
         _draw(subject.name, data, plot, trace)
     if json:
         declined = [asdict(site) for site in step.outcome.declined]
-        answer = {"model": subject.name, "pass": step.spec, **data, "declined": declined}
+        found = {"model": subject.name, "pass": step.spec, "compute": compute.to_json()}
+        answer = {**found, **data, "declined": declined}
         show_json("plan", answer)
         return
-    show(stages_view(data, subject.name))
+    show(stages_view(data, subject.name), f"compute  {compute.words()}")
+
+
+def _compute(passes: tuple[Any, ...], device: str | None, because: str) -> Compute:
+    """What ``--device`` says, or the option ``cost=measure`` of the pass."""
+    measured = any(p.cost == MEASURE for p in passes if "staged" in p.provides)
+    return Compute.of(device or (MEASURE if measured else None), None, because=because)
 
 
 def _on_link(passes: tuple[Any, ...], link: str | None) -> tuple[Any, ...]:
     """With the machine of ``--link`` in the pass that makes stages."""
-    from dataclasses import replace
-
     if link is None:
         return passes
     return tuple(replace(p, link=link) if "staged" in p.provides else p for p in passes)

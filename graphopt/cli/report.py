@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graphopt.cli.compute import HELP, Compute
 from graphopt.cli.console import phase, show_json, show_text
-from graphopt.cli.data_parallel import assumed_device, check_flops, words_of
 from graphopt.cli.options import Json, ModelName, NoGrad
 from graphopt.errors import ArgumentError
 from graphopt.registry import PRESETS
 
 if TYPE_CHECKING:
-    from graphopt.analysis.gradient_order import Device
     from graphopt.cli.subject import Subject
     from graphopt.graph import Graph
     from graphopt.render.report.document import Document
     from graphopt.render.report.timeline import Link
 
 DEFAULT_LINK = "10gbe"
+ASSUMED = "h100"
 
 
 def report(
@@ -42,6 +42,7 @@ def report(
         str,
         typer.Option(metavar="NAME", help="Machine whose network to assume, such as summit."),
     ] = DEFAULT_LINK,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help=HELP)] = None,
     flops: Annotated[
         float | None,
         typer.Option(
@@ -70,18 +71,18 @@ def report(
     """
     if output is None and trace is None and not json:
         raise ArgumentError("a report needs a file to go to", hint="-o report.html, or --json")
-    check_flops(flops)
     with phase("importing torch"):
         from graphopt.cli.subject import load_subject, rewrite
         from graphopt.model.arguments import parse_mesh
     sizes = parse_mesh(mesh)
-    device = assumed_device(flops)
+    # Of a machine that is named nothing is guessed; a page about one rank says what it assumes.
+    assumed = ASSUMED if mesh is None and flops is None else None
+    compute = Compute.of(device or assumed, flops, because=f"--mesh {mesh}")
     subject = load_subject(model, no_grad=no_grad)
     world = sizes.get("dp", 1)
     spec = PRESETS.get(passes, (passes, passes))[world > 1]
     graph, steps = rewrite(subject, _on_link(spec, link), sizes)
     with phase("gathering the report"):
-        from graphopt.analysis.gradient_order import roofline
         from graphopt.render.report.gather import Sources, document
 
         found = document(
@@ -91,9 +92,9 @@ def report(
                 captured=subject.graph,
                 rewritten=graph,
                 steps=steps,
-                seconds=roofline(graph, device),
-                assumed=(("compute", words_of(device)),),
-                link=_messages(subject, graph, device, world, link),
+                seconds=compute.seconds(graph),
+                assumed=(("compute", compute.words()),),
+                link=_messages(subject, graph, compute, world, link),
             )
         )
     _write(found, output, trace)
@@ -105,18 +106,19 @@ def report(
         show_text("\n".join(f"wrote {path}" for path in (output, trace) if path))
 
 
-def _messages(subject: Subject, graph: Graph, device: Device, world: int, link: str) -> Link | None:
+def _messages(
+    subject: Subject, graph: Graph, compute: Compute, world: int, link: str
+) -> Link | None:
     """How the gradients of data-parallel ranks would be grouped and sent."""
     if world == 1:
         return None
-    from graphopt.analysis.gradient_order import gradient_order
     from graphopt.cli.data_parallel import gradients_of
     from graphopt.grouping.planner import plan
     from graphopt.network.clusters import cluster
     from graphopt.render.report.timeline import Link
 
     curve = cluster(link).all_reduce(world)
-    order = gradients_of(graph, subject.name, lambda joint: gradient_order(joint, device))
+    order = gradients_of(graph, subject.name, compute.order)
     grouping = plan(order.ready, curve, order.backward, times=order.times, world=world)
     return Link(world, curve, grouping)
 

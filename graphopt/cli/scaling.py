@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphopt.cli.data_parallel import gradients_of, words_of
+from graphopt.cli.data_parallel import gradients_of
 
 if TYPE_CHECKING:
-    from graphopt.analysis.gradient_order import Device
+    from graphopt.cli.compute import Compute
     from graphopt.graph import Graph
     from graphopt.network.clusters import Cluster
     from graphopt.network.curve import Curve
@@ -25,7 +25,7 @@ class Assumed:
 
     Attributes:
         machine: where messages travel.
-        device: what each rank computes with.
+        compute: what each rank computes with.
         straggler: standard deviation of a rank's compute time, as a share of it.
         contention: by which factor compute is slower while a message travels.
         algorithm: one of `graphopt.network.clusters.ALGORITHMS`, or ``"auto"``.
@@ -33,7 +33,7 @@ class Assumed:
     """
 
     machine: Cluster
-    device: Device
+    compute: Compute
     straggler: float
     contention: float
     algorithm: str
@@ -58,12 +58,12 @@ class Assumed:
         """All assumptions for a reader, by topic."""
         from graphopt.render.units import duration, size
 
-        device, machine = self.device, self.machine
+        machine = self.machine
         volume = size(sum(g.bytes for g in timeline.ready))
         talk = self.negotiator.words()
         slower = f"{self.contention:g} times as slow" if self.contention > 1 else "no slower"
         return [
-            ("compute", words_of(device)),
+            ("compute", self.compute.words()),
             (
                 "step",
                 f"forward {duration(timeline.forward)}, backward {duration(timeline.backward)}, "
@@ -84,19 +84,19 @@ class Assumed:
         ]
 
 
-def timeline_of(graph: Graph, device: Device, name: str) -> Timeline:
-    """When one rank computes what, on `device`.
+def timeline_of(graph: Graph, compute: Compute, name: str) -> Timeline:
+    """When one rank computes what.
 
     Raises:
         ArgumentError: no gradient has to be reduced.
     """
-    from graphopt.analysis.gradient_order import measured_order, roofline
+    from graphopt.analysis.gradient_order import measured_order
     from graphopt.graph import phase_of
     from graphopt.plan import Phase
     from graphopt.simulate import Timeline
 
     # The graph was captured on a stand-in for the machine, so its own device does not count.
-    seconds = roofline(graph, device)
+    seconds = compute.seconds(graph)
     order = gradients_of(graph, name, lambda joint: measured_order(joint, seconds))
     forward = math.fsum(s for node, s in seconds.items() if phase_of(node) is Phase.FORWARD)
     return Timeline(forward, order.backward, order.ready)

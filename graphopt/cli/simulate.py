@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graphopt.cli.compute import HELP, Compute
 from graphopt.cli.console import phase, show, show_json
-from graphopt.cli.data_parallel import assumed_device, check_flops, ranks_of
+from graphopt.cli.data_parallel import ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.scaling import Assumed, predict, timeline_of
 from graphopt.errors import ArgumentError
@@ -43,6 +44,9 @@ def simulate(
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the step of the largest machine for Perfetto."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help=HELP, show_default=False)
     ] = None,
     flops: Annotated[
         float | None,
@@ -80,28 +84,28 @@ def simulate(
 ) -> None:
     """Simulate training steps of M over 1, 2, 4, … ranks and tell how efficient they are.
 
-    Each rank works on the inputs that M comes with. Nothing is measured: compute is a roofline
-    estimate for an assumed GPU, and the link is a model of the named machine. DDP stands for
-    DistributedDataParallel's default buckets under the same assumptions. Neither of them has to
-    negotiate at run time as Horovod does; --negotiation tells what that would cost.
+    Each rank works on the inputs that M comes with. Compute is a roofline estimate for the device
+    of --device, or the times of operators here, and the link is a model of the named machine. DDP
+    stands for DistributedDataParallel's default buckets under the same assumptions. Neither of them
+    has to negotiate at run time as Horovod does; --negotiation tells what that would cost.
 
-    JSON: model, cluster, cluster_gpus, assumptions ({compute: {flops, half_flops, bandwidth,
-    overhead}, straggler, contention, algorithm, negotiation: {name, message, tensor, radix}, link:
-    names of the assumed inputs}), forward, backward,
+    JSON: model, cluster, cluster_gpus, assumptions ({compute: {device, flops, half_flops,
+    bandwidth, overhead}, straggler, contention, algorithm, negotiation: {name, message, tensor,
+    radix}, link: names of the assumed inputs}), forward, backward,
     gradients, bytes, and points, a list of {world, step, exposed, efficiency, groups, ddp: {step,
     exposed, efficiency, groups}}; all in seconds and bytes.
     """
     world = ranks_of(mesh, "simulate")
-    _check(flops, straggler, contention)
+    _check(straggler, contention)
     machine = named(cluster)
     machine.all_reduce(world, algorithm)  # an unknown one is said before the slow part
     negotiator = Negotiator(negotiation)
     with phase("importing torch"):
         from graphopt.cli.subject import load_subject
-    device = assumed_device(flops)
-    assumed = Assumed(machine, device, straggler, contention, algorithm, negotiator)
+    compute = Compute.of(device, flops, because=f"--mesh {mesh}")
+    assumed = Assumed(machine, compute, straggler, contention, algorithm, negotiator)
     subject = load_subject(model)
-    timeline = timeline_of(subject.graph, device, subject.name)
+    timeline = timeline_of(subject.graph, compute, subject.name)
     with phase("simulating"):
         points, ddp = predict(timeline, assumed, _worlds(world))
     if chart:
@@ -122,8 +126,7 @@ def simulate(
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check(flops: float | None, straggler: float, contention: float) -> None:
-    check_flops(flops)
+def _check(straggler: float, contention: float) -> None:
     if not (math.isfinite(straggler) and straggler >= 0):
         raise ArgumentError(
             f"--straggler {straggler:g} is no standard deviation",
@@ -156,7 +159,7 @@ def _answer(
         "cluster": assumed.machine.name,
         "cluster_gpus": assumed.machine.gpus,
         "assumptions": {
-            "compute": asdict(assumed.device),
+            "compute": assumed.compute.to_json(),
             "straggler": assumed.straggler,
             "contention": assumed.contention,
             "algorithm": assumed.algorithm,
@@ -187,8 +190,10 @@ def _chart(name: str, assumed: Assumed, points: Sequence[Point], ddp: Sequence[P
     from graphopt.render.chart import efficiency_chart
     from graphopt.render.units import count
 
+    device = assumed.compute.device
+    compute = f"roofline at {count(device.flops)}FLOP/s" if device else "compute as measured here"
     subtitle = (
-        f"predicted, not measured: roofline at {count(assumed.device.flops)}FLOP/s, "
+        f"predicted, not measured: {compute}, "
         f"straggler {100 * assumed.straggler:.3g} %, contention {assumed.contention:g}, "
         f"all-reduce {assumed.algorithm}"
     )

@@ -28,6 +28,9 @@ log = logging.getLogger("graphopt")
 CACHE = JsonCache("backends")
 ROUNDS = 7
 SECONDS = 4.0
+# What a choice may take: so many seconds, or the time of so many steps where steps are long.
+BUDGET = 20.0
+STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _per_band(make: Callable[[str], Built], trial: Trial, key: str, band: int) -
         return Chosen(bands.choice(band), make("eager"))
     eager = make("eager")
     try:
-        inductor = make("inductor")
+        inductor = _in_time(make, trial, eager)
     except BackendError as error:
         return Chosen(BackendChoice("eager", "auto", error.message, {}), eager)
     built = {"eager": eager, "inductor": inductor}
@@ -110,7 +113,7 @@ def _measured(make: Callable[[str], Built], trial: Trial, key: str) -> Chosen:
         return Chosen(cached, make("eager"))
     eager = make("eager")
     try:
-        inductor = make("inductor")
+        inductor = _in_time(make, trial, eager)
     except BackendError as error:
         return Chosen(BackendChoice("eager", "auto", error.message, {}), eager)
     if cached is not None:
@@ -122,6 +125,20 @@ def _measured(make: Callable[[str], Built], trial: Trial, key: str) -> Chosen:
     CACHE.write(key, {"backend": faster, "reason": reason, "seconds": seconds})
     choice = BackendChoice(faster, "auto", reason, seconds)
     return Chosen(choice, inductor if faster == "inductor" else eager)
+
+
+def _in_time(make: Callable[[str], Built], trial: Trial, eager: Built) -> Built:
+    """Inductor's build, where it takes no longer than a choice may.
+
+    Raises:
+        BackendError: it takes longer, or cannot be.
+    """
+    from graphopt.runtime.backends.deadline import within
+
+    with trial.untouched():
+        step = trial.step(eager.call)
+    with within(max(BUDGET, STEPS * step)):
+        return make("inductor")
 
 
 def _cached(key: str) -> BackendChoice | None:

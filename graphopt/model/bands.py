@@ -15,8 +15,8 @@ from graphopt.cache import JsonCache, is_duration
 from graphopt.capture.lock import one_at_a_time
 from graphopt.errors import BackendMismatchError, MismatchError
 from graphopt.model.entries import BackendChoice
-from graphopt.model.sites import warn_at_call
 from graphopt.model.trial import Call
+from graphopt.notices import warn
 
 log = logging.getLogger("graphopt")
 
@@ -181,7 +181,7 @@ class PerBand:
             except BackendMismatchError as error:
                 if name == names[-1]:
                     raise
-                warn_at_call(f"backend {names[-1]!r} runs calls of these sizes: {error}")
+                warn(f"backend {names[-1]!r} runs calls of these sizes: {error}")
             except MismatchError:
                 raise
             except Exception as error:  # the call itself raises it, if it is the user's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import ArgumentError, StateError
 from graphopt.model.controller import controller_of
+from graphopt.notices import warn
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -125,11 +125,10 @@ def _warn(state: Mapping[str, Tensor]) -> None:
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        warnings.warn(
+        warn(
             f"the saved state is not finite in {', '.join(broken[:3])}{more}: the steps from here "
             "on may not be either",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

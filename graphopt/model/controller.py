@@ -6,7 +6,6 @@ import functools
 import logging
 import threading
 import types
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,11 @@ from graphopt.model.sites import (
     Sites,
     changes_of,
     variables_of,
-    warn_at_call,
 )
 from graphopt.model.specialiser import Specialiser, Variant
 from graphopt.model.trial import describe_call
 from graphopt.model.varying import Cause, Varying, cause_of
+from graphopt.notices import warn
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -44,6 +43,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("graphopt")
 
 _NO_NUMBERS: frozenset[str] = frozenset()
+
+WRAPPED = (
+    "DistributedDataParallel is around this model, whose passes reduce its gradients already, so "
+    "they are reduced twice: leave DistributedDataParallel out, or optimize(..., passes='cleanup')"
+)
 
 # Where the controller lies in the model's own dictionary.
 KEY = "_graphopt"
@@ -83,6 +87,8 @@ class Controller:
         self.sites = Sites()
         self.notes: tuple[str, ...] = ()
         self._untold: list[str] = []
+        self._wrapped = False
+        self.hooks: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -93,6 +99,8 @@ class Controller:
         """Run the variant whose conditions hold; make one where none does."""
         if self.session.before_call is not None:
             self.session.before_call()
+        if self.session.ranks and not self._wrapped:
+            self._look_for_ddp()
         if self.seen.limited:
             self.seen.declared.check(model, args, kwargs)
         for variant in self.variants:
@@ -101,6 +109,22 @@ class Controller:
                     self._put_first(variant)
                 return variant.call(model, *args, **kwargs)
         return self._first_call(model, args, kwargs)
+
+    def _say_hooked(self, number: int, error: GraphoptError) -> None:
+        """Calls under hooks of a summary or a profiler run plain, and later ones are captured."""
+        warn(
+            f"{number} forward hooks that were hung on the model after optimize cannot be "
+            f"captured, so this call runs as plain PyTorch: {error.message}"
+        )
+
+    def _look_for_ddp(self) -> None:
+        """Say once that gradients are reduced twice."""
+        wrapper: Any = nn.parallel.DistributedDataParallel
+        if wrapper._get_active_ddp_module() is None:
+            return
+        self._wrapped = True
+        self.notes += (WRAPPED,)
+        warn(WRAPPED)
 
     def _first_call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -124,7 +148,10 @@ class Controller:
         except Exception as error:
             call = (self.session, self.plain, model, args, kwargs)
             remember = functools.partial(self._remember, kind, model, args, kwargs)
-            return refuse(Refusal(*call, error), self.compiler, self.trained, remember)
+            if hung := hooks_of(model) - self.hooks:
+                remember = functools.partial(self._say_hooked, len(hung))
+            trained = self.trained or bool(hung)
+            return refuse(Refusal(*call, error), self.compiler, trained, remember)
         self._tell()
         result = variant.call(model, *args, **kwargs)
         self.trained |= variant.entry.level == "joint"
@@ -301,7 +328,7 @@ class Controller:
         Not meanwhile: where warnings are errors, they would end what is being made.
         """
         while self._untold:
-            warn_at_call(self._untold.pop(0))
+            warn(self._untold.pop(0))
 
     def _end(self, site: Site, model: nn.Module) -> None:
         """Say once that calls of a site run plain from now on; raise where they must not."""
@@ -331,7 +358,7 @@ class Controller:
             )
         if BYPASSED not in self.notes:
             self.notes += (BYPASSED,)
-            warnings.warn(BYPASSED, stacklevel=2)
+            warn(BYPASSED)
         return True
 
     def report(self, model: nn.Module) -> Report:
@@ -368,10 +395,16 @@ class Controller:
         entry = self.kinds.add(kind, describe_call(model, args, kwargs), error)
         at = f" at {entry.where}" if entry.where else ""
         later = "; so do all later calls in this mode that are captured not yet"
-        warn_at_call(
+        warn(
             f"calls of {type(model).__name__} with {entry.signature} run as plain PyTorch, without "
             f"the passes{later if entry.every_later else ''}: {entry.reason}{at}"
         )
+
+
+def hooks_of(model: nn.Module) -> frozenset[int]:
+    """The forward hooks inside of a model, by the numbers that torch gives them."""
+    tables = ((m._forward_hooks, m._forward_pre_hooks) for m in model.modules())
+    return frozenset(number for pair in tables for table in pair for number in table)
 
 
 def controller_of(model: nn.Module) -> Controller | None:

@@ -21,6 +21,7 @@ from graphopt.errors import (
     RankError,
     StateError,
 )
+from graphopt.model.parts import name_parts
 from graphopt.model.trial import Trial, tensors_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def refuse(
     else:
         hint = "optimize(..., fallback='eager') runs such calls plain"
     known.hint = f"{known.hint}; {hint}" if known.hint else hint
+    if isinstance(known, CaptureError) and not session.searched:
+        session.searched = True  # once: whoever catches the error has read it
+        name_parts(known, model, plain, args, kwargs, session.trial)
     raise known
 
 

@@ -27,7 +27,8 @@ _controllers: weakref.WeakValueDictionary[int, Bypassable] = weakref.WeakValueDi
 def within_another_program() -> bool:
     """Whether somebody else captures or transforms what calls this model.
 
-    These are torch.export, torch.jit.trace, torch.func's grad and vmap, and forward-mode autograd.
+    These are torch.export, torch.jit.trace, torch.func's grad and vmap, forward-mode autograd, and
+    FLOP counters.
     All of it is asked of this thread: `torch.compiler.is_compiling` speaks of the process.
     """
     return (
@@ -35,7 +36,15 @@ def within_another_program() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+        or _counts_operators()
     )
+
+
+def _counts_operators() -> bool:
+    """Whether a FLOP counter is on: it asks by module, and a graph has none that are called."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    found = (type(torch._C._get_dispatch_stack_at(i)).__name__ for i in modes)
+    return any(name.endswith("FlopCounterMode") for name in found)
 
 
 def register(controller: Bypassable) -> int:

@@ -14,8 +14,8 @@ from graphopt.capture import capture_forward
 from graphopt.errors import MismatchError
 from graphopt.model.comparison import Observed, differences, tolerance
 from graphopt.model.parametrize import Replaced, named_parameters
-from graphopt.model.sites import warn_at_call
 from graphopt.model.trial import Call, Trial, describe_call
+from graphopt.notices import warn
 from graphopt.passbase import EXACT, Outcome, PassContext
 from graphopt.pipeline import Pipeline
 
@@ -120,7 +120,7 @@ class Replacement:
                 )
                 if raises:
                     raise error
-                warn_at_call(str(error))
+                warn(str(error))
                 return
 
     def undo(self) -> None:

@@ -20,7 +20,7 @@ from graphopt.capture.lock import one_at_a_time
 from graphopt.errors import MismatchError
 from graphopt.model.entries import Samples, Verification
 from graphopt.model.plain import run_plain
-from graphopt.model.sites import warn_at_call
+from graphopt.notices import warn
 
 if TYPE_CHECKING:
     from graphopt.model.specialiser import Variant
@@ -151,7 +151,7 @@ class Sampled:
         self.renewed = self.renew(wrong, model, args, kwargs)
         self.call, self._distrusted = self.renewed.call, len(self.session.distrusted)
         for text in self.renewed.warnings:
-            warn_at_call(text)
+            warn(text)
 
     def _of_all(self, mine: MismatchError | None) -> MismatchError | None:
         """The first mismatch of any rank."""

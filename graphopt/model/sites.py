@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from graphopt.errors import CaptureError
 from graphopt.model.varying import Cause
+from graphopt.notices import warn
 
 # How many specialisations of one site are kept; the least recently used one goes first.
 MAX_SPECIALISATIONS = 8
@@ -208,7 +206,7 @@ class Site:
         """Say that calls run plain from now on; returns a note for the report."""
         self.ended = True
         note = f"{self.too_many(model).message}, and calls that none of those kept is for run plain"
-        warn_at_call(f"{note}. {_TRY}.")
+        warn(f"{note}. {_TRY}.")
         return note
 
     def _count(self, model: str) -> str:
@@ -242,15 +240,3 @@ class Sites:
     def notes(self) -> tuple[str, ...]:
         """Lines for the report."""
         return tuple(note for site in self._sites.values() for note in site.notes())
-
-
-def warn_at_call(message: str) -> None:
-    """Warn at the user's line that has called the model, whatever lies in between."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _inside(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
-
-
-def _inside(module: Any) -> bool:
-    return str(module).partition(".")[0] in ("graphopt", "torch")

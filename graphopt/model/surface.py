@@ -22,7 +22,7 @@ from torch import nn
 
 from graphopt.capture import runs_plain
 from graphopt.errors import ArgumentError
-from graphopt.model.controller import KEY, Controller, controller_of
+from graphopt.model.controller import KEY, Controller, controller_of, hooks_of
 from graphopt.model.programs import bypassed, register, within_another_program
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Specialiser
@@ -54,6 +54,7 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
     restore(model)
     own = model.__dict__.get("forward")
     controller = Controller(plain_forward(model), compiler, session, own)
+    controller.hooks = hooks_of(model)
     surface: dict[str, Method] = {
         "forward": _forward(controller),
         "__reduce_ex__": _reduce,

@@ -15,7 +15,6 @@ The first two are of Kosson et al., arXiv 2003.11666, who combine them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import ArgumentError
+from graphopt.notices import warn
 from graphopt.optim.braking import Granularity, braking_factors
 from graphopt.optim.delayed_group import check_group, compensation_of, risk
 from graphopt.optim.prediction import Prediction, predict
@@ -328,4 +328,4 @@ def _warn(groups: Sequence[Group]) -> None:
     risks = [(group["delay"] * (1 - group["momentum"]), risk(group)) for group in groups]
     worst = max((r for r in risks if r[1]), default=None)
     if worst is not None:
-        warnings.warn(worst[1], RuntimeWarning, stacklevel=3)
+        warn(worst[1], RuntimeWarning)

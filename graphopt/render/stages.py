@@ -96,7 +96,7 @@ def _facts(data: Data) -> Iterator[tuple[str, str]]:
         yield "limit", f"{size(data['limit'])} per stage"
     times = {
         "measured": "measured on this device, operator by operator",
-        "roofline": "roofline of an assumed device of the kind the model is on; not measured",
+        "roofline": "roofline, not measured",
     }
     yield "times", f"per micro-batch, which is the call of the example; {times[data['times']]}"
     yield "link", f"{data['link']} (assumed), beside the computation"

@@ -117,7 +117,12 @@ class Partition(Pass):
         batches = self.micro_batches({"pp": ranks})
         schedule = scheduled(self.schedule, stages, ranks, batches)
         hop = cluster(self.link).hop(ranks)
-        problem = from_graph(graph, self._seconds(graph, ctx), link=Link(hop.per_byte, hop.latency))
+        problem = from_graph(
+            graph,
+            self._seconds(graph, ctx),
+            device=ctx.device,
+            link=Link(hop.per_byte, hop.latency),
+        )
         if self.schedule == "no_flush" or "preconditioned" in graph.facts:
             problem = sharing_together(problem)
         objective = self._objective(batches)

@@ -22,7 +22,6 @@ from graphopt.runtime.backends.kept_engine import (
 )
 from graphopt.runtime.backends.norms import write_statistics
 from graphopt.runtime.backends.pieces import write_in_place
-from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.copies import save_sources
 from graphopt.runtime.engine.halves import copy_graph, split
@@ -50,9 +49,9 @@ class Eager(Backend):
             if is_marked(module):
                 return inference(plan, session, module, _contest)
             run, written = _code(module)
-            made: Engine = inference(plan, session, module, lambda _: run)
-            made.data = partial(inference_data, written)
-            return made
+            engine = inference(plan, session, module, lambda _: run)
+            engine.data = partial(inference_data, written)
+            return engine
         halves = split(module, plan.signature, default_partition)
         halves = without_zeros(save_sources(write_statistics(halves, plan.signature)))
         if plan.parts:

@@ -215,6 +215,33 @@ def _owner(value: Any) -> Any:
     return value
 
 
+def _check_once(backward: fx.GraphModule) -> None:
+    """Take what the forward has checked out of the backward, with all that only checks need.
+
+    A partitioner has the checks in both halves, and draws random numbers again for them.
+    """
+    nodes = [n for n in backward.graph.nodes if n.op == "call_function"]
+    forward = {n for n in nodes if n.meta.get("partitioner_tag") != "is_backward"}
+    checks = [n for n in forward if n.target in _CHECKS and not n.users]
+    if not checks:
+        return
+    for node in checks:
+        backward.graph.erase_node(node)
+    for node in reversed(nodes):
+        if node in forward and node not in checks and not node.users:
+            backward.graph.erase_node(node)
+    backward.recompile()
+
+
+_CHECKS = frozenset(
+    (
+        torch.ops.graphopt.expect.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.msg,
+    )
+)
+
+
 def _trimmed(
     forward: fx.GraphModule,
     backward: fx.GraphModule,
@@ -223,6 +250,7 @@ def _trimmed(
     tangents: dict[str, int],
 ) -> Halves:
     """Saved values that are inputs of the step are read from the step, not saved again."""
+    _check_once(backward)
     output = forward.graph.output_node()
     returned = list(cast("Sequence[Any]", output.args[0]))
     count = signature.num_forward_outputs

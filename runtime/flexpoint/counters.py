@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from graphopt.notices import warn
 from graphopt.runtime.flexpoint.statistics import ELEMENTS, NANS, SATURATED
 
 # Columns of the counters, int64: sums over steps, then steps in which a tensor was seen at all, and
@@ -95,9 +95,8 @@ class Watch:
             self._warned = True
             number, name = wrong[0]
             others = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
-            warnings.warn(
+            warn(
                 f"flexpoint: {number} NaN in {name!r}{others} became 0, since integers have none; "
                 "explain() counts them",
                 RuntimeWarning,
-                stacklevel=2,
             )

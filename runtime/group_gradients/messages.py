@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Work
 
 from graphopt.grouping.noise_scale import NoiseScale
+from graphopt.notices import warn
 from graphopt.plan.group_gradients import Reduction
 from graphopt.runtime.group_gradients.delayed import History
 from graphopt.runtime.group_gradients.stamp import Stamp, numbered
@@ -187,10 +187,9 @@ class Messages:
         """Say once which gradients are not finite; an AMP scaler may mean to skip the step."""
         if names and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"reduced gradients are not finite in {self.nonfinite[0]}: {', '.join(names[:4])}",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def results(self, names: Sequence[str]) -> None:

@@ -210,10 +210,11 @@ class Reducing:
         messages, stamp = self.messages, self._stamps[form]
         scaled = [None if t is None else t * self.part.scale for t in tangents]
         step.own.update({_key(name): value for name, value in waited.items()})
-        if stamp is not None:
-            step.own[KEY] = stamp.of(messages.passes, messages.ranks.device)
         messages.step -= 1
-        messages.begin(self.part, step.parameters, step.examples, stamp)
+        whole = self.session.loss_scale_of(step)
+        messages.begin(self.part, step.parameters, step.examples, stamp, whole)
+        if stamp is not None:
+            step.own[KEY] = stamp.of(messages.number, messages.ranks.device)
         run = PlainBackward(boxed, self.session, self._inputs, self._halves[form])
         returns = [slot.name if slot.role is Role.GRAD else "" for slot in run.returns]
         return dict(zip(returns, run(step, scaled, absent), strict=True))

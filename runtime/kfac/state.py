@@ -8,12 +8,12 @@ micro-batches of an unfinished step, and per block its ``solution/…``.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from graphopt.notices import warn
 from graphopt.ops import low_rank
 from graphopt.plan.kfac import DENSE, LOW_RANK, Block, Curvature, Side
 from graphopt.runtime.kfac import unitwise
@@ -363,7 +363,7 @@ class CurvatureState:
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"kfac: {message}", RuntimeWarning, stacklevel=2)
+            warn(f"kfac: {message}", RuntimeWarning)
 
 
 def prefix_of(block: Block) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ArgumentError, ServingError
+from graphopt.notices import warn
 from graphopt.runtime.serving.batches import Form, split
 
 
@@ -76,10 +76,9 @@ class Runner:
             except ServingError:
                 raise
             except Exception as error:
-                warnings.warn(
+                warn(
                     f"whether answers depend on other requests could not be tried at batch size "
                     f"{size}, as the model raises for the reversed example: {error!r}",
-                    stacklevel=2,
                 )
 
     def _alone(self, request: Sequence[Tensor], size: int) -> object:

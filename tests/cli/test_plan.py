@@ -101,8 +101,12 @@ def models(tmp_path: Path) -> str:
     return str(file)
 
 
+DEVICE = ("--device", "v100")
+
+
 def plan(model: str, *arguments: str, mesh: str = "dp=64", code: int = 0) -> Result:
-    result = CliRunner().invoke(app, ["plan", model, "--mesh", mesh, *arguments])
+    named = () if {"--device", "--flops"} & set(arguments) else ("--device", "v100")
+    result = CliRunner().invoke(app, ["plan", model, "--mesh", mesh, *named, *arguments])
     assert result.exit_code == code, f"{result.stderr}\n{result.stdout}\n{result.exception!r}"
     return result
 
@@ -318,19 +322,48 @@ def test_help_imports_nothing_heavy_and_documents_the_json() -> None:
     assert "JSON: " in done.stdout
 
 
-def test_plan_and_simulate_assume_the_same_device() -> None:
+@pytest.mark.parametrize("name", ["h100", "v100", "cpu"])
+def test_plan_and_simulate_assume_the_same_device(name: str) -> None:
     """Not the CPU that the factory's model happens to lie on."""
     runner = CliRunner()
-    planned = runner.invoke(app, ["plan", NET, "--mesh", "dp=64", "--link", "10gbe", "--json"])
-    arguments = ["simulate", NET, "--mesh", "dp=64", "--cluster", "10gbe", "--json"]
+    on = ["--device", name, "--json"]
+    planned = runner.invoke(app, ["plan", NET, "--mesh", "dp=64", "--link", "10gbe", *on])
+    arguments = ["simulate", NET, "--mesh", "dp=64", "--cluster", "10gbe", *on]
     simulated = json.loads(runner.invoke(app, arguments).stdout)
     found = json.loads(planned.stdout)
     assert found["backward"] == pytest.approx(simulated["backward"])
     assert found["compute"] == simulated["assumptions"]["compute"]
+    assert found["compute"]["device"] == name
+
+
+@pytest.mark.parametrize("command", [("plan", "--link"), ("simulate", "--cluster")])
+def test_a_mesh_without_a_device_is_an_error_with_the_choices(command: tuple[str, str]) -> None:
+    name, link = command
+    result = CliRunner().invoke(app, [name, NET, "--mesh", "dp=64", link, "10gbe"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "[GO-A01] --mesh dp=64 does not say what each rank computes with\n"
+        "  try: one of --device h100, --device v100, --device cpu, --device measure\n"
+    )
+
+
+def test_devices_that_there_are_not() -> None:
+    wrong = plan(NET, "--device", "abacus", code=2)
+    assert "--device abacus is unknown" in wrong.stderr
+    assert "--device h100" in wrong.stderr
+    both = plan(NET, "--device", "measure", "--flops", "1e9", code=2)
+    assert "--flops is about a roofline" in both.stderr
+
+
+def test_measured_times_are_those_of_this_machine() -> None:
+    found = answer(NET, "--device", "measure")
+    assert found["compute"] == {"device": "measure"}
+    assert found["times"] == "measured"
+    assert "measured: each operator on this machine" in plan(NET, "--device", "measure").stdout
 
 
 def test_plan_takes_the_speed_of_a_device() -> None:
-    arguments = ["plan", NET, "--mesh", "dp=64", "--json"]
+    arguments = ["plan", NET, "--mesh", "dp=64", *DEVICE, "--json"]
     slow = json.loads(CliRunner().invoke(app, [*arguments, "--flops", "1e8"]).stdout)
     fast = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert slow["backward"] > fast["backward"]

@@ -23,7 +23,8 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["plan", *arguments])
+    named = () if "--device" in arguments else ("--device", "cpu")
+    return CliRunner().invoke(app, ["plan", *arguments, *named])
 
 
 def _refusal(*arguments: str) -> str:

@@ -30,7 +30,7 @@ def graphopt(*arguments: str, code: int = 0) -> Result:
 def test_a_page_a_trace_and_json_of_one_run(tmp_path: Path) -> None:
     page, trace = tmp_path / "report.html", tmp_path / "step.json"
     files = ("-o", str(page), "--trace", str(trace))
-    result = graphopt("report", MLP, *files, "--mesh", "dp=8", "--json")
+    result = graphopt("report", MLP, *files, "--mesh", "dp=8", "--device", "h100", "--json")
     found = json.loads(result.stdout, parse_constant=pytest.fail)
     assert found["schema"] == "graphopt.report/1"
     assert found["passes"] == "cleanup,schedule,group_gradients"
@@ -45,7 +45,9 @@ def test_a_page_a_trace_and_json_of_one_run(tmp_path: Path) -> None:
 
 def test_stages_of_a_pipeline_are_drawn(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    result = graphopt("report", MLP, "-p", "partition", "--mesh", "pp=2", "-o", str(page))
+    result = graphopt(
+        "report", MLP, "-p", "partition", "--mesh", "pp=2", "--device", "h100", "-o", str(page)
+    )
     assert result.stdout == f"wrote {page}\n"
     assert "2 stages" in page.read_text()
 
@@ -64,8 +66,13 @@ def test_a_gopt_file_has_a_report(tmp_path: Path) -> None:
         ((), "a report needs a file to go to", "-o report.html, or --json"),
         (("-o", "nowhere/r.html"), "'nowhere/r.html' cannot be written", "in a folder that exists"),
         (("--json", "--mesh", "dp=x"), "mesh dimension dp='x'", "mesh='dp=8,pp=4'"),
-        (("--json", "--mesh", "dp=4", "--link", "moon"), "moon", "summit"),
+        (("--json", "--mesh", "dp=4", "--link", "moon", "--device", "h100"), "moon", "summit"),
         (("--json", "-p", "nothing_like_it"), "unknown pass", "lists all passes"),
+        (
+            ("--json", "--mesh", "dp=4"),
+            "does not say what each rank computes with",
+            "h100",
+        ),
         (("--json", "--flops", "-1"), "is no speed of a device", "--flops 1.5e13"),
     ],
     ids=str,

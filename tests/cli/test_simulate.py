@@ -33,7 +33,8 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, ["simulate", *arguments])
+    named = () if {"--device", "--flops"} & set(arguments) else ("--device", "v100")
+    result = CliRunner().invoke(app, ["simulate", *arguments, *named])
     assert result.exit_code == code, f"{result.stderr}\n{result.stdout}\n{result.exception!r}"
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,18 @@ def _work(rank: int) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _work)
+
+
+def _twice(rank: int) -> None:
+    model = graphopt.optimize(nn.Sequential(nn.Linear(8, 4)), backend="eager", cache="off")
+    wrapped = DistributedDataParallel(model)
+    with pytest.warns(UserWarning, match="reduced twice: leave DistributedDataParallel"):
+        wrapped(torch.randn(6, 8)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped(torch.randn(6, 8)).sum().backward()  # said once
+    assert "reduced twice" in model.explain()
+
+
+def test_passes_that_reduce_inside_of_it_are_said(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _twice)

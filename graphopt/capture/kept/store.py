@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.cache import folder
 from graphopt.capture.kept.fingerprints import digest
+from graphopt.notices import warn
 
 log = logging.getLogger("graphopt")
 
@@ -93,7 +93,7 @@ class Store:
         log.info(message)
         if message not in _warned:
             _warned.add(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn(message, RuntimeWarning)
 
     def _sweep(self, at: Path) -> None:
         """Keep the newest."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 
@@ -22,6 +21,7 @@ from graphopt.hierarchical.arithmetic.operands import (
 from graphopt.hierarchical.arithmetic.parts import any_tensor, apply, diagonal, frobenius
 from graphopt.hierarchical.blocks import Block
 from graphopt.hierarchical.matrix import HMatrix
+from graphopt.notices import warn
 
 ATTEMPTS = 12  # each with ten times the nugget of the one before
 
@@ -106,9 +106,8 @@ def cholesky(
             ) from None
         break
     if added:
-        warnings.warn(
+        warn(
             f"the matrix is not positive definite: {added:.3g} was added to its diagonal",
-            stacklevel=2,
         )
     least = least_eigenvalue + added if least_eigenvalue else 0.0
     known = 1 / least if least else math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +38,7 @@ from graphopt.hierarchical.processes.inverse import Inverse, Quadratic, Solved
 from graphopt.hierarchical.processes.kernel_operator import Change, KernelOperator
 from graphopt.hierarchical.processes.system import Covariance
 from graphopt.hierarchical.rounding import gamma
+from graphopt.notices import warn
 
 _SEMIDEFINITE = (Exponential, Matern32, Matern52, Gaussian)
 _PROBES = 96
@@ -373,10 +373,9 @@ class GaussianProcess:
                 self._operator, self._accuracy = None, accuracy
                 continue
             if attempt:
-                warnings.warn(
+                warn(
                     f"the covariance is not positive definite: {self._added:.3g} was added to its "
                     "noise",
-                    stacklevel=4,
                 )
             return found
         raise AssertionError

@@ -53,7 +53,7 @@ PACKED = Refusal(
         Example(
             "GRU",
             Packed,
-            "skipped",
+            "forward packs sequences",
             "packed = pack_padded_sequence",
             "^pad the sequences",
             _sentences,

@@ -146,17 +146,17 @@ SEEDS = Refusal(
         _seeds(
             "generator",
             lambda s, h: h + torch.randn(h.shape, generator=s.generator),
-            "args/kwargs",
+            "torch.Generator of its own",
             "generator=s.generator",
         ),
         _seeds(
             "manual_seed",
             lambda s, h: (torch.manual_seed(5), h + torch.randn_like(h))[1],
-            _SKIPPED,
+            "seeds random numbers",
             "torch.manual_seed(5)",
         ),
-        _seeds("fork_rng", forks, "non-Tensor", "fork_rng()"),
-        _seeds("set_rng_state", puts_back, _SKIPPED, "torch.get_rng_state()"),
+        _seeds("fork_rng", forks, "seeds random numbers", "fork_rng()"),
+        _seeds("set_rng_state", puts_back, "puts them back", "torch.get_rng_state()"),
     ),
 )
 

@@ -9,108 +9,53 @@ from torch import Tensor, nn
 from tests.support.refusals.example import Example, Refusal, Small, Way, results, small, train
 
 
-def clips(s: Small, h: Tensor) -> Tensor:
-    with torch.no_grad():
-        s.lin.weight.clamp_(-0.1, 0.1)
+def turns(s: Small, h: Tensor) -> Tensor:
+    s.lin.weight.data = s.lin.weight.data.t()
     return F.linear(h, s.lin.weight)
 
 
-def assigns(s: Small, h: Tensor) -> Tensor:
-    s.lin.weight.data = s.lin.weight.data * 0.5
-    return F.linear(h, s.lin.weight)
-
-
-def scales(s: Small, h: Tensor) -> Tensor:
-    s.lin.weight.data.mul_(0.5)
-    return F.linear(h, s.lin.weight)
-
-
-def clipped_copy(s: Small, h: Tensor) -> Tensor:
-    weight = s.lin.weight
-    return F.linear(h, weight + (weight.clamp(-0.1, 0.1) - weight).detach())
-
-
-def _clips_after(model: nn.Module) -> object:
-    found = train(model)
-    with torch.no_grad():
-        model.lin.weight.clamp_(-0.1, 0.1)
-    return found
-
-
-_OUTSIDE = "^change it outside of forward, or compute with a changed copy"
-_AFTER = Way(small(lambda s, h: F.linear(h, s.lin.weight)), _clips_after, same=False)
-
-
-class Words(nn.Module):
-    def __init__(self, **options: float) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 4, **options)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.embed(tokens)
-
-
-def _tokens(model: nn.Module) -> object:
-    return train(model, x=torch.tensor([1, 2]))
-
-
-def _renormed(model: nn.Module) -> object:
-    with torch.no_grad():
-        weight = model.embed.weight
-        weight[1:3] = weight[1:3].renorm(2, 0, 0.5)
-    return _tokens(model)
-
-
-PARAMETERS = Refusal(
-    "parameters",
-    "changes a parameter that is trained, also under `no_grad` or by `.data`; has an `Embedding` "
-    "with `max_norm`",
-    "the gradient would be the one of another value",
-    "change it between the steps, or compute with a changed copy",
+DATA = Refusal(
+    "data",
+    "assigns to the `.data` of a tensor what has another form, or what another tensor is, too",
+    "the tensor gets another memory, of which the graph knows nothing",
+    "`with torch.no_grad(): t.copy_(…)`",
     (
-        Example("clip", small(clips), "'lin.weight'", "clamp_(-0.1, 0.1)", _OUTSIDE, way=_AFTER),
         Example(
-            "copy", small(clips), "in place", "clamp_", way=Way(small(clipped_copy), same=False)
-        ),
-        Example("assigned", small(assigns), r"`\.data`", "lin.weight.data =", _OUTSIDE, way=_AFTER),
-        Example("data", small(scales), "'lin.weight'", "data.mul_(0.5)", _OUTSIDE, way=_AFTER),
-        Example(
-            "max_norm",
-            lambda: Words(max_norm=0.5),
-            "'embed.weight'",
-            "self.embed(tokens)",
-            _OUTSIDE,
-            _tokens,
-            way=Way(Words, _renormed),
+            "turned",
+            small(turns),
+            r"`\.data` of param 'lin.weight'",
+            "lin.weight.data =",
+            "^change it outside of forward, or compute with a changed copy",
+            way=Way(small(lambda s, h: F.linear(h, s.lin.weight.t())), same=False),
         ),
     ),
 )
 
 
-def averages(s: Small, h: Tensor) -> Tensor:
-    s.table.data = s.table.data * 0.9 + h.detach().mean(0) * 0.1
+def _adds(s: Small, h: Tensor) -> Tensor:
+    s.table.mul_(0.5).add_(h.mean(0))
     return h * s.table
 
 
-def averages_in_place(s: Small, h: Tensor) -> Tensor:
-    with torch.no_grad():
-        s.table.copy_(s.table * 0.9 + h.mean(0) * 0.1)
-    return h * s.table.clone()
+def _adds_detached(s: Small, h: Tensor) -> Tensor:
+    now = s.table * 0.5 + h.mean(0)
+    s.table.copy_(now.detach())
+    return h * now
 
 
-DATA = Refusal(
-    "data",
-    "assigns to the `.data` of other tensors",
-    "the tensor gets another memory, of which the graph knows nothing",
-    "`with torch.no_grad(): t.copy_(…)`",
+BUFFERS = Refusal(
+    "buffers",
+    "writes a value that requires a gradient into a buffer, in place",
+    "the buffer would be a part of the next step's graph, too",
+    "write its `detach()`, and compute with the value itself",
     (
         Example(
             "average",
-            small(averages),
-            r"`\.data` of buffer 'table'",
-            "s.table.data =",
-            r"with torch\.no_grad\(\): tensor\.copy_",
-            way=Way(small(averages_in_place)),
+            small(_adds),
+            "into buffer 'table'",
+            "add_(h.mean(0))",
+            "detach",
+            way=Way(small(_adds_detached)),
         ),
     ),
 )
@@ -189,4 +134,4 @@ SAVED = Refusal(
     ),
 )
 
-ALL = (PARAMETERS, DATA, INPUTS, SAVED)
+ALL = (DATA, BUFFERS, INPUTS, SAVED)
