@@ -174,8 +174,12 @@ def _requires_grad(node: object) -> bool:
 
 def _memory(node: object) -> int | None:
     value = _value(node)
-    strided = value is not None and value.layout is torch.strided
-    return value.untyped_storage()._cdata if value is not None and strided else None
+    if value is None or value.layout is not torch.strided:
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:  # a value within a transform of torch.func has none
+        return None
 
 
 def _geometry(value: Tensor | None) -> object:

@@ -7,6 +7,7 @@ keeps the keys as they are, and no mask. The backward copies the keys, and makes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -51,7 +52,7 @@ def save_sources(halves: Halves) -> Halves:
             given[values[index]] = argument
     owner = storage_of(forward.nodes).owner
     outputs = {owner[v] for v in returned[:count] if isinstance(v, fx.Node)}
-    saved = [v for v in given if source[given[v]][0] == "saved"]
+    saved = [v for v in given if source[given[v]][0] == "saved" and not _is_recorded(given[v])]
     changed = False
     for value in sorted(saved, key=_bytes, reverse=True):
         held = outputs | {owner[v] for v in given if v is not value}
@@ -72,6 +73,15 @@ def save_sources(halves: Halves) -> Halves:
         _repeat(backward, argument, chain, given, halves)
         changed = True
     return _made(halves, forward, backward, returned, count, source) if changed else halves
+
+
+def _is_recorded(argument: fx.Node) -> bool:
+    """Whether the backward of an opaque operator reads it: its record is of this very tensor."""
+    return any(
+        isinstance(user.target, torch._ops.OpOverload)
+        and any(one.name == "tape" for one in user.target._schema.arguments)
+        for user in argument.users
+    )
 
 
 def _chain(value: fx.Node, given: Mapping[fx.Node, fx.Node]) -> _Chain | None:
@@ -122,7 +132,8 @@ def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or any(type(n) is not int for n in value.shape):
         return 0
-    return value.nbytes
+    # Not `nbytes`, which a symbolic offset into a known size forbids.
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def _repeat(

@@ -231,7 +231,9 @@ def test_a_picture_that_cannot_be_written(calibration: str, tmp_path: Path) -> N
 
 
 def test_groups_are_planned_as_before_where_both_are_asked_for() -> None:
-    found = answer("plan", NET, "--mesh", "dp=4", "-p", f"{SPEC},group_gradients")
+    found = answer(
+        "plan", NET, "--mesh", "dp=4", "--device", "h100", "-p", f"{SPEC},group_gradients"
+    )
     assert found["world"] == 4
     assert found["groups"]
 

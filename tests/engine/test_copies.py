@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import graphopt
 from benchmarks.memory import of_step
 from benchmarks.zoo import Step
+from graphopt.ops.record import Invocation
 
 X = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
 
@@ -114,3 +115,32 @@ def test_an_input_may_change_before_the_backward() -> None:
         out.sum().backward()
     assert torch.equal(plain.weight.grad, torch.full((2, 1), 6.0))
     assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_runs_once_per_step(
+    layer: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first state is zeros: were they made anew, its record would be one of other tensors."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer(4, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0][:, -1]
+
+    runs: list[object] = []
+    record = Invocation.record
+
+    def counted(self: Invocation, wanted: list[bool]) -> object:
+        runs.append(self)
+        return record(self, wanted)
+
+    monkeypatch.setattr(Invocation, "record", counted)
+    model = graphopt.optimize(Net(), passes="cleanup", backend="eager", cache="off")
+    for _ in range(3):
+        runs.clear()
+        model(torch.randn(2, 5, 4)).sum().backward()
+    assert len(runs) == 1
