@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,6 +10,7 @@ import typer
 from graphopt.cli import verify_padding
 from graphopt.cli.console import phase, show, show_json
 from graphopt.cli.options import Json, ModelName, NoGrad, OptionalPasses
+from graphopt.cli.verify_rows import BAD, Row, first_of
 from graphopt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -18,30 +19,6 @@ if TYPE_CHECKING:
     from graphopt.model.comparison import Observed
     from graphopt.passbase import Numerics, Pass
     from graphopt.pipeline.step import PassStep
-
-BAD = "out of its class"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One graph, compared with the one before it.
-
-    Attributes:
-        stage: ``"capture"``, which is compared with PyTorch eager, or a pass, which is compared
-            with the graph before it.
-        numerics: how far it may move results.
-        allowed: the error that this allows, relative to the largest magnitude of a tensor.
-        error: the largest error.
-        worst: the output, gradient or buffer that has it.
-        result: ``"bit-equal"``, ``"within its class"``, ``"out of its class"`` or ``"skipped"``.
-    """
-
-    stage: str
-    numerics: str
-    allowed: float
-    error: float
-    worst: str
-    result: str
 
 
 def verify(
@@ -155,11 +132,6 @@ def verify(
         _show(stages, first_bad)
     if first_bad is not None:
         raise typer.Exit(1)
-
-
-def first_of(stages: list[Row]) -> str | None:
-    """The first stage that is out of its class."""
-    return next((s.stage for s in stages if s.result == BAD), None)
 
 
 class _Checks:

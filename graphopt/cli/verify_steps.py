@@ -8,7 +8,7 @@ import torch
 
 from graphopt.api import optimize
 from graphopt.cli.model import Example
-from graphopt.cli.verify import BAD, Row
+from graphopt.cli.verify_rows import BAD, Row
 from graphopt.errors import MismatchError
 from graphopt.model.surface import report
 from graphopt.model.trial import tensors_of
