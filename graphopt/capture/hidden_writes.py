@@ -177,9 +177,10 @@ def _memory(node: object) -> int | None:
     if value is None or value.layout is not torch.strided:
         return None
     try:
-        return value.untyped_storage()._cdata
+        memory: int = value.untyped_storage()._cdata
     except NotImplementedError:  # a value within a transform of torch.func has none
         return None
+    return memory
 
 
 def _geometry(value: Tensor | None) -> object:
