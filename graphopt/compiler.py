@@ -208,7 +208,7 @@ class Compiler(Specialiser):
             check = comparing.first(model, args, kwargs)
             try:
                 try:
-                    with telling(f"comparing {name} with PyTorch eager", f"verify={self.verify!r}"):
+                    with telling(f"comparing {name} with PyTorch eager", f"verify='{self.verify}'"):
                         verification = check(stages.stages, choice.backend, built.call)
                 except BackendMismatchError as error:
                     if self.backend != "auto" or session.ranks:

@@ -199,6 +199,8 @@ class GroupGradients(RuntimePart[Reduction]):
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Continue from a saved state; what messages have left is overwritten where it lies."""
+        if self.messages is not None:
+            self.messages.take_expected()  # of a step that is not the one before any more
         for name, tensor in saved.items():
             if name in self.state:
                 self.state[name].copy_(tensor)
