@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphopt.errors import MismatchError
 from graphopt.plan.group_gradients import Reduction
-from graphopt.runtime.group_gradients.messages import Messages
+from graphopt.runtime.group_gradients.messages import Means, Messages
 from graphopt.runtime.session import Session
 from graphopt.runtime.validation import NOISE, Validation, error_of, magnitude, rounding
 
@@ -81,7 +81,7 @@ class Checked:
         local: Gradients,
         found: Mapping[str, Tensor | None],
         in_eager: Callable[[], Mapping[str, Tensor | None]] | None = None,
-        mean: Gradients | None = None,
+        mean: Means | None = None,
     ) -> Gradients | None:
         """Compare, on all ranks at the same time.
 
@@ -90,7 +90,7 @@ class Checked:
             local: this rank's gradients, over all micro-batches.
             found: what was reduced.
             in_eager: reduces once more, by eager's kernels, to tell a backend from the form.
-            mean: over ranks, where it is known.
+            mean: over ranks, where it is known: it is that of an earlier step.
 
         Returns:
             What takes the place of wrong gradients, where the step falls back.
@@ -123,7 +123,7 @@ class Checked:
         validation.wrong(
             error, self._part.name, name, step, f"{name}: each gradient is reduced on its own"
         )
-        return dict(mean) if mean is not None else self.means(local)
+        return dict(mean.values) if mean is not None else self.means(local)
 
     def means(self, local: Gradients) -> dict[str, Tensor]:
         """The mean over ranks of each gradient.
@@ -132,6 +132,18 @@ class Checked:
             RankError: a rank does not answer.
         """
         return {name: self._mean(local[name]).to(local[name].dtype) for name in sorted(local)}
+
+    def expected(self, local: Gradients) -> Means:
+        """What a later step has to return of these gradients; all ranks ask at the same time."""
+        return Means(self.means(local), self._scales(local))
+
+    def _scales(self, local: Gradients) -> dict[str, float]:
+        """The largest magnitude of each gradient on any rank."""
+        names = sorted(local)
+        scales = torch.tensor([magnitude(local[n]) for n in names], dtype=torch.float64)
+        scales = scales.to(self._messages.ranks.device)
+        self._sum(scales, maximum=True)
+        return dict(zip(names, map(float, scales), strict=True))
 
     def _mean(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().double().contiguous()
@@ -147,24 +159,21 @@ class Checked:
             self._messages.ranks.group.inner.allreduce([tensor], options).wait()
 
     def _worst(
-        self, local: Gradients, found: Mapping[str, Tensor | None], mean: Gradients | None
+        self, local: Gradients, found: Mapping[str, Tensor | None], mean: Means | None
     ) -> Worst:
-        names = sorted(local)
+        names = sorted(local if mean is None else mean.values)
         device = self._messages.ranks.device
         generated = self._backend != "eager" or device.type != "cpu"
         allowed = max(rounding(local, generated=generated), _OF_WIRE[self._part.wire])
-        scales = torch.tensor([magnitude(local[n]) for n in names], dtype=torch.float64)
-        scales = scales.to(device)
-        self._sum(scales, maximum=True)
-        largest = [float(scale) for scale in scales]
-        floor = NOISE * max(largest, default=0.0) if generated else 0.0
+        largest = self._scales(local) if mean is None else mean.scales
+        floor = NOISE * max(largest.values(), default=0.0) if generated else 0.0
         mine, place, finite = 0.0, 0, True
-        for index, (name, scale) in enumerate(zip(names, largest, strict=True)):
-            wanted = self._mean(local[name]) if mean is None else mean[name]
+        for index, name in enumerate(names):
+            wanted = self._mean(local[name]) if mean is None else mean.values[name]
             if not bool(wanted.isfinite().all()):
                 finite = False
                 continue
-            error = error_of(wanted, found.get(name), max(scale, floor))
+            error = error_of(wanted, found.get(name), max(largest[name], floor))
             if error > mine:
                 mine, place = error, index
         return self._of_all(names, mine, place, allowed, finite=finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +31,19 @@ class Joins(Protocol):
 
     def announce(self, part: Reduction) -> None:
         """This rank makes a step."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What gradients have to be, once they are reduced.
+
+    Attributes:
+        values: the means over ranks, by name.
+        scales: the largest magnitude of each on any rank.
+    """
+
+    values: Mapping[str, Tensor]
+    scales: Mapping[str, float]
 
 
 class Messages:
@@ -70,7 +84,7 @@ class Messages:
         self._sent = 0
         self.asked = 0
         self.joining: Joins | None = None
-        self._expected: tuple[int, Mapping[str, Tensor]] | None = None
+        self._expected: tuple[int, Means] | None = None
         self._forms: list[tuple[int, torch.dtype, Any]] = []
         self._waits: dict[int, Waiting] = {}
         self._local = self._reduced = 0.0
@@ -121,11 +135,11 @@ class Messages:
         """Whether it is known what the results of this step or the next one have to be."""
         return self._expected is not None
 
-    def expect(self, means: Mapping[str, Tensor]) -> None:
+    def expect(self, means: Means) -> None:
         """Know what the next step has to return, where results are delayed by one."""
         self._expected = self.step + 1, means
 
-    def take_expected(self) -> Mapping[str, Tensor] | None:
+    def take_expected(self) -> Means | None:
         """What this step has to return; ``None`` where that is not known."""
         found, self._expected = self._expected, None
         return found[1] if found is not None and found[0] == self.step else None

@@ -195,7 +195,7 @@ class Reducing:
             if late is not None:
                 instead = self._checked.check(name, local, found, mean=late)
             if self._checked.wants(name):
-                self.messages.expect(self._checked.means(local))
+                self.messages.expect(self._checked.expected(local))
         self._put(results, instead or {})
 
     def _in_eager(
