@@ -41,7 +41,7 @@ def measure(name: str, backends: Sequence[str] = BACKENDS) -> dict[str, float]:
         found = []
         for _ in range(3):
             model, args, kwargs = CORPUS[name].make()
-            graphopt.optimize(model, backend=backend)
+            graphopt.optimize(model, backend=backend, cache="off")
             CORPUS[name].loss(model(*args, **kwargs)).backward()
             found.append(report(model).specialisations[0])
         seconds = statistics.median(entry.verification.seconds for entry in found)
