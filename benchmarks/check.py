@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,8 @@ CHECKS = (
             "zoo_steps_cpu",
             ("models", n, *_OVER),
             1.15,
-            lambda n=n: _step(n),
-        )  # type: ignore[misc]
+            partial(_step, n),
+        )
         for n in ("corpus resnet", "corpus vit", "MLP", "BERT")
     ),
     *(
@@ -200,8 +201,8 @@ CHECKS = (
             "memory_cpu",
             (n, "peak over eager"),
             1.02,
-            lambda n=n: _peak(n),
-        )  # type: ignore[misc]
+            partial(_peak, n),
+        )
         for n in ("digits ResNet", "Llama")
     ),
     Check("passes over capture", "pass_time", (_SHARE_OF_PASSES,), 2.0, _passes),

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Seconds after which it is said what is under way.
@@ -48,13 +48,32 @@ def telling(what: str, why: str) -> Iterator[None]:
     if quiet() or not _first_rank():
         yield
         return
+    with if_long(
+        PATIENCE,
+        lambda: _line(f"{what}: {why} …"),
+        lambda seconds: _line(f"{what} took {seconds:.1f} s"),
+    ):
+        yield
+
+
+@contextmanager
+def if_long(
+    patience: float, begun: Callable[[], None], ended: Callable[[float], None]
+) -> Iterator[None]:
+    """Run something; tell of it only if it takes longer than `patience` seconds.
+
+    Args:
+        patience: until then it is not mentioned.
+        begun: called from another thread once it takes longer.
+        ended: called in the end, after `begun`, with the seconds that it took.
+    """
     said = threading.Event()
 
     def tell() -> None:
         said.set()
-        _line(f"{what}: {why} …")
+        begun()
 
-    timer = threading.Timer(PATIENCE, tell)
+    timer = threading.Timer(patience, tell)
     timer.daemon = True
     start = time.perf_counter()
     timer.start()
@@ -64,7 +83,7 @@ def telling(what: str, why: str) -> Iterator[None]:
         timer.cancel()
         timer.join()
         if said.is_set():
-            _line(f"{what} took {time.perf_counter() - start:.1f} s")
+            ended(time.perf_counter() - start)
 
 
 def _line(text: str) -> None:

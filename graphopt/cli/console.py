@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 
 from graphopt.cli.wrapping import breaking_between_words
+from graphopt.notices import if_long
 
 PATIENCE = 1.0
 """Seconds after which a phase says what it is doing."""
@@ -46,23 +45,12 @@ def show_json(command: str, answer: Mapping[str, object]) -> None:
 @contextmanager
 def phase(label: str) -> Iterator[None]:
     """Run one phase; if it takes longer than `PATIENCE`, say so on stderr, and how long it took."""
-    announced = threading.Event()
-
-    def announce() -> None:
-        announced.set()
-        _progress(f"{label}…")
-
-    timer = threading.Timer(PATIENCE, announce)
-    timer.daemon = True
-    start = time.perf_counter()
-    timer.start()
-    try:
+    with if_long(
+        PATIENCE,
+        lambda: _progress(f"{label}…"),
+        lambda seconds: _progress(f" {seconds:.1f} s\n"),
+    ):
         yield
-    finally:
-        timer.cancel()
-        timer.join()
-        if announced.is_set():
-            _progress(f" {time.perf_counter() - start:.1f} s\n")
 
 
 def _progress(text: str) -> None:

@@ -19,7 +19,6 @@ from graphopt.capture.lock import is_tracing, one_at_a_time
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import GraphoptError, RankError
 from graphopt.model.dimensions import Seen
-from graphopt.model.entries import Form
 from graphopt.model.kinds import Kind, PlainKinds, kind_of
 from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
@@ -39,6 +38,7 @@ from graphopt.notices import warn
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
+    from graphopt.runtime.validation import Form
 
 log = logging.getLogger("graphopt")
 
@@ -380,8 +380,7 @@ class Controller:
 
     def _forms(self) -> tuple[Form, ...]:
         validation = self.session.validation
-        found = () if validation is None else validation.forms.values()
-        return tuple(Form(**vars(form)) for form in found)
+        return () if validation is None else tuple(validation.forms.values())
 
     def _remember(
         self,

@@ -80,32 +80,6 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Form:
-    """One form of a step, compared in real steps with the forms that it is made of.
-
-    Attributes:
-        part: the method that makes it.
-        name: of the form, in words.
-        result: ``"bit-equal"``, ``"within tolerance"``, ``"mismatch"``, ``"not run yet"``, or
-            ``"not compared"``.
-        reason: why it is not compared, or what was wrong.
-        step: in which step it was last compared.
-        worst_name: the gradient that was farthest off.
-        worst_error: relative to its largest magnitude.
-        times: how often it was compared.
-    """
-
-    part: str
-    name: str
-    result: str
-    reason: str = ""
-    step: int = 0
-    worst_name: str = ""
-    worst_error: float = 0.0
-    times: int = 0
-
-
-@dataclass(frozen=True)
 class Specialisation:
     """One captured variant of a model.
 

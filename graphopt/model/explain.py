@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from graphopt.model.entries import (
     BackendChoice,
-    Form,
     PlainKind,
     Samples,
     Specialisation,
@@ -16,6 +15,9 @@ from graphopt.model.entries import (
 )
 from graphopt.passbase import Applied, Declined
 from graphopt.pipeline.step import PassStep
+
+if TYPE_CHECKING:
+    from graphopt.runtime.validation import Form
 
 Site = TypeVar("Site", Applied, Declined)
 

@@ -10,10 +10,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graphopt.model.entries import Form, PlainKind, Specialisation
+from graphopt.model.entries import PlainKind, Specialisation
 from graphopt.model.explain import explain, to_html
+
+if TYPE_CHECKING:
+    from graphopt.runtime.validation import Form
 
 
 @dataclass(frozen=True)

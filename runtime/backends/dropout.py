@@ -1,7 +1,7 @@
 """Dropout on CPUs in the operators that eager calls, with a mask of one byte per number.
 
 The graph's operator multiplies numbers by truth values. PyTorch turns these into numbers one by
-one, which takes twelve times as long as the product of numbers; of bytes it turns many at once. So
+one, which takes far longer than the product of numbers; of bytes it turns many at once. So
 noise is drawn as eager draws it, its zeros and ones are kept as truth values, and the backward
 reads them as bytes. Eager keeps the noise itself, four times as many bytes, and has the same bits.
 """
