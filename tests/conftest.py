@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.constants_ast import Constants
+from torch.distributions import Distribution
 
 # The suite tries the same examples every time; `make explore` tries new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
@@ -44,3 +45,9 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     # Not `mktemp`, which looks through the folders of all tests so far; the cache makes its own.
     cache = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def _validated_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process has it: the first `torch.compile` turns it off for all tests after."""
+    monkeypatch.setattr(Distribution, "_validate_args", True)

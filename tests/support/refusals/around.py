@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import graphopt
@@ -25,11 +24,7 @@ def by_ddp(model: nn.Module) -> nn.Module:
 
 
 def by_compile(model: nn.Module) -> nn.Module:
-    validates = Distribution._validate_args
-    try:
-        return torch.compile(model, backend="eager")  # type: ignore[return-value]
-    finally:  # its first use turns this off for the whole process
-        Distribution.set_default_validate_args(validates)
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
 
 def _wrapped(model: nn.Module) -> object:
