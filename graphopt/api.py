@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphopt import registry
-from graphopt.compiler import Compiler
+from graphopt.compiler.compiler import Compiler
 from graphopt.errors import ArgumentError, CaptureError
 from graphopt.model.arguments import (
     Example,

@@ -105,6 +105,11 @@ class Session:
         return self._runtime[name]
 
     @property
+    def in_job(self) -> bool:
+        """Whether there are several ranks."""
+        return any(ranks.size > 1 for ranks in self.ranks.values())
+
+    @property
     def has_parts(self) -> bool:
         """Whether any pass of the pipeline has a runtime part."""
         return any(name in registry.names(registry.RUNTIME_PARTS) for name in self.passes)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from graphopt.cache import JsonCache, is_duration
 from graphopt.capture.lock import one_at_a_time
 from graphopt.errors import BackendMismatchError, MismatchError
-from graphopt.model.entries import BackendChoice
+from graphopt.model.entries import BackendChoice, Specialisation
 from graphopt.model.trial import Call
 from graphopt.notices import warn
 
@@ -197,6 +198,6 @@ class PerBand:
         call = self._chosen.get(band) or self._choose(band, model, args, kwargs)
         return next(name for name, one in self._calls.items() if one is call), call
 
-    def choice(self) -> BackendChoice:
-        """What runs calls like the captured one, and what runs others."""
-        return self._bands.choice(self._band)
+    def reported(self, entry: Specialisation) -> Specialisation:
+        """The entry, with what runs calls like the captured one, and what runs others."""
+        return replace(entry, backend=self._bands.choice(self._band))

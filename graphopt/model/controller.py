@@ -31,8 +31,9 @@ from graphopt.model.sites import (
     changes_of,
     variables_of,
 )
-from graphopt.model.specialiser import Specialiser, Variant
+from graphopt.model.specialiser import Setting, Specialiser
 from graphopt.model.trial import describe_call
+from graphopt.model.variant import Variant
 from graphopt.model.varying import Cause, Varying, cause_of
 from graphopt.notices import warn
 
@@ -279,8 +280,8 @@ class Controller:
         numbers: frozenset[str] = _NO_NUMBERS,
         sizes: Dimensions = NONE,
     ) -> Variant:
-        compile = self.compiler.compile
-        return compile(model, self.plain, args, kwargs, self.session, numbers, sizes)
+        setting = Setting(self.plain, self.session, numbers, sizes)
+        return self.compiler.compile(model, args, kwargs, setting)
 
     def _causes(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -101,7 +101,7 @@ def _falls_back(settings: Specialiser, trained: bool, error: GraphoptError) -> b
 
 def reduces(session: Session) -> bool:
     """Whether a plain call made now would leave gradients unreduced."""
-    return torch.is_grad_enabled() and any(one.size > 1 for one in session.ranks.values())
+    return torch.is_grad_enabled() and session.in_job
 
 
 def run_plain(

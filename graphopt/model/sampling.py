@@ -18,12 +18,12 @@ from torch import nn
 
 from graphopt.capture.lock import one_at_a_time
 from graphopt.errors import MismatchError
-from graphopt.model.entries import Samples, Verification
+from graphopt.model.entries import Samples, Specialisation, Verification
 from graphopt.model.plain import run_plain
+from graphopt.model.variant import Telling, Variant
 from graphopt.notices import warn
 
 if TYPE_CHECKING:
-    from graphopt.model.specialiser import Variant
     from graphopt.runtime.session import Session
 
 log = logging.getLogger("graphopt")
@@ -104,6 +104,15 @@ class Sampled:
             with one_at_a_time():
                 self._sample(model, args, kwargs)
         return self.call(model, *args, **kwargs)
+
+    def reported(self, entry: Specialisation) -> Specialisation:
+        """The entry, with how comparisons came out and what runs instead."""
+        entry, renewed = replace(entry, samples=self.samples), self.renewed
+        if renewed is None:
+            return self.call.reported(entry) if isinstance(self.call, Telling) else entry
+        if renewed.variant is None:
+            return replace(entry, fallen_back=(*entry.fallen_back, *renewed.warnings))
+        return renewed.variant.reported
 
     def _due(self) -> bool:
         session = self.session
@@ -191,6 +200,6 @@ def of_all(session: Session, topic: str, mine: MismatchError | None) -> Mismatch
     if not told:
         return None
     guilty, message, where, hint = json.loads(told)
-    job = any(ranks.size > 1 for ranks in session.ranks.values())
+    job = session.in_job
     said = f"on rank {rank}, {message}" if job else message
     return MismatchError(said, where=where, hint=hint, guilty=guilty)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.capture.forward import Rewriter
 from graphopt.capture.sizes import NONE, Dimensions
-from graphopt.model.bands import PerBand
 from graphopt.model.declared import Declared
-from graphopt.model.entries import Specialisation
 from graphopt.model.report import Report
-from graphopt.model.sampling import Sampled
+from graphopt.model.variant import Variant
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -27,45 +24,20 @@ Cache = Literal["verified", "captures", "off"]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One specialisation, ready to run.
+class Setting:
+    """What a call is captured with, beside the model and the call's arguments.
 
     Attributes:
-        call: takes the model and the call's arguments.
-        engine: what runs the graph.
-        holds: whether a call is one that this variant was made for.
-        failure: which condition of `holds` a call does not meet.
-        entry: what is reported about it.
-        roles: what each parameter is, by name; empty where nothing is trained.
-        mode: of the model when it was made (training, gradients, autocast).
-        numbers: those that are inputs of the graph, by where Dynamo finds them.
-        changed: which numbers are other ones in a call, as conditions that do not hold.
-        warnings: what the user has to be told once it is made.
+        forward: the model's own, unbound.
+        session: of the model.
+        numbers: those that shall be inputs of the graph, by where Dynamo finds them.
+        dimensions: sizes that shall be symbols of the graph.
     """
 
-    call: Callable[..., object]
-    engine: Callable[..., Any]
-    holds: Callable[..., bool]
-    failure: Callable[..., str]
-    entry: Specialisation
-    roles: Mapping[str, ParameterRole] = field(default_factory=dict)
-    mode: Hashable = None
+    forward: Callable[..., object]
+    session: Session
     numbers: frozenset[str] = frozenset()
-    changed: Callable[..., tuple[str, ...]] = lambda *args, **kwargs: ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def reported(self) -> Specialisation:
-        """The entry, with what runs calls by now, and how later comparisons came out."""
-        call, entry = self.call, self.entry
-        if isinstance(call, Sampled):
-            renewed, entry = call.renewed, replace(entry, samples=call.samples)
-            if renewed is not None and renewed.variant is not None:
-                return renewed.variant.reported
-            if renewed is not None:
-                return replace(entry, fallen_back=(*entry.fallen_back, *renewed.warnings))
-            call = call.call
-        return replace(entry, backend=call.choice()) if isinstance(call, PerBand) else entry
+    dimensions: Dimensions = NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +56,9 @@ class Specialiser(ABC):
 
     @abstractmethod
     def compile(
-        self,
-        model: nn.Module,
-        forward: Callable[..., object],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        session: Session,
-        numbers: frozenset[str] = frozenset(),
-        dimensions: Dimensions = NONE,
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], setting: Setting
     ) -> Variant:
-        """The variant for one call, with these numbers and sizes as inputs of the graph."""
+        """The variant for one call."""
 
     @abstractmethod
     def constant_sizes(self) -> str:

@@ -55,7 +55,7 @@ class Pair:
         self._seen.add(with_results)
         if len(self._seen) < 2:
             return False
-        if any(ranks.size > 1 for ranks in self._session.ranks.values()):
+        if self._session.in_job:
             # Ranks exchange what they find, so they must all compare in the same step.
             return validation.wants(self._part, NAME, self._session.steps) and step.ends
         return not self._compared or validation.due(self._session.steps)
@@ -102,7 +102,7 @@ class Pair:
         if not said:
             validation.found(self._part, NAME, at, worst, error)
             return
-        where = f" on rank {rank}" if any(r.size > 1 for r in session.ranks.values()) else ""
+        where = f" on rank {rank}" if session.in_job else ""
         by = "" if self._backend == "eager" else f", in the code of backend {self._backend!r}"
         wrong = MismatchError(
             f"two forms of the backward of the runtime part {self._part!r} differ in step "

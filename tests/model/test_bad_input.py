@@ -154,9 +154,9 @@ def test_mismatch_with_eager_is_refused_and_names_the_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A capture that computes something else must not run: break one on purpose."""
-    import graphopt.compiler
+    import graphopt.compiler.making
 
-    honest = graphopt.compiler.capture
+    honest = graphopt.compiler.making.capture
 
     def broken(*args: object, **kwargs: object) -> object:
         captured = honest(*args, **kwargs)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_mismatch_with_eager_is_refused_and_names_the_gradient(
         graph.changed()
         return captured
 
-    monkeypatch.setattr(graphopt.compiler, "capture", broken)
+    monkeypatch.setattr(graphopt.compiler.making, "capture", broken)
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())
     graphopt.optimize(model, backend="eager")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import graphopt
-import graphopt.compiler
+import graphopt.compiler.making
 import graphopt.model.surface
 from graphopt.errors import CaptureError, RankError, StateError
 from graphopt.model.controller import controller_of
@@ -96,7 +96,7 @@ def test_an_interrupt_in_a_capture_is_that_calls(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(graphopt.compiler, "capture", interrupted)
+        patched.setattr(graphopt.compiler.making, "capture", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(torch.randn(5, 4))
     assert controller_of(model).made == 1
@@ -108,7 +108,7 @@ def test_a_failure_inside_of_graphopt_is_one_sentence(monkeypatch: pytest.Monkey
     def broken(*_: object, **__: object) -> None:
         raise AttributeError("'int' object has no attribute 'view'")
 
-    monkeypatch.setattr(graphopt.compiler, "capture", broken)
+    monkeypatch.setattr(graphopt.compiler.making, "capture", broken)
     with pytest.raises(CaptureError, match="cannot be captured: AttributeError: 'int'") as caught:
         _model()(X)
     assert "test_errors.py" in caught.value.where

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
-import graphopt.compiler
+import graphopt.compiler.making
 import graphopt.model.surface
 from graphopt.errors import ArgumentError, CaptureError, MismatchError, RankError
 from graphopt.model import kinds
@@ -62,7 +62,7 @@ def test_a_run_that_has_trained_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
         warnings.simplefilter("always")
         for _ in range(3):
             assert torch.equal(model.eval()(X), plain.eval()(X))
-        monkeypatch.setattr(graphopt.compiler, "capture", None)  # no second attempt
+        monkeypatch.setattr(graphopt.compiler.making, "capture", None)  # no second attempt
         assert torch.equal(model(X), plain(X))
     (said,) = _said(caught)
     assert "float32[2, 4] (eval)" in said

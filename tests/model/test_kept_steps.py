@@ -81,7 +81,7 @@ def step(make: Callable[[], nn.Module] = Net, *, grad: bool = True, **options: A
     torch.manual_seed(0)
     model = make()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graphopt.compiler.Steps", Watched)
+        patch.setattr("graphopt.compiler.making.Steps", Watched)
         graphopt.optimize(model, **{"backend": "eager"} | options)
         torch.manual_seed(1)
         with torch.set_grad_enabled(grad):
