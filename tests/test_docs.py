@@ -255,6 +255,7 @@ def test_pass_pages_are_up_to_date() -> None:
     generator = _generator("generate_passes")
     committed = {p.name: p.read_text() for p in (DOCS / "passes").glob("*.md")}
     assert committed == generator.pages(), "run `python docs/generate_passes.py`"
+    assert generator.FACTS.read_text() == generator.facts() + "\n"
 
 
 def test_tables_of_figures_are_those_of_the_kept_results() -> None:

@@ -85,7 +85,7 @@ def _layers(rows: Sequence[dict[str, Any]], low: str) -> RenderableType:
     titles = ["layer", "operator", "float32 ms", f"{low} ms", "error"]
     titles += ["change", "bound", "format", "because"] if calibrated else ["bound", "format"]
     table = _table(*titles, *([] if calibrated else ["because"]))
-    before = ""
+    before: str | None = None  # the root is "", and is named, too
     for row in shown[:ROWS_SHOWN]:
         cells = [
             "" if row["module"] == before else row["module"] or "(root)",
