@@ -1,7 +1,7 @@
-"""Write `docs/passes/`: one page per built-in pass, from its dataclass; and what `graphopt passes`
-tells of them, which then need not be imported.
+"""Write `docs/passes/`: one page per built-in pass, from its dataclass.
 
-Run ``python docs/generate_passes.py`` after a change to a pass; a test holds the pages against it.
+Also written is what `graphopt passes` tells of them, which then need not be imported. Run ``python
+docs/generate_passes.py`` after a change to a pass; a test holds both against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Warnings while a command runs: told behind its answer, once and in short, not between progress."""
+"""Warnings while a command runs: behind its answer, once and in short, not between progress."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from graphopt.cli.console import show, show_json
 from graphopt.cli.options import Json
 
 BUILT_IN = "built_in_passes.json"
-"""Written by ``docs/generate_passes.py``, as built-in passes import torch and other packages not."""
+"""Written by ``docs/generate_passes.py``: to ask the passes themselves would import torch."""
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
