@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 from unittest import mock
 
 _INSTALLED = ("/site-packages/", "/dist-packages/")
@@ -36,12 +37,12 @@ def gathered() -> Iterator[None]:
         where = _library(filename) or f"{filename}:{lineno}"
         hear(f"{where}: {category.__name__}: {_short(str(message))}")
 
-    def logged(handler: logging.StreamHandler[object], record: logging.LogRecord) -> None:
+    def logged(handler: logging.StreamHandler[TextIO], record: logging.LogRecord) -> None:
         library = _library(record.pathname)
         if library and handler.stream is sys.stderr and record.levelno >= logging.WARNING:
             hear(f"{library}: {_short(record.getMessage())}")
         else:
-            write(handler, record)  # type: ignore[arg-type]
+            write(handler, record)
 
     try:
         with (
