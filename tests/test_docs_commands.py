@@ -38,7 +38,7 @@ NOT_RUN = {
     r"curl ": "asks a server; `tests/serving` has one",
     r"graphopt simulate \S*resnet50": "27,600 ranks; `test_chart_is_up_to_date` runs it",
     r"graphopt simulate \S*published": "a model of 40 million parameters",
-    r"graphopt doctor train\.py:make": "the file is the reader's; `tests/model/test_parts.py` has it",
+    r"graphopt doctor train\.py:make": "the reader's file; `tests/model/test_parts.py` has one",
 }
 """Commands that no test of this file runs, by how they begin, and why."""
 

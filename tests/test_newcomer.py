@@ -163,6 +163,4 @@ def test_a_package_that_is_missing_is_named(wheel: Path, tmp_path: Path) -> None
 def test_a_workload_says_what_is_missing_before_it_trains(wheel: Path, tmp_path: Path) -> None:
     example = ["-m", "graphopt.examples.unknown_operator.train", "--output", "out"]
     said = run(wheel, tmp_path, example, code=2).stderr
-    assert said == (
-        "error: matplotlib is not installed\n  try: pip install 'graphopt[examples]'\n"
-    )
+    assert said == ("error: matplotlib is not installed\n  try: pip install 'graphopt[examples]'\n")
