@@ -24,7 +24,7 @@ from benchmarks.harness import keep
 
 HERE = Path(__file__).parents[1]
 FACTORIES = Path(__file__).with_name("cli_models.py")
-PARAMETER = {"resnet18": "conv1.weight", "gpt2": "transformer.h.0.attn.c_attn.weight"}
+PARAMETER = {"resnet18": "stem.0.weight", "gpt2": "transformer.h.0.attn.c_attn.weight"}
 ALONE = {"passes": ["passes"], "doctor": ["doctor"]}
 """Commands without a model."""
 
@@ -132,6 +132,8 @@ def main() -> None:
                     order = list(checkouts) if number % 2 else list(checkouts)[::-1]
                     for side in order:
                         costs[side].append(cost(checkouts[side], sides[side][name]))
+                if any(one.code not in (0, 1) for one in costs["after"]):
+                    raise RuntimeError(f"{' '.join(sides['after'][name])} fails")
                 rows[name] = _row(costs, wall=options.wall)
                 print(model or "-", name, rows[name], flush=True)
             table[model or "without a model"] = rows

@@ -38,6 +38,7 @@ DELAYED = DOCS / "delayed_gradients.md"
 WITH_PYTHON = [
     README,
     PYTHON,
+    CLI,
     DATA_PARALLEL,
     DELAYED,
     DOCS / "checkpoints.md",

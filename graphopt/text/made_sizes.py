@@ -8,6 +8,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -33,9 +34,6 @@ class Made:
         self._own: dict[sympy.Symbol, sympy.Symbol] = {}
         self._hints: dict[sympy.Symbol, int] = {}
         for symbol in symbols:
-            # Loads all of torch's compiler, which texts without symbols do not need.
-            from torch._dynamo.source import ConstantSource
-
             positive = symbol.least is not None and symbol.least > 0
             create = shape_env.create_symbol if positive else shape_env.create_unspecified_symbol
             own = create(symbol.hint, ConstantSource(symbol.name), dynamic_dim=DimDynamic.DYNAMIC)
