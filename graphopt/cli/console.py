@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from graphopt.cli.wrapping import breaking_between_words
+from graphopt.cli.wrapping import breaking_between_words, titles_over_figures
 from graphopt.errors import ArgumentError
 from graphopt.notices import if_long, quiet
 
@@ -29,7 +29,7 @@ def show(*answers: RenderableType) -> None:
     console = Console(highlight=False, soft_wrap=False, width=PIPED if piped else None)
     with breaking_between_words():
         for answer in answers:
-            console.print(answer)
+            console.print(titles_over_figures(answer, console.width))
 
 
 def show_text(text: str) -> None:

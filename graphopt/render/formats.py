@@ -73,8 +73,12 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in columns:
         left = title in ("layer", "operator", "format", "because", "bound")
+        # Names break where room is short; figures are whole or not there.
         table.add_column(
-            title, justify="left" if left else "right", no_wrap=title != "because", overflow="fold"
+            title,
+            justify="left" if left else "right",
+            no_wrap=title not in ("layer", "operator", "because"),
+            overflow="fold",
         )
     return table
 
