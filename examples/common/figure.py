@@ -14,6 +14,16 @@ GREY = "#808080"
 COLOURS = ("#1f8fd0", "#e07b1a", "#1aa67a", "#cf5fa8", "#d0503c", "#8f7fe0", "#9a8a2a")
 
 
+def drawable() -> None:
+    """Say before long work if the figure at its end could not be drawn.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+    """
+    with extra("examples", "a figure"):
+        import matplotlib  # noqa: F401
+
+
 @contextlib.contextmanager
 def panels(
     path: Path, rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float = 3.2
