@@ -117,6 +117,17 @@ def first_call(results: Results) -> Lines:
                 )
 
 
+def commands(results: Results) -> Lines:
+    """Processor seconds of each command of ``benchmarks.cli``."""
+    yield from _head("on", "command", "before", "after", "after over before")
+    for model, rows in results["commands"].items():
+        for name, found in rows.items():
+            spent = found["processor"]
+            sides = ("" if spent[s] is None else f"{spent[s]:.2f}" for s in ("before", "after"))
+            share = "" if spent["ratio"] is None else f"{spent['ratio']:.2f}"
+            yield _row(model, f"`{name}`", *sides, share)
+
+
 def overlap(results: Results) -> Lines:
     """Cells of ``benchmarks.overlap``, a table for each."""
     for cell, found in results.items():
@@ -161,6 +172,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], Iterable[str]]]] = {
     "memory": ("memory_cpu", memory),
     "inference": ("inference", inference),
     "first_call": ("first_call", first_call),
+    "commands": ("cli", commands),
     "overlap": ("overlap", overlap),
     "job_faults": ("job_faults", job_faults),
 }

@@ -13,11 +13,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.extras import extra
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 EPOCHS = 8
 BATCH = 64

@@ -1,5 +1,5 @@
 """`python -m graphopt`: the same as the `graphopt` command."""
 
-from graphopt.cli.main import app
+from graphopt.cli.main import main
 
-app(prog_name="graphopt")
+main()

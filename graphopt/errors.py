@@ -189,3 +189,19 @@ class IndefiniteError(GraphoptError, ArithmeticError):
     """A matrix has to be positive definite, and is not."""
 
     code = "GO-H01"
+
+
+class ExtraError(GraphoptError, ModuleNotFoundError):
+    """A package is not installed that comes with an extra.
+
+    Args:
+        message: one sentence saying what is wrong.
+        hint: the line that installs it.
+        package: the package, also as ``name``.
+    """
+
+    code = "GO-X01"
+
+    def __init__(self, message: str, *, hint: str, package: str) -> None:
+        super().__init__(message, hint=hint)
+        self.name = package

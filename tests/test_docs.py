@@ -38,6 +38,7 @@ DELAYED = DOCS / "delayed_gradients.md"
 WITH_PYTHON = [
     README,
     PYTHON,
+    CLI,
     DATA_PARALLEL,
     DELAYED,
     DOCS / "checkpoints.md",
@@ -255,6 +256,7 @@ def test_pass_pages_are_up_to_date() -> None:
     generator = _generator("generate_passes")
     committed = {p.name: p.read_text() for p in (DOCS / "passes").glob("*.md")}
     assert committed == generator.pages(), "run `python docs/generate_passes.py`"
+    assert generator.FACTS.read_text() == generator.facts() + "\n"
 
 
 def test_tables_of_figures_are_those_of_the_kept_results() -> None:

@@ -7,9 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graphopt.extras import extra
+
 # In the middle between white and black, so that a contrast remains with either.
 GREY = "#808080"
 COLOURS = ("#1f8fd0", "#e07b1a", "#1aa67a", "#cf5fa8", "#d0503c", "#8f7fe0", "#9a8a2a")
+
+
+def drawable() -> None:
+    """Say before long work if the figure at its end could not be drawn.
+
+    Raises:
+        ExtraError: matplotlib is not installed.
+    """
+    with extra("examples", "a figure"):
+        import matplotlib  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -28,7 +40,8 @@ def panels(
     Yields:
         An array of matplotlib axes of shape (rows, columns).
     """
-    import matplotlib
+    with extra("examples", "a figure"):
+        import matplotlib
 
     matplotlib.use("Agg")
     from cycler import cycler

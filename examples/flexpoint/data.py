@@ -7,9 +7,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 from torch import Tensor
+
+from graphopt.extras import extra
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.model_selection import train_test_split
 
 SIZE = 8  # height and width of the digits
 STRENGTH = 0.3  # of the photograph behind a digit

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graphopt.examples.common.figure import drawable
 from graphopt.examples.hierarchical.data import NOISE, SCALES, VARIANCE, Field, draw_field
 from graphopt.examples.hierarchical.figure import draw
 from graphopt.hierarchical.kernels import Matern32
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("hierarchical"), help="a folder")
     options = parser.parse_args()
+    drawable()
     generator = torch.Generator().manual_seed(options.seed)
     field = draw_field(options.points, options.side, generator)
     fitted = fit(field, options.steps, options.tolerance)

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it runs from any folder
@@ -31,6 +29,11 @@ from examples.kfac_digits.comparison import (
     Task,
 )
 from examples.kfac_digits.report import main
+from graphopt.extras import extra
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 BATCH = 128
 RATES = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from graphopt.examples.common import check_labels, check_tensor
+from graphopt.extras import extra
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
+
+from graphopt.extras import extra
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 
 @dataclass(frozen=True)

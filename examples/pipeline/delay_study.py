@@ -19,15 +19,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it runs from any folder
 
 from examples.pipeline.delayed_resnet import resnet
+from graphopt.extras import extra
 from graphopt.optim import DelayedSGD, alternating_delay, pipelined_delay, scale_to_batch
 from graphopt.study import ConstantDelay, PipelinedBackpropagation
+
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 PLAIN, SPIKE, BRAKING = "SGD, momentum", "SC", "Adaptive Braking"
 BOTH, BOTH_WEIGHTS = "LWP + SC", "LWP of weights + SC"

@@ -11,13 +11,17 @@ import sys
 
 import torch
 import torch.nn.functional as F
-import uvicorn
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.extras import extra
 from graphopt.runtime.serving import Application
+
+with extra("serving", "this example"):
+    import uvicorn
+with extra("examples", "this example"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 PORT = 8000
 

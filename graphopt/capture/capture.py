@@ -38,10 +38,9 @@ from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
+from graphopt.supported import WANTED, supports
 
 log = logging.getLogger("graphopt")
-
-SUPPORTED = ("2.11", "2.14")
 
 
 @dataclass(frozen=True)
@@ -433,11 +432,8 @@ def _drawing_nothing() -> Iterator[Callable[[], bool]]:
 
 
 def _check_version() -> None:
-    release = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
-    low, high = (tuple(int(p) for p in v.split(".")) for v in SUPPORTED)
-    if not low <= release < high:
+    if not supports(torch.__version__):
         raise CaptureError(
-            f"torch {torch.__version__} is outside the supported range "
-            f">={SUPPORTED[0]},<{SUPPORTED[1]}",
+            f"torch {torch.__version__} is outside the supported range {WANTED}",
             hint="install torch 2.13",
         )

@@ -48,10 +48,14 @@ def calibrate(
         )
     with phase("importing torch"):
         from graphopt.calibration.run import calibrate as run
-        from graphopt.cli.model import load_example
+        from graphopt.cli.model import blaming_inputs, load_example
     with phase(f"making {model}"):
         example = load_example(model)
-    with phase(f"calibrating {example.name}"), warnings.catch_warnings():
+    with (
+        phase(f"calibrating {example.name}"),
+        warnings.catch_warnings(),
+        blaming_inputs(example),
+    ):
         warnings.simplefilter("ignore")  # the notes are part of the answer
         found = run(example.model, example.batches)
     found.save(output)

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from graphopt.cli.wrapping import breaking_between_words
-from graphopt.notices import if_long
+from graphopt.cli.wrapping import breaking_between_words, titles_over_figures
+from graphopt.errors import ArgumentError
+from graphopt.notices import if_long, quiet
 
 PATIENCE = 1.0
 """Seconds after which a phase says what it is doing."""
@@ -27,7 +29,7 @@ def show(*answers: RenderableType) -> None:
     console = Console(highlight=False, soft_wrap=False, width=PIPED if piped else None)
     with breaking_between_words():
         for answer in answers:
-            console.print(answer)
+            console.print(titles_over_figures(answer, console.width))
 
 
 def show_text(text: str) -> None:
@@ -37,14 +39,40 @@ def show_text(text: str) -> None:
 
 def show_json(command: str, answer: Mapping[str, object]) -> None:
     """Print an answer as one JSON object, its first key naming the schema."""
-    document = json.dumps({"schema": f"graphopt.{command}/1", **answer})
+    show_text(document(command, answer))
+
+
+def document(command: str, answer: Mapping[str, object]) -> str:
+    """An answer as JSON; its schema is in `graphopt.schemas`."""
+    text = json.dumps({"schema": f"graphopt.{command}/1", **answer})
     # JSON has no infinity and no NaN; as strings they survive in every reader.
-    show_text(json.dumps(json.loads(document, parse_constant=str), indent=1))
+    return json.dumps(json.loads(text, parse_constant=str), indent=1)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file that the user has named.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror}",
+            hint="name a file in a folder that exists",
+        ) from error
 
 
 @contextmanager
 def phase(label: str) -> Iterator[None]:
-    """Run one phase; if it takes longer than `PATIENCE`, say so on stderr, and how long it took."""
+    """Run one phase; if it takes longer than `PATIENCE`, say so on stderr, and how long it took.
+
+    ``GRAPHOPT_LOG=quiet`` turns these lines off.
+    """
+    if quiet():
+        yield
+        return
     with if_long(
         PATIENCE,
         lambda: _progress(f"{label}…"),

@@ -19,7 +19,11 @@ _OK = "ok"
 def doctor(
     model: OptionalModelName = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also compile a small function with Inductor.")
+        bool,
+        typer.Option(
+            "--deep",
+            help="Also import what capture needs, and compile a small function with Inductor.",
+        ),
     ] = False,
     no_grad: NoGrad = False,
     json: Json = False,
@@ -29,8 +33,8 @@ def doctor(
     With M, say instead whether the model can be captured; where it cannot, on which line, and which
     of its submodules can, the largest first.
 
-    Exits with 1 when graphopt cannot work here: an unsupported PyTorch, with --deep an Inductor
-    that fails, or a model that cannot be captured.
+    Exits with 1 when graphopt cannot work here: an unsupported PyTorch, with --deep one that
+    lacks what capture needs or an Inductor that fails, or a model that cannot be captured.
 
     JSON: checks, a list of {name, state, detail}, where state is "ok", "missing" (something
     optional is not there) or "failed" (a finding). With M: model, state, detail, where, hint, and
@@ -42,6 +46,8 @@ def doctor(
     with phase("importing torch"):
         checks = [_python(), _torch(), *_devices(), *_compilers(), *_collectives(), _threads()]
     if deep:
+        with phase("importing torch's compiler"):
+            checks.append(_capture())
         with phase("compiling with Inductor"):
             checks.append(_inductor())
     if json:
@@ -81,15 +87,18 @@ def _python() -> Check:
 def _torch() -> Check:
     import torch
 
+    from graphopt.supported import WANTED, supports
+
+    state = _OK if supports(torch.__version__) else "failed"
+    return "torch", state, f"{torch.__version__} (graphopt needs {WANTED})"
+
+
+def _capture() -> Check:
     try:
-        from graphopt.capture import SUPPORTED
+        import graphopt.capture  # noqa: F401
     except ImportError as error:
-        return "torch", "failed", f"{torch.__version__} lacks what capture needs: {error}"
-    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
-    release = tuple(map(int, torch.__version__.split(".")[:2]))
-    wanted = f"graphopt needs >={SUPPORTED[0]},<{SUPPORTED[1]}"
-    state = _OK if low <= release < high else "failed"
-    return "torch", state, f"{torch.__version__} ({wanted})"
+        return "capture", "failed", f"this torch lacks what capture needs: {error}"
+    return "capture", _OK, "what it needs of torch is there"
 
 
 def _devices() -> list[Check]:

@@ -60,7 +60,7 @@ def finding(name: str, *, no_grad: bool) -> Finding:
     """
     with phase("importing torch's compiler"):
         from graphopt.capture import capture
-        from graphopt.cli.model import load_example
+        from graphopt.cli.model import blaming_inputs, load_example
         from graphopt.cli.subject import mode
         from graphopt.errors import CaptureError
         from graphopt.model.parts import largest_parts
@@ -68,7 +68,7 @@ def finding(name: str, *, no_grad: bool) -> Finding:
         example = load_example(name)
     with mode(example, no_grad=no_grad):
         try:
-            with phase(f"capturing {example.name}"):
+            with phase(f"capturing {example.name}"), blaming_inputs(example):
                 captured = capture(example.model, example.args, example.kwargs)
         except CaptureError as error:
             with phase("looking for parts that can be captured"):

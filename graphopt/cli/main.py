@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import sys
 from collections.abc import Callable
 
@@ -21,6 +23,7 @@ from graphopt.cli import (
     verify,
     why,
 )
+from graphopt.cli.noise import gathered
 from graphopt.errors import ArgumentError, GraphoptError, SpecError
 
 FINDING = 1
@@ -44,7 +47,8 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
-            command(*args, **kwargs)
+            with gathered():
+                command(*args, **kwargs)
         except GraphoptError as error:
             print(error, file=sys.stderr)
             usage = isinstance(error, ArgumentError | SpecError)
@@ -67,3 +71,12 @@ for _command in (
     doctor.doctor,
 ):
     app.command()(_reporting(_command))
+
+
+def main() -> None:
+    """The command in a process of its own."""
+    # torch and its compiler are 2,600 modules, whose objects all stay. Looking for garbage among
+    # them, while they load and once more at the end, would be a third of a command's time.
+    gc.set_threshold(50_000, 20, 100)
+    atexit.register(gc.freeze)
+    app(prog_name="graphopt")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.errors import ArgumentError
+from graphopt.errors import ArgumentError, CaptureError
 
 SEED = 0
 """Seeds the factory, so that parameters and inputs are the same in every run."""
@@ -68,6 +68,7 @@ def load_example(name: str) -> Example:
         )
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     factory = _factory(module, attribute, place)
+    _check_factory(factory, name)
     torch.manual_seed(SEED)
     with _blaming(f"{name}: the factory raised"):
         returned = factory()
@@ -138,6 +139,19 @@ def _factory(module: ModuleType, attribute: str, place: str) -> Callable[[], obj
     return factory
 
 
+def _check_factory(factory: Callable[[], object], name: str) -> None:
+    """Whether it can be called without arguments."""
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ArgumentError(
+            f"{name}: a factory is called without arguments, and this one is {error}",
+            hint="write one without parameters that calls it",
+        ) from error
+    except ValueError:  # some built-in functions have no signature
+        return
+
+
 def _unpack(returned: object, name: str) -> tuple[nn.Module, list[Call]]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ArgumentError(f"{name} returned {_kind(returned)}", hint=_RETURNS)
@@ -177,19 +191,47 @@ def _kind(value: object) -> str:
 
 
 @contextmanager
-def _blaming(message: str) -> Iterator[None]:
+def blaming_inputs(example: Example) -> Iterator[None]:
+    """Where a capture fails within, find out whether the model's calls fail without graphopt, too.
+
+    Raises:
+        ArgumentError: one does, so that the example inputs are to blame.
+    """
+    try:
+        yield
+    except CaptureError:
+        kind = type(example.model).__name__
+        for number, (args, kwargs) in enumerate(example.batches):
+            which = f" {number + 1}" if example.more else ""
+            with _blaming(
+                f"{example.name}: forward of {kind} raised with the example inputs{which}, in "
+                "PyTorch eager, too",
+                hint="let the factory return inputs with which model(*inputs) works",
+            ):
+                example.model(*args, **kwargs)
+        raise
+
+
+@contextmanager
+def _blaming(message: str, hint: str = "") -> Iterator[None]:
     """Turn any error of the user's code into an `ArgumentError` that points at its line."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit):
+            hint = "put what runs a script behind if __name__ == '__main__'"
         said = traceback.format_exception_only(error)[-1].strip()
-        raise ArgumentError(f"{message}: {said}", where=_line_of(error)) from error
+        raise ArgumentError(f"{message}: {said}", where=_line_of(error), hint=hint) from error
 
 
-def _line_of(error: Exception) -> str:
+_BETWEEN = ("/torch/", "importlib", "/argparse.py", str(Path(__file__).parent))
+"""Parts of the names of files whose lines say nothing to a user."""
+
+
+def _line_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "importlib" not in f.filename]
+    own = [f for f in frames if not any(part in f.filename for part in _BETWEEN)]
     last = (own or list(frames))[-1]
     return f"{last.filename}:{last.lineno}: {last.line}"

@@ -112,15 +112,10 @@ def on_made_up_inputs(graph: Graph, states: States) -> Observe:
         states: the tensors that passes own; read when a graph runs.
 
     Raises:
-        ArgumentError: the part of graphopt that makes inputs up is not installed.
+        ArgumentError: its tensors do not fit into this machine.
     """
-    try:
-        from graphopt.testing.inputs import inputs_for
-    except ModuleNotFoundError as error:
-        raise ArgumentError(
-            f"making up inputs for a .gopt file needs {error.name}",
-            hint="pip install 'graphopt[testing]', or name a model",
-        ) from error
+    from graphopt.testing.inputs import inputs_for
+
     _check_memory(graph)
     values = dict(zip(graph.signature.inputs, inputs_for(graph, SEED), strict=True))
 

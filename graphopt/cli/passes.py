@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json as jsonlib
 from dataclasses import MISSING
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import typer
 
 from graphopt.cli.console import show, show_json
 from graphopt.cli.options import Json
+
+BUILT_IN = "built_in_passes.json"
+"""Written by ``docs/generate_passes.py``: to ask the passes themselves would import torch."""
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,11 +33,12 @@ def passes(json: Json = False) -> None:
     from graphopt import registry
     from graphopt.errors import GraphoptError
 
+    known = built_in()
     found: list[dict[str, object]] = []
     for name, origin in registry.origins().items():
         entry: dict[str, object] = {"name": name, "origin": origin}
         try:
-            entry |= _describe(registry.get(name))
+            entry |= known[name] if name in known else describe(registry.get(name))
         except GraphoptError as error:
             entry["error"] = str(error)
         found.append(entry)
@@ -44,17 +50,27 @@ def passes(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _describe(kind: type[Pass]) -> dict[str, object]:
+def built_in() -> dict[str, dict[str, object]]:
+    """What is written about graphopt's own passes, by name."""
+    found: dict[str, dict[str, object]] = jsonlib.loads(
+        files("graphopt.cli").joinpath(BUILT_IN).read_text(encoding="utf-8")
+    )
+    return found
+
+
+def describe(kind: type[Pass]) -> dict[str, object]:
+    """What can be said of a pass, as plain data."""
     from graphopt.passbase import Numerics
     from graphopt.pipeline.spec import options_of
-    from graphopt.pipeline.values import describe, format_value
+    from graphopt.pipeline.values import describe as words_of
+    from graphopt.pipeline.values import format_value
 
     # An option may decide the numerics; on the class they are then a property.
     declared: object = kind.numerics
     options = [
         {
             "name": option.name,
-            "type": describe(option.kind),
+            "type": words_of(option.kind),
             "required": option.default is MISSING,
             "default": None
             if option.default is MISSING

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.console import phase, save, show, show_json
 from graphopt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -88,11 +88,4 @@ def _plot(path: Path, name: str, spec: str, outcome: Outcome) -> None:
             "there is no front to draw: without a calibration nothing is known of the loss",
             hint="graphopt calibrate M -o FILE, and calibration=FILE in -p",
         )
-    try:
-        path.write_text(front_chart(name, spec, front), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            f"the picture cannot be written: {error.strerror}",
-            where=str(path),
-            hint="name a file in a folder that exists",
-        ) from error
+    save(path, front_chart(name, spec, front))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.cli.compute import MEASURE, Compute
-from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.console import phase, save, show, show_json
 from graphopt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -86,18 +86,7 @@ def _draw(name: str, data: Mapping[str, Any], plot: Path | None, trace: Path | N
     simulated = planned_pipeline(data)
     title = f"{name}: {len(data['stages'])} stages, {data['schedule']} (simulated)"
     if plot is not None:
-        _write(plot, pipeline_chart(simulated, title))
+        save(plot, pipeline_chart(simulated, title))
     if trace is not None:
         held = {f"bytes of rank {rank}": steps for rank, steps in enumerate(simulated.memory)}
-        _write(trace, jsonlib.dumps(trace_events(simulated, title, held)))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            f"{str(path)!r} cannot be written: {error.strerror}",
-            where=str(path),
-            hint="name a file in a folder that exists",
-        ) from error
+        save(trace, jsonlib.dumps(trace_events(simulated, title, held)))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli.compute import HELP, Compute
-from graphopt.cli.console import phase, show_json, show_text
+from graphopt.cli.console import phase, save, show_json, show_text
 from graphopt.cli.options import Json, ModelName, NoGrad
 from graphopt.errors import ArgumentError
 from graphopt.registry import PRESETS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from graphopt.cli.subject import Subject
     from graphopt.graph import Graph
     from graphopt.render.report.document import Document
@@ -75,6 +77,7 @@ def report(
         from graphopt.cli.subject import load_subject, rewrite
         from graphopt.model.arguments import parse_mesh
     sizes = parse_mesh(mesh)
+    _check_mesh(mesh or "", sizes, passes)
     # Of a machine that is named nothing is guessed; a page about one rank says what it assumes.
     assumed = ASSUMED if mesh is None and flops is None else None
     compute = Compute.of(device or assumed, flops, because=f"--mesh {mesh}")
@@ -104,6 +107,23 @@ def report(
         show_json("report", asdict(found))
     else:
         show_text("\n".join(f"wrote {path}" for path in (output, trace) if path))
+
+
+def _check_mesh(mesh: str, sizes: Mapping[str, int], passes: str) -> None:
+    from graphopt.pipeline.spec import parse_spec
+
+    unknown = [name for name in sizes if name not in ("dp", "pp")]
+    if unknown:
+        raise ArgumentError(
+            f"--mesh {mesh} has dimensions that report does not know: {', '.join(unknown)}",
+            hint="dp=8 are ranks that average gradients, pp=4 are stages of a pipeline",
+        )
+    staged = passes not in PRESETS and any("staged" in p.provides for p in parse_spec(passes))
+    if "pp" in sizes and not staged:
+        raise ArgumentError(
+            f"--mesh {mesh} has stages, and no pass of {passes!r} makes any",
+            hint="-p partition, or leave pp out",
+        )
 
 
 def _messages(
@@ -141,16 +161,6 @@ def _write(found: Document, output: Path | None, trace: Path | None) -> None:
     from graphopt.render.report.trace import trace_of
 
     if output is not None:
-        _save(output, page(found))
+        save(output, page(found))
     if trace is not None:
-        _save(trace, jsonlib.dumps(trace_of(found)))
-
-
-def _save(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            f"{str(path)!r} cannot be written: {error.strerror}",
-            hint="name a file in a folder that exists",
-        ) from error
+        save(trace, jsonlib.dumps(trace_of(found)))

@@ -80,6 +80,7 @@ def _step(step: PassStep, diff: Diff) -> dict[str, object]:
         "verify_seconds": step.verify_seconds,
         "nodes_before": step.nodes_before,
         "nodes_after": step.nodes_after,
-        **asdict(step.outcome),
+        "applied": [asdict(site) for site in step.outcome.applied],
+        "declined": [asdict(site) for site in step.outcome.declined],
         "diff": as_data(diff),
     }

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.console import phase, show_json, show_text
+from graphopt.cli.console import phase, save, show_json, show_text
 from graphopt.cli.console import show as show_answer
 from graphopt.cli.options import Json, ModelName, NoGrad, OptionalPasses
 
@@ -70,7 +70,7 @@ def show(
             show_text(written)
         return
     if html is not None:
-        html.write_text(graph_html(graph, subject.name))
+        save(html, graph_html(graph, subject.name))
     if json:
         answer = {
             "model": subject.name,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli.compute import HELP, Compute
-from graphopt.cli.console import phase, show, show_json
+from graphopt.cli.console import phase, save, show, show_json
 from graphopt.cli.data_parallel import ranks_of
 from graphopt.cli.options import Json, ModelName
 from graphopt.cli.scaling import Assumed, predict, timeline_of
@@ -109,12 +109,12 @@ def simulate(
     with phase("simulating"):
         points, ddp = predict(timeline, assumed, _worlds(world))
     if chart:
-        _write(chart, _chart(subject.name, assumed, points, ddp))
+        save(chart, _chart(subject.name, assumed, points, ddp))
     if trace:
         from graphopt.render.perfetto import trace_events
 
         title = f"{subject.name} on {world:,} ranks of {machine.name} (simulated)"
-        _write(trace, jsonlib.dumps(trace_events(points[-1].trace, title)))
+        save(trace, jsonlib.dumps(trace_events(points[-1].trace, title)))
     if json:
         show_json("simulate", _answer(subject.name, timeline, assumed, points, ddp))
         return
@@ -204,13 +204,3 @@ def _chart(name: str, assumed: Assumed, points: Sequence[Point], ddp: Sequence[P
         "DDP default": [(p.world, p.efficiency) for p in ddp],
     }
     return efficiency_chart(f"{name} on {assumed.machine.name}", subtitle, series)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ArgumentError(
-            f"{str(path)!r} cannot be written: {error.strerror}",
-            hint="name a file in a folder that exists",
-        ) from error

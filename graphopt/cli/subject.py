@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphopt.cli.console import phase
-from graphopt.cli.model import Example, load_example, near
+from graphopt.cli.model import Example, blaming_inputs, load_example, near
 from graphopt.errors import ArgumentError
 from graphopt.graph import Graph, Level
 from graphopt.passbase import PassContext
@@ -68,7 +68,11 @@ def load_subject(name: str, *, no_grad: bool = False, forward: bool = False) -> 
         from graphopt.capture import capture, capture_forward
     with phase(f"making {name}"):
         example = load_example(name)
-    with phase(f"capturing {example.name}"), mode(example, no_grad=no_grad):
+    with (
+        phase(f"capturing {example.name}"),
+        mode(example, no_grad=no_grad),
+        blaming_inputs(example),
+    ):
         if forward:
             graph = capture_forward(example.model, example.args, example.kwargs)
             return Subject(example.name, graph, example)

@@ -87,7 +87,6 @@ def verify(
     with phase("importing torch"):
         from graphopt.cli.observe import by_eager, on_example, on_made_up_inputs
         from graphopt.cli.subject import load_subject, mode
-    from graphopt.cli import verify_steps
     from graphopt.model.comparison import tolerance
     from graphopt.passbase import EXACT, PassContext
     from graphopt.pipeline import Pipeline
@@ -116,6 +115,8 @@ def verify(
                     hint="name a model and its example inputs, or leave --backend out",
                 )
         else:
+            from graphopt.cli import verify_steps
+
             with phase("running steps"), mode(subject.example, no_grad=no_grad):
                 stages += verify_steps.rows(subject.example, pipeline, backend or "eager")
     first_bad = first_of(stages)

@@ -1,4 +1,4 @@
-"""Where a name may be broken that is longer than its column: behind a dot, not inside of a word."""
+"""Tables in little room: names break behind dots, not inside words; titles make room for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from unittest import mock
 
 from rich import _wrap
 from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
 
 _BEHIND = ("./:,", "_")
+
+ROOMY = 100
+"""Columns from which on titles of figures stay in one line."""
 
 
 @contextmanager
@@ -34,3 +39,24 @@ def pieces(text: str, width: int) -> list[str]:
         found.append(text[:cut])
         text = text[cut:]
     return [*found, text] if text or not found else found
+
+
+def titles_over_figures(answer: RenderableType, width: int) -> RenderableType:
+    """The answer; where it is narrow, titles wider than their figures are broken between words.
+
+    That leaves room for names, which else would be broken within words.
+    """
+    if width < ROOMY:
+        for table in _tables(answer):
+            for column in table.columns:
+                if column.justify == "right" and isinstance(column.header, str):
+                    column.header = column.header.replace(" ", "\n")
+    return answer
+
+
+def _tables(answer: RenderableType) -> Iterator[Table]:
+    if isinstance(answer, Table):
+        yield answer
+    elif isinstance(answer, Group):
+        for part in answer.renderables:
+            yield from _tables(part)

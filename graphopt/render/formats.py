@@ -73,8 +73,12 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in columns:
         left = title in ("layer", "operator", "format", "because", "bound")
+        # Names break where room is short; figures are whole or not there.
         table.add_column(
-            title, justify="left" if left else "right", no_wrap=title != "because", overflow="fold"
+            title,
+            justify="left" if left else "right",
+            no_wrap=title not in ("layer", "operator", "because"),
+            overflow="fold",
         )
     return table
 
@@ -85,7 +89,7 @@ def _layers(rows: Sequence[dict[str, Any]], low: str) -> RenderableType:
     titles = ["layer", "operator", "float32 ms", f"{low} ms", "error"]
     titles += ["change", "bound", "format", "because"] if calibrated else ["bound", "format"]
     table = _table(*titles, *([] if calibrated else ["because"]))
-    before = ""
+    before: str | None = None  # the root is "", and is named, too
     for row in shown[:ROWS_SHOWN]:
         cells = [
             "" if row["module"] == before else row["module"] or "(root)",

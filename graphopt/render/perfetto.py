@@ -41,22 +41,16 @@ def trace_events(trace: Lanes, title: str, counters: Counters | None = None) -> 
         events.append(_named("thread_name", lane, thread))
         order = {"ph": "M", "name": "thread_sort_index", "pid": PROCESS, "tid": thread}
         events.append({**order, "args": {"sort_index": thread}})
-    for span in sorted(trace.spans, key=lambda s: s.start):
-        events.append(
-            {
-                "ph": "X",
-                "name": span.name,
-                "cat": span.lane.partition(" ")[0],
-                "pid": PROCESS,
-                "tid": threads[span.lane],
-                "ts": span.start * MICRO,
-                "dur": span.seconds * MICRO,
-            }
-        )
+    timed: list[tuple[float, dict[str, object]]] = []
+    for span in trace.spans:
+        shown = {"ph": "X", "name": span.name, "cat": span.lane.partition(" ")[0], "pid": PROCESS}
+        times = {"ts": span.start * MICRO, "dur": span.seconds * MICRO}
+        timed.append((span.start, {**shown, "tid": threads[span.lane], **times}))
     for name, steps in (counters or {}).items():
         for seconds, value in steps:
             counter = {"ph": "C", "name": name, "pid": PROCESS, "ts": seconds * MICRO}
-            events.append({**counter, "args": {"value": value}})
+            timed.append((seconds, {**counter, "args": {"value": value}}))
+    events += [event for _, event in sorted(timed, key=lambda pair: pair[0])]
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 

@@ -45,7 +45,7 @@ def provenance_view(
         for verdict in _verdicts(step, told):
             table.add_row("pass", f"[bold]{escape(step.spec)}[/]: {verdict}")
     for mention in planned:
-        words = ", ".join(f"{key} {value}" for key, value in mention.values.items())
+        words = ", ".join(f"{key} {value}" for key, value in mention.values.items() if value != "")
         table.add_row("plan", escape(f"{mention.part} {mention.path}: {words}"))
     return Group(f"[bold]{escape(told.name)}[/]  {told.what}", table)
 

@@ -10,12 +10,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt import registry
 from graphopt.errors import ArgumentError
+from graphopt.extras import extra
 from graphopt.graph import Graph, Level
 from graphopt.passbase import Pass, PassContext
 from graphopt.pipeline.spec import format_pass, options_of, parse_spec
@@ -27,6 +26,10 @@ from graphopt.testing.sizes import at_sizes, other_sizes
 from graphopt.testing.strategies import forward_graphs, inference_graphs, joint_graphs
 from graphopt.text import print_graph
 from graphopt.verify import verify
+
+with extra("testing", "check_pass"):
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
 
 
 def check_pass(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphopt.extras import extra
+
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 _VOCABULARY = 32
@@ -17,7 +19,8 @@ _VOCABULARY = 32
 
 def gpt2() -> Made:
     """GPT-2: tied embeddings, learned positions, dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    with extra("corpus", "this model of the corpus"):
+        from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=_VOCABULARY,
@@ -36,7 +39,8 @@ def gpt2() -> Made:
 
 def llama() -> Made:
     """Llama: rotary positions, grouped queries, gated feed-forward."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with extra("corpus", "this model of the corpus"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
@@ -53,7 +57,8 @@ def llama() -> Made:
 
 def bert() -> Made:
     """BERT with its masked language model head."""
-    from transformers import BertConfig, BertForMaskedLM
+    with extra("corpus", "this model of the corpus"):
+        from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
         vocab_size=_VOCABULARY,
@@ -68,7 +73,8 @@ def bert() -> Made:
 
 def t5() -> Made:
     """T5: an encoder and a decoder with relative positions."""
-    from transformers import T5Config, T5ForConditionalGeneration
+    with extra("corpus", "this model of the corpus"):
+        from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
         vocab_size=_VOCABULARY,
@@ -85,7 +91,8 @@ def t5() -> Made:
 
 def hf_vit() -> Made:
     """The package's vision transformer, as an image classifier."""
-    from transformers import ViTConfig, ViTForImageClassification
+    with extra("corpus", "this model of the corpus"):
+        from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=16,

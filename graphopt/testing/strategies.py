@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from hypothesis import reject
-from hypothesis import strategies as st
-
 from graphopt.errors import ArgumentError
+from graphopt.extras import extra
 from graphopt.graph import Graph, Level
 from graphopt.testing.ops_catalogue import CATALOGUE
 from graphopt.testing.program import Instruction, Program, build
 from graphopt.testing.recording import NotWritten
+
+with extra("testing", "what generates graphs"):
+    from hypothesis import reject
+    from hypothesis import strategies as st
 
 _TAPE = 6
 _SHAPES = ((2, 3), (3,), (), (1, 2), (2, 1, 3), (2, 2, 4, 4), (4, 4))

@@ -8,12 +8,14 @@ import time
 import traceback
 from collections import Counter
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-
 from graphopt.errors import MismatchError
+from graphopt.extras import extra
 from graphopt.testing.fuzz.check import check_scenario
 from graphopt.testing.fuzz.scenario import Scenario
 from graphopt.testing.fuzz.strategies import scenarios
+
+with extra("testing", "what generates training code"):
+    from hypothesis import HealthCheck, Phase, given, seed, settings
 
 
 def main(examples: int, start: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
-
+from graphopt.extras import extra
 from graphopt.testing.fuzz.around import AROUND
 from graphopt.testing.fuzz.between import AFTER
 from graphopt.testing.fuzz.scenario import KINDS, OUTPUTS, REFUSED_KINDS, Layer, Scenario, Step
 from graphopt.testing.fuzz.uses import USES
+
+with extra("testing", "what generates training code"):
+    from hypothesis import strategies as st
 
 # A refusal ends a scenario, so what is refused comes once in this many layers.
 _RARE = 30
