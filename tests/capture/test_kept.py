@@ -252,7 +252,10 @@ def test_another_kernel_of_torch_is_captured_again(process: Process) -> None:
         kind = "CompositeImplicitAutograd"
         library.impl("leaky_relu_", lambda x, slope: x.mul_(slope), kind, allow_override=True)
         made = capture(process.net(), (torch.ones(2, 4),), store=Store())
-    assert (made.route, made.unkept) == ("dynamo", f"aten::leaky_relu_ has another kernel for {kind}")
+    assert (made.route, made.unkept) == (
+        "dynamo",
+        f"aten::leaky_relu_ has another kernel for {kind}",
+    )
     assert route(process.net()) == "kept"
 
 

@@ -1,4 +1,4 @@
-"""What a graph calls without a look inside: the code behind it is one that no condition leads to."""
+"""What a graph calls without a look inside: no condition leads to the code behind it."""
 
 from __future__ import annotations
 
