@@ -38,7 +38,8 @@ def own_operators_only(*modules: fx.GraphModule) -> None:
             continue
         if not isinstance(target, OpOverload | OpOverloadPacket):
             continue
-        name = target._qualified_op_name if isinstance(target, OpOverloadPacket) else target.name()
+        packet = target if isinstance(target, OpOverloadPacket) else target.overloadpacket
+        name = packet._qualified_op_name
         if name.partition("::")[0] not in _OURS:
             raise Unkept(f"it calls {name}, an operator whose code is not known")
 
