@@ -29,6 +29,7 @@ from graphopt.capture.kept import (
     entry_of,
     found,
     key_of,
+    own_operators_only,
 )
 from graphopt.capture.lock import tracing_alone
 from graphopt.capture.number_symbols import Numbers
@@ -353,6 +354,7 @@ class _Keeping:
                 raise Unkept("forward changes Python objects, or draws random numbers of Python")
             if made.inputs is not flat.inputs:
                 raise Unkept("inputs that forward writes to share memory")
+            own_operators_only(flat.module, made.graph.module)
             functions = functions_of(flat.module)
             entry = entry_of(flat.description, made.graph, made.aliases, flat.notes, functions)
             return "", self.store.write(self.key, entry)

@@ -13,11 +13,14 @@ import dis
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch.distributions import constraints
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -39,11 +42,27 @@ def checked_branches() -> Iterator[None]:
             name = dis.opname[opcode]
             if "JUMP" in name and (_TRUE in name or _FALSE in name):
                 table[opcode] = _checking(handler, name)
+    call = _entering(TorchInGraphFunctionVariable.call_function)
     try:
-        yield
+        with mock.patch.object(TorchInGraphFunctionVariable, "call_function", call):
+            yield
     finally:
         for table, handlers in before:
             table[:] = handlers
+
+
+# Dynamo would call them as a whole, and not see the checks in them.
+_WITH_CHECKS = (torch.nn.functional.gaussian_nll_loss,)
+
+
+def _entering(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value in _WITH_CHECKS:
+            function = UserFunctionVariable(self.value, source=self.source)
+            return function.call_function(tx, args, kwargs)
+        return original(self, tx, args, kwargs)
+
+    return call_function
 
 
 def _translators() -> list[Any]:

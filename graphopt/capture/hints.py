@@ -13,10 +13,14 @@ ZEROS = (
 )
 _PAD = "pad the sequences, and mask what is padded"
 
+_DRAWS = (
+    r"`?Random\.|generator of one's own|RandomState|default_rng|_numpy\.random|method random"
+    r"|\bnumpy\.random|of class `Generator`"
+)
+
 _HINTS = (
     (
-        r"`?Random\.|generator of one's own|RandomState|default_rng|_numpy\.random|method random"
-        r"|`Generator\.",
+        _DRAWS,
         "draw by torch, which a graph does at every call: torch.rand(()); or draw outside of the "
         "model and pass what was drawn",
     ),
@@ -67,7 +71,8 @@ _HINTS = (
         "choose by torch.where or torch.cond instead of by Python on tensor values",
     ),
     (
-        r"manual_seed|rng_state|fork_rng|\(Generator\)|torch\.random",
+        r"manual_seed|rng_state|fork_rng|\(Generator\)|torch\.Generator|\._C\.Generator"
+        r"|torch\.random",
         "draw outside of the model and pass what was drawn",
     ),
     (r"retain_grad", ZEROS),
@@ -95,9 +100,26 @@ _SAYS = (
         "generator only",
     ),
     (
-        r"\(Generator\)|`Generator\.",
+        _DRAWS,
+        "forward draws from Python's random numbers or NumPy's, and the draw would be frozen into "
+        "the graph",
+    ),
+    (
+        r"\(Generator\)|torch\.Generator|\._C\.Generator",
         "forward draws from a torch.Generator of its own, and a graph draws from the default one "
         "only",
+    ),
+    (
+        r"Could not guard on data-dependent",
+        "forward branches on a value or a size that depends on data, and a graph has one way",
+    ),
+    (
+        r"Unsupported context manager",
+        "forward enters a context manager that torch cannot capture",
+    ),
+    (
+        r"retain_grad\(\) with",
+        "forward calls retain_grad(), and the gradient is inside of the graph, on no tensor",
     ),
     (
         r"(?i)pack_(padded_)?sequence|PackedSequence",

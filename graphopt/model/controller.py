@@ -111,6 +111,12 @@ class Controller:
                 return variant.call(model, *args, **kwargs)
         return self._first_call(model, args, kwargs)
 
+    def replaced(self, plain: Callable[..., Any]) -> None:
+        """Go on with another forward, which the class of the model has by now."""
+        with self._lock:
+            self.plain, self.variants = plain, ()
+            self.kinds, self.sites = PlainKinds(), Sites()
+
     def _say_hooked(self, number: int, error: GraphoptError) -> None:
         """Calls under hooks of a summary or a profiler run plain, and later ones are captured."""
         warn(

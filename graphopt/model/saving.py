@@ -8,6 +8,7 @@ complete; until then the former one stays.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -51,13 +52,17 @@ def save(
     """
     target = Path(path)
     controller, ranks = controller_of(model), shards.ranks()
-    tensors: dict[str, Tensor] = {_MODEL + name: t for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = {_MODEL + name: t for name, t in state.items() if isinstance(t, Tensor)}
+    others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     if controller is not None and ranks == 1:
         passes = sealed(controller.session.state_dict())
     else:
         passes = {} if controller is None else controller.session.own_state()
     tensors |= {_PASSES + name: t for name, t in passes.items()}
     rest = {"optimizer": None if optimizer is None else optimizer.state_dict(), "extra": extra}
+    if others:  # of modules with get_extra_state
+        rest["model"] = others
     document = json.dumps({"rest": _without_tensors(rest, tensors, _REST)})
     plain = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     if ranks > 1:
@@ -104,6 +109,7 @@ def load(
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(source, "its document is none of graphopt.save") from error
     weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    weights |= rest.get("model", {})
     passes = {n.removeprefix(_PASSES): t for n, t in tensors.items() if n.startswith(_PASSES)}
     if source.is_dir():
         passes = sealed(passes)
@@ -122,6 +128,7 @@ def load(
             hint="give the optimizer that was saved, or save without one",
         )
     if optimizer is not None:
+        _check_options(source, optimizer, optimizer_state)
         try:
             optimizer.load_state_dict(optimizer_state)
         except (ValueError, KeyError, TypeError) as error:
@@ -142,12 +149,26 @@ def _check_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
                 hint="make the model as it was made when it was saved",
             )
         one, other = own[name], saved[name]
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            continue
         if one.shape != other.shape or one.dtype != other.dtype:
             raise StateError(
                 f"{name!r} is {str(other.dtype)[6:]}{list(other.shape)} in the file and "
                 f"{str(one.dtype)[6:]}{list(one.shape)} in the model",
                 hint="make the model as it was made when it was saved",
             )
+
+
+def _check_options(source: Path, optimizer: Optimizer, saved: Any) -> None:
+    """Torch takes the state of any optimizer, whose options then take the place of one's own."""
+    groups = saved.get("param_groups", ()) if isinstance(saved, dict) else ()
+    lacking = [name for name in optimizer.defaults for group in groups if name not in group]
+    if lacking:
+        raise StateError(
+            f"{source} is of another optimizer: it has no {lacking[0]!r}, which "
+            f"{type(optimizer).__name__} needs",
+            hint="make the optimizer as it was made when it was saved",
+        )
 
 
 # -- everything that is no tensor ------------------------------------------------------------------
@@ -207,16 +228,26 @@ def _checksum(tensors: Mapping[str, Tensor], document: str) -> str:
 
 
 def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if target.is_dir():
+        raise StateError(f"{target} is a folder", hint="name a file in it")
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)
         shards.flush(partial)
         partial.replace(target)
         shards.flush(target.parent)
+    except (SafetensorError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise StateError(
+            f"{target} cannot be written: {why}",
+            hint="look whether its folder is there, may be written to and has room",
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _read(source: Path) -> tuple[dict[str, Tensor], str]:

@@ -56,7 +56,7 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
     controller = Controller(plain_forward(model), compiler, session, own)
     controller.hooks = hooks_of(model)
     surface: dict[str, Method] = {
-        "forward": _forward(controller),
+        "forward": _forward(controller, model),
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
         "_replicate_for_data_parallel": _replicate,
@@ -93,17 +93,21 @@ def _has_own(model: nn.Module, name: str) -> bool:
     return inside or name in own or hasattr(type(model), name)
 
 
-def _forward(controller: Controller) -> Method:
+def _forward(controller: Controller, model: nn.Module) -> Method:
     plain, number = controller.plain, register(controller)
+    # A descriptor may give another object each time.
+    of_class = controller.own is None and plain is type(model).forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             bypassed(number)
-            return plain(self, *args, **kwargs)
+            return (type(self).forward if of_class else plain)(self, *args, **kwargs)
+        if of_class and type(self).forward is not controller.plain:
+            controller.replaced(type(self).forward)
         # In a job a plain step would leave gradients unreduced; there such a call is refused.
         plainly = runs_plain() and not controller.session.ranks
         if plainly or within_another_program():
-            return plain(self, *args, **kwargs)
+            return controller.plain(self, *args, **kwargs)
         return controller(self, args, kwargs)
 
     # Not functools.wraps: who unwraps (accelerate does) would find the plain forward and keep it.

@@ -303,7 +303,10 @@ class _Builder:
                 return type(value)(map(fake, value, type_))
             if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
                 return value
-            own = FakeTensor(self._fake, value, type_.device)
+            if value.device.type == "meta":
+                own = FakeTensor(self._fake, value, type_.device)
+            else:  # of numbers alone
+                own = self._fake.from_tensor(value, static_shapes=True)
             return _restride(own, type_, self._sizes)
 
         value = fake(made, statement.type)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import DoubleBackwardError
+from graphopt.errors import ArgumentError, DoubleBackwardError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.engine.base import Engine
+from graphopt.runtime.engine.batched import is_batched, one_by_one
 from graphopt.runtime.engine.step import Backward, Forward, Source, Step
 from graphopt.runtime.engine.tangents import Taken, taken
 from graphopt.runtime.session import Session
@@ -152,6 +153,28 @@ class TrainingEngine(Engine):
                 results[i] = results[i].detach()
         return [results[i] for i, _, _ in self.gradients]
 
+    def again(
+        self, step: Step, saved: Sequence[Any], numbers: Sequence[Any]
+    ) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]:
+        """The backward of a step, to be run several times on the same saved values.
+
+        Raises:
+            ArgumentError: a method sees every step, and this is none.
+        """
+        if self.plan.parts:
+            raise ArgumentError(
+                "several tangents at once (is_grads_batched, jacobian with vectorize) make no "
+                f"step, and {self.plan.parts[0].name} has to see steps",
+                hint="optimize the model that you differentiate so with passes='cleanup'",
+            )
+
+        def run(tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            step.saved = list(saved)
+            self.join_numbers(step.saved, numbers)
+            return self.run_backward(step, tangents)
+
+        return run
+
     def live(self, tangents: Sequence[Tensor | None]) -> frozenset[int]:
         """Which tangents there are, of one per computed output."""
         places = enumerate(self.tangent_of_output)
@@ -268,9 +291,12 @@ class _Node(torch.autograd.Function):
         count = len(tensors) - len(engine.saved_inputs)
         step: Step = ctx.step
         step.inputs = dict(zip(engine.saved_inputs, tensors[count:], strict=True)) | ctx.sizes
-        step.saved = tensors[:count]
-        engine.join_numbers(step.saved, ctx.numbers)
-        del tensors
-        gradients = engine.run_backward(step, taken(tangents))
+        if is_batched(tangents):
+            gradients = one_by_one(engine.again(step, tensors[:count], ctx.numbers), tangents)
+        else:
+            step.saved = tensors[:count]
+            engine.join_numbers(step.saved, ctx.numbers)
+            del tensors
+            gradients = engine.run_backward(step, taken(tangents))
         step.inputs = {}
         return (None, None, *gradients)

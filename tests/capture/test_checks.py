@@ -27,7 +27,14 @@ class Model(nn.Module):
         return self.body(self.lin(x))
 
 
-@pytest.mark.parametrize("body", [raises, asserts, asserts_tensor, asserts_number, repairs])
+def negative_likelihood(x: Tensor) -> Tensor:
+    """Asks that no variance is negative."""
+    return torch.nn.functional.gaussian_nll_loss(x, torch.ones_like(x), 100 - x.abs())
+
+
+@pytest.mark.parametrize(
+    "body", [raises, asserts, asserts_tensor, asserts_number, repairs, negative_likelihood]
+)
 def test_checks_that_hold(body: Body) -> None:
     assert_same_steps(Model(body), [(torch.randn(3, 4),) for _ in range(3)])
 
@@ -36,6 +43,7 @@ def test_checks_that_hold(body: Body) -> None:
     ("body", "error"),
     [
         (raises, ValueError),
+        (negative_likelihood, ValueError),
         (asserts, AssertionError),
         (asserts_tensor, AssertionError),
         (asserts_number, OverflowError),

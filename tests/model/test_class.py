@@ -98,6 +98,33 @@ def test_a_class_with_a_deepcopy_of_its_own() -> None:
     assert net(X).any()
 
 
+def test_a_class_that_gets_another_forward_later() -> None:
+    """By assignment, as in a notebook, or because the model gets another class."""
+
+    class Own(Net):
+        pass
+
+    class Other(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x) * 5.0
+
+    net: Any = graphopt.optimize(Own(), backend="eager")
+    plain = Own()
+    plain.load_state_dict(net.state_dict())
+
+    def check() -> None:
+        assert torch.equal(net(X), plain(X))
+        assert net.explain().count("specialisation:") == 1
+
+    check()
+    Own.forward = lambda self, x: self.lin(x) * 3.0  # type: ignore[method-assign]
+    check()
+    net.__class__ = plain.__class__ = Other
+    check()
+    net.__class__ = plain.__class__ = Own
+    check()
+
+
 def test_forward_called_by_name_is_optimized(net: Net) -> None:
     """As adapters do (peft), which pass ``__call__`` by."""
     net.forward(X).sum().backward()

@@ -94,6 +94,11 @@ def _other_width() -> Any:
     return _made(width=9)
 
 
+def _other_kind() -> Any:
+    model, _ = _made()
+    return model, torch.optim.RMSprop(model.parameters())
+
+
 def _other_optimizer() -> Any:
     model, _ = _made()
     return model, torch.optim.SGD([*model.parameters()][:2], lr=0.1)
@@ -104,6 +109,7 @@ def _other_optimizer() -> Any:
     [
         (_other_width, r"'0.bias' is float32\[8\] in the file and float32\[9\] in the model"),
         (_other_optimizer, "is of another optimizer: "),
+        (_other_kind, "is of another optimizer: it has no 'momentum', which RMSprop needs"),
         (lambda: (_made()[0], None), "has a state of an optimizer, and none is given"),
         (lambda: _made("cleanup"), "and no pass of this model is called 'kfac'"),
         (lambda: _made(None), "the model is not optimized"),
@@ -143,6 +149,41 @@ def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"extra\.f is a builtin_function_or_method"):
         graphopt.save(tmp_path / "run", nn.Linear(2, 2), extra={"f": print})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["no folder", "a folder", "a file as folder"])
+def test_where_nothing_can_be_written(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / {"no folder": "no/run", "a folder": "", "a file as folder": "file/run"}[kind]
+    said = "is a folder" if kind == "a folder" else r"cannot be written: .*\n  try: look whether"
+    with pytest.raises(StateError, match=said):
+        graphopt.save(path, nn.Linear(2, 2))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class Counted(nn.Linear):
+    """Saves something that is no tensor."""
+
+    steps = 0
+
+    def get_extra_state(self) -> Any:
+        return {"steps": self.steps, "mean": torch.ones(2) * self.steps}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert torch.equal(state["mean"], torch.ones(2) * state["steps"])
+        self.steps = state["steps"]
+
+
+def test_a_module_with_a_state_of_its_own(tmp_path: Path) -> None:
+    model = Counted(2, 2)
+    model.steps = 5
+    graphopt.save(tmp_path / "run", model)
+    other = Counted(2, 2)
+    graphopt.load(tmp_path / "run", other)
+    assert other.steps == 5
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(StateError, match="the file has '_extra_state', which the model lacks"):
+        graphopt.load(tmp_path / "run", nn.Linear(2, 2))
 
 
 def _of_ranks(rank: int, folder: str) -> None:

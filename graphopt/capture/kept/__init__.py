@@ -8,6 +8,7 @@ and what forward returns. What is read counts for a call only if all of it fits.
 from graphopt.capture.kept.entry import Behind, Entry, described, entry_of, found
 from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.key import key_of
+from graphopt.capture.kept.operators import own_operators_only
 from graphopt.capture.kept.sources import Misfit, Unreadable
 from graphopt.capture.kept.store import Store
 
@@ -22,4 +23,5 @@ __all__ = [
     "entry_of",
     "found",
     "key_of",
+    "own_operators_only",
 ]

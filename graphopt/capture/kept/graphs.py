@@ -6,13 +6,14 @@ import json
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.sources import Unreadable
 from graphopt.errors import TextError
 from graphopt.graph import Graph, Level
-from graphopt.plan import OutputAlias, Role
+from graphopt.plan import OutputAlias
 from graphopt.plan.part import from_data, to_data
 from graphopt.text import parse_graph, print_graph
 from graphopt.text.elements import inlined
@@ -40,14 +41,14 @@ def graph_data(graph: Graph, aliases: tuple[OutputAlias, ...]) -> dict[str, Any]
     Raises:
         Unkept: it holds something that is no text.
     """
+    if any(_is_symbolic(node.meta.get("val")) for node in graph.nodes):
+        raise Unkept("numbers that it reads off tensors, or sizes, are symbols of its graph")
     for node in graph.fx.find_nodes(op="get_attr"):
         value = getattr(graph.module, str(node.target), None)
         if not isinstance(value, Tensor):
             raise Unkept("its graph holds other graphs")
         if inlined(value) is None:
             raise Unkept("its graph holds a large constant")
-    if graph.signature.names(Role.SIZE):
-        raise Unkept("sizes are symbols of its graph")
     try:
         text = print_graph(graph)
     except TextError as error:
@@ -76,6 +77,15 @@ def graph_data(graph: Graph, aliases: tuple[OutputAlias, ...]) -> dict[str, Any]
         "nodes": nodes,
         "aliases": [to_data(alias) for alias in aliases],
     }
+
+
+def _is_symbolic(value: object) -> bool:
+    """Whether a value is a symbol, or a tensor with one in its shape."""
+    if isinstance(value, Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    if isinstance(value, tuple | list):
+        return any(map(_is_symbolic, value))
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _class(kind: object) -> str:

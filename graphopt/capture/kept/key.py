@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import graphopt
 from graphopt.capture.checkpoints import within_checkpoint
 from graphopt.capture.kept.fingerprints import Fingerprints, Unkept, digest
+from graphopt.capture.kept.operators import kernels_of_torch_only
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -42,6 +43,7 @@ def key_of(
         raise Unkept("there are hooks on all modules")
     if within_checkpoint():
         raise Unkept("it is called within a checkpoint")
+    kernels_of_torch_only()
     of = Fingerprints()
     code = getattr(forward, "__code__", None)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))

@@ -86,7 +86,7 @@ def _draw(name: str, body: Any, words: str, line: str) -> Example:
     return Example(name, small(body), words, line, "^draw by torch.*or draw outside", way=by_torch)
 
 
-_SKIPPED, _RANDOM, _OWN = "function marked as skipped", "numpy", "generator of one's own"
+_DRAWS = "forward draws from Python's random numbers or NumPy's"
 
 DRAWS = Refusal(
     "draws",
@@ -95,22 +95,24 @@ DRAWS = Refusal(
     "the draw would be frozen into the graph",
     "draw with torch, or outside and pass it",
     (
-        _draw("branch", skips, _SKIPPED, "if random.random() < 0.5"),
-        _draw("number", lambda s, h: h * random.random(), _SKIPPED, "random.random()"),
-        _draw("choice", lambda s, h: h * random.choice([1.0, 2.0]), _SKIPPED, "random.choice"),
-        _draw("branch by NumPy", of_numpy, _RANDOM, "if np.random.rand() < 0.5"),
-        _draw("uniform", lambda s, h: h * np.random.uniform(0, 1), _RANDOM, "np.random.uniform"),
-        _draw("beta", lambda s, h: h * np.random.beta(1.0, 1.0), _RANDOM, "np.random.beta"),
+        _draw("branch", skips, _DRAWS, "if random.random() < 0.5"),
+        _draw("number", lambda s, h: h * random.random(), _DRAWS, "random.random()"),
+        _draw("choice", lambda s, h: h * random.choice([1.0, 2.0]), _DRAWS, "random.choice"),
+        _draw("branch by NumPy", of_numpy, _DRAWS, "if np.random.rand() < 0.5"),
+        _draw("uniform", lambda s, h: h * np.random.uniform(0, 1), _DRAWS, "np.random.uniform"),
+        _draw("beta", lambda s, h: h * np.random.beta(1.0, 1.0), _DRAWS, "np.random.beta"),
         _draw(
             "permutation",
             lambda s, h: h[torch.from_numpy(np.random.permutation(3))],
-            _RANDOM,
+            _DRAWS,
             "np.random.permutation",
         ),
-        _draw("own", lambda s, h: h * s.of_numpy.random(), "method call", "s.of_numpy.random()"),
-        _draw("branch by own", skips_by_own, _OWN, "if s.of_python.random() < 0.5"),
-        _draw("uniform by own", lambda s, h: h * s.of_python.uniform(0, 1), _OWN, "uniform(0, 1)"),
-        _draw("shuffle by own", lambda s, h: h * s.of_python.choice([1, 2]), _OWN, "choice"),
+        _draw("own", lambda s, h: h * s.of_numpy.random(), _DRAWS, "s.of_numpy.random()"),
+        _draw("branch by own", skips_by_own, _DRAWS, "if s.of_python.random() < 0.5"),
+        _draw(
+            "uniform by own", lambda s, h: h * s.of_python.uniform(0, 1), _DRAWS, "uniform(0, 1)"
+        ),
+        _draw("shuffle by own", lambda s, h: h * s.of_python.choice([1, 2]), _DRAWS, "choice"),
     ),
 )
 
