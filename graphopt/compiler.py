@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
 from graphopt.capture.forward import Rewriter
+from graphopt.capture.garbage import keeping_garbage
 from graphopt.capture.kept import Store
 from graphopt.capture.sizes import NONE, Dimensions
 from graphopt.errors import BackendMismatchError, InvariantError, MismatchError
@@ -185,7 +187,8 @@ class Compiler(Specialiser):
         # Ranks make their first training graph at the same time, and later ones on their own.
         first = captured.graph.level is Level.JOINT and model.training and verify.compares
         try:
-            steps = pipeline.run(captured.graph, ctx, checks, early.steps)
+            with keeping_garbage():
+                steps = pipeline.run(captured.graph, ctx, checks, early.steps)
         except InvariantError as error:
             if first:
                 self._of_all(session, MismatchError(error.message, hint=error.hint))
@@ -446,7 +449,8 @@ class Compiler(Specialiser):
     ) -> Built:
         from graphopt.runtime.backends import build
 
-        engine = build(graph.module, self._plan(captured, graph, parts, backend), session)
+        with keeping_garbage() if backend == "eager" else nullcontext():
+            engine = build(graph.module, self._plan(captured, graph, parts, backend), session)
         return Built(engine, captured.bind(features.watched(engine, features.features_of(graph))))
 
     def _plan(
