@@ -2,12 +2,17 @@
 
     python -m benchmarks.first_call eager [MODEL ...]
     python -m benchmarks.first_call inductor [MODEL ...]
+    python -m benchmarks.first_call cold CHECKOUT [MODEL ...]
 
 Each measurement is a process of its own; those of one variant share a new cache folder, so that the
 first is cold and the others are warm. The time is that of the first call and its backward, from the
 model as it was built: capture, passes, verification, backend and the step itself. Seconds of the
 wall, and of the processor, which says more where the machine is not idle. Peers: `torch.compile`
 with ``aot_eager``, which has no code generator, and with Inductor, cold and with its caches.
+
+``cold`` compares cold first calls of this checkout with those of another one, of an earlier commit,
+and with ``aot_eager``: seconds of the processor, the three in turn, each in a process and a folder
+of its own.
 """
 
 from __future__ import annotations
@@ -123,7 +128,7 @@ def measured(name: str, variants: Sequence[str], warm: int = 3) -> dict[str, dic
     return found
 
 
-def _process(name: str, variant: str, folder: str) -> Any:
+def _process(name: str, variant: str, folder: str, checkout: str = "") -> Any:
     own = {
         "XDG_CACHE_HOME": folder,
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
@@ -131,9 +136,38 @@ def _process(name: str, variant: str, folder: str) -> Any:
     }
     child = [sys.executable, "-m", "benchmarks.first_call", name, "--as", variant]
     run = subprocess.run(
-        child, env={**os.environ, **own}, capture_output=True, text=True, check=True
+        child,
+        env={**os.environ, **own, **({"PYTHONPATH": checkout} if checkout else {})},
+        cwd=checkout or None,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def cold(checkout: str, name: str, rounds: int) -> dict[str, Any]:
+    """Cold first calls of a model: here, in another checkout, and of the peer, in turn."""
+    ours, peer = VARIANTS["eager"]
+    here = os.getcwd()
+    variants = {"before": (checkout, ours), "after": (here, ours), "aot_eager": (here, peer)}
+    found: dict[str, list[float]] = {variant: [] for variant in variants}
+    for turn in range(rounds):
+        order = list(variants)
+        random.Random(turn).shuffle(order)
+        for variant in order:
+            place, what = variants[variant]
+            with tempfile.TemporaryDirectory() as folder:
+                one = _process(name, what, folder, place)
+            found[variant].append(one["first"]["processor"])
+    median = {variant: statistics.median(seconds) for variant, seconds in found.items()}
+    pairs = zip(found["after"], found["before"], strict=True)
+    return {
+        "processor seconds": found,
+        "after over before": round(statistics.median(a / b for a, b in pairs), 3),
+        "before over aot_eager": round(median["before"] / median["aot_eager"], 3),
+        "after over aot_eager": round(median["after"] / median["aot_eager"], 3),
+    }
 
 
 def share(one: Mapping[str, Any], clock: str) -> float:
@@ -168,8 +202,20 @@ def main(backend: str, names: Sequence[str]) -> None:
         keep("first_call", results)
 
 
+def main_cold(checkout: str, names: Sequence[str]) -> None:
+    """Measure some models; results of others that are there stay."""
+    file = RESULTS / "first_call_cold.json"
+    results: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
+    for name in names:
+        results[name] = cold(checkout, name, rounds=2) | {"threads": torch.get_num_threads()}
+        print(name, json.dumps(results[name]), flush=True)
+        keep("first_call_cold", results)
+
+
 if __name__ == "__main__":
-    if "--as" in sys.argv:
+    if sys.argv[1] == "cold":
+        main_cold(sys.argv[2], sys.argv[3:] or ("resnet18", "mobilenet_v3", OWN))
+    elif "--as" in sys.argv:
         print(json.dumps(first_step(sys.argv[1], sys.argv[3])))
     else:
         main(sys.argv[1], sys.argv[2:] or MODELS)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from graphopt.errors import TextError
 from graphopt.ops.numbers import number_function
@@ -166,7 +167,9 @@ class Graph:
         result = graph.graph_copy(self.fx, {})
         output = graph.output(result)
         output.meta.update(self.output.meta)
-        return Graph(GraphModule(self.module, graph), self.signature, self.level, facts=self.facts)
+        # Most copies are only compared, so their code is written when it is asked for.
+        module = _LazyGraphModule(self._module, graph)
+        return Graph(module, self.signature, self.level, facts=self.facts)
 
     def __reduce__(self) -> NoReturn:
         # Pickling a GraphModule turns in-place operators into out-of-place ones (pytorch#198077).

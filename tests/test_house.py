@@ -120,6 +120,7 @@ def test_runtime_knows_the_ground_floor_only() -> None:
         # with symbols, and minimum cuts: plain functions of graphs and numbers.
         *("graphopt.partitioning.split", "graphopt.partitioning.place", "graphopt.schedules"),
         *("graphopt.analysis.aliasing", "graphopt.analysis.cut", "graphopt.analysis.fakes"),
+        "graphopt.analysis.remade",  # and which of them a backward makes anew
         # Which operators data may call, by which names, with which arguments.
         *("graphopt.text.names", "graphopt.text.operators", "graphopt.text.elements"),
         "graphopt.text.syntax",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import random
 import time
@@ -19,6 +18,7 @@ from graphopt.capture.dynamo import by_dynamo, dynamo_settings
 from graphopt.capture.flat import Bind, FlatForward, first_line, location
 from graphopt.capture.forward import Rewriter, forward_graph, with_graph
 from graphopt.capture.functions import functions_of
+from graphopt.capture.garbage import keeping_garbage
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.kept import (
     Behind,
@@ -159,7 +159,7 @@ def capture(
     call = _Call(model, forward, tuple(args), dict(kwargs or {}), dimensions, rewrite)
     wanted = Numbers(frozenset(numbers), symbols)
     keeping = _Keeping.of(call, wanted, store)
-    with tracing_alone(), checkpoints.without_hooks():
+    with tracing_alone(), checkpoints.without_hooks(), keeping_garbage():
         if (kept := keeping.found(behind)) is not None:
             return replace(kept, seconds=time.perf_counter() - start)
         made = _with_numbers(replace(call, describe=bool(keeping)), wanted)
@@ -313,7 +313,7 @@ class _Keeping:
         given = (call.model, call.forward, call.args, call.kwargs)
         made = behind(kept.digest)  # what it warns of is heard here
         try:
-            with dynamo_settings(), _drawing_nothing(), _keeping_garbage():
+            with dynamo_settings(), _drawing_nothing():
                 entry = found(kept.entry, *given, made)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
@@ -406,18 +406,6 @@ def _derived_from_memories(
         return derive(joined)
     except SharedInputs:
         raise sharing.refusal(flat.slots) from None
-
-
-@contextmanager
-def _keeping_garbage() -> Iterator[None]:
-    """Many small objects are made that live; to look for garbage meanwhile is a tenth of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphopt.analysis.parameter_roles import find_roles
 from graphopt.capture import Capture, capture
+from graphopt.capture.garbage import keeping_garbage
 from graphopt.capture.kept import Store
 from graphopt.compiler.recipe import Recipe
 from graphopt.errors import BackendMismatchError, InvariantError, MismatchError
@@ -196,7 +197,8 @@ class Making:
             pipeline = replace(pipeline, observers=(self._stages,))
         level: VerifyLevel = self._level if checks else "off"
         try:
-            return pipeline.run(captured.graph, self._ctx, level, self._early.steps)
+            with keeping_garbage():
+                return pipeline.run(captured.graph, self._ctx, level, self._early.steps)
         except InvariantError as error:
             trains = captured.graph.level is Level.JOINT and self.model.training
             if trains and self.recipe.verify.compares:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from graphopt import registry
 from graphopt.analysis.gradient_sources import gradient_sources
 from graphopt.capture import Capture
+from graphopt.capture.garbage import keeping_garbage
 from graphopt.graph import Graph
 from graphopt.model import features
 from graphopt.model.arguments import mesh_of
@@ -95,7 +97,8 @@ class Recipe:
         """A graph, built by a backend."""
         from graphopt.runtime.backends import build
 
-        engine = build(graph.module, self.plan_of(captured, graph, parts, backend), session)
+        with keeping_garbage() if backend == "eager" else nullcontext():
+            engine = build(graph.module, self.plan_of(captured, graph, parts, backend), session)
         return Built(engine, captured.bind(features.watched(engine, features.features_of(graph))))
 
     def run(self, session: Session, captured: Capture, stage: Stage) -> Callable[..., object]:

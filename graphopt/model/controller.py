@@ -160,9 +160,9 @@ class Controller:
             trained = self.trained or bool(hung)
             return refuse(Refusal(*call, error), self.compiler, trained, remember)
         self._tell()
-        result = variant.call(model, *args, **kwargs)
         self.trained |= variant.entry.level == "joint"
-        return result
+        # Not by a variable: what was raised and caught on the way may keep this frame for a while.
+        return variant.call(model, *args, **kwargs)
 
     def variant(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Variant:
         """The variant whose conditions hold for a call, made where none does; it is not run."""

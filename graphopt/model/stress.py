@@ -8,19 +8,25 @@ is nothing but rounding, and no two orders of summation agree on it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from graphopt.analysis.aliasing import storage
 from graphopt.analysis.effects import writes
-from graphopt.analysis.hints import empty_at_hint, hint, hints, is_known
+from graphopt.analysis.hints import empty_at_hint, hint, is_known
+from graphopt.analysis.remade import remade_in_backward
 from graphopt.graph import Graph
-from graphopt.model.comparison import marks, same
-from graphopt.model.trial import Trial, cotangent
+from graphopt.model.comparison import same
+from graphopt.model.cotangents import cotangent_of, has_number
+from graphopt.model.results import Filed, Marks, Results
+from graphopt.model.trial import Trial
+from graphopt.model.watched import Late, Watched, Widened, widened
 from graphopt.ops.unrounded import unrounded
 from graphopt.plan import Role, Slot
 
@@ -62,25 +68,25 @@ def first_difference(before: Graph, after: Graph, inputs: Sequence[Tensor], tria
     if other or elsewhere or _sends(after) or _of_unknown_size(before):
         return ""
     values = _values(before, inputs, _enlarged)
+    wanted, found = Marks(), Marks()
     try:
-        reference, untrue_before = _run(before, values, trial)
+        untrue_before = _run(before, values, trial, wanted)
     except Exception:  # many operators refuse some values: a probability of 3, a singular matrix
         return ""
-    # As long as bits agree, results of both graphs are never there at once.
-    wanted = marks(reference)
-    del reference
     try:
-        actual, untrue = _run(after, values, trial)
+        untrue = _run(after, values, trial, found)
     except Exception as error:
         return f"whether it runs ({type(error).__name__})"
     if untrue and not untrue_before:  # torch itself records some wrongly
         return untrue
-    if wanted is not None and marks(actual) == wanted:
+    if wanted.found is not None and found.found == wanted.found:
         return ""
-    reference, _ = _run(before, values, trial)
-    for slot in sorted(reference.keys() | actual.keys(), key=str):
-        if not _alike(reference.get(slot), actual.get(slot)):
-            return str(slot)
+    reference, actual = Filed(), Filed()
+    _run(before, values, trial, reference)
+    _run(after, values, trial, actual)
+    for name in sorted(reference.keys() | actual.keys()):
+        if not _alike(reference.get(name), actual.get(name)):
+            return name
     return ""
 
 
@@ -121,25 +127,27 @@ def _rounding_noise(
     graph: Graph, inputs: Sequence[Tensor], trial: Trial, state: Callable[[str], Tensor]
 ) -> dict[str, float]:
     epsilon = coarsest(graph)
-    values = _values(graph, inputs, lambda slot, value: value, state)
-    exact, _ = _run(graph, values, trial)
+    values = _values(graph, inputs, _same, state)
+    exact = Filed()
+    _run(graph, values, trial, exact)
+    changes = _Changes(exact)
     if epsilon > SHORT or rounds(graph):
-        other, _ = _run(graph, values, trial, _Widened)
+        _run(graph, values, trial, changes, Widened)
         factor = ROUNDINGS
     else:
-        generator = torch.Generator().manual_seed(2)
 
-        def nudged(slot: Slot, value: Tensor) -> Tensor:
+        def nudged(index: int, slot: Slot, value: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(2 + index)
             signs = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
             return value * (1 + epsilon * signs.to(value))
 
-        other, _ = _run(graph, _values(graph, inputs, nudged, state), trial)
+        _run(graph, _values(graph, inputs, nudged, state), trial, changes)
         factor = NOISE
     found = {}
-    for slot, value in exact.items():
-        if not isinstance(value, Tensor):
+    for slot in graph.signature.outputs:
+        change = changes.found.get(str(slot))
+        if change is None:
             continue
-        change = _change(value, other[slot])
         if slot.role is Role.MUTATION:
             found[f"buffer {slot.name}"] = found[f"parameter {slot.name}"] = change
         elif slot.role is Role.GRAD:
@@ -147,6 +155,19 @@ def _rounding_noise(
         else:
             found[f"output {slot.name}"] = change
     return {name: factor * change for name, change in found.items()}
+
+
+class _Changes:
+    """How far each result is from that of another run."""
+
+    def __init__(self, exact: Filed) -> None:
+        self._exact = exact
+        self.found: dict[str, float] = {}
+
+    def __setitem__(self, name: str, value: object) -> None:
+        exact = self._exact[name]
+        if isinstance(exact, Tensor) and isinstance(value, Tensor):
+            self.found[name] = _change(exact, value)
 
 
 def _change(value: Tensor, other: Tensor) -> float:
@@ -188,105 +209,89 @@ def _sends(graph: Graph) -> bool:
     return any(str(n.target).startswith("_c10d_functional") for n in graph.operators)
 
 
-def _enlarged(slot: Slot, value: Tensor) -> Tensor:
+Change = Callable[[int, Slot, Tensor], Tensor]
+
+
+def _enlarged(index: int, slot: Slot, value: Tensor) -> Tensor:
     return value * FACTOR if slot.role is Role.INPUT or value.dim() < 2 else value
+
+
+def _same(index: int, slot: Slot, value: Tensor) -> Tensor:
+    return value
 
 
 def _values(
     graph: Graph,
     inputs: Sequence[Tensor],
-    change: Callable[[Slot, Tensor], Tensor],
+    change: Change,
     state: Callable[[str], Tensor] = no_state,
-) -> list[Tensor]:
+) -> list[Any]:
     """Inputs of the graph: changed ones of the call, the tangents of a trial, and the state."""
     given = iter(inputs)
-    generator = torch.Generator().manual_seed(0)
-    values = []
-    for node, slot in zip(graph.inputs, graph.signature.inputs, strict=True):
+    tangents = itertools.count()
+    pairs = zip(graph.inputs, graph.signature.inputs, strict=True)
+    number = has_number(node.meta["val"] for node, slot in pairs if slot.role is Role.TANGENT)
+    values: list[Any] = []
+    for i, (node, slot) in enumerate(zip(graph.inputs, graph.signature.inputs, strict=True)):
         if slot.role is Role.TANGENT:
-            fake = node.meta["val"]
-            real = empty_at_hint(fake, "cpu")
-            values.append(real.copy_(cotangent(real, generator)).to(fake.device))
+            values.append(Late(partial(_tangent, next(tangents), node, number)))
             continue
         if slot.role is Role.STATE:
             values.append(state(slot.name).clone())
             continue
-        value = next(given)
+        value: Any = next(given)
         if isinstance(value, Tensor):
             value = value.detach()
-            value = change(slot, value) if value.is_floating_point() else value
+            if value.is_floating_point():
+                value = Late(partial(change, i, slot, value))
         values.append(value)
     return values
 
 
-class _Watched(fx.Interpreter):
-    """Notes the first node whose recorded value has not the form of the real one."""
-
-    untrue = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        recorded = n.meta.get("val")
-        if isinstance(recorded, Tensor) and isinstance(result, Tensor) and not self.untrue:
-            shape = hints(recorded.shape)
-            alike = shape == tuple(result.shape) and recorded.dtype == result.dtype
-            known = shape is not None
-            self.untrue = f"the recorded form of node {n.name!r}" if known and not alike else ""
-        return result
-
-
-class _Widened(_Watched):
-    """Runs a graph in float32 where it computes in a shorter type, without what it rounds."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._node = n
-        return super().run_node(n)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """In float32, but with the random numbers, and only the kernels, that there are."""
-        if without := unrounded(target):
-            return without(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
-            try:
-                wide = tree_map_only(torch.dtype, _wide, (args, kwargs))
-                return tree_map_only(Tensor, _widened, target(*wide[0], **wide[1]))
-            except (RuntimeError, NotImplementedError):
-                pass  # a kernel that exists for short types only
-        args, kwargs = tree_map(self._narrowed, (self._node.args, self._node.kwargs))
-        return tree_map_only(Tensor, _widened, target(*args, **kwargs))
-
-    def _narrowed(self, own: Any) -> Any:
-        if not isinstance(own, fx.Node):
-            return own
-        value, recorded = self.env[own], own.meta.get("val")
-        if isinstance(value, Tensor) and isinstance(recorded, Tensor):
-            return value.to(recorded.dtype)
-        return value
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.to(_wide(value.dtype))
-
-
 def _run(
-    graph: Graph, values: Sequence[Tensor], trial: Trial, kind: type[_Watched] = _Watched
-) -> tuple[dict[Slot, Any], str]:
-    """Results by slot, and which node is not what it is recorded to be."""
+    graph: Graph,
+    values: Sequence[Tensor | Late],
+    trial: Trial,
+    results: Results,
+    kind: type[Watched] = Watched,
+) -> str:
+    """Hand over the results that count, by slot; returns which node is not as it is recorded."""
     written = _written(graph)
-    if kind is not _Watched:
-        values = [tree_map_only(Tensor, _widened, value) for value in values]
-    given = [
-        v.clone() if i in written and isinstance(v, Tensor) else v for i, v in enumerate(values)
-    ]
-    watched = kind(graph.module, graph=graph.fx)
+
+    def given(i: int, value: Any) -> Any:
+        if isinstance(value, Late):
+            late = Late(lambda: given(-1, value.make()))
+            return late.make() if i in written else late
+        value = tree_map_only(Tensor, widened, value) if kind is not Watched else value
+        return value.clone() if i in written and isinstance(value, Tensor) else value
+
+    slots = list(map(str, graph.signature.outputs))
+    counts = [slot.role in _COMPARED for slot in graph.signature.outputs]
+
+    def take(i: int, value: Any) -> None:
+        if counts[i]:
+            results[slots[i]] = value
+
+    # As the backward of what runs does, see `graphopt.runtime.engine.copies`.
+    watched = kind(graph.module, remade_in_backward(graph.fx), take)
     with torch.no_grad(), torch._C._DisableAutocast(), trial.same_random_numbers():
-        results: Any = watched.run(*given)
-    pairs = zip(graph.signature.outputs, results, strict=True)
-    return {slot: value for slot, value in pairs if slot.role in _COMPARED}, watched.untrue
+        watched.run(*(given(i, value) for i, value in enumerate(values)))
+    return watched.untrue
+
+
+def _tangent(index: int, node: fx.Node, number: bool) -> Tensor:
+    fake = node.meta["val"]
+    form = empty_at_hint(fake, "meta")
+    like = torch.empty((), dtype=form.dtype).expand(form.shape)
+    made = cotangent_of(index, like, beside_number=number)
+    if not all(user.target is torch.ops.aten.add.Tensor for user in node.users):
+        exact = made.stride() == form.stride()
+        made = (
+            made
+            if exact
+            else torch.empty_strided(form.shape, form.stride(), dtype=form.dtype).copy_(made)
+        )
+    return made.to(fake.device)
 
 
 def _written(graph: Graph) -> set[int]:

@@ -14,7 +14,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from graphopt.model import streams
 from graphopt.model.caller import finally_all, set_aside
 from graphopt.model.comparison import Observed
 from graphopt.model.copies import StandIns
+from graphopt.model.cotangents import Backward
 from graphopt.model.reach import Reach
+from graphopt.model.results import Filed, Marks, Results
 
 Call = Callable[..., object]
+R = TypeVar("R", bound=Results)
 
 
 class Trial:
@@ -56,22 +59,51 @@ class Trial:
         self._stand_ins = StandIns()
 
     def observe(self, call: Call) -> Observed:
-        """Run forward and backward once, with a random cotangent, and read everything."""
-        with self.untouched(), self._state():
-            before = streams.marks()
-            outputs, gradients, _ = self._run(call)
-            after = streams.marks()
-            results = {f"output {n}": t.detach() for n, t in outputs.items()}
-            buffers = {f"buffer {n}": b.detach() for n, b in self.model.named_buffers()}
-            parameters = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
-            written = {f"parameter {n}": parameters[f"parameter {n}"] for n in self._written()}
-            others, changed = self._others()
-            return Observed(
-                {**results, **gradients, **buffers, **written, **changed},
-                {**parameters, **others},
-                after,
-                frozenset(name for name in after if after[name] != before.get(name)),
-            )
+        """Run forward and backward once, with random cotangents, and read everything.
+
+        Values lie in a temporary file, but for those on devices, which have no memory for two
+        steps less than a file would cost time.
+        """
+        if self.devices:
+            whole: dict[str, Tensor | None] = {}
+            return Observed(whole, *self._observe(call, lambda: whole)[1:])
+        return Observed(*self._observe(call, Filed))
+
+    def marks(self, call: Call) -> tuple[Mapping[str, object], Mapping[str, object]] | None:
+        """Hashes in place of the values of `observe`, and where random streams are left.
+
+        ``None`` where some value has none.
+        """
+        if self.devices:
+            return None
+        marks, _, after, _ = self._observe(call, Marks)
+        return None if marks.found is None else (marks.found, after)
+
+    def _observe(
+        self, call: Call, make: Callable[[], R]
+    ) -> tuple[R, dict[str, Tensor], dict[str, object], frozenset[str]]:
+        """Results, tensors that could have been written, streams, and those that moved."""
+        # Gradients that arrive in parts need a second run, in which they stay until the end.
+        for at_once in (False,) if self.devices else (True, False):
+            results = make()
+            with self.untouched(), self._state():
+                before = streams.marks()
+                _, whole = self._run(call, results, at_once=at_once)
+                after = streams.marks()
+                for name, buffer in self.model.named_buffers():
+                    results[f"buffer {name}"] = buffer.detach()
+                parameters = {
+                    f"parameter {n}": p.detach() for n, p in self.model.named_parameters()
+                }
+                for name in self._written():
+                    results[f"parameter {name}"] = parameters[f"parameter {name}"]
+                others, changed = self._others()
+                for name, value in changed.items():
+                    results[name] = value
+            if whole:
+                break
+        moved = frozenset(name for name in after if after[name] != before.get(name))
+        return results, {**parameters, **others}, after, moved
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -82,7 +114,7 @@ class Trial:
     def step(self, call: Call) -> float:
         """Seconds that forward and backward take; inside `untouched`, where memory is kept."""
         with self._state():
-            return self._run(call)[2]
+            return self._run(call, {})[0]
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -123,8 +155,12 @@ class Trial:
             torch.clear_autocast_cache()  # it may hold casts of stand-ins
             finally_all(reach.restore)
 
-    def _run(self, call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor | None], float]:
-        """Outputs, gradients and seconds of one step."""
+    def _run(self, call: Call, results: Results, *, at_once: bool = False) -> tuple[float, bool]:
+        """Run a step and hand its outputs and gradients over.
+
+        Returns:
+            Its seconds, and whether `at_once` has handed over whole gradients.
+        """
         assert self._reach is not None
         swap = self._reach.swap(self._stand_ins)
         args = [swap(value) for value in self.args]
@@ -133,9 +169,13 @@ class Trial:
         self._synchronize()
         start = time.perf_counter()
         outputs = dict(tensors_of(call(self.model, *args, **kwargs)))
-        gradients = _backward(outputs, sources)
+        backward = Backward(list(outputs.values()), sources)
+        while outputs:
+            name = next(iter(outputs))
+            results[f"output {name}"] = outputs.pop(name).detach()
+        whole = backward(results, at_once=at_once)
         self._synchronize()
-        return outputs, gradients, time.perf_counter() - start
+        return time.perf_counter() - start, whole
 
     def _sources(self) -> dict[str, Tensor]:
         """What receives a gradient, by name."""
@@ -166,56 +206,6 @@ class Trial:
     def _synchronize(self) -> None:
         for device in self.devices:
             torch.cuda.synchronize(device)
-
-
-def _backward(
-    outputs: Mapping[str, Tensor], sources: Mapping[str, Tensor]
-) -> dict[str, Tensor | None]:
-    """Gradients of the sources; like a user's backward it runs outside of autocast."""
-    differentiable = [t for t in outputs.values() if t.requires_grad]
-    if not differentiable or not sources or not torch.is_grad_enabled():
-        return {}
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [cotangent(t, generator) for t in differentiable]
-    names = [f"gradient of {n}" for n in sources]
-    leaves = list(sources.values())
-    with torch._C._DisableAutocast():
-        if _only_reaches(differentiable, leaves):
-            # Unlike `autograd.grad` it allows a forward to run a backward of its own in backward.
-            torch.autograd.backward(differentiable, cotangents)
-            gradients = [leaf.grad for leaf in leaves]
-            for leaf in leaves:
-                leaf.grad = None
-        else:
-            found = torch.autograd.grad(differentiable, leaves, cotangents, allow_unused=True)
-            gradients = list(found)
-    return dict(zip(names, gradients, strict=True))
-
-
-def _only_reaches(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
-    """Whether no other leaf would get a gradient."""
-    own = {id(leaf) for leaf in leaves}
-    queue: list[Any] = [t.grad_fn for t in outputs]
-    if any(t.grad_fn is None and id(t) not in own for t in outputs):
-        return False
-    seen = set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in own:
-            return False
-        queue.extend(parent for parent, _ in node.next_functions)
-    return True
-
-
-def cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
-    """A random cotangent of an output; its mean is not 0, as sums are common losses."""
-    # Wherever the default device is, the generator is on the CPU.
-    made = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
-    return made.to(output) + 1
 
 
 def named_arguments(

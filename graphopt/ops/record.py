@@ -6,14 +6,13 @@ under. A `Record` is such a call together with what autograd remembers of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import BackendError
 
@@ -55,7 +54,7 @@ class Invocation:
     parameters: Sequence[Any]
     autocast: torch.dtype | None
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensors among the parameters, in order."""
         return tensors_of(self.parameters)
@@ -107,13 +106,13 @@ class Invocation:
     def record(self, wanted: Sequence[bool]) -> Record:
         """Run, with autograd recording for the tensors whose gradient is wanted."""
         tensors = self.tensors
-        leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        replacement = iter(leaves)
-        parameters = pytree.tree_map_only(
-            Tensor, lambda _: next(replacement), list(self.parameters)
-        )
+        leaves = [t.detach() for t in tensors]
+        for leaf, want in zip(leaves, wanted, strict=True):
+            if want:
+                leaf.requires_grad_()
+        call = Invocation(self.function, with_tensors(self.parameters, leaves), self.autocast)
         with _autograd():
-            outputs = Invocation(self.function, parameters, self.autocast).run()
+            outputs = call.run()
         return Record(leaves, [t._version for t in tensors], outputs)
 
     def repeat(self, wanted: Sequence[bool], random_state: Tensor) -> Record:
@@ -144,51 +143,77 @@ class Record:
 
     def is_of(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> bool:
         """Whether it has the wanted gradients of these tensors, unchanged since then."""
-        return all(
-            leaf.dtype == tensor.dtype
-            and leaf.is_set_to(tensor)
-            and tensor._version == version
-            and (leaf.requires_grad or not want)
-            for leaf, tensor, version, want in zip(
-                self.leaves, tensors, self.versions, wanted, strict=True
-            )
-        )
+        recorded = zip(self.leaves, tensors, self.versions, wanted, strict=True)
+        for leaf, tensor, version, want in recorded:
+            if leaf.dtype != tensor.dtype or tensor._version != version:
+                return False
+            if not leaf.is_set_to(tensor) or (want and not leaf.requires_grad):
+                return False
+        return True
 
     def differentiate(
         self, grads: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> dict[int, Tensor]:
         """Gradients of the wanted leaves by index; the record cannot be used again."""
         indices = [i for i, want in enumerate(wanted) if want]
-        given = {
-            output: grad
-            for output, grad in zip(self.outputs, grads, strict=True)
-            if grad is not None and output.requires_grad
-        }
+        outputs, given = [], []
+        for output, grad in zip(self.outputs, grads, strict=True):
+            if grad is not None and output.requires_grad:
+                outputs.append(output)
+                given.append(grad)
+        leaves = [self.leaves[i] for i in indices]
         with _autograd():
-            found = torch.autograd.grad(
-                list(given),
-                [self.leaves[i] for i in indices],
-                list(given.values()),
-                materialize_grads=True,
-            )
+            found = torch.autograd.grad(outputs, leaves, given, materialize_grads=True)
         return dict(zip(indices, found, strict=True))
+
+
+_LISTS = (list, tuple)  # at each call: a union of types takes longer
 
 
 def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
     """All tensors among arguments that may be lists, in order."""
-    return [leaf for leaf in pytree.tree_leaves(list(arguments)) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, _LISTS):
+            found += [item for item in argument if isinstance(item, Tensor)]
+    return found
 
 
-@contextmanager
-def _autograd() -> Iterator[None]:
+def with_tensors(arguments: Sequence[Any], tensors: Iterable[Any]) -> list[Any]:
+    """The arguments with others in place of their tensors, in the order of `tensors_of`."""
+    others = iter(tensors)
+
+    def other(argument: Any) -> Any:
+        return next(others) if isinstance(argument, Tensor) else argument
+
+    return [
+        [other(item) for item in argument]
+        if isinstance(argument, list | tuple)
+        else other(argument)
+        for argument in arguments
+    ]
+
+
+_KEYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
+)
+
+
+class _autograd:
     """Autograd as it works outside of operators; inside one, the dispatcher is already past it."""
-    key, keyset = torch._C.DispatchKey, torch._C.DispatchKeySet
-    keys = (
-        keyset(key.AutogradFunctionality)
-        | keyset(key.AutogradOther)
-        | keyset(key.AutogradNestedTensor)
-    )
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C._dispatch_tls_local_exclude_set() - keys
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        yield
+
+    def __enter__(self) -> None:
+        include = torch._C._dispatch_tls_local_include_set()
+        exclude = torch._C._dispatch_tls_local_exclude_set() - _KEYS
+        self._keys = torch._C._ForceDispatchKeyGuard(include, exclude)
+        self._keys.__enter__()  # type: ignore[no-untyped-call]
+        self._enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self._enabled)
+        self._keys.__exit__(*error)

@@ -107,8 +107,8 @@ def _can_repeat(mode: str, input: Tensor, *_: object) -> bool:
 
 
 def _arrange(gradient: Tensor, index: int, *parameters: Any) -> Tensor:
-    args = RnnArguments(*parameters)
-    return args.time_major(gradient) if index == 0 else gradient.contiguous()
+    # Of the input, as the forward lays its output out.
+    return RnnArguments(*parameters).time_major(gradient) if index == 0 else gradient.contiguous()
 
 
 define("rnn", _PARAMETERS, 3, Function(_eager, _fake, _is_random, _can_repeat, _arrange))

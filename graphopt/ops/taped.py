@@ -102,8 +102,8 @@ def define(name: str, parameters: str, outputs: int, function: Function) -> None
         ]
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
-        leaves, spec = pytree.tree_flatten(args[:-1])
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(leaves)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(args)):
+            leaves, spec = pytree.tree_flatten(args[:-1])
             outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]
                 forward_op, backward_op, spec, *leaves
             )

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from graphopt.plan import Phase, Role, Signature
 from graphopt.runtime.engine.halves import Halves, copy_graph
@@ -56,7 +57,7 @@ def write_statistics(halves: Halves, signature: Signature) -> Halves:
     if counters:
         with graph.inserting_before(output):
             graph.call_function(aten._foreach_add_.Scalar, (counters, 1))
-    forward = fx.GraphModule(halves.forward, graph)
+    forward = _LazyGraphModule(halves.forward, graph)
     return replace(
         halves, forward=forward, written=frozenset(n for n, b in buffers.items() if b in done)
     )

@@ -7,33 +7,17 @@ keeps the keys as they are, and no mask. The backward copies the keys, and makes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from graphopt.analysis.aliasing import is_view, storage_of
+from graphopt.analysis.aliasing import storage_of
+from graphopt.analysis.remade import Chain, bytes_of, chain_of
 from graphopt.runtime.engine.halves import Halves, copy_graph
-
-aten = torch.ops.aten
-LONGEST = 32
-"""Operators that are repeated at most for one value."""
-
-_MADE = {
-    *(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default),
-    *(aten.ones.default, aten.scalar_tensor.default, aten.zeros.default),
-}
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """How a saved value comes from others: what is repeated, in order, and where that begins."""
-
-    nodes: tuple[fx.Node, ...]
-    roots: tuple[fx.Node, ...]
 
 
 def save_sources(halves: Halves) -> Halves:
@@ -54,13 +38,13 @@ def save_sources(halves: Halves) -> Halves:
     outputs = {owner[v] for v in returned[:count] if isinstance(v, fx.Node)}
     saved = [v for v in given if source[given[v]][0] == "saved" and not _is_recorded(given[v])]
     changed = False
-    for value in sorted(saved, key=_bytes, reverse=True):
+    for value in sorted(saved, key=bytes_of, reverse=True):
         held = outputs | {owner[v] for v in given if v is not value}
-        chain = _chain(value, given)
+        chain = chain_of(value, given)
         if owner[value] in held or chain is None:
             continue
         fresh = {owner[root] for root in chain.roots} - held
-        if not 2 * sum(map(_bytes, fresh)) <= _bytes(owner[value]):
+        if not 2 * sum(map(bytes_of, fresh)) <= bytes_of(owner[value]):
             continue
         argument = given.pop(value)
         for root in chain.roots:
@@ -84,62 +68,10 @@ def _is_recorded(argument: fx.Node) -> bool:
     )
 
 
-def _chain(value: fx.Node, given: Mapping[fx.Node, fx.Node]) -> _Chain | None:
-    nodes: dict[fx.Node, None] = {}
-    roots: dict[fx.Node, None] = {}
-    waiting = [(value, False)]
-    while waiting:
-        node, is_done = waiting.pop()
-        if node in nodes or node in roots:
-            continue
-        if is_done:
-            nodes[node] = None
-        elif (node in given and node is not value) or not _is_cheap(node):
-            roots[node] = None
-        else:
-            waiting.append((node, True))
-            waiting += [(n, False) for n in node.all_input_nodes]
-        if len(nodes) + len(waiting) > 2 * LONGEST:
-            return None
-    # What the caller may change before the backward is not read anew, nor are numbers saved.
-    is_safe = all(root in given or (root.op != "placeholder" and _bytes(root)) for root in roots)
-    return _Chain(tuple(nodes), tuple(roots)) if nodes and value in nodes and is_safe else None
-
-
-def _is_cheap(node: fx.Node) -> bool:
-    """Whether an operator moves values, or computes with whole numbers and truth values."""
-    if node.op == "get_attr":
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
-        return False
-    if is_view(node.target) or node.target is aten.clone.default or node.target in _MADE:
-        return True
-    made = torch.Tag.pointwise in node.target.tags or node.target is aten.index.Tensor
-    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
-        return False
-    return made and all(map(_is_whole, node.all_input_nodes))
-
-
-def _is_whole(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if node.op == "get_attr" and value is None:
-        value = getattr(node.graph.owning_module, str(node.target), None)
-    is_number = isinstance(value, Tensor) and value.dim() == 0
-    return isinstance(value, Tensor) and (is_number or not value.dtype.is_floating_point)
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or any(type(n) is not int for n in value.shape):
-        return 0
-    # Not `nbytes`, which a symbolic offset into a known size forbids.
-    return math.prod(value.shape) * value.dtype.itemsize
-
-
 def _repeat(
     graph: fx.Graph,
     argument: fx.Node,
-    chain: _Chain,
+    chain: Chain,
     given: Mapping[fx.Node, fx.Node],
     halves: Halves,
 ) -> None:
@@ -176,7 +108,7 @@ def _made(
     forward.output_node().args = ((*returned[:count], *kept),)
     return replace(
         halves,
-        forward=fx.GraphModule(halves.forward, forward),
-        backward=fx.GraphModule(halves.backward, backward),
+        forward=_LazyGraphModule(halves.forward, forward),
+        backward=_LazyGraphModule(halves.backward, backward),
         sources=tuple(sources),
     )

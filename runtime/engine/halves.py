@@ -16,6 +16,7 @@ import torch
 import torch._functorch.config
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphopt.ops import expect  # noqa: F401
@@ -61,6 +62,8 @@ def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner
     with (
         tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(values))),
         torch._functorch.config.patch(graphsafe_rng_functionalization=False),
+        # Backends write code of their own; what fx would write is read by nobody.
+        _use_lazy_graph_module(True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -98,7 +101,7 @@ def _prepared(
     _forget_statistics(graph)
     output = graph.output_node()
     output.meta["desc"] = [None] * len(cast("list[Any]", output.args[0]))
-    return fx.GraphModule(module, graph), primals, tangents
+    return _LazyGraphModule(module, graph), primals, tangents
 
 
 def _forget_statistics(graph: fx.Graph) -> None:

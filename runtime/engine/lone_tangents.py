@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from graphopt.analysis.aliasing import storage_of
 from graphopt.ops import tangent as _tangent  # noqa: F401
@@ -43,7 +44,7 @@ def without_zeros(halves: Halves) -> Halves:
             found = True
     if not found:
         return halves
-    return replace(halves, backward=fx.GraphModule(halves.backward, graph))
+    return replace(halves, backward=_LazyGraphModule(halves.backward, graph))
 
 
 def may_lack(tangent: fx.Node) -> bool:

@@ -90,8 +90,8 @@ class PlainBackward:
         return list(self._in_order(gathered))
 
     def _tangent(self, step: Step, key: int, tangent: Tensor | None) -> Tensor | None:
-        if tangent is None and key in self._may_lack:
-            return None
+        if key in self._may_lack:  # a sum takes any strides
+            return tangent
         expected = self._tangents[key]
         if step.geometry:
             expected = expected.at(step.geometry[key])

@@ -256,7 +256,13 @@ def _saved(ctx: Any, live: frozenset[int]) -> list[Tensor]:
 
 
 class _Node(torch.autograd.Function):
-    """One training step's model part as a node of autograd."""
+    """One training step's model part as a node of autograd.
+
+    Attributes:
+        takes_any_strides: of tangents; each gets the strides that the graph was traced for.
+    """
+
+    takes_any_strides = True
 
     @staticmethod
     def forward(
