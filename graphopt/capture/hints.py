@@ -104,6 +104,16 @@ _SAYS = (
         "forward packs sequences, and how a recurrent network runs on them depends on data",
     ),
     (
+        r"(?i)could not (guard on|extract) .*data-dependent",
+        "what forward does next is data-dependent: Python asks for a number that only values of a "
+        "tensor tell",
+    ),
+    (
+        r"_numpy\.random|RandomState",
+        "forward draws random numbers of numpy, or seeds them, and a graph draws from torch's "
+        "default generator only",
+    ),
+    (
         r"no meta kernel",
         "forward calls an operator whose results have sizes that torch cannot tell",
     ),

@@ -31,6 +31,13 @@ def drops(s: Small, h: Tensor) -> Tensor:
     return h * 2 if torch.rand(()) < 0.5 else h
 
 
+def asks(s: Small, h: Tensor) -> Tensor:
+    asked = (h > 0).any().item()
+    if asked:
+        return h * 2
+    return -h
+
+
 def where(s: Small, h: Tensor) -> Tensor:
     return torch.where(h.sum() > 0, h * 2, -h)
 
@@ -51,6 +58,7 @@ BRANCHES = Refusal(
         ),
         Example("while", small(halves), "ranching", "while h.norm()", r"torch\.where"),
         Example("draw", small(drops), "ranching", "torch.rand(())", r"torch\.where"),
+        Example("asked", small(asks), "only values of a tensor tell", "if asked", r"torch\.where"),
         Example(
             "truncated normal",
             small(lambda s, h: h + nn.init.trunc_normal_(torch.empty(3, 4))),
@@ -86,7 +94,8 @@ def _draw(name: str, body: Any, words: str, line: str) -> Example:
     return Example(name, small(body), words, line, "^draw by torch.*or draw outside", way=by_torch)
 
 
-_SKIPPED, _RANDOM, _OWN = "function marked as skipped", "numpy", "generator of one's own"
+_SKIPPED, _OWN = "function marked as skipped", "generator of one's own"
+_RANDOM = "forward draws random numbers of numpy"
 
 DRAWS = Refusal(
     "draws",
@@ -100,6 +109,7 @@ DRAWS = Refusal(
         _draw("choice", lambda s, h: h * random.choice([1.0, 2.0]), _SKIPPED, "random.choice"),
         _draw("branch by NumPy", of_numpy, _RANDOM, "if np.random.rand() < 0.5"),
         _draw("uniform", lambda s, h: h * np.random.uniform(0, 1), _RANDOM, "np.random.uniform"),
+        _draw("seed", lambda s, h: h if np.random.seed(0) else h * 2, _RANDOM, "np.random.seed"),
         _draw("beta", lambda s, h: h * np.random.beta(1.0, 1.0), _RANDOM, "np.random.beta"),
         _draw(
             "permutation",
