@@ -125,8 +125,6 @@ def _commit() -> str:
 def _keep(path: Path) -> None:
     found = _read(path)
     rows = {name: found[name] for name in sorted(families(), key=str.lower) if name in found}
-    for kept in rows.values():
-        kept.pop("traceback", None)
     packages = {name: metadata.version(name) for name in _PACKAGES}
     keep("families", {"packages": packages, "summary": summary(rows), "families": rows})
 

@@ -67,9 +67,9 @@ def row(build: Callable[[], Family]) -> dict[str, Any]:
         graphopt.optimize(ours.model, backend="eager")
         actual = _steps(ours)
     except MismatchError as error:
-        return found | {"status": "different", "reason": str(error)}
+        return found | {"status": "different"} | _told(error)
     except GraphoptError as error:
-        return found | {"status": "refused", "reason": str(error)}
+        return found | {"status": "refused"} | _told(error)
     except Exception as error:
         return found | {"status": "crashed", "reason": _line(error), "traceback": _tail()}
     found["CPU seconds"] = {
@@ -78,7 +78,6 @@ def row(build: Callable[[], Family]) -> dict[str, Any]:
     }
     entries = report(ours.model).specialisations
     found["captures"] = len(entries)
-    found["capture seconds"] = round(sum(entry.capture_seconds for entry in entries), 2)
     found["verified"] = [entry.verification.result for entry in entries]
     del ours
     worst, name = _worst(wanted, actual)
@@ -158,6 +157,16 @@ def _error(wanted: Tensor, actual: Tensor) -> float:
     return float("inf") if error != error else error
 
 
+def _told(error: GraphoptError) -> dict[str, str]:
+    """What an error says, where, and what to try."""
+    return {"reason": error.message, "where": _relative(error.where), "try": error.hint}
+
+
+def _relative(text: str) -> str:
+    """Paths from the folder on that packages are installed in."""
+    return text.replace(f"{Path(torch.__file__).parents[1]}/", "")
+
+
 def _line(error: BaseException) -> str:
     """Its class and its first line."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -168,4 +177,4 @@ def _tail() -> list[str]:
     """The last frames of what was raised, by file name only."""
     lines = traceback.format_exc().splitlines()
     frames = [line.strip() for line in lines if line.lstrip().startswith("File ")][-6:]
-    return [frame.replace(str(Path(torch.__file__).parents[1]) + "/", "") for frame in frames]
+    return [_relative(frame) for frame in frames]
