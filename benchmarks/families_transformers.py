@@ -205,7 +205,9 @@ def _questions(config: Any) -> dict[str, Any]:
     return given | {"start_positions": places, "end_positions": places + 1}
 
 
-_CONVOLUTIONS = {
+# Layers that are left out at random, as is usual in speech and series, are refused.
+_ALL_LAYERS = {"layerdrop": 0.0}
+_CONVOLUTIONS = _ALL_LAYERS | {
     "conv_dim": [32, 32],
     "conv_stride": [5, 2],
     "conv_kernel": [10, 3],
@@ -214,9 +216,11 @@ _CONVOLUTIONS = {
     "num_conv_pos_embedding_groups": 4,
 }
 _STAGES = {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}
-_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16} | {
-    "num_time_features": 2
-}
+_SERIES = (
+    {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "d_model": 16}
+    | {"num_time_features": 2}
+    | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+)
 _STARTS = {"decoder_start_token_id": 0}
 _LORA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4} | {
     "v_head_dim": 8
@@ -434,7 +438,7 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "Wav2Vec2ConformerForCTC": (_sound, _CONVOLUTIONS | {"vocab_size": 32}),
     "Wav2Vec2BertForCTC": (
         _features,
-        {"feature_projection_input_dim": 20, "vocab_size": 32},
+        _ALL_LAYERS | {"feature_projection_input_dim": 20, "vocab_size": 32},
     ),
     "WhisperForConditionalGeneration": (
         _spectrogram,
@@ -460,7 +464,17 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "CLIPModel": (_image_and_text, {}),
     "SiglipModel": (_image_and_text, {}),
     "BlipForConditionalGeneration": (_captioned, {}),
-    "LlavaForConditionalGeneration": (_pictured, {"image_token_id": 120}),
+    "LlavaForConditionalGeneration": (
+        _pictured,
+        {
+            "image_token_id": 120,
+            "vision_config": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+            | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+            | {"num_attention_heads": 4, "projection_dim": 16},
+            "text_config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
+            | {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
+        },
+    ),
     "LayoutLMv3Model": (
         _boxed_and_image,
         {"input_size": 32, "coordinate_size": 5, "shape_size": 6}

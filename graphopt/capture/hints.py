@@ -43,7 +43,7 @@ _HINTS = (
         "make it in __init__, or pass it to the model",
     ),
     (
-        r"requires_grad_\(\)",
+        r"requires_grad_\(\)|Tensor\.requires_grad",
         "call requires_grad_ outside of forward, or on a detach() that forward does not return; "
         "detach() what shall get no gradient",
     ),
@@ -131,13 +131,16 @@ _OF_DYNAMO = (
 )
 
 
-def hint(message: str, given: object = None) -> str:
+def hint(message: str, given: object = None, where: str = "") -> str:
     """One thing to try: ours where the reason is known, otherwise the first of Dynamo's.
 
     Args:
         message: of Dynamo.
         given: the arguments of the call.
+        where: the user's line.
     """
+    if "layerdrop" in where:
+        return "train with layerdrop=0, an option of the model's configuration"
     if re.search("data-dependent", message) and _has_packed(given):
         return _PAD
     for pattern, found in _HINTS:

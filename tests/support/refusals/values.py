@@ -31,6 +31,12 @@ def drops(s: Small, h: Tensor) -> Tensor:
     return h * 2 if torch.rand(()) < 0.5 else h
 
 
+def drops_layers(self: Small, h: Tensor) -> Tensor:
+    if torch.rand(()) < self.layerdrop:
+        return h
+    return h * 2
+
+
 def asks(s: Small, h: Tensor) -> Tensor:
     asked = (h > 0).any().item()
     if asked:
@@ -58,6 +64,7 @@ BRANCHES = Refusal(
         ),
         Example("while", small(halves), "ranching", "while h.norm()", r"torch\.where"),
         Example("draw", small(drops), "ranching", "torch.rand(())", r"torch\.where"),
+        Example("layers", small(drops_layers), "ranching", "self.layerdrop", "layerdrop=0"),
         Example("asked", small(asks), "only values of a tensor tell", "if asked", r"torch\.where"),
         Example(
             "truncated normal",
