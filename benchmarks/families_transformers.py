@@ -1,7 +1,7 @@
 """One tiny model for each of some hundred families of transformers, by its class.
 
 Sizes are made small by the names that configurations have in common; what a family needs besides is
-written behind its class. A text batch is one of a collator: two examples, one of them padded.
+written behind its class.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import families_batches as batches
+from benchmarks.families_batches import TOKENS
 from benchmarks.families_step import Family
 
 _SMALL: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "d_inner", "hidden_dim"), 64),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 64),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 64),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("head_dim", "d_kv", "d_head"), 8),
-    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "n_inner"), 2),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 2),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     "image_size": 32,
     "patch_size": 8,
     "projection_dim": 16,
 }
-_SMALL["n_inner"] = 64
-_TOKENS, _LENGTH = 100, 16
 
 Inputs = Callable[[Any], dict[str, Any]]
 
@@ -48,7 +48,7 @@ def tiny(kind: Any, **given: Any) -> Any:
         optional = field.name in ("num_key_value_heads", "head_dim") and default is None
         if field.name in _SMALL and (type(default) is int or optional):
             values[field.name] = _SMALL[field.name]
-        elif field.name.endswith("token_id") and type(default) is int and default >= _TOKENS:
+        elif field.name.endswith("token_id") and type(default) is int and default >= TOKENS:
             values[field.name] = 1
     for name, part in getattr(kind, "sub_configs", {}).items():
         if name.endswith("_config") and dataclasses.is_dataclass(part):
@@ -56,153 +56,6 @@ def tiny(kind: Any, **given: Any) -> Any:
             if name in {field.name for field in dataclasses.fields(kind)}:
                 values[name] = tiny(part, **inner).to_dict()
     return kind(**values | given)
-
-
-def _text(config: Any) -> dict[str, Any]:
-    tokens = torch.randint(5, _TOKENS, (2, _LENGTH))
-    mask = torch.ones(2, _LENGTH, dtype=torch.long)
-    mask[1, -3:] = 0
-    labels = tokens.masked_fill(mask == 0, -100)
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-
-
-def _without_mask(config: Any) -> dict[str, Any]:
-    given = _text(config)
-    return {name: given[name] for name in ("input_ids", "labels")}
-
-
-def _long(config: Any) -> dict[str, Any]:
-    return {name: value.repeat(1, 4) for name, value in _text(config).items()}
-
-
-def _classified_text(config: Any) -> dict[str, Any]:
-    return _text(config) | {"labels": torch.tensor([0, 1])}
-
-
-def _image(config: Any) -> dict[str, Any]:
-    size = getattr(config, "image_size", None)
-    size = size if isinstance(size, int) else 64
-    return {"pixel_values": torch.randn(2, 3, size, size)}
-
-
-def _classified_image(config: Any) -> dict[str, Any]:
-    return _image(config) | {"labels": torch.tensor([0, 1])}
-
-
-def _segmented_image(config: Any) -> dict[str, Any]:
-    images = _image(config)
-    labels = torch.randint(2, (2, *images["pixel_values"].shape[2:]))
-    return images | {"labels": labels}
-
-
-def _image_and_text(config: Any) -> dict[str, Any]:
-    size = config.vision_config.image_size
-    tokens = torch.randint(5, _TOKENS, (2, _LENGTH))
-    images = torch.randn(2, 3, size, size)
-    return {"input_ids": tokens, "pixel_values": images, "return_loss": True}
-
-
-def _captioned(config: Any) -> dict[str, Any]:
-    given = _text(config)
-    given["pixel_values"] = torch.randn(2, 3, 32, 32)
-    return given
-
-
-def _pictured(config: Any) -> dict[str, Any]:
-    """Text with a picture of 16 patches in each example."""
-    given = _captioned(config)
-    picture = torch.full((2, 16), config.image_token_id)
-    given["input_ids"] = torch.cat([picture, given["input_ids"]], 1)
-    given["attention_mask"] = torch.cat([torch.ones_like(picture), given["attention_mask"]], 1)
-    given["labels"] = torch.cat([torch.full_like(picture, -100), given["labels"]], 1)
-    return given
-
-
-def _boxed(config: Any) -> dict[str, Any]:
-    corners = torch.randint(0, 50, (2, _LENGTH, 2))
-    return _text(config) | {"bbox": torch.cat([corners, corners + 20], -1)}
-
-
-def _boxed_and_image(config: Any) -> dict[str, Any]:
-    return _boxed(config) | {"pixel_values": torch.randn(2, 3, 32, 32), "labels": None}
-
-
-def _sound(config: Any) -> dict[str, Any]:
-    labels = torch.randint(5, 30, (2, 4))
-    return {"input_values": torch.randn(2, 2400), "labels": labels}
-
-
-def _spectrogram(config: Any) -> dict[str, Any]:
-    features = torch.randn(2, config.num_mel_bins, 64)
-    return {"input_features": features, "labels": torch.randint(5, _TOKENS, (2, 8))}
-
-
-def _filter_banks(config: Any) -> dict[str, Any]:
-    features = torch.randn(2, 64, config.input_feat_per_channel)
-    return {"input_features": features, "labels": torch.randint(5, _TOKENS, (2, 8))}
-
-
-def _features(config: Any) -> dict[str, Any]:
-    features = torch.randn(2, 40, config.feature_projection_input_dim)
-    return {"input_features": features, "labels": torch.randint(5, 30, (2, 4))}
-
-
-def _banks(config: Any) -> dict[str, Any]:
-    values = torch.randn(2, config.max_length, config.num_mel_bins)
-    return {"input_values": values, "labels": torch.tensor([0, 1])}
-
-
-def _wave(config: Any) -> dict[str, Any]:
-    return {"input_values": torch.randn(2, config.audio_channels, 960)}
-
-
-def _spoken(config: Any) -> dict[str, Any]:
-    return {"input_values": torch.randn(2, 2400), "labels": torch.randint(5, 50, (2, 8))}
-
-
-def _video(config: Any) -> dict[str, Any]:
-    videos = torch.randn(2, config.num_frames, 3, config.image_size, config.image_size)
-    return {"pixel_values": videos, "labels": torch.tensor([0, 1])}
-
-
-def _series(config: Any) -> dict[str, Any]:
-    past = config.context_length + max(config.lags_sequence)
-    return {
-        "past_values": torch.randn(2, past),
-        "past_time_features": torch.randn(2, past, config.num_time_features),
-        "past_observed_mask": torch.ones(2, past),
-        "future_values": torch.randn(2, config.prediction_length),
-        "future_time_features": torch.randn(2, config.prediction_length, config.num_time_features),
-    }
-
-
-def _patches(config: Any) -> dict[str, Any]:
-    past = torch.randn(2, config.context_length, config.num_input_channels)
-    future = torch.randn(2, config.prediction_length, config.num_input_channels)
-    return {"past_values": past, "future_values": future}
-
-
-def _decisions(config: Any) -> dict[str, Any]:
-    return {
-        "states": torch.randn(2, 8, config.state_dim),
-        "actions": torch.randn(2, 8, config.act_dim),
-        "rewards": torch.randn(2, 8, 1),
-        "returns_to_go": torch.randn(2, 8, 1),
-        "timesteps": torch.arange(8).repeat(2, 1),
-        "attention_mask": torch.ones(2, 8),
-    }
-
-
-def _table(config: Any) -> dict[str, Any]:
-    kinds = torch.zeros(2, _LENGTH, 7, dtype=torch.long)
-    return _text(config) | {"token_type_ids": kinds}
-
-
-def _questions(config: Any) -> dict[str, Any]:
-    given = _text(config)
-    del given["labels"]
-    places = torch.tensor([3, 5])
-    return given | {"start_positions": places, "end_positions": places + 1}
 
 
 # Layers that are left out at random, as is usual in speech and series, are refused.
@@ -228,21 +81,21 @@ _LORA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_
 
 FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     # Causal language models.
-    "GPT2LMHeadModel": (_text, {}),
-    "GPTNeoForCausalLM": (_text, {"attention_types": [[["global", "local"], 1]]}),
-    "GPTNeoXForCausalLM": (_text, {}),
-    "GPTJForCausalLM": (_text, {"rotary_dim": 4}),
-    "GPTBigCodeForCausalLM": (_text, {}),
-    "OPTForCausalLM": (_text, {"word_embed_proj_dim": 32}),
-    "BloomForCausalLM": (_text, {}),
-    "LlamaForCausalLM": (_text, {}),
-    "MistralForCausalLM": (_text, {}),
-    "MixtralForCausalLM": (_text, {}),
-    "Qwen2ForCausalLM": (_text, {}),
-    "Qwen2MoeForCausalLM": (_text, {}),
-    "Qwen3ForCausalLM": (_text, {}),
+    "GPT2LMHeadModel": (batches.text, {}),
+    "GPTNeoForCausalLM": (batches.text, {"attention_types": [[["global", "local"], 1]]}),
+    "GPTNeoXForCausalLM": (batches.text, {}),
+    "GPTJForCausalLM": (batches.text, {"rotary_dim": 4}),
+    "GPTBigCodeForCausalLM": (batches.text, {}),
+    "OPTForCausalLM": (batches.text, {"word_embed_proj_dim": 32}),
+    "BloomForCausalLM": (batches.text, {}),
+    "LlamaForCausalLM": (batches.text, {}),
+    "MistralForCausalLM": (batches.text, {}),
+    "MixtralForCausalLM": (batches.text, {}),
+    "Qwen2ForCausalLM": (batches.text, {}),
+    "Qwen2MoeForCausalLM": (batches.text, {}),
+    "Qwen3ForCausalLM": (batches.text, {}),
     "Qwen3NextForCausalLM": (
-        _text,
+        batches.text,
         {
             "linear_num_value_heads": 4,
             "linear_num_key_heads": 2,
@@ -251,60 +104,66 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
-    "GemmaForCausalLM": (_text, {}),
-    "Gemma2ForCausalLM": (_text, {}),
-    "Gemma3ForCausalLM": (_text, {}),
-    "PhiForCausalLM": (_text, {}),
-    "Phi3ForCausalLM": (_text, {}),
-    "FalconForCausalLM": (_text, {}),
-    "MptForCausalLM": (_text, {}),
-    "StableLmForCausalLM": (_text, {}),
-    "Starcoder2ForCausalLM": (_text, {}),
-    "CohereForCausalLM": (_text, {}),
-    "Olmo2ForCausalLM": (_text, {}),
-    "OlmoeForCausalLM": (_text, {}),
-    "GraniteMoeForCausalLM": (_text, {}),
+    "GemmaForCausalLM": (batches.text, {}),
+    "Gemma2ForCausalLM": (batches.text, {}),
+    "Gemma3ForCausalLM": (batches.text, {}),
+    "PhiForCausalLM": (batches.text, {}),
+    "Phi3ForCausalLM": (batches.text, {}),
+    "FalconForCausalLM": (batches.text, {}),
+    "MptForCausalLM": (batches.text, {}),
+    "StableLmForCausalLM": (batches.text, {}),
+    "Starcoder2ForCausalLM": (batches.text, {}),
+    "CohereForCausalLM": (batches.text, {}),
+    "Olmo2ForCausalLM": (batches.text, {}),
+    "OlmoeForCausalLM": (batches.text, {}),
+    "GraniteMoeForCausalLM": (batches.text, {}),
     "DeepseekV3ForCausalLM": (
-        _text,
+        batches.text,
         _LORA | {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
     ),
-    "GptOssForCausalLM": (_text, {}),
-    "MambaForCausalLM": (_text, {}),
-    "Mamba2ForCausalLM": (_text, {"num_heads": 8, "n_groups": 2, "chunk_size": 8}),
-    "FalconMambaForCausalLM": (_text, {}),
-    "JambaForCausalLM": (_text, {"attn_layer_period": 2, "attn_layer_offset": 1}),
-    "RecurrentGemmaForCausalLM": (_text, {"lru_width": 32, "num_hidden_layers": 3}),
-    "RwkvForCausalLM": (_without_mask, {"attention_hidden_size": 32}),
-    "XGLMForCausalLM": (_text, {"attention_heads": 4}),
-    "CodeGenForCausalLM": (_text, {"rotary_dim": 4}),
-    "CTRLLMHeadModel": (_text, {"dff": 64}),
-    "BioGptForCausalLM": (_text, {}),
-    "PersimmonForCausalLM": (_text, {}),
-    "NemotronForCausalLM": (_text, {}),
-    "DiffLlamaForCausalLM": (_text, {}),
-    "Lfm2ForCausalLM": (_text, {"layer_types": ["conv", "full_attention"]}),
+    "GptOssForCausalLM": (batches.text, {}),
+    "MambaForCausalLM": (batches.text, {}),
+    "Mamba2ForCausalLM": (batches.text, {"num_heads": 8, "n_groups": 2, "chunk_size": 8}),
+    "FalconMambaForCausalLM": (batches.text, {}),
+    "JambaForCausalLM": (batches.text, {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "RecurrentGemmaForCausalLM": (batches.text, {"lru_width": 32, "num_hidden_layers": 3}),
+    "RwkvForCausalLM": (batches.without_mask, {"attention_hidden_size": 32}),
+    "XGLMForCausalLM": (batches.text, {"attention_heads": 4}),
+    "CodeGenForCausalLM": (batches.text, {"rotary_dim": 4}),
+    "CTRLLMHeadModel": (batches.text, {"dff": 64}),
+    "BioGptForCausalLM": (batches.text, {}),
+    "PersimmonForCausalLM": (batches.text, {}),
+    "NemotronForCausalLM": (batches.text, {}),
+    "DiffLlamaForCausalLM": (batches.text, {}),
+    "Lfm2ForCausalLM": (batches.text, {"layer_types": ["conv", "full_attention"]}),
     # Encoders of text.
-    "BertForMaskedLM": (_text, {}),
-    "RobertaForMaskedLM": (_text, {}),
-    "ElectraForMaskedLM": (_text, {}),
-    "AlbertForMaskedLM": (_text, {}),
-    "DistilBertForMaskedLM": (_text, {}),
-    "DebertaForMaskedLM": (_text, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
-    "DebertaV2ForMaskedLM": (_text, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
-    "ConvBertForMaskedLM": (_text, {}),
+    "BertForMaskedLM": (batches.text, {}),
+    "RobertaForMaskedLM": (batches.text, {}),
+    "ElectraForMaskedLM": (batches.text, {}),
+    "AlbertForMaskedLM": (batches.text, {}),
+    "DistilBertForMaskedLM": (batches.text, {}),
+    "DebertaForMaskedLM": (
+        batches.text,
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "DebertaV2ForMaskedLM": (
+        batches.text,
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "ConvBertForMaskedLM": (batches.text, {}),
     "MobileBertForMaskedLM": (
-        _text,
+        batches.text,
         {"intra_bottleneck_size": 32, "hidden_size": 64, "true_hidden_size": 32},
     ),
-    "SqueezeBertForMaskedLM": (_text, {}),
-    "MPNetForMaskedLM": (_text, {}),
-    "FunnelForMaskedLM": (_text, {"block_sizes": [1, 1], "num_decoder_layers": 1}),
-    "NystromformerForMaskedLM": (_text, {"num_landmarks": 16, "segment_means_seq_len": 16}),
-    "YosoForMaskedLM": (_text, {}),
-    "LongformerForMaskedLM": (_text, {"attention_window": 8}),
-    "BigBirdForMaskedLM": (_long, {"block_size": 4, "num_random_blocks": 2}),
+    "SqueezeBertForMaskedLM": (batches.text, {}),
+    "MPNetForMaskedLM": (batches.text, {}),
+    "FunnelForMaskedLM": (batches.text, {"block_sizes": [1, 1], "num_decoder_layers": 1}),
+    "NystromformerForMaskedLM": (batches.text, {"num_landmarks": 16, "segment_means_seq_len": 16}),
+    "YosoForMaskedLM": (batches.text, {}),
+    "LongformerForMaskedLM": (batches.text, {"attention_window": 8}),
+    "BigBirdForMaskedLM": (batches.long, {"block_size": 4, "num_random_blocks": 2}),
     "ReformerForMaskedLM": (
-        _long,
+        batches.long,
         {
             "is_decoder": False,
             "attn_layers": ["local", "lsh"],
@@ -317,46 +176,49 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
             "num_buckets": 4,
         },
     ),
-    "FNetForMaskedLM": (_without_mask, {}),
-    "IBertForMaskedLM": (_text, {}),
-    "RoFormerForMaskedLM": (_text, {}),
-    "RemBertForMaskedLM": (_text, {"input_embedding_size": 16, "output_embedding_size": 32}),
-    "XLNetLMHeadModel": (_text, {}),
-    "XLMWithLMHeadModel": (_text, {}),
-    "ModernBertForMaskedLM": (_text, {}),
-    "EsmForMaskedLM": (_text, {"pad_token_id": 1, "mask_token_id": 4, "vocab_size": 128}),
-    "CanineForSequenceClassification": (_classified_text, {"num_hash_buckets": 64}),
-    "MegatronBertForMaskedLM": (_text, {}),
-    "LukeForMaskedLM": (_text, {"entity_vocab_size": 16, "entity_emb_size": 16}),
-    "SplinterForQuestionAnswering": (_questions, {}),
-    "LayoutLMForMaskedLM": (_boxed, {"max_2d_position_embeddings": 128}),
-    "TapasForMaskedLM": (_table, {}),
+    "FNetForMaskedLM": (batches.without_mask, {}),
+    "IBertForMaskedLM": (batches.text, {}),
+    "RoFormerForMaskedLM": (batches.text, {}),
+    "RemBertForMaskedLM": (batches.text, {"input_embedding_size": 16, "output_embedding_size": 32}),
+    "XLNetLMHeadModel": (batches.text, {}),
+    "XLMWithLMHeadModel": (batches.text, {}),
+    "ModernBertForMaskedLM": (batches.text, {}),
+    "EsmForMaskedLM": (batches.text, {"pad_token_id": 1, "mask_token_id": 4, "vocab_size": 128}),
+    "CanineForSequenceClassification": (batches.classified_text, {"num_hash_buckets": 64}),
+    "MegatronBertForMaskedLM": (batches.text, {}),
+    "LukeForMaskedLM": (batches.text, {"entity_vocab_size": 16, "entity_emb_size": 16}),
+    "SplinterForQuestionAnswering": (batches.questions, {}),
+    "LayoutLMForMaskedLM": (batches.boxed, {"max_2d_position_embeddings": 128}),
+    "TapasForMaskedLM": (batches.table, {}),
     # From text to text.
-    "T5ForConditionalGeneration": (_text, _STARTS),
-    "UMT5ForConditionalGeneration": (_text, {}),
-    "LongT5ForConditionalGeneration": (_text, {"local_radius": 4} | _STARTS),
+    "T5ForConditionalGeneration": (batches.text, _STARTS),
+    "UMT5ForConditionalGeneration": (batches.text, {}),
+    "LongT5ForConditionalGeneration": (batches.text, {"local_radius": 4} | _STARTS),
     "SwitchTransformersForConditionalGeneration": (
-        _text,
+        batches.text,
         {"num_sparse_encoder_layers": 1} | _STARTS,
     ),
-    "BartForConditionalGeneration": (_text, {}),
-    "MBartForConditionalGeneration": (_text, {}),
-    "BlenderbotForConditionalGeneration": (_text, {}),
-    "PegasusForConditionalGeneration": (_text, {}),
-    "PegasusXForConditionalGeneration": (_text, {"block_size": 8, "num_global_tokens": 4}),
-    "MarianMTModel": (_text, {}),
-    "M2M100ForConditionalGeneration": (_text, {}),
+    "BartForConditionalGeneration": (batches.text, {}),
+    "MBartForConditionalGeneration": (batches.text, {}),
+    "BlenderbotForConditionalGeneration": (batches.text, {}),
+    "PegasusForConditionalGeneration": (batches.text, {}),
+    "PegasusXForConditionalGeneration": (batches.text, {"block_size": 8, "num_global_tokens": 4}),
+    "MarianMTModel": (batches.text, {}),
+    "M2M100ForConditionalGeneration": (batches.text, {}),
     "LEDForConditionalGeneration": (
-        _text,
+        batches.text,
         {
             "attention_window": 8,
             "max_encoder_position_embeddings": 64,
             "max_decoder_position_embeddings": 64,
         },
     ),
-    "BigBirdPegasusForConditionalGeneration": (_long, {"block_size": 4, "num_random_blocks": 1}),
+    "BigBirdPegasusForConditionalGeneration": (
+        batches.long,
+        {"block_size": 4, "num_random_blocks": 1},
+    ),
     "ProphetNetForConditionalGeneration": (
-        _text,
+        batches.text,
         {
             "num_encoder_layers": 2,
             "num_encoder_attention_heads": 4,
@@ -364,60 +226,60 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         },
     ),
     "FSMTForConditionalGeneration": (
-        _text,
+        batches.text,
         {"src_vocab_size": 128, "tgt_vocab_size": 128, "langs": ["en", "de"]},
     ),
     # Images.
-    "ViTForImageClassification": (_classified_image, {}),
-    "BeitForImageClassification": (_classified_image, {}),
+    "ViTForImageClassification": (batches.classified_image, {}),
+    "BeitForImageClassification": (batches.classified_image, {}),
     "SwinForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4},
     ),
     "Swinv2ForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4},
     ),
-    "ConvNextV2ForImageClassification": (_classified_image, _STAGES | {"image_size": 64}),
-    "ResNetForImageClassification": (_classified_image, _STAGES),
-    "RegNetForImageClassification": (_classified_image, _STAGES),
+    "ConvNextV2ForImageClassification": (batches.classified_image, _STAGES | {"image_size": 64}),
+    "ResNetForImageClassification": (batches.classified_image, _STAGES),
+    "RegNetForImageClassification": (batches.classified_image, _STAGES),
     "SegformerForSemanticSegmentation": (
-        _segmented_image,
+        batches.segmented_image,
         {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "decoder_hidden_size": 16},
     ),
-    "PoolFormerForImageClassification": (_classified_image, _STAGES),
+    "PoolFormerForImageClassification": (batches.classified_image, _STAGES),
     "MobileViTForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64]}
         | {"image_size": 64, "patch_size": 2},
     ),
     "EfficientNetForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640},
     ),
     "CvtForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]}
         | {"drop_path_rate": [0.0, 0.0, 0.1]},
     ),
-    "LevitForImageClassification": (_classified_image, {"image_size": 64, "patch_size": 16}),
+    "LevitForImageClassification": (batches.classified_image, {"image_size": 64, "patch_size": 16}),
     "PvtV2ForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 4]},
     ),
     "FocalNetForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "hidden_sizes": [16, 32]}
         | {"focal_levels": [2, 2], "focal_windows": [3, 3]},
     ),
-    "Dinov2ForImageClassification": (_classified_image, {}),
+    "Dinov2ForImageClassification": (batches.classified_image, {}),
     "ViTMAEForPreTraining": (
-        _image,
+        batches.image,
         {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}
         | {"decoder_num_attention_heads": 2},
     ),
     "DPTForSemanticSegmentation": (
-        _segmented_image,
+        batches.segmented_image,
         {
             "backbone_out_indices": [0, 1, 2, 3],
             "num_hidden_layers": 4,
@@ -426,32 +288,32 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         | {"fusion_hidden_size": 16, "image_size": 64, "patch_size": 16},
     ),
     "HieraForImageClassification": (
-        _classified_image,
+        batches.classified_image,
         {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1]},
     ),
-    "VideoMAEForVideoClassification": (_video, {"num_frames": 4}),
+    "VideoMAEForVideoClassification": (batches.video, {"num_frames": 4}),
     # Sound.
-    "Wav2Vec2ForCTC": (_sound, _CONVOLUTIONS),
-    "HubertForCTC": (_sound, _CONVOLUTIONS),
-    "WavLMForCTC": (_sound, _CONVOLUTIONS),
-    "SEWForCTC": (_sound, _CONVOLUTIONS),
-    "Wav2Vec2ConformerForCTC": (_sound, _CONVOLUTIONS | {"vocab_size": 32}),
+    "Wav2Vec2ForCTC": (batches.sound, _CONVOLUTIONS),
+    "HubertForCTC": (batches.sound, _CONVOLUTIONS),
+    "WavLMForCTC": (batches.sound, _CONVOLUTIONS),
+    "SEWForCTC": (batches.sound, _CONVOLUTIONS),
+    "Wav2Vec2ConformerForCTC": (batches.sound, _CONVOLUTIONS | {"vocab_size": 32}),
     "Wav2Vec2BertForCTC": (
-        _features,
+        batches.features,
         _ALL_LAYERS | {"feature_projection_input_dim": 20, "vocab_size": 32},
     ),
     "WhisperForConditionalGeneration": (
-        _spectrogram,
+        batches.spectrogram,
         {"max_source_positions": 32, "max_target_positions": 32, "num_mel_bins": 16},
     ),
     "Speech2TextForConditionalGeneration": (
-        _filter_banks,
+        batches.filter_banks,
         {"input_feat_per_channel": 16, "conv_channels": 32, "max_source_positions": 64},
     ),
-    "ASTForAudioClassification": (_banks, {"max_length": 64, "num_mel_bins": 32}),
-    "EncodecModel": (_wave, {"num_filters": 4, "hidden_size": 16, "codebook_size": 32}),
+    "ASTForAudioClassification": (batches.banks, {"max_length": 64, "num_mel_bins": 32}),
+    "EncodecModel": (batches.wave, {"num_filters": 4, "hidden_size": 16, "codebook_size": 32}),
     "MoonshineForConditionalGeneration": (
-        _spoken,
+        batches.spoken,
         {
             "encoder_num_hidden_layers": 2,
             "decoder_num_hidden_layers": 2,
@@ -461,11 +323,11 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         },
     ),
     # Several kinds of inputs.
-    "CLIPModel": (_image_and_text, {}),
-    "SiglipModel": (_image_and_text, {}),
-    "BlipForConditionalGeneration": (_captioned, {}),
+    "CLIPModel": (batches.image_and_text, {}),
+    "SiglipModel": (batches.image_and_text, {}),
+    "BlipForConditionalGeneration": (batches.captioned, {}),
     "LlavaForConditionalGeneration": (
-        _pictured,
+        batches.pictured,
         {
             "image_token_id": 120,
             "vision_config": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
@@ -476,25 +338,25 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         },
     ),
     "LayoutLMv3Model": (
-        _boxed_and_image,
+        batches.boxed_and_image,
         {"input_size": 32, "coordinate_size": 5, "shape_size": 6}
         | {"max_2d_position_embeddings": 128},
     ),
     # Series.
-    "TimeSeriesTransformerForPrediction": (_series, _SERIES),
-    "InformerForPrediction": (_series, _SERIES),
-    "AutoformerForPrediction": (_series, _SERIES | {"label_length": 2, "moving_average": 3}),
+    "TimeSeriesTransformerForPrediction": (batches.series, _SERIES),
+    "InformerForPrediction": (batches.series, _SERIES),
+    "AutoformerForPrediction": (batches.series, _SERIES | {"label_length": 2, "moving_average": 3}),
     "PatchTSTForPrediction": (
-        _patches,
+        batches.patches,
         {"context_length": 16, "prediction_length": 4, "patch_length": 4, "patch_stride": 4}
         | {"num_input_channels": 2},
     ),
     "PatchTSMixerForPrediction": (
-        _patches,
+        batches.patches,
         {"context_length": 16, "prediction_length": 4, "patch_length": 4, "patch_stride": 4}
         | {"num_input_channels": 2},
     ),
-    "DecisionTransformerModel": (_decisions, {"state_dim": 5, "act_dim": 3}),
+    "DecisionTransformerModel": (batches.decisions, {"state_dim": 5, "act_dim": 3}),
 }
 
 
