@@ -58,9 +58,9 @@ def tiny(kind: Any, **given: Any) -> Any:
     return kind(**values | given)
 
 
-# Layers that are left out at random, as is usual in speech and series, are refused.
-_ALL_LAYERS = {"layerdrop": 0.0}
-_CONVOLUTIONS = _ALL_LAYERS | {
+# Layers that are left out at random, and masks that numpy draws, are refused.
+_SPEECH = {"layerdrop": 0.0, "apply_spec_augment": False}
+_CONVOLUTIONS = _SPEECH | {
     "conv_dim": [32, 32],
     "conv_stride": [5, 2],
     "conv_kernel": [10, 3],
@@ -300,7 +300,7 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "Wav2Vec2ConformerForCTC": (batches.sound, _CONVOLUTIONS | {"vocab_size": 32}),
     "Wav2Vec2BertForCTC": (
         batches.features,
-        _ALL_LAYERS | {"feature_projection_input_dim": 20, "vocab_size": 32},
+        _SPEECH | {"feature_projection_input_dim": 20, "vocab_size": 32},
     ),
     "WhisperForConditionalGeneration": (
         batches.spectrogram,
