@@ -165,10 +165,50 @@ def job_faults(results: Results) -> Lines:
     )
 
 
+def families(results: Results) -> Lines:
+    """Model families of ``benchmarks.families``."""
+    rows: Mapping[str, Any] = results["families"]
+    statuses = [key for key in results["summary"] if key != "families"]
+    yield from _head("package", "families", *statuses)
+    for package, version in results["packages"].items():
+        ended = [found["status"] for name, found in rows.items() if name.split()[0] == package]
+        counts = [ended.count(status) for status in statuses]
+        yield _row(f"{package} {version}", *map(str, (sum(counts), *counts)))
+    counts = [results["summary"][status] for status in statuses]
+    yield _row("both", *map(str, (results["summary"]["families"], *counts)))
+    yield ""
+    taken = {name: found["CPU seconds"] for name, found in rows.items() if "CPU seconds" in found}
+    if taken:
+        both = {name: s["two steps with capture"] for name, s in taken.items()}
+        worst = max(both, key=both.__getitem__)
+        yield (
+            f"- Processor seconds of the first two steps, capture and comparison included: median "
+            f"{statistics.median(both.values()):.1f}, most {both[worst]:.1f} ({worst})."
+        )
+        again = [name for name, found in rows.items() if found.get("captures", 1) > 1]
+        yield f"- Captured anew in the second step: {', '.join(again) or 'none'}."
+        yield ""
+    off = {n: found for n, found in rows.items() if found.get("error")}
+    if off:
+        yield from _head("not bit-equal", "error", "worst", "eager against eager")
+        for name, found in off.items():
+            itself = found["eager against eager"]["error"]
+            yield _row(name, f"{found['error']:.1e}", found["worst"], f"{itself:.1e}")
+        yield ""
+    refused = {n: found for n, found in rows.items() if found["status"] == "refused"}
+    if refused:
+        yield from _head("refused", "because", "at")
+        for name, found in refused.items():
+            path, _, line = found["where"].partition(": ")
+            at = f"`{line}` in {path.rpartition('/')[2]}" if line else ""
+            yield _row(name, found["reason"], at.replace("|", "\\|"))
+
+
 TABLES: dict[str, tuple[str, Callable[[Results], Iterable[str]]]] = {
     "training": ("step_time_cpu", training),
     "folded": ("step_time_cpu", folded),
     "zoo_steps": ("zoo_steps_cpu", zoo_steps),
+    "families": ("families", families),
     "memory": ("memory_cpu", memory),
     "inference": ("inference", inference),
     "first_call": ("first_call", first_call),

@@ -40,6 +40,7 @@ from graphopt.capture.flat import (
 from graphopt.capture.frozen import refusing_frozen_values
 from graphopt.capture.guards import Constants, Guard
 from graphopt.capture.kept import Unkept, described
+from graphopt.capture.leaves import leaves_of_forward
 from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
 from graphopt.capture.opaque import capturable_leaves, refuse_fast_paths, replace_leaves
@@ -256,6 +257,7 @@ def dynamo_settings() -> Iterator[None]:
         cumulative_averages(),
         limited_deques(),
         derivatives_inside(),
+        leaves_of_forward(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

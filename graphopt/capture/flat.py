@@ -116,7 +116,7 @@ def refused(
     return CaptureError(
         says(reason) or f"forward cannot be captured as one graph: {first_line(error)}",
         where=where or location(forward),
-        hint=hint(reason, given),
+        hint=hint(reason, given, where),
     )
 
 

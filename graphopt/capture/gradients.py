@@ -74,7 +74,9 @@ def leaf_of(mode: FakeTensorMode, value: Any) -> Any:
     """A fake leaf like an input, real or fake; sizes stay."""
     if not isinstance(value, Tensor):
         return value
-    fake = value.detach() if isinstance(value, FakeTensor) else mode.from_tensor(value.detach())
+    fake = value.detach()
+    if not isinstance(value, FakeTensor):
+        fake = mode.from_tensor(fake, static_shapes=True)  # symbols would be much slower
     return fake.requires_grad_(value.requires_grad)
 
 

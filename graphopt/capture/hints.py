@@ -47,7 +47,7 @@ _HINTS = (
         "make it in __init__, or pass it to the model",
     ),
     (
-        r"requires_grad_\(\)",
+        r"requires_grad_\(\)|Tensor\.requires_grad",
         "call requires_grad_ outside of forward, or on a detach() that forward does not return; "
         "detach() what shall get no gradient",
     ),
@@ -101,8 +101,8 @@ _SAYS = (
     ),
     (
         _DRAWS,
-        "forward draws from Python's random numbers or NumPy's, and the draw would be frozen into "
-        "the graph",
+        "forward draws from Python's random numbers or NumPy's, or seeds them, and what is drawn "
+        "would be frozen into the graph",
     ),
     (
         r"\(Generator\)|torch\.Generator|\._C\.Generator",
@@ -110,8 +110,9 @@ _SAYS = (
         "only",
     ),
     (
-        r"Could not guard on data-dependent",
-        "forward branches on a value or a size that depends on data, and a graph has one way",
+        r"(?i)could not (guard on|extract) .*data-dependent",
+        "what forward does next is data-dependent, and a graph has one way: Python asks for a "
+        "number that only values of a tensor tell",
     ),
     (
         r"Unsupported context manager",
@@ -143,13 +144,16 @@ _OF_DYNAMO = (
 )
 
 
-def hint(message: str, given: object = None) -> str:
+def hint(message: str, given: object = None, where: str = "") -> str:
     """One thing to try: ours where the reason is known, otherwise the first of Dynamo's.
 
     Args:
         message: of Dynamo.
         given: the arguments of the call.
+        where: the user's line.
     """
+    if "layerdrop" in where:
+        return "train with layerdrop=0, an option of the model's configuration"
     if re.search("data-dependent", message) and _has_packed(given):
         return _PAD
     for pattern, found in _HINTS:

@@ -90,6 +90,8 @@ def _export_joint(module: fx.GraphModule, flat: FlatForward) -> tuple[fx.GraphMo
         fx.traceback.preserve_node_meta(),
         # As in eager, a backward runs outside of autocast; forward has its casts in the graph.
         torch._functorch.config.patch(functionalize_rng_ops=False, backward_pass_autocast="off"),
+        # Otherwise torch takes out draws that nobody reads, and those after them would be others.
+        torch._inductor.config.patch(fallback_random=True),
         eager_resampling(symbolic=flat.symbolic),
         eager_dropout(),
         checks_without_order(),

@@ -7,6 +7,7 @@ schedule may give forward and backward different versions of a weight.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner
         partitioner: with the calling convention of `functorch.compile.default_partition`.
     """
     joint, primals, tangents = _prepared(module, signature)
+    unread = _return_unread_draws(joint, signature.num_forward_outputs)
     kept = [s for s in signature.inputs if s.role is not Role.TANGENT]
     parameters = [i for i, slot in enumerate(kept) if slot.role is Role.PARAM]
     values = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
@@ -70,10 +72,37 @@ def split(module: fx.GraphModule, signature: Signature, partitioner: Partitioner
         forward, backward = partitioner(
             joint,
             values,
-            num_fwd_outputs=signature.num_forward_outputs,
+            num_fwd_outputs=signature.num_forward_outputs + unread,
             static_lifetime_input_indices=parameters,
         )
-    return _trimmed(forward, backward, signature, primals, tangents)
+    return _trimmed(forward, backward, signature, primals, tangents, unread)
+
+
+def _return_unread_draws(joint: fx.GraphModule, count: int) -> int:
+    """Make results of draws that nobody reads, behind the first `count`; gives how many.
+
+    Partitioners leave out what is not read, and later draws would be other ones.
+    """
+    output = joint.graph.output_node()
+    returned = list(cast("Sequence[Any]", output.args[0]))
+    draws = [
+        node
+        for node in joint.graph.nodes
+        if not node.users
+        and isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    ]
+    for index, draw in enumerate(draws):
+        drawn, value = draw, draw.meta["val"]
+        if isinstance(value, tuple | list):
+            with joint.graph.inserting_after(draw):
+                drawn = joint.graph.call_function(operator.getitem, (draw, 0))
+            drawn.meta = {**draw.meta, "val": value[0]}
+        returned.insert(count + index, drawn)
+    output.args = (tuple(returned),)
+    output.meta["desc"] = [None] * len(returned)
+    joint.recompile()
+    return len(draws)
 
 
 def _prepared(
@@ -251,13 +280,14 @@ def _trimmed(
     signature: Signature,
     primals: dict[str, int],
     tangents: dict[str, int],
+    unread: int,
 ) -> Halves:
     """Saved values that are inputs of the step are read from the step, not saved again."""
     _check_once(backward)
     output = forward.graph.output_node()
     returned = list(cast("Sequence[Any]", output.args[0]))
     count = signature.num_forward_outputs
-    saved = returned[count:]
+    saved = returned[count + unread :]
     arguments = backward.graph.find_nodes(op="placeholder")
     sources: list[tuple[str, int]] = []
     kept: list[fx.Node] = []

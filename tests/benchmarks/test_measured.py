@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.families import summary
 from benchmarks.measured import PAGE, page, table
 from benchmarks.tables import TABLES
 
@@ -77,3 +78,31 @@ def test_a_mark_without_a_table() -> None:
 def test_every_table_is_on_the_page() -> None:
     text = PAGE.read_text()
     assert [name for name in TABLES if f"<!-- table {name} -->" not in text] == []
+
+
+def test_families_that_are_refused_are_told_with_their_reasons(tmp_path: Path) -> None:
+    same = {"status": "bit-equal", "error": 0.0, "captures": 2}
+    rows = {
+        "timm a": same | {"CPU seconds": {"two steps with capture": 3.0}},
+        "timm b": {
+            "status": "refused",
+            "reason": "forward branches",
+            "where": "x/y.py:7: if a | b:",
+        },
+        "transformers C": {
+            "status": "within 1e-6",
+            "error": 2e-7,
+            "worst": "1 loss",
+            "eager against eager": {"error": 0.0},
+        },
+    }
+    packages = {"timm": "1.0", "transformers": "5.0"}
+    kept = {"packages": packages, "summary": summary(rows), "families": rows}
+    _keep(tmp_path, "families", kept)
+    text = table("families", tmp_path)
+    assert "| timm 1.0 | 2 | 1 | 0 | 0 | 0 | 1 | 0 |" in text
+    assert "| both | 3 | 1 | 1 | 0 | 0 | 1 | 0 |" in text
+    assert "median 3.0, most 3.0 (timm a)" in text
+    assert "- Captured anew in the second step: timm a." in text
+    assert "| transformers C | 2.0e-07 | 1 loss | 0.0e+00 |" in text
+    assert "| timm b | forward branches | `if a \\| b:` in y.py:7 |" in text

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphopt
+from graphopt.capture.gradients import leaf_of
 from tests.support.as_graph import AsGraph
 
 
@@ -88,3 +91,13 @@ def test_many_terms_of_one_sum_have_gradients_of_their_own() -> None:
     model = graphopt.optimize(Same((6,), (6,), (6,)), passes="cleanup", backend="inductor")
     model(torch.ones(6)).square().sum().backward()
     assert _memories([p.grad for p in model.parameters()]) == [0, 1, 2]
+
+
+def test_autograd_is_asked_about_numbers_where_sizes_are_numbers() -> None:
+    """Symbols would take three times as long as all the rest of a capture."""
+    environment = ShapeEnv()
+    for value in (torch.zeros(2, 3, requires_grad=True), nn.Parameter(torch.zeros(5))):
+        leaf = leaf_of(FakeTensorMode(shape_env=environment), value)
+        assert [type(size) for size in leaf.shape] == [int] * value.dim()
+        assert leaf.requires_grad
+    assert not environment.var_to_range

@@ -27,6 +27,7 @@ class Small(nn.Module):
         self.of_numpy = np.random.default_rng(3)
         self.of_python = random.Random(3)
         self.kept: list[object] = []
+        self.layerdrop = 0.1
         self.body = body
 
     def forward(self, x: Tensor, *more: Any) -> Any:

@@ -31,6 +31,19 @@ def drops(s: Small, h: Tensor) -> Tensor:
     return h * 2 if torch.rand(()) < 0.5 else h
 
 
+def drops_layers(self: Small, h: Tensor) -> Tensor:
+    if torch.rand(()) < self.layerdrop:
+        return h
+    return h * 2
+
+
+def asks(s: Small, h: Tensor) -> Tensor:
+    asked = (h > 0).any().item()
+    if asked:
+        return h * 2
+    return -h
+
+
 def where(s: Small, h: Tensor) -> Tensor:
     return torch.where(h.sum() > 0, h * 2, -h)
 
@@ -51,6 +64,8 @@ BRANCHES = Refusal(
         ),
         Example("while", small(halves), "ranching", "while h.norm()", r"torch\.where"),
         Example("draw", small(drops), "ranching", "torch.rand(())", r"torch\.where"),
+        Example("layers", small(drops_layers), "ranching", "self.layerdrop", "layerdrop=0"),
+        Example("asked", small(asks), "only values of a tensor tell", "if asked", r"torch\.where"),
         Example(
             "truncated normal",
             small(lambda s, h: h + nn.init.trunc_normal_(torch.empty(3, 4))),
@@ -86,7 +101,7 @@ def _draw(name: str, body: Any, words: str, line: str) -> Example:
     return Example(name, small(body), words, line, "^draw by torch.*or draw outside", way=by_torch)
 
 
-_DRAWS = "forward draws from Python's random numbers or NumPy's"
+_DRAWS = "forward draws from Python's random numbers or NumPy's, or seeds them"
 
 DRAWS = Refusal(
     "draws",
@@ -101,6 +116,7 @@ DRAWS = Refusal(
         _draw("branch by NumPy", of_numpy, _DRAWS, "if np.random.rand() < 0.5"),
         _draw("uniform", lambda s, h: h * np.random.uniform(0, 1), _DRAWS, "np.random.uniform"),
         _draw("beta", lambda s, h: h * np.random.beta(1.0, 1.0), _DRAWS, "np.random.beta"),
+        _draw("seed", lambda s, h: h if np.random.seed(0) else h * 2, _DRAWS, "np.random.seed"),
         _draw(
             "permutation",
             lambda s, h: h[torch.from_numpy(np.random.permutation(3))],
