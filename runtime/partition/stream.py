@@ -53,6 +53,8 @@ class Stream:
         self._gathered = Gathered()
         self._examples = 0
         self._nominal = 0
+        # A micro-batch that may turn out to be the last of an update, as a drain is not foreseen.
+        self._held: tuple[PipelineEngine, Step] | None = None
         self.number = 0
 
     def check(self, optimizer: Optimizer | None) -> None:
@@ -124,6 +126,10 @@ class Stream:
             if len(self._flying) == 1:
                 self._flying[0].flights[self.stage].step.ends = True
             done.append(self._backward(optimizer))
+        if self._held is not None:  # the last stage has nothing in flight
+            (engine, step), self._held = self._held, None
+            step.ends = True
+            self._end(engine, step, optimizer)
         self.number = self._nominal = 0
         return done
 
@@ -136,23 +142,31 @@ class Stream:
 
     def _backward(self, optimizer: Optimizer) -> Task:
         task = self._flying.popleft()
+        if self._held is not None:
+            (engine, step), self._held = self._held, None
+            self._finish(engine, step, {})
         sums = self._gathered if self._gathered.count else None
         step, _, results = self.work.backward(self.stage, task, sums=sums)
         self._gathered.set(gradients_of(results, step.parameters))
-        gradients: dict[str, Tensor] = {}
         self._examples += task.batch.examples
         if step.ends:
-            gradients = self._gathered.take()
-            share = self._nominal / self._examples
-            if share != 1.0:
-                names = list(gradients)
-                scaled = torch._foreach_mul([gradients[n] for n in names], share)
-                gradients = dict(zip(names, scaled, strict=True))
-            self._examples = 0
-            if self._stashes and not hasattr(optimizer, "rebind"):
-                _rebind(self.work.owned.model(), gradients)
-        self._finish(task.engine, step, gradients)
+            self._end(task.engine, step, optimizer)
+        else:
+            self._held = task.engine, step
         return task
+
+    def _end(self, engine: PipelineEngine, step: Step, optimizer: Optimizer) -> None:
+        """Update with the gradients that were gathered."""
+        gradients = self._gathered.take()
+        share = self._nominal / self._examples
+        if share != 1.0:
+            names = list(gradients)
+            scaled = torch._foreach_mul([gradients[n] for n in names], share)
+            gradients = dict(zip(names, scaled, strict=True))
+        self._examples = 0
+        if self._stashes and not hasattr(optimizer, "rebind"):
+            _rebind(self.work.owned.model(), gradients)
+        self._finish(engine, step, gradients)
 
 
 def _rebind(model: nn.Module, names: Mapping[str, Tensor]) -> None:
