@@ -19,6 +19,7 @@ from graphopt.runtime.part import MakeEngine, RuntimePart
 from graphopt.runtime.partition import whole
 from graphopt.runtime.partition.batch import MicroBatch, check_takes, micro_batches
 from graphopt.runtime.partition.compared import name_of
+from graphopt.runtime.partition.compared_stream import DRAINED, FILLED
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.local import accumulated
 from graphopt.runtime.partition.norms import warn_of_norms
@@ -60,8 +61,10 @@ class Partition(RuntimePart[Stages]):
                     hint=f"leave {runtime.name!r} or {self.name!r} out, or take other options",
                 )
 
-        if self.session.validation is not None and part.schedule != NO_FLUSH:
-            self.session.validation.expect(self.name, name_of(part.schedule))
+        if self.session.validation is not None and not self.uncompared(part):
+            forms = (name_of(part.schedule),)
+            for form in (FILLED, DRAINED) if part.schedule == NO_FLUSH else forms:
+                self.session.validation.expect(self.name, form)
 
         def make(module: fx.GraphModule, plan: Plan) -> Callable[..., Any]:
             self._check(part)
@@ -98,10 +101,11 @@ class Partition(RuntimePart[Stages]):
         return sum(name in stage.parameters for stage in part.stages) > 1
 
     def uncompared(self, part: Stages) -> Mapping[str, str]:
-        """What a pipeline that is not drained computes has weights of several steps."""
-        if part.schedule != NO_FLUSH:
+        """Backwards that read other weights than their forwards are no gradients of anything."""
+        if part.schedule != NO_FLUSH or part.weights == "stash":
             return {}
-        return {name_of(NO_FLUSH): "its stages have weights of different steps at any time"}
+        why = f"with weights={part.weights} a backward reads other weights than its forward"
+        return {FILLED: why, DRAINED: why}
 
     # -- steps -------------------------------------------------------------------------------------
 

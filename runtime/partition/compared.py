@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -34,6 +34,23 @@ from graphopt.runtime.validation import NOISE, error_of, magnitude, rounding
 
 PART = "partition"
 Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """One micro-batch, and what its stages had at hand.
+
+    Attributes:
+        task: the micro-batch.
+        streams: where random numbers of the stages began.
+        weights: parameters that take the place of the model's own.
+        buffers: likewise; what earlier micro-batches have made of them, where there are none.
+    """
+
+    task: Task
+    streams: Streams
+    weights: Named = field(default_factory=dict)
+    buffers: Named = field(default_factory=dict)
 
 
 def name_of(schedule: str) -> str:
@@ -107,27 +124,50 @@ class Compared:
         streams = self._drawn()
         model = self._work.owned.model()
         buffers = {n: b.detach() for n, b in model.named_buffers() if n in self._mine}
+        given = [Given(task, streams.get(task.number, {})) for task in tasks]
+        try:
+            self._compare(self._name, given, gradients, buffers)
+        except MismatchError:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(self._before[name])
+            raise
+        self._seen.update(task.engine for task in tasks)
+
+    def _compare(
+        self,
+        name: str,
+        given: Sequence[Given],
+        gradients: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        share: float = 1.0,
+    ) -> None:
+        """Compare gradients and buffers of this rank with those of the whole graph.
+
+        Args:
+            name: of the form.
+            given: its micro-batches.
+            gradients: by name.
+            buffers: what they are after the step, by name.
+            share: what the gradients over all micro-batches are multiplied with.
+        """
         with self._session.silently():
-            sums, changed = self._whole(tasks, streams)
-        expected = {n: g for n, g in sums.items() if n in self._mine}
+            sums, changed = self._whole(given)
+        expected = {n: g * share for n, g in sums.items() if n in self._mine}
         held = {n: changed.get(n, self._before[n]) for n in buffers}
-        worst, wrong = self._worst(tasks, (expected, gradients), (held, buffers))
-        found = self._of_all(wrong)
+        worst, wrong = self._worst(given, (expected, gradients), (held, buffers))
+        found = self._of_all(name, wrong)
         step, validation = self._session.steps + 1, self._session.validation
         assert validation is not None
         if found is None:
-            self._seen.update(task.engine for task in tasks)
             if all(g.isfinite().all() for g in expected.values()):
-                validation.found(PART, self._name, step, worst.name, worst.error)
+                validation.found(PART, name, step, worst.name, worst.error)
             return
-        guilty = self._guilty(tasks, streams, sums)
+        guilty = self._guilty(given, sums)
         kind, _, who = guilty.partition(" ")
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(self._before[name])
         raise MismatchError(
             f"{'the runtime part' if kind == 'part' else kind} {who!r} computes stage "
-            f"{found.stage}, on rank {found.rank}, wrongly in step {step} ({self._name}): "
+            f"{found.stage}, on rank {found.rank}, wrongly in step {step} ({name}): "
             f"{found.name} is not what the whole graph has, by a relative error of "
             f"{found.error:.2g}",
             hint="report it; passes without partition train in one process per replica",
@@ -154,43 +194,42 @@ class Compared:
                 streams.setdefault(number, {})[stage] = state
         return streams
 
-    def _whole(self, tasks: Sequence[Task], streams: Mapping[int, Streams]) -> tuple[Named, Named]:
+    def _whole(self, given: Sequence[Given]) -> tuple[Named, Named]:
         """Gradients over all micro-batches, and what buffers are then."""
         sums: Named = {}
         buffers = dict(self._before)
-        for task in tasks:
-            gradients, changed = self._one(task, buffers, streams.get(task.number, {}))
+        for one in given:
+            gradients, changed = self._one(one, buffers | one.buffers)
             buffers.update(changed)
-            for name, gradient in gradients.items():
-                sums[name] = sums[name] + gradient if name in sums else gradient.clone()
+            _add(sums, gradients)
         return sums, buffers
 
-    def _one(self, task: Task, buffers: Named, streams: Streams) -> tuple[Named, Named]:
+    def _one(self, given: Given, buffers: Named) -> tuple[Named, Named]:
         """Gradients of one micro-batch, and the buffers that it changes."""
-        reference = self._reference(task.engine)
+        reference = self._reference(given.task.engine)
 
         def forward(values: list[Any]) -> tuple[Any, Mapping[str, Any], Streams]:
-            running = reference.forward(values, streams)
+            running = reference.forward(values, given.streams)
             return running, running.outputs, running.streams
 
-        running, tangents = self._called(task, buffers, forward)
+        running, tangents = self._called(given, buffers, forward)
         return reference.backward(running, tangents)
 
-    def _called(self, task: Task, buffers: Named, forward: Any) -> tuple[Any, Mapping[str, Any]]:
+    def _called(self, given: Given, buffers: Named, forward: Any) -> tuple[Any, Mapping[str, Any]]:
         """What a forward gave within a call of the model, and the tangents of its outputs."""
-        engine, work = task.engine, self._work
+        task, work = given.task, self._work
+        engine = task.engine
+        replaced = {Role.BUFFER: buffers, Role.PARAM: given.weights}
         leaves: Named = {}
-        given: list[Any] = []
+        results: list[Any] = []
 
         def visit(_: PipelineEngine, values: list[Tensor]) -> Sequence[Any]:
-            values = [
-                buffers.get(s.name, v) if s.role is Role.BUFFER else v
-                for s, v in zip(engine.slots, values, strict=True)
-            ]
+            slots = zip(engine.slots, values, strict=True)
+            values = [replaced.get(s.role, {}).get(s.name, v) for s, v in slots]
             running, outputs, streams = forward(values)
-            slots = [s for s in engine.plan.signature.outputs if s.role is Role.OUTPUT]
-            leaves.update(leaves_of(engine, {s: outputs[s.name] for s in slots}))
-            given.append(running)
+            wanted = [s for s in engine.plan.signature.outputs if s.role is Role.OUTPUT]
+            leaves.update(leaves_of(engine, {s: outputs[s.name] for s in wanted}))
+            results.append(running)
             if (state := streams.get(len(self._part.stages) - 1)) is not None:
                 set_stream(self._ranks.device, state)  # a loss may draw, too
             return list(leaves.values())
@@ -201,19 +240,20 @@ class Compared:
                 model = work.owned.model()
                 output = task.kind.call(model, *task.batch.args, **task.batch.kwargs)
                 loss = loss_of(work.owned.loss, output, task.batch.target)
-                return given[0], tangents_of(loss, leaves, task.factor)
+                return results[0], tangents_of(loss, leaves, task.factor)
         finally:
             work.visit = None
 
     # -- what is wrong -----------------------------------------------------------------------------
 
     def _worst(
-        self, tasks: Sequence[Task], *pairs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+        self, given: Sequence[Given], *pairs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
     ) -> tuple[Wrong, Wrong]:
         """What is farthest off, and what is in the last stage that is wrong."""
         rank = self._ranks.group.rank()
         worst = wrong = Wrong(-1, rank, "", 0.0)
-        generated = tasks[0].engine.plan.backend != "eager" or self._ranks.device.type != "cpu"
+        by_eager = given[0].task.engine.plan.backend == "eager"
+        generated = not by_eager or self._ranks.device.type != "cpu"
         for reference, actual in pairs:
             allowed = rounding(reference, generated=generated)
             scales = {n: magnitude(r) for n, r in reference.items()}
@@ -233,42 +273,36 @@ class Compared:
             (i for i, s in enumerate(stages) if s.rank == rank and name in s.parameters), default=0
         )
 
-    def _of_all(self, mine: Wrong) -> Wrong | None:
+    def _of_all(self, name: str, mine: Wrong) -> Wrong | None:
         """The wrong stage nearest to the loss, of all ranks."""
         text = json.dumps([mine.stage, mine.rank, mine.name, mine.error])
-        told = self._ranks.group.agreement.collect(self._name, text)
+        told = self._ranks.group.agreement.collect(name, text)
         found = max((Wrong(*json.loads(one)) for one in told), key=lambda f: f.stage)
         return None if found.stage < 0 else found
 
-    def _guilty(self, tasks: Sequence[Task], streams: Mapping[int, Streams], sums: Named) -> str:
+    def _guilty(self, given: Sequence[Given], sums: Named) -> str:
         """The backend, where its code for the stages is wrong in one process, eager's is not."""
-        engine = tasks[0].engine
+        engine = given[0].task.engine
         if engine.plan.backend == "eager":
             return f"part {PART}"
+        alone = [one for one in given if one.task.engine is engine]
         found = []
-        for made in (engine.stage_by_eager, engine.stage):
-            stages = [made(number) for number in range(len(self._part.stages))]
-            total: Named = {}
-            with self._session.silently():
-                for task in tasks:
-                    if task.engine is not engine:
-                        continue
-                    for name, g in self._in_turn(stages, task, streams).items():
-                        total[name] = total[name] + g if name in total else g.clone()
-            found.append(total)
-        alone = [t for t in tasks if t.engine is engine]
         with self._session.silently():
-            expected = sums if len(alone) == len(tasks) else self._whole(alone, streams)[0]
+            for made in (engine.stage_by_eager, engine.stage):
+                stages = [made(number) for number in range(len(self._part.stages))]
+                total: Named = {}
+                for one in alone:
+                    _add(total, self._in_turn(stages, one))
+                found.append(total)
+            expected = sums if len(alone) == len(given) else self._whole(alone)[0]
         once = {n: g for n, g in expected.items() if n in found[0]}
-        right = [self._worst(tasks, (once, total))[1].stage < 0 for total in found]
+        right = [self._worst(given, (once, total))[1].error == 0.0 for total in found]
         return f"backend {engine.plan.backend}" if right == [True, False] else f"part {PART}"
 
-    def _in_turn(
-        self, stages: Sequence[Stage], task: Task, streams: Mapping[int, Streams]
-    ) -> Named:
+    def _in_turn(self, stages: Sequence[Stage], given: Given) -> Named:
         """Gradients of one micro-batch by the halves of all stages, one after the other."""
+        task, drawn = given.task, given.streams
         flights: list[InFlight] = []
-        drawn = streams.get(task.number, {})
 
         def forward(values: list[Any]) -> tuple[Any, Mapping[str, Any], Streams]:
             values = [v.clone() if isinstance(v, Tensor) else v for v in values]
@@ -284,7 +318,7 @@ class Compared:
             outputs = {s.name: v for s, v in flights[-1].outputs.items() if s.role is Role.OUTPUT}
             return None, outputs, {}
 
-        _, tangents = self._called(task, dict(self._before), forward)
+        _, tangents = self._called(given, self._before | given.buffers, forward)
         found: Named = {}
         received: Named = {}
         for stage, flight in zip(reversed(stages), reversed(flights), strict=True):
@@ -297,3 +331,8 @@ class Compared:
                     {s.name: v for s, v in results.items() if s.role is Role.GRAD and v is not None}
                 )
         return found
+
+
+def _add(sums: Named, more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value.clone()

@@ -19,12 +19,13 @@ from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.partition import flushed
 from graphopt.runtime.partition.batch import MicroBatch, micro_batches
 from graphopt.runtime.partition.compared import Compared
+from graphopt.runtime.partition.compared_stream import ComparedStream
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.loss import MEAN
 from graphopt.runtime.partition.messages import Form, Messages
 from graphopt.runtime.partition.rules import Rules
 from graphopt.runtime.partition.shared import add_up, spread
-from graphopt.runtime.partition.stream import Stream
+from graphopt.runtime.partition.stream import STASH, Stream
 from graphopt.runtime.partition.update import finish, renew
 from graphopt.runtime.partition.whole import names_of, update_model
 from graphopt.runtime.partition.work import Task, Work, engine_of
@@ -98,7 +99,7 @@ class Steps:
             self.part = part
             self.ranks.agree("batches", fingerprint(given), lambda: "", SAME_BATCH)
             self._work = Work(self.session, self.owned, Messages.of(self.ranks))
-            if self.session.validation is not None:
+            if self.session.validation is not None and part.schedule != NO_FLUSH:
                 self._compared = Compared(self.session, self._work, self.ranks, part)
         if self.part.schedule == INTERLEAVED and len(batches) % self.part.ranks:
             batches = self._rounds(batches, batch, kwargs)
@@ -213,14 +214,21 @@ class Steps:
             self._stream = Stream(
                 work, stage, len(stages), self.part.weights, self.part.accumulate, self._update
             )
+            if self.session.validation is not None and self.part.weights == STASH:
+                parts = (self.session, work, self.ranks, self.part)
+                self._stream.compared = ComparedStream(*parts)
         return self._stream
 
     def _streamed(self, stream: Stream, tasks: Sequence[Task]) -> Tensor | None:
         assert self.owned.optimizer is not None
         done: list[Task] = []
+        if stream.compared is not None:
+            stream.compared.expects(stream.number, len(tasks))
         for task, following in pairwise([*tasks, None]):
             assert task is not None
             done += stream.push(task, self.owned.optimizer, following)
+        if stream.compared is not None:
+            stream.compared.pushed(stream.number, stream.nominal)
         losses = [task.loss for task in done if task.loss is not None]
         return torch.stack(losses).mean() if losses else None
 

@@ -18,6 +18,7 @@ from graphopt.errors import MismatchError
 from graphopt.model.surface import report
 from graphopt.runtime.partition import flushed, messages, stage
 from graphopt.runtime.partition.engine import PipelineEngine
+from graphopt.runtime.partition.stream import Stream
 from tests.support.pipelines import Residual, data
 from tests.support.ranks import on_ranks
 
@@ -94,6 +95,73 @@ def _training_is_as_without(rank: int) -> None:
 
 def test_training_has_the_same_bits_without(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _training_is_as_without)
+
+
+# -- a pipeline that is not drained ----------------------------------------------------------------
+
+
+def _late(**options: Any) -> Any:
+    every = options.pop("every", 1)
+    return _model(Norms, f"no_flush,accumulate={every}", **options)
+
+
+def _right_updates(rank: int) -> None:
+    for every in (1, 3):
+        torch.manual_seed(rank)
+        model = _late(every=every)
+        model.step(*data(0, 12))
+        model.step(*data(1, 18))  # micro-batches of two sizes
+        assert _forms(model)["stages in flight, no_flush"].result != "not run yet"
+        assert _forms(model)["a drained pipeline, no_flush"].result == "not run yet"
+        model.state_dict()
+        model.step(*data(2))
+        model.state_dict()
+        forms = _forms(model).values()
+        assert all(form.times == 1 for form in forms), forms
+        assert {form.result for form in forms} <= {"bit-equal", "within tolerance"}, forms
+    other = _model(Residual, "no_flush,weights=inconsistent")
+    other.step(*data(0))
+    other.state_dict()
+    assert {form.result for form in _forms(other).values()} == {"not compared"}
+
+
+def test_right_updates_of_a_pipeline_that_is_not_drained(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _right_updates)
+
+
+def _steps_and_state(model: Any) -> None:
+    model.step(*data(0))
+    model.step(*data(1))
+    model.state_dict()
+
+
+def _wrong_drain(rank: int) -> None:
+    for name, wrong in (("stages in flight", "_backward"), ("a drained pipeline", "drain")):
+        model = _late()
+        inside, end, drain = [wrong == "_backward"], Stream._end, Stream.drain
+
+        def more(self: Stream, engine: Any, step: Any, optimizer: Any) -> None:
+            if self.stage == 0 and inside[0]:  # noqa: B023
+                self._gathered.set({n: g * 1.01 for n, g in self._gathered.take().items()})
+            end(self, engine, step, optimizer)  # noqa: B023
+
+        def drained(self: Stream, optimizer: Any) -> Any:
+            inside[0] = True  # noqa: B023
+            return drain(self, optimizer)  # noqa: B023
+
+        Stream._end, Stream.drain = more, drained  # type: ignore[method-assign]
+        try:
+            said = f"computes stage 0, on rank 0, wrongly in step .* \\({name}, no_flush\\)"
+            with pytest.raises(MismatchError, match=said) as caught:
+                _steps_and_state(model)
+        finally:
+            Stream._end, Stream.drain = end, drain  # type: ignore[method-assign]
+        assert caught.value.guilty == "part partition"
+        dist.barrier()
+
+
+def test_faults_of_a_pipeline_that_is_not_drained(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _wrong_drain)
 
 
 # -- faults ----------------------------------------------------------------------------------------
