@@ -206,14 +206,17 @@ def table(results: dict[str, Any]) -> str:
     for name, case in results.items():
         for rank, seen in enumerate(case["ranks"]):
             memory, spent = seen["kilobytes"], seen["milliseconds of the processor"]
+            heap = seen.get("kilobytes of the heap")  # older results have no heap, and no counts
             columns = [
                 f"`{name}`" if name == "kfac" else name,
                 str(rank),
                 f"{memory['begin'] / 1024:.1f} to {memory['end'] / 1024:.1f} MB",
                 f"{memory['per 1000 steps']:+.1f} kB",
-                f"{seen['kilobytes of the heap']['per 1000 steps']:+.2f} kB",
+                f"{heap['per 1000 steps']:+.2f} kB" if heap else "not counted",
                 *(
                     f"{seen[what]['begin']:,.0f} to {seen[what]['end']:,.0f}"
+                    if what in seen
+                    else "not counted"
                     for what in ("objects", "descriptors", "threads", "calls")
                 ),
                 f"{spent['begin']:.3f} to {spent['end']:.3f} ms",
