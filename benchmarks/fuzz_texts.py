@@ -26,7 +26,7 @@ def texts() -> Try:
 
     def text(rng: random.Random) -> str:
         if rng.random() < 0.5:
-            return _call(rng, rng.choice(names))
+            return call(rng, rng.choice(names))
         tokens = list(rng.choice(seeds))
         for _ in range(rng.choice([1, 1, 2, 4])):
             extra = [
@@ -78,7 +78,8 @@ _WORDS = (
 _ARGUMENTS = tuple(_WORDS.split())
 
 
-def _call(rng: random.Random, name: str) -> str:
+def call(rng: random.Random, name: str) -> str:
+    """A text that calls an operator with random arguments."""
     full = name.replace("::", ".")
     full = full if full.count(".") > 1 else f"{full}.default"
     namespace, operator, overload = full.split(".", 2)
@@ -134,7 +135,7 @@ def operators() -> Try:
     before = torch.get_rng_state()
 
     def attempt(rng: random.Random) -> str:
-        text = _call(rng, rng.choice(names))
+        text = call(rng, rng.choice(names))
         try:
             graphopt.parse_graph(text)
         finally:

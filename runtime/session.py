@@ -391,9 +391,11 @@ class Session:
         """What the loss of this step was multiplied with."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
-    def loss_scale_of(self, step: Step) -> Callable[[], float]:
-        """Gives, when asked, what the tangents of a step were multiplied with, by whomever."""
+    def loss_scale_of(self, step: Step) -> Callable[[], float] | None:
+        """Gives, when asked, what the tangents of a step were multiplied with; ``None`` for 1."""
         scale = step.scale
+        if self.scaler is None and scale == 1.0:
+            return None
         return lambda: scale * self.loss_scale
 
     def use_scaler(self, scaler: Scaler) -> None:

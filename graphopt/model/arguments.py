@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import constants
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import LBFGS, Optimizer
 
 from graphopt import registry
@@ -238,6 +241,7 @@ def mesh_of(mesh: object) -> Mesh:
                 hint="init_device_mesh(device, shape, mesh_dim_names=('dp',))",
             )
         groups = {name: mesh.get_group(name) for name in names}
+        _wait_as_the_job(groups)
         return Mesh({name: group.size() for name, group in groups.items()}, groups)
     if running and isinstance(mesh, dist.ProcessGroup):
         return Mesh({"dp": mesh.size()}, {"dp": mesh})
@@ -262,8 +266,30 @@ def mesh_of(mesh: object) -> Mesh:
         # As with torch's own meshes, the last dimension has neighbouring ranks.
         kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
         made = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return Mesh(sizes, {name: made.get_group(name) for name in sizes})
+        groups = {name: made.get_group(name) for name in sizes}
+        _wait_as_the_job(groups)
+        return Mesh(sizes, groups)
     return Mesh(sizes, {large[0] if large else "dp": world})
+
+
+def _wait_as_the_job(groups: Mapping[str, dist.ProcessGroup]) -> None:
+    """Give the groups of a mesh the timeout of the job, where they have torch's default.
+
+    `init_device_mesh` does not ask for one, so that a rank which is frozen would be waited for half
+    an hour, whatever `init_process_group` was told.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    job = _timeout(world)
+    defaults = (constants.default_pg_timeout, constants.default_pg_nccl_timeout)
+    for group in groups.values():
+        if _timeout(group) != job and _timeout(group) in defaults:
+            _set_pg_timeout(job, group)
+
+
+def _timeout(group: dist.ProcessGroup) -> Any:
+    device = group._device_types[0]
+    return group._get_backend(torch.device(device)).options._timeout
 
 
 def parse_mesh(mesh: object) -> Mapping[str, int]:

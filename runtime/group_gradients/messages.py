@@ -96,7 +96,7 @@ class Messages:
         parameters: Mapping[str, Tensor],
         examples: int,
         stamp: Stamp | None = None,
-        scale: Callable[[], float] = lambda: 1.0,
+        scale: Callable[[], float] | None = None,
     ) -> None:
         """Start the messages of one backward pass.
 
@@ -105,15 +105,16 @@ class Messages:
             parameters: of the model, by name.
             examples: of the batch.
             stamp: of one of the messages.
-            scale: gives what the loss was multiplied with.
+            scale: gives what the loss was multiplied with; ``None`` for 1.
         """
         self._part, self.parameters, self._stamp = part, parameters, stamp
         self._examples, self.waiting_examples = examples + self.waiting_examples, 0
         self.step += 1
+        self.scale, self.number = 1.0, self.passes
         # A rank that has no batches left does not renew its scale.
-        compares = self.joining is None and self._looks(self.ranks.device)
-        self.scale = scale() if compares else 1.0
-        self.number = numbered(self.passes, self.scale)
+        if scale is not None and self.joining is None and self._looks(self.ranks.device):
+            self.scale = scale()
+            self.number = numbered(self.passes, self.scale)
         self._sent = 0
         self._forms = []
         self._local = self._reduced = 0.0
@@ -175,8 +176,14 @@ class Messages:
         Raises:
             RankError: the message cannot be sent.
         """
-        with self.waiting(group):
+        if self.ranks.device.type != "cpu":  # the first one makes a communicator, and waits for it
+            with self.waiting(group):
+                return self.ranks.group.start(tensor, options)
+        try:
             return self.ranks.group.start(tensor, options)
+        except RuntimeError:
+            with self.waiting(group):  # says who is missing
+                raise
 
     def waiting(self, group: int = -1) -> Waiting:
         """Within, this group is waited for; without a number, what is no gradient.

@@ -331,8 +331,9 @@ def _group(inner: dist.ProcessGroup, members: Sequence[int]) -> dist.ProcessGrou
     if len(members) in (1, inner.size()):
         return None
     everybody = dist.get_process_group_ranks(inner)
+    timeout = inner._get_backend(torch.device(inner._device_types[0])).options._timeout
     return dist.new_group(  # type: ignore[no-any-return]
-        [everybody[i] for i in members], use_local_synchronization=True
+        [everybody[i] for i in members], timeout=timeout, use_local_synchronization=True
     )
 
 

@@ -18,6 +18,8 @@ from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.part import MakeEngine, RuntimePart
 from graphopt.runtime.partition import whole
 from graphopt.runtime.partition.batch import MicroBatch, check_takes, micro_batches
+from graphopt.runtime.partition.compared import name_of
+from graphopt.runtime.partition.compared_stream import DRAINED, FILLED
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.local import accumulated
 from graphopt.runtime.partition.norms import warn_of_norms
@@ -59,6 +61,11 @@ class Partition(RuntimePart[Stages]):
                     hint=f"leave {runtime.name!r} or {self.name!r} out, or take other options",
                 )
 
+        if self.session.validation is not None and not self.uncompared(part):
+            forms = (name_of(part.schedule),)
+            for form in (FILLED, DRAINED) if part.schedule == NO_FLUSH else forms:
+                self.session.validation.expect(self.name, form)
+
         def make(module: fx.GraphModule, plan: Plan) -> Callable[..., Any]:
             self._check(part)
             backend = cast("Backend", registry.get(plan.backend, registry.BACKENDS)())
@@ -94,10 +101,11 @@ class Partition(RuntimePart[Stages]):
         return sum(name in stage.parameters for stage in part.stages) > 1
 
     def uncompared(self, part: Stages) -> Mapping[str, str]:
-        """The graph is compared whole, where the model is called."""
-        return {
-            "steps in stages": "each stage runs a part of the graph, and only the whole is compared"
-        }
+        """Backwards that read other weights than their forwards are no gradients of anything."""
+        if part.schedule != NO_FLUSH or part.weights == "stash":
+            return {}
+        why = f"with weights={part.weights} a backward reads other weights than its forward"
+        return {FILLED: why, DRAINED: why}
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -137,8 +145,9 @@ class Partition(RuntimePart[Stages]):
             try:
                 tasks = steps.tasks(self._rules, batches, batch, kwargs, lambda: self.stages)
                 self._hook(owned, steps)
-                running = self._stale = True
-                return steps.run(tasks)
+                stale, running = self._stale, True
+                self._stale = True
+                return steps.run(tasks, stale)
             except BaseException as error:  # the others wait for messages of this step
                 told = getattr(error, "message", None) or repr(error)
                 if running:

@@ -19,6 +19,7 @@ from graphopt.partitioning.place import Placement
 from graphopt.partitioning.split import Half, Kind, in_two, split
 from graphopt.plan import Plan, Role
 from graphopt.plan.partition import Stages
+from graphopt.runtime.backends.eager import boxed
 from graphopt.runtime.engine.base import Engine
 from graphopt.runtime.engine.step import Compile
 from graphopt.runtime.partition.forms import Sized, Sizes
@@ -41,6 +42,7 @@ class PipelineEngine(Engine):
         visit: gives what a step does with a call, if there is a step.
 
     Attributes:
+        module: its graph, as it was given.
         forms: of outputs, and of what crosses the cuts.
     """
 
@@ -57,7 +59,7 @@ class PipelineEngine(Engine):
         super().__init__(
             plan, session, [s for s in plan.signature.outputs if s.role is Role.OUTPUT]
         )
-        self.part, self.whole = part, whole
+        self.module, self.part, self.whole = module, part, whole
         self._visit, self._compile = visit, compile
         placement = Placement(len(part.stages), part.stage_of, part.sums)
         self._split = split(module, plan.signature, placement)
@@ -111,11 +113,17 @@ class PipelineEngine(Engine):
     def stage(self, number: int) -> Stage:
         """One of this rank's stages, made when it is first needed."""
         if number not in self._stages:
-            backward = self._split.backward[number]
-            halves = in_two(backward) if self._two else (backward,)
-            forward = self._split.forward[number]
-            self._stages[number] = Stage(self.plan, self.session, self._compile, forward, halves)
+            self._stages[number] = self._made(number, self._compile)
         return self._stages[number]
+
+    def stage_by_eager(self, number: int) -> Stage:
+        """Any of the stages, by eager's kernels, to tell a backend from the stages."""
+        return self._made(number, boxed)
+
+    def _made(self, number: int, compile: Compile) -> Stage:
+        backward = self._split.backward[number]
+        halves = in_two(backward) if self._two else (backward,)
+        return Stage(self.plan, self.session, compile, self._split.forward[number], halves)
 
     def placeholders(self, sizes: Sizes) -> list[Tensor]:
         """Outputs of a call of these sizes, without values."""

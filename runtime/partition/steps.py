@@ -18,14 +18,16 @@ from graphopt.runtime.engine.step import Step
 from graphopt.runtime.owned_step import OwnedStep
 from graphopt.runtime.partition import flushed
 from graphopt.runtime.partition.batch import MicroBatch, micro_batches
+from graphopt.runtime.partition.compared import Compared
+from graphopt.runtime.partition.compared_stream import ComparedStream
 from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.loss import MEAN
 from graphopt.runtime.partition.messages import Form, Messages
 from graphopt.runtime.partition.rules import Rules
 from graphopt.runtime.partition.shared import add_up, spread
-from graphopt.runtime.partition.stream import Stream
+from graphopt.runtime.partition.stream import STASH, Stream
 from graphopt.runtime.partition.update import finish, renew
-from graphopt.runtime.partition.whole import names_of
+from graphopt.runtime.partition.whole import names_of, update_model
 from graphopt.runtime.partition.work import Task, Work, engine_of
 from graphopt.runtime.ranks.ranks import Ranks
 from graphopt.runtime.session import Session
@@ -58,6 +60,7 @@ class Steps:
         self._work: Work | None = None
         self._stream: Stream | None = None
         self._lines: dict[int, tuple[Action, ...]] = {}
+        self._compared: Compared | None = None
 
     @property
     def visit(self) -> Visit | None:
@@ -96,6 +99,8 @@ class Steps:
             self.part = part
             self.ranks.agree("batches", fingerprint(given), lambda: "", SAME_BATCH)
             self._work = Work(self.session, self.owned, Messages.of(self.ranks))
+            if self.session.validation is not None and part.schedule != NO_FLUSH:
+                self._compared = Compared(self.session, self._work, self.ranks, part)
         if self.part.schedule == INTERLEAVED and len(batches) % self.part.ranks:
             batches = self._rounds(batches, batch, kwargs)
         rule = rules.of(batches, batch)
@@ -108,11 +113,25 @@ class Steps:
             task.factor = task.batch.examples / total if rule == MEAN else 1.0
         return tasks
 
-    def run(self, tasks: Sequence[Task]) -> Tensor | None:
-        """A step on its micro-batches; its loss."""
+    def run(self, tasks: Sequence[Task], stale: bool) -> Tensor | None:
+        """A step on its micro-batches; its loss.
+
+        Args:
+            tasks: the micro-batches.
+            stale: whether other stages' parameters are not up to date on this rank.
+
+        Raises:
+            MismatchError: the step is not what the whole graph computes.
+            RankError: a rank does not answer.
+        """
         if self._stream is not None:
             return self._streamed(self._stream, tasks)
         assert self._work is not None
+        compared = self._compared if self._compared and self._compared.wants(tasks) else None
+        if compared is not None:
+            if stale:
+                update_model(self.owned.model(), self.part, self.ranks)
+            compared.begin()
         ending = flushed.run(self._work, self._line(len(tasks)), tasks)
         engine, gradients, step = tasks[0].engine, ending.gradients, ending.step
         mine = set(names_of(self.part, self._rank))
@@ -120,6 +139,8 @@ class Steps:
             gradients.update(add_up(engine, self.ranks, ending.shares, mine))
         if engine.spread:
             gradients.update(spread(engine, self.ranks, gradients, step.parameters, mine))
+        if compared is not None:
+            compared.check(tasks, gradients)
         self._update(engine, step, gradients)
         self._work.messages.flush()
         losses = [task.loss * task.factor for task in tasks if task.loss is not None]
@@ -135,6 +156,7 @@ class Steps:
 
     def _update(self, engine: PipelineEngine, step: Step, gradients: dict[str, Tensor]) -> None:
         finish(self.session, engine, step, gradients)
+        self.session.count(step)
         if step.ends and not step.skipped:
             renew(self.owned.model(), self.owned.optimizer, gradients)
 
@@ -192,14 +214,21 @@ class Steps:
             self._stream = Stream(
                 work, stage, len(stages), self.part.weights, self.part.accumulate, self._update
             )
+            if self.session.validation is not None and self.part.weights == STASH:
+                parts = (self.session, work, self.ranks, self.part)
+                self._stream.compared = ComparedStream(*parts)
         return self._stream
 
     def _streamed(self, stream: Stream, tasks: Sequence[Task]) -> Tensor | None:
         assert self.owned.optimizer is not None
         done: list[Task] = []
+        if stream.compared is not None:
+            stream.compared.expects(stream.number, len(tasks))
         for task, following in pairwise([*tasks, None]):
             assert task is not None
             done += stream.push(task, self.owned.optimizer, following)
+        if stream.compared is not None:
+            stream.compared.pushed(stream.number, stream.nominal)
         losses = [task.loss for task in done if task.loss is not None]
         return torch.stack(losses).mean() if losses else None
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from graphopt.errors import ArgumentError
 from graphopt.plan import Phase
 from graphopt.runtime.engine.step import Step
+from graphopt.runtime.partition.compared_stream import ComparedStream
 from graphopt.runtime.partition.engine import PipelineEngine
 from graphopt.runtime.partition.update import Gathered, gradients_of
 from graphopt.runtime.partition.work import Task, Work
@@ -39,6 +40,10 @@ class Stream:
             (``"inconsistent"``), or the current ones after a forward with predicted ones.
         every: micro-batches per update.
         finish: what follows a backward.
+
+    Attributes:
+        number: of the next micro-batch, counted from an empty pipeline.
+        compared: compares some updates with the whole graph.
     """
 
     def __init__(
@@ -53,6 +58,10 @@ class Stream:
         self._gathered = Gathered()
         self._examples = 0
         self._nominal = 0
+        # A micro-batch that may turn out to be the last of an update, as a drain is not foreseen.
+        self._held: tuple[PipelineEngine, Step] | None = None
+        self._update = 0
+        self.compared: ComparedStream | None = None
         self.number = 0
 
     def check(self, optimizer: Optimizer | None) -> None:
@@ -111,7 +120,12 @@ class Stream:
                 following.number = self.number
                 self.work.ask(Phase.FORWARD, self.stage, following)
         predicted = self._predicted(optimizer)
-        self.work.forward(self.stage, task, weights=predicted, stash=self._stashes)
+        if self.compared is not None and self.compared.remembers(task):
+            self.compared.before()
+            self.work.forward(self.stage, task, stash=self._stashes)
+            self.compared.forward(self.stage, task, self._stashes)
+        else:
+            self.work.forward(self.stage, task, weights=predicted, stash=self._stashes)
         self._flying.append(task)
         if not self._last:
             self.work.ask(Phase.BACKWARD, self.stage, task)
@@ -124,8 +138,20 @@ class Stream:
             if len(self._flying) == 1:
                 self._flying[0].flights[self.stage].step.ends = True
             done.append(self._backward(optimizer))
+        if self._held is not None:  # the last stage has nothing in flight
+            (engine, step), self._held = self._held, None
+            step.ends = True
+            self._end(engine, step, optimizer)
+        number, nominal = self.number, self._nominal
         self.number = self._nominal = 0
+        if self.compared is not None:
+            self.compared.drained(number, nominal)
         return done
+
+    @property
+    def nominal(self) -> int:
+        """Examples of a micro-batch, as a rule."""
+        return self._nominal
 
     def _predicted(self, optimizer: Any) -> dict[str, Tensor] | None:
         if self.weights != PREDICTED:
@@ -136,23 +162,34 @@ class Stream:
 
     def _backward(self, optimizer: Optimizer) -> Task:
         task = self._flying.popleft()
+        self._update = task.number // self.every
+        if self._held is not None:
+            (engine, step), self._held = self._held, None
+            self._finish(engine, step, {})
         sums = self._gathered if self._gathered.count else None
         step, _, results = self.work.backward(self.stage, task, sums=sums)
         self._gathered.set(gradients_of(results, step.parameters))
-        gradients: dict[str, Tensor] = {}
         self._examples += task.batch.examples
         if step.ends:
-            gradients = self._gathered.take()
-            share = self._nominal / self._examples
-            if share != 1.0:
-                names = list(gradients)
-                scaled = torch._foreach_mul([gradients[n] for n in names], share)
-                gradients = dict(zip(names, scaled, strict=True))
-            self._examples = 0
-            if self._stashes and not hasattr(optimizer, "rebind"):
-                _rebind(self.work.owned.model(), gradients)
-        self._finish(task.engine, step, gradients)
+            self._end(task.engine, step, optimizer)
+        else:
+            self._held = task.engine, step
         return task
+
+    def _end(self, engine: PipelineEngine, step: Step, optimizer: Optimizer) -> None:
+        """Update with the gradients that were gathered."""
+        gradients = self._gathered.take()
+        share = self._nominal / self._examples
+        if share != 1.0:
+            names = list(gradients)
+            scaled = torch._foreach_mul([gradients[n] for n in names], share)
+            gradients = dict(zip(names, scaled, strict=True))
+        self._examples = 0
+        if self.compared is not None:
+            self.compared.updated(self._update, gradients)
+        if self._stashes and not hasattr(optimizer, "rebind"):
+            _rebind(self.work.owned.model(), gradients)
+        self._finish(engine, step, gradients)
 
 
 def _rebind(model: nn.Module, names: Mapping[str, Tensor]) -> None:

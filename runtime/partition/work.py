@@ -20,6 +20,7 @@ from graphopt.runtime.partition.engine import PipelineEngine, Visit
 from graphopt.runtime.partition.forms import Forms, Sizes
 from graphopt.runtime.partition.loss import loss_of, tangents_of
 from graphopt.runtime.partition.messages import Arriving, Form, Messages
+from graphopt.runtime.partition.reference import stream_of
 from graphopt.runtime.partition.stage import InFlight, Stage
 from graphopt.runtime.partition.update import Gathered
 from graphopt.runtime.session import Session
@@ -68,6 +69,8 @@ class Work:
 
     Attributes:
         visit: what the engine of the model does when it is called now.
+        streams: where random numbers began, by stage and micro-batch, of a step that is compared;
+            ``None`` in other steps.
     """
 
     def __init__(self, session: Session, owned: OwnedStep, messages: Messages) -> None:
@@ -75,6 +78,7 @@ class Work:
         self.owned = owned
         self.messages = messages
         self.visit: Visit | None = None
+        self.streams: dict[tuple[int, int], Tensor] | None = None
         self._sizes: dict[tuple[PipelineEngine, tuple[torch.Size, ...]], Sizes] = {}
         self._asked: dict[tuple[Phase, int, int], Arriving] = {}
 
@@ -176,12 +180,14 @@ class Work:
             if stash:
                 flight.step.weights = {n: p.detach() for n, p in flight.step.parameters.items()}
             given = values if weights is None else _replaced(engine, values, weights)
+            if self.streams is not None:
+                self.streams[stage, task.number] = stream_of(self.messages.ranks.device)
             sent.update(engine.stage(stage).forward(flight, given, received))
             if given is not values:
                 flight.step.inputs = {i: values[i] for i in flight.step.inputs}
             if stage < last:
                 return engine.placeholders(engine.forms.sizes(values))
-            leaves.update(_leaves(engine, flight.outputs))
+            leaves.update(leaves_of(engine, flight.outputs))
             return list(leaves.values())
 
         self.visit = visit
@@ -267,7 +273,7 @@ def _replaced(
     ]
 
 
-def _leaves(engine: PipelineEngine, outputs: Mapping[Slot, Any]) -> dict[str, Tensor]:
+def leaves_of(engine: PipelineEngine, outputs: Mapping[Slot, Any]) -> dict[str, Tensor]:
     """Outputs by name, such that the loss can be differentiated with regard to them."""
     tangents = set(engine.plan.signature.names(Role.TANGENT))
     found = {}

@@ -145,5 +145,5 @@ class Waiting(Wait):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.over = True
-        if isinstance(error, RuntimeError):
+        if error is not None and isinstance(error, RuntimeError):
             raise self._channel.failure(self, error, self._hint) from error

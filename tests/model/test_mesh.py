@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def _two_by_two(rank: int) -> None:
     session = controller_of(model).session  # type: ignore[union-attr]
     assert session.ranks["dp"].size == 2
     assert set(session.ranks) == {"dp"}  # no pass of this pipeline sends anything along pp
+    for name in ("dp", "pp"):  # they wait as long as the job does, and not torch's half an hour
+        backend = mesh.get_group(name)._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=60)
+    patient = dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=90))
+    graphopt.optimize(_model(), mesh=patient, backend="eager")
+    own = patient._get_backend(torch.device("cpu"))
+    assert own.options._timeout == timedelta(seconds=90)
 
     group = mesh.get_group("dp")
     other = graphopt.optimize(_model(), mesh=group, backend="eager")

@@ -54,6 +54,7 @@ CASES: tuple[tuple[str, int, Make], ...] = (
     ("stash", 1, _sgd),
     ("stash", 1, _compensated),
     ("stash", 2, _sgd),
+    ("stash", 8, _sgd),  # the drain ends an update of four micro-batches
     ("inconsistent", 1, _sgd),
     ("predicted", 1, _predicting),
 )
