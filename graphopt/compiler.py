@@ -63,16 +63,19 @@ class Compiler(Specialiser):
     verify: Verify = field(default_factory=lambda: Verify("eager"))
     cache: Cache = "off"
 
-    def report(self, model: str) -> Report:
+    def report(self, model: str, *, in_ddp: bool = False) -> Report:
         """An empty report for a model of this class name."""
-        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=self._notes())
+        notes = self._notes(in_ddp)
+        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=notes)
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, in_ddp: bool) -> tuple[str, ...]:
         reduced = any(pass_.reduces for pass_ in self.pipeline.passes)
         groups = mesh_of(None).groups
         sizes = self.mesh or {name: group.size() for name, group in groups.items()}
         if reduced or not groups or sizes.get("dp", 1) == 1:
             return ()
+        if in_ddp:
+            return ("gradients are reduced by DistributedDataParallel, which is around the model",)
         return (
             "gradients are not reduced across ranks: no pass of this pipeline does it; leave out "
             "passes= for one that does, or wrap the optimized model in DistributedDataParallel",
