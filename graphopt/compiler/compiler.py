@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 class Compiler(Recipe, Specialiser):
     """What makes the variants of one model."""
 
-    def report(self, model: str) -> Report:
+    def report(self, model: str, *, in_ddp: bool = False) -> Report:
         """An empty report for a model of this class name."""
-        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=self.notes())
+        notes = self.notes(in_ddp)
+        return Report(model=model, spec=str(self.pipeline), specialisations=(), notes=notes)
 
     def plan(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """What would be done for one call; runs no step."""

@@ -43,13 +43,15 @@ class Recipe:
     verify: Verify = field(default_factory=lambda: Verify("eager"))
     cache: Cache = "off"
 
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know before anything is captured."""
+    def notes(self, in_ddp: bool) -> tuple[str, ...]:
+        """What the user should know before anything is captured; DDP may be around the model."""
         reduced = any(pass_.reduces for pass_ in self.pipeline.passes)
         groups = mesh_of(None).groups
         sizes = self.mesh or {name: group.size() for name, group in groups.items()}
         if reduced or not groups or sizes.get("dp", 1) == 1:
             return ()
+        if in_ddp:
+            return ("gradients are reduced by DistributedDataParallel, which is around the model",)
         return (
             "gradients are not reduced across ranks: no pass of this pipeline does it; leave out "
             "passes= for one that does, or wrap the optimized model in DistributedDataParallel",

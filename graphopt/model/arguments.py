@@ -43,6 +43,13 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ArgumentError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
 
 
+def has_no_forward(model: nn.Module) -> bool:
+    """Whether nobody has written a forward; that of Lightning's base class only raises."""
+    forward = model.__dict__.get("forward", type(model).forward)
+    name = getattr(forward, "__qualname__", "")
+    return name in ("_forward_unimplemented", "LightningModule.forward")
+
+
 def check_model(model: object) -> None:
     """Raise `ArgumentError` for a model that cannot be optimized in place."""
     if not isinstance(model, nn.Module):
@@ -59,7 +66,22 @@ def check_model(model: object) -> None:
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
         raise ArgumentError(
             f"this model is wrapped in {type(model).__name__}",
-            hint="optimize first, wrap afterwards",
+            hint="optimize first, wrap afterwards"
+            + (
+                "; in a job optimize(...) takes its place, unless passes='cleanup'"
+                if type(model).__name__ == "DistributedDataParallel"
+                else ""
+            ),
+        )
+    if has_no_forward(model):
+        parts = [
+            name
+            for name, part in model.named_children()
+            if next(part.parameters(), None) is not None
+        ]
+        raise ArgumentError(
+            f"{type(model).__name__} has no forward, so there is nothing to optimize",
+            hint=f"optimize the networks in it: graphopt.optimize(model.{(parts or ['net'])[0]})",
         )
     parameters = dict(model.named_parameters())
     if not parameters:

@@ -24,7 +24,6 @@ from graphopt.model.plain import Refusal, reduces, refuse, run_plain
 from graphopt.model.programs import BYPASSED
 from graphopt.model.report import Report
 from graphopt.model.sites import (
-    MANY,
     MAX_SPECIALISATIONS,
     Site,
     Sites,
@@ -38,6 +37,7 @@ from graphopt.model.varying import Cause, Varying, cause_of
 from graphopt.notices import warn
 
 if TYPE_CHECKING:
+    from graphopt.model.unrun import Unrun
     from graphopt.runtime.session import Session
     from graphopt.runtime.validation import Form
 
@@ -88,7 +88,8 @@ class Controller:
         self.sites = Sites()
         self.notes: tuple[str, ...] = ()
         self._untold: list[str] = []
-        self._wrapped = False
+        self.in_ddp = False
+        self.unrun: Unrun | None = None
         self.hooks: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
@@ -100,7 +101,9 @@ class Controller:
         """Run the variant whose conditions hold; make one where none does."""
         if self.session.before_call is not None:
             self.session.before_call()
-        if self.session.ranks and not self._wrapped:
+        if self.unrun is not None:
+            self._ran()
+        if self.session.ranks and not self.in_ddp:
             self._look_for_ddp()
         if self.seen.limited:
             self.seen.declared.check(model, args, kwargs)
@@ -124,12 +127,24 @@ class Controller:
             f"captured, so this call runs as plain PyTorch: {error.message}"
         )
 
+    def _ran(self) -> None:
+        """Note that the forward has been called."""
+        if self.unrun is not None:
+            self.unrun.remove()
+            self.unrun = None
+
+    def note(self, said: str) -> None:
+        """Keep a sentence for the report."""
+        self.notes += (said,)
+
     def _look_for_ddp(self) -> None:
-        """Say once that gradients are reduced twice."""
+        """Note that DistributedDataParallel is around; say once if gradients are reduced twice."""
         wrapper: Any = nn.parallel.DistributedDataParallel
         if wrapper._get_active_ddp_module() is None:
             return
-        self._wrapped = True
+        self.in_ddp = True
+        if not self.session.ranks:
+            return
         self.notes += (WRAPPED,)
         warn(WRAPPED)
 
@@ -137,6 +152,8 @@ class Controller:
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> object:
         """A call that no variant is made for."""
+        if not self.in_ddp:
+            self._look_for_ddp()
         # A first call draws parameters, as eager's does; what is checkpointed is called again.
         if is_uninitialised(model) and not within_checkpoint():
             return self.plain(model, *args, **kwargs)
@@ -166,6 +183,7 @@ class Controller:
 
     def variant(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Variant:
         """The variant whose conditions hold for a call, made where none does; it is not run."""
+        self._ran()
         found = self._holding(model, args, kwargs)
         if found is None:
             site = self.sites.of(kind_of(model, args, kwargs).mode, model)
@@ -206,13 +224,14 @@ class Controller:
             self.seen.captured(model, args, kwargs)
             self.made += 1
             self._untold += variant.warnings
-            site.captured(changes)
+            symbols = {size.name for size in entry.sizes if not size.fixed}
+            many = site.captured(changes, symbols)
             self._keep(variant, site)
         if entry.because:
             log.info("captured again for %s, because %s", entry.signature, entry.because)
         for cause in self.varying.count(c for c in causes if c.source not in variant.numbers):
             self._say_ended(cause)
-        if site.captures == MANY:
+        if many:
             self._untold.append(site.many(type(model).__name__, self.seen.why))
         return variant
 
@@ -248,7 +267,7 @@ class Controller:
                 constant = getattr(error, "message", "") or first_line(error)
                 continue
             self.varying.learn(tried, variant.numbers)
-            self.seen.made(variant.entry.sizes)
+            self.seen.made(variant.entry.sizes, model, args, kwargs)
             return variant
         variant = self._compile_static(model, args, kwargs, tried)
         if dimensions and (said := self.seen.refused(model, args, kwargs, constant)):
@@ -358,6 +377,7 @@ class Controller:
         """
         if is_tracing():
             return False
+        self._ran()
         if reduces(self.session):
             raise RankError(
                 f"{BYPASSED}: gradients would not be reduced across ranks",
@@ -370,7 +390,7 @@ class Controller:
 
     def report(self, model: nn.Module) -> Report:
         """What was done so far, newest specialisation last."""
-        report = self.compiler.report(type(model).__name__)
+        report = self.compiler.report(type(model).__name__, in_ddp=self.in_ddp)
         return replace(
             report,
             specialisations=tuple(v.reported for v in reversed(self.variants)),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.model.declared import Declared
+from graphopt.model.given import given_tensors
 from graphopt.model.kinds import kind_of
-from graphopt.model.trial import named_arguments, tensors_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -74,7 +74,7 @@ class Seen:
         if kind_of(model, args, kwargs).mode in self._refused:
             return NONE
         names: dict[int, dict[int, str]] = {}
-        for path, tensor in tensors_of(named_arguments(model, args, kwargs)):
+        for path, tensor in given_tensors(model, args, kwargs).items():
             for number in range(tensor.dim()):
                 said = self._said(path, tensor, number)
                 if said:
@@ -84,12 +84,25 @@ class Seen:
                     names.setdefault(id(tensor), {})[number] = f"{path}.{number}"
         return Dimensions(names) if names else NONE
 
-    def made(self, sizes: Sequence[Size]) -> None:
-        """Learn which sizes a capture holds for one value of.
+    def made(
+        self,
+        sizes: Sequence[Size],
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Learn which sizes the capture of a call holds for one value of.
 
         Raises:
             CaptureError: one of them was declared to vary.
         """
+        names = {size.name for size in sizes}
+        constants = {
+            number
+            for path, shape in _shapes(model, args, kwargs).items()
+            for at, number in enumerate(shape)
+            if f"{path}.{at}" not in names
+        }
         for size in sizes:
             if not size.fixed:
                 continue
@@ -100,6 +113,8 @@ class Seen:
                     hint="leave it out of dynamic=, or change the line so that it works for all "
                     "sizes",
                 )
+            if size.hint in constants:  # it may have to equal one that has not varied yet
+                continue
             path, _, number = size.name.rpartition(".")
             self._fixed.add((path, int(number)))
             at = f" (at: {size.line.strip()})" if size.line else ""
@@ -144,8 +159,8 @@ _REMEMBERED = 8
 
 
 def _shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:
-    found = tensors_of(named_arguments(model, args, kwargs))
-    return {path: tuple(tensor.shape) for path, tensor in found}
+    found = given_tensors(model, args, kwargs)
+    return {path: tuple(tensor.shape) for path, tensor in found.items()}
 
 
 def _differing(before: Shapes, now: Shapes) -> frozenset[tuple[str, int]]:

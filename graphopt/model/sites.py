@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -139,6 +139,7 @@ class Site:
     Attributes:
         name: in words (``"training"``).
         captures: how many there were.
+        unsettled: how many of them hold for no more values of what had changed than one.
         ended: whether it was said that no further one is made.
         dropped: calls whose graphs were dropped; the last ones.
         forgotten: how many graphs were dropped.
@@ -146,6 +147,7 @@ class Site:
 
     name: str
     captures: int = 0
+    unsettled: int = 0
     ended: bool = False
     dropped: list[str] = field(default_factory=list)
     forgotten: int = 0
@@ -157,13 +159,20 @@ class Site:
         """Whether it was captured as often as it may."""
         return self.captures >= MAX_CAPTURES
 
-    def captured(self, changes: Sequence[Change]) -> None:
-        """Note a capture, and what made it one more."""
+    def captured(self, changes: Sequence[Change], symbols: Collection[str] = ()) -> bool:
+        """Note a capture, what made it one more, and which sizes are symbols of it.
+
+        Returns:
+            whether it has to be said that there are many: sizes that became symbols are settled.
+        """
         self.captures += 1
+        settled = bool(changes) and all(change.name in symbols for change in changes)
+        self.unsettled += not settled
         for change in changes:
             values = self._values.setdefault(change.name, [change.before] if change.before else [])
             values.append(change.now)
             self._lines.setdefault(change.name, change.line)
+        return not settled and self.unsettled == MANY
 
     def drop(self, signature: str) -> None:
         """Note that a graph is dropped."""

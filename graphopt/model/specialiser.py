@@ -65,8 +65,13 @@ class Specialiser(ABC):
         """Why sizes cannot be inputs of graphs; empty if they can."""
 
     @abstractmethod
-    def report(self, model: str) -> Report:
-        """A report without specialisations, for a model of this class name."""
+    def report(self, model: str, *, in_ddp: bool = False) -> Report:
+        """A report without specialisations, for a model of this class name.
+
+        Args:
+            model: the name.
+            in_ddp: whether DistributedDataParallel is around it.
+        """
 
     @abstractmethod
     def rewriter(self) -> Rewriter | None:

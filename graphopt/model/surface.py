@@ -27,6 +27,7 @@ from graphopt.model.programs import bypassed, register, within_another_program
 from graphopt.model.report import Report
 from graphopt.model.specialiser import Specialiser
 from graphopt.model.tree import model_html
+from graphopt.model.unrun import Unrun
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import Session
@@ -66,6 +67,7 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
     surface |= {name: method for name, method in methods.items() if not _has_own(model, name)}
     controller.surface = {n: types.MethodType(method, model) for n, method in surface.items()}
     model.__dict__.update({KEY: controller, **controller.surface})
+    controller.unrun = Unrun(model, controller.note)
     return controller
 
 
@@ -114,6 +116,9 @@ def _forward(controller: Controller, model: nn.Module) -> Method:
     shown = controller.own or plain
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(forward, name, getattr(shown, name, getattr(forward, name)))
+    if hasattr(controller.own, "__wrapped__"):
+        # Optimized in its wrapping: who takes that off (accelerate does) wants what is inside.
+        forward.__wrapped__ = plain  # type: ignore[attr-defined]
     with contextlib.suppress(TypeError, ValueError):  # a forward without Python code
         forward.__signature__ = _signature(controller)  # type: ignore[attr-defined]
     return forward
@@ -218,7 +223,7 @@ def restore(model: nn.Module) -> None:
     controller = controller_of(model)
     if controller is None:
         return
-    for handle in controller.session.handles:
+    for handle in (*controller.session.handles, *filter(None, (controller.unrun,))):
         handle.remove()
     del model.__dict__[KEY]
     for name, method in controller.surface.items():

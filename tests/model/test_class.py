@@ -169,6 +169,20 @@ def test_unwrapping_as_accelerate_does(net: Net) -> None:
     assert controller_of(net).made == 1
 
 
+def test_unwrapping_a_model_that_was_optimized_in_its_wrapping() -> None:
+    """As accelerate does it; what is inside of the wrapping is the plain forward."""
+    model = Net()
+    inner: Any = model.forward
+    model.forward = types.MethodType(torch.autocast("cpu", enabled=False)(inner.__func__), model)
+    graphopt.optimize(model, backend="eager")
+    expected = model(X)
+    forward: Any = model.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    model.forward = types.MethodType(forward, model)
+    assert torch.equal(model(X), expected)
+
+
 def test_other_programs_see_the_plain_forward(net: Net) -> None:
     net(X)
     assert torch.equal(torch.jit.trace(net, (X,), check_trace=False)(X), net(X))

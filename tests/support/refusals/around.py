@@ -117,6 +117,14 @@ EMPTY = Refusal(
     tested_by="tests/model/test_bad_input.py::test_model_without_parameters",
 )
 
+NO_FORWARD = Refusal(
+    "no forward",
+    "`optimize(m)` where `m` has no forward (a `LightningModule` that calls its parts)",
+    "there is no call to optimize",
+    "optimize the network in it, as the error names it",
+    tested_by="tests/model/test_unrun.py::test_a_model_without_forward_is_refused",
+)
+
 META = Refusal(
     "meta",
     "`optimize(m)` where parameters are on the meta device",
@@ -125,4 +133,4 @@ META = Refusal(
     tested_by="tests/model/test_bad_input.py::test_model_on_meta",
 )
 
-ALL = (WRAPPED, EMPTY, META, CHECKS, PLAIN, SPARSE)
+ALL = (WRAPPED, EMPTY, NO_FORWARD, META, CHECKS, PLAIN, SPARSE)
