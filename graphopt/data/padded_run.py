@@ -16,7 +16,8 @@ from graphopt.data.leaks import Recorder
 from graphopt.data.padded_call import Call
 from graphopt.data.positions import Padded, closest
 from graphopt.errors import ArgumentError
-from graphopt.model.trial import cotangent, tensors_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import cotangent
 
 # A gradient that is zero but for rounding, such as that of a key's bias, is compared relative to
 # this part of the largest one.

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphopt.errors import ArgumentError
-from graphopt.model.trial import named_arguments, tensors_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import named_arguments
 
 
 @dataclass(frozen=True)

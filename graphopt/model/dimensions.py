@@ -11,7 +11,8 @@ from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.model.declared import Declared
 from graphopt.model.kinds import kind_of
-from graphopt.model.trial import named_arguments, tensors_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import named_arguments
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,0 +1,1 @@
+"""Trainers of other packages, without graphopt and with it."""
