@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +78,9 @@ def _short(losses: Sequence[float]) -> str:
 def captured(model: nn.Module) -> list[str]:
     """The calls of an optimized model that have graphs."""
     return [s.signature for s in report(model).specialisations]
+
+
+def remove(folder: Path) -> None:
+    """Remove what a trainer has written."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -7,7 +7,7 @@ import dis
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import CompileContext, TracingContext, compile_context
+from torch._subclasses import FakeTensor
 from torch.utils._device import DeviceContext
 
 from graphopt.analysis.fakes import symbolic_kernels
@@ -110,6 +111,8 @@ def by_dynamo(
     f_globals = output.graph_capture_output.f_globals
     _forget_globals(scope, before, backend_input.backend_id, guard)
     shape_env = backend_input.fake_mode.shape_env
+    fakes = [node.meta.get("example_value") for node in backend_input.graph_module.graph.nodes]
+    modes = {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}
     watches: list[sizes.Watch] = []
 
     def settle() -> tuple[sizes.Size, ...]:
@@ -122,6 +125,7 @@ def by_dynamo(
 
     def finish() -> None:
         guard.late = watches.pop().found() if watches else guard.late
+        _let_go_of_tensors({backend_input.fake_mode, *modes}, context)
 
     def bind_all(runner: Runner) -> Callable[..., object]:
         def compiled(*tensors: Tensor) -> Sequence[Tensor]:
@@ -177,6 +181,15 @@ def by_dynamo(
         notes=tuple(f"{name} runs as one opaque operator" for name in leaves),
         description=description,
     )
+
+
+def _let_go_of_tensors(modes: Collection[Any], context: TracingContext) -> None:
+    """Drop weak references to real tensors, with which `torch.utils.swap_tensors` refuses them."""
+    context.tensor_to_context.clear()
+    for mode in modes:
+        described = mode.fake_tensor_converter.meta_converter.describer
+        described.lookup_tensor.clear()
+        described.lookup_storage.clear()
 
 
 def _described(

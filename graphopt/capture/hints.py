@@ -127,6 +127,10 @@ _SAYS = (
         "forward packs sequences, and how a recurrent network runs on them depends on data",
     ),
     (
+        r"Could not guard on data-dependent",
+        "forward branches on the value of a tensor, or on a size that depends on data",
+    ),
+    (
         r"no meta kernel",
         "forward calls an operator whose results have sizes that torch cannot tell",
     ),

@@ -11,7 +11,7 @@ from graphopt.cli.model import Example
 from graphopt.cli.verify_rows import BAD, Row
 from graphopt.errors import MismatchError
 from graphopt.model.surface import report
-from graphopt.model.trial import tensors_of
+from graphopt.model.tensors import tensors_of
 from graphopt.model.verification import GENERATED
 from graphopt.pipeline import Pipeline
 

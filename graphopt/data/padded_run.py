@@ -17,7 +17,7 @@ from graphopt.data.padded_call import Call
 from graphopt.data.positions import Padded, closest
 from graphopt.errors import ArgumentError
 from graphopt.model.cotangents import cotangent
-from graphopt.model.trial import tensors_of
+from graphopt.model.tensors import tensors_of
 
 # A gradient that is zero but for rounding, such as that of a key's bias, is compared relative to
 # this part of the largest one.

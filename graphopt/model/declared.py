@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphopt.errors import ArgumentError
-from graphopt.model.given import given_tensors
+from graphopt.model.tensors import tensors_of
 from graphopt.model.trial import named_arguments
 
 
@@ -119,7 +119,7 @@ class Declared:
     def check(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `ArgumentError` for a call whose sizes are not as declared."""
         first: dict[str, tuple[str, int]] = {}
-        for path, tensor in given_tensors(model, args, kwargs).items():
+        for path, tensor in tensors_of(named_arguments(model, args, kwargs)):
             for number, dim in self.dims.get(path, {}).items():
                 size, place = _size(path, tensor, number), f"{path}.{number}"
                 if not dim.takes(size):
@@ -142,12 +142,11 @@ class Declared:
         declared.
         """
         arguments = named_arguments(model, args, kwargs)
-        given = given_tensors(model, args, kwargs) if self.dims else {}
         for path in self.dims:
             owner = path.partition(".")[0]
             if arguments.get(owner) is None:
                 continue
-            there = [n for n in given if n.partition(".")[0] == owner]
+            there = [name for name, _ in tensors_of({owner: arguments[owner]})]
             if not any(name in self.dims for name in there):
                 has = f"has {', '.join(there[:4])}" if there else "holds no tensor"
                 raise ArgumentError(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from graphopt.capture.sizes import NONE, Dimensions, Size
 from graphopt.errors import CaptureError
 from graphopt.model.declared import Declared
-from graphopt.model.given import given_tensors
 from graphopt.model.kinds import kind_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import named_arguments
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -74,7 +75,7 @@ class Seen:
         if kind_of(model, args, kwargs).mode in self._refused:
             return NONE
         names: dict[int, dict[int, str]] = {}
-        for path, tensor in given_tensors(model, args, kwargs).items():
+        for path, tensor in tensors_of(named_arguments(model, args, kwargs)):
             for number in range(tensor.dim()):
                 said = self._said(path, tensor, number)
                 if said:
@@ -159,8 +160,8 @@ _REMEMBERED = 8
 
 
 def _shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:
-    found = given_tensors(model, args, kwargs)
-    return {path: tuple(tensor.shape) for path, tensor in found.items()}
+    found = tensors_of(named_arguments(model, args, kwargs))
+    return {path: tuple(tensor.shape) for path, tensor in found}
 
 
 def _differing(before: Shapes, now: Shapes) -> frozenset[tuple[str, int]]:

@@ -32,6 +32,8 @@ _HOLDERS = (
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
 )
+# Classes that are made while a program runs have the name of what has made them.
+_MAKERS = frozenset({"abc", "types"})
 _INSTALLED = ("/site-packages/", "/dist-packages/", "\\site-packages\\")
 
 
@@ -39,10 +41,16 @@ def is_open(value: object) -> bool:
     """Whether attributes of an object may be state of a step."""
     if isinstance(value, _HOLDERS):
         return True
-    package = type(value).__module__
+    package = home_of(type(value))
     if isinstance(value, (type, Enum)) or package.startswith(_OWN):
         return False
     return package.partition(".")[0] not in _CLOSED or package.startswith(_OPEN)
+
+
+def home_of(kind: type) -> str:
+    """The module that a class is from, or else the nearest of its bases that is from one."""
+    names = (str(base.__module__) for base in kind.__mro__)
+    return next(name for name in names if name not in _MAKERS)
 
 
 def is_library(module: str | None) -> bool:
@@ -68,8 +76,4 @@ def is_users(module: str | None) -> bool:
 
 def is_users_class(value: object) -> bool:
     """Whether a value is a class of the user."""
-    return (
-        isinstance(value, type)
-        and not isinstance(value, EnumMeta)
-        and is_users(getattr(value, "__module__", None))
-    )
+    return isinstance(value, type) and not isinstance(value, EnumMeta) and is_users(home_of(value))

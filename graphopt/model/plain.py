@@ -22,7 +22,8 @@ from graphopt.errors import (
     StateError,
 )
 from graphopt.model.parts import name_parts
-from graphopt.model.trial import Trial, tensors_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import Trial
 
 if TYPE_CHECKING:
     from graphopt.model.specialiser import Specialiser

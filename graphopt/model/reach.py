@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from graphopt.model.copies import StandIns
 from graphopt.model.iterators import copy_of_iterator, is_iterator
-from graphopt.model.owners import is_library, is_open, is_users, is_users_class
+from graphopt.model.owners import home_of, is_library, is_open, is_users, is_users_class
 from graphopt.model.places import Attributes, Cell, Deque, Dict, List, Place, Set, Value
 from graphopt.model.values import Array, Class, Globals, Live, Stream
 
@@ -229,7 +229,7 @@ def _is_users(value: object) -> bool:
         return is_users(value.__module__)
     if isinstance(value, Tensor | nn.Module | functools.partial | MethodType):
         return True
-    return Array.holds(value) or (is_open(value) and is_users(type(value).__module__))
+    return Array.holds(value) or (is_open(value) and is_users(home_of(type(value))))
 
 
 def _join(name: str, key: object) -> str:

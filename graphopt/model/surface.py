@@ -61,6 +61,7 @@ def install(model: nn.Module, compiler: Specialiser, session: Session) -> Contro
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
         "_replicate_for_data_parallel": _replicate,
+        "__prepare_scriptable__": _refuse_script,
     }
     own_methods = {"explain": explain, "_repr_html_": _repr_html}
     methods = own_methods | {n: _offered(o, n, kind) for n, (o, kind) in offered}
@@ -204,6 +205,15 @@ def _replicate(self: nn.Module) -> nn.Module:
     replica: nn.Module = type(self)._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
     replica.__dict__ = dict(_plain_state(self, replica.__dict__))
     return replica
+
+
+def _refuse_script(self: nn.Module) -> nn.Module:
+    """What `torch.jit.script` asks for; a plain copy would stay inside of what holds the model."""
+    raise ArgumentError(
+        "torch.jit.script compiles the source of forward, and the forward of an optimized model "
+        "has none of its own",
+        hint="torch.export.export(model, inputs); or torch.jit.script before optimize, on a copy",
+    )
 
 
 def _offered(owner: str, name: str, kind: type) -> Method:

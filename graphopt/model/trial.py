@@ -9,7 +9,6 @@ packages, cannot be undone.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from graphopt.model.copies import StandIns
 from graphopt.model.cotangents import Backward
 from graphopt.model.reach import Reach
 from graphopt.model.results import Filed, Marks, Results
+from graphopt.model.tensors import tensors_of
 
 Call = Callable[..., object]
 R = TypeVar("R", bound=Results)
@@ -216,24 +216,6 @@ def named_arguments(
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):
         return {**{str(i): a for i, a in enumerate(args)}, **kwargs}
-
-
-def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in nested containers, dataclasses and plain objects, with their paths."""
-    if isinstance(value, Tensor):
-        yield path or "0", value
-        return
-    items: Iterator[tuple[object, Any]]
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    else:
-        return
-    for key, item in items:
-        yield from tensors_of(item, f"{path}.{key}" if path else str(key))
 
 
 def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

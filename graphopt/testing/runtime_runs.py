@@ -16,7 +16,8 @@ from graphopt.api import optimize
 from graphopt.model.checkpoint import load_state_dict, state_dict
 from graphopt.model.comparison import same
 from graphopt.model.controller import Controller, controller_of
-from graphopt.model.trial import Trial, tensors_of
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import Trial
 from graphopt.passbase import Pass
 
 if TYPE_CHECKING:

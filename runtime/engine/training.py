@@ -86,7 +86,7 @@ class TrainingEngine(Engine):
         differentiable = (values[i] for i in self.differentiable)
         # `Function.apply` looks at every argument for what dead transforms have left.
         transformed = torch._C._are_functorch_transforms_active()
-        whose: Any = _Node if transformed else super(torch.autograd.Function, _Node)
+        whose: Any = _GraphoptStep if transformed else super(torch.autograd.Function, _GraphoptStep)
         computed: tuple[Tensor, ...] = whose.apply(self, values, *differentiable)
         return self._assemble(values, computed)
 
@@ -255,7 +255,7 @@ def _saved(ctx: Any, live: frozenset[int]) -> list[Tensor]:
     return tensors
 
 
-class _Node(torch.autograd.Function):
+class _GraphoptStep(torch.autograd.Function):
     """One training step's model part as a node of autograd.
 
     Attributes:

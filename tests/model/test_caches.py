@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import ArgumentError
 from graphopt.model.controller import controller_of
-from graphopt.model.given import given_tensors
 from graphopt.model.surface import report
+from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import named_arguments
 
 
 class Layer:
@@ -158,6 +159,7 @@ def test_sizes_in_an_object_can_be_declared() -> None:
 def test_what_a_call_is_given() -> None:
     model, cache, ids = Decoder(), Cache(2), torch.ones(1, 3, dtype=torch.long)
     cache.layers[1].keys = torch.ones(2)
-    found = given_tensors(model, (ids,), {"cache": {"one": cache, "module": model}})
+    arguments = named_arguments(model, (ids,), {"cache": {"one": cache, "module": model}})
+    found = dict(tensors_of(arguments))
     assert list(found) == ["ids", "cache.one.layers.1.keys"]
     assert found["ids"] is ids

@@ -263,7 +263,7 @@ def test_output_structures(wrap: object) -> None:
     expected = model(torch.ones(2, 4))
     actual = graphopt.optimize(model, backend="eager")(torch.ones(2, 4))
     assert type(actual) is type(expected)
-    from graphopt.model.trial import tensors_of
+    from graphopt.model.tensors import tensors_of
 
     a, b = dict(tensors_of(expected)), dict(tensors_of(actual))
     assert list(a) == list(b)

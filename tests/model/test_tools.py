@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,98 @@ def test_traced_by_fx() -> None:
 
 def test_exported() -> None:
     assert torch.equal(torch.export.export(_optimized(), (X,)).module()(X), _net()(X))
+
+
+def test_exported_strictly_without_a_word() -> None:
+    model = _optimized()
+    model(X)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile")
+        exported = torch.export.export(model, (X,), strict=True)
+    assert torch.equal(exported.module()(X), _net()(X))
+    assert list(exported.state_dict) == list(_net().state_dict())
+    assert "torch.compile" not in model.explain()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_to_onnx() -> None:
+    pytest.importorskip("onnxscript")
+    model = _optimized()
+    model(X)
+    program = torch.onnx.export(model, (X,), dynamo=True, verbose=False)
+    assert [node.op_type for node in program.model_proto.graph.node] == ["Gemm", "Relu", "Gemm"]
+    assert {w.name for w in program.model_proto.graph.initializer} == set(_net().state_dict())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_is_refused(inside: bool) -> None:
+    model = _optimized()
+    model(X)
+    outer = nn.Sequential(model, nn.ReLU()) if inside else model
+    said = (
+        r"torch.jit.script compiles the source of forward.*\n.*torch.export.export\(model, inputs\)"
+    )
+    with pytest.raises(ArgumentError, match=said):
+        torch.jit.script(outer)
+    assert outer[0] is model or not inside
+    assert "verified" in model.explain()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_draws_the_modules(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for model in (_net(), _optimized()):
+        model(X)
+        folder = str(tmp_path / type(vars(model).get("explain")).__name__)
+        with tensorboard.SummaryWriter(folder) as writer:
+            writer.add_graph(model, X)
+        read = EventAccumulator(folder)
+        read.Reload()
+        found.append([node.name for node in read.Graph().node])
+    assert found[0] == found[1]
+    assert any("Linear[2]" in name for name in found[0])
+
+
+def test_a_profile_names_the_step() -> None:
+    model = _optimized()
+    loss = model(X).sum()
+    assert "GraphoptStep" in str(loss.grad_fn.next_functions[0][0])
+    with torch.profiler.profile(with_modules=True) as profile:
+        model(X).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"_GraphoptStep", "_GraphoptStepBackward", "aten::addmm", "aten::mm"} <= names
+
+
+def test_metrics_inside_and_around() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Measured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _net()
+            self.right = torchmetrics.Accuracy(task="multiclass", num_classes=2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            scores = self.net(x)
+            self.right(scores, y)
+            return scores
+
+    y, found = torch.tensor([0, 1, 1]), []
+    for model in (Measured(), _optimized(Measured())):
+        around = torchmetrics.MeanMetric()
+        for wanted in (y, 1 - y, y):
+            scores = model(X, wanted)
+            loss = nn.functional.cross_entropy(scores, wanted)
+            around.update(loss)
+            loss.backward()
+        results = around.compute(), model.right.compute(), model.net[0].weight.grad
+        found.append((*results, torch.tensor(model.right._update_count)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert "verified" in model.explain()
 
 
 def test_a_copy_on_the_meta_device() -> None:
