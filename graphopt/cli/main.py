@@ -75,7 +75,7 @@ for _command in (
 
 def main() -> None:
     """The command in a process of its own."""
-    # torch and its compiler are 2,600 modules, whose objects all stay. Looking for garbage among
+    # torch and its compiler are thousands of modules, whose objects all stay. Looking for garbage among
     # them, while they load and once more at the end, would be a third of a command's time.
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
