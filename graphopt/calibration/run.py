@@ -65,8 +65,6 @@ def calibrate(
             found.add(captured, model, args, kwargs, target, number)
     if captured is None:
         raise ArgumentError("there is no batch to calibrate on", hint="give one batch or more")
-    if not found.samples:
-        raise ArgumentError("the batches hold no examples", hint="give one with an example in it")
     for note in found.notes:
         warn(f"calibration: {note}")
     return Calibration(

@@ -58,6 +58,11 @@ def calibrate(
     ):
         warnings.simplefilter("ignore")  # the notes are part of the answer
         found = run(example.model, example.batches)
+    if not found.samples:
+        raise ArgumentError(
+            f"the example inputs of {example.name} hold no examples",
+            hint="let the factory return a batch with examples in it",
+        )
     found.save(output)
     if json:
         answer = {

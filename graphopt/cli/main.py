@@ -75,8 +75,8 @@ for _command in (
 
 def main() -> None:
     """The command in a process of its own."""
-    # torch and its compiler are 2,600 modules, whose objects all stay. Looking for garbage among
-    # them, while they load and once more at the end, would be a third of a command's time.
+    # Thousands of modules of torch and its compiler stay. To look for garbage among their objects
+    # while they load, and once more at the end, would be a large part of a command's time.
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
     app(prog_name="graphopt")

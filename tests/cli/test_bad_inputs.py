@@ -163,8 +163,8 @@ def test_the_batch_that_is_wrong_is_named(file: Path) -> None:
     assert "with the example inputs 2, in PyTorch eager, too: " + SHAPES in said[0]
     said = refused("calibrate", f"{file}:no_examples", "-o", "out.json")
     assert said == [
-        "[GO-A01] the batches hold no examples",
-        "  try: give one with an example in it",
+        "[GO-A01] the example inputs of user:no_examples hold no examples",
+        "  try: let the factory return a batch with examples in it",
     ]
     assert not Path("out.json").exists()
 
