@@ -23,7 +23,7 @@ class Run:
         losses: in order, those of evaluations among them.
         weights: a checksum of the state of the model.
         seconds: the training took, captures included.
-        model: that was trained; where graphopt has it, the one that has `explain`.
+        model: that was trained, with graphopt the one that was given to it.
         beside: what else should be equal, such as generated tokens.
     """
 
@@ -72,6 +72,6 @@ def _short(losses: Sequence[float]) -> str:
     return f"{first:.6f} … {last:.6f} ({len(losses)})"
 
 
-def captured(model: nn.Module) -> list[str]:
-    """The calls of an optimized model that have graphs."""
-    return [s.signature for s in report(model).specialisations]
+def explained(run: Run) -> str:
+    """What graphopt did."""
+    return report(run.model).explain()
