@@ -21,7 +21,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphopt
-from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.examples.trainers.beside import (
+    BACKEND,
+    Run,
+    checksum,
+    compare,
+    explained,
+    timed,
+)
 
 EPOCHS = 3
 
@@ -94,7 +101,7 @@ def main() -> None:
                 plain, ours = compare(f"{title}, optimized {when} prepare", case)
                 if not plain.same(ours) or ours.beside != (True,):
                     raise SystemExit("the two runs differ")
-        print(ours.model.explain())
+        print(explained(ours))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Run:
         losses: in order, those of evaluations among them.
         weights: a checksum of the state of the model.
         seconds: the training took, captures included.
-        model: that was trained; where graphopt has it, the one that has `explain`.
+        model: that was trained, with graphopt the one that was given to it.
         beside: what else should be equal, such as generated tokens.
     """
 
@@ -84,3 +84,8 @@ def remove(folder: Path) -> None:
     """Remove what a trainer has written."""
     with suppress(FileNotFoundError):
         shutil.rmtree(folder)
+
+
+def explained(run: Run) -> str:
+    """What graphopt did."""
+    return report(run.model).explain()

@@ -20,13 +20,22 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
 import graphopt
-from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.examples.trainers.beside import (
+    BACKEND,
+    Run,
+    checksum,
+    compare,
+    explained,
+    timed,
+)
 
 STEPS = 6
 HALF = 3
@@ -61,24 +70,38 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-class Sample(TrainerCallback):  # type: ignore[misc]
+class Sample(TrainerCallback):
     """Lets the model go on with prompts of two lengths after each evaluation."""
 
     def __init__(self) -> None:
         self.tokens: list[object] = []
 
-    def on_evaluate(self, *_: object, model: GPT2LMHeadModel, **__: object) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for length in (3, 5):
             prompt = torch.arange(1, 2 * length + 1).view(2, length)
             mask = torch.ones_like(prompt)
-            made = model.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=True)
+            made = kwargs["model"].generate(
+                prompt, attention_mask=mask, max_new_tokens=5, do_sample=True
+            )
             self.tokens.append(made.tolist())
 
 
 def model() -> GPT2LMHeadModel:
     """A GPT-2 with one block."""
-    sizes = {"vocab_size": 32, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=32,
+            n_positions=32,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
 
 
 def train(
@@ -124,8 +147,8 @@ def train(
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     seconds = timed(begin)
-    history = trainer.state.log_history
-    losses = [h.get("loss", h.get("eval_loss")) for h in history if {"loss", "eval_loss"} & {*h}]
+    history: list[dict[str, Any]] = trainer.state.log_history
+    losses = [h[name] for h in history for name in ("loss", "eval_loss") if name in h]
     trainer.save_model(str(folder / "last"))
     back = GPT2LMHeadModel.from_pretrained(folder / "last")
     return Run(tuple(losses), checksum(net), seconds, net, (*sampled.tokens, checksum(back)))
@@ -147,7 +170,7 @@ def main() -> None:
         whole = train(True, folder / "resumed")
         again = resumed(True, folder / "resumed")
         print(f"resumed in the middle: {'equal' if whole.same(again) else 'DIFFERENT'}")
-        print(whole.model.explain())
+        print(explained(whole))
 
 
 if __name__ == "__main__":

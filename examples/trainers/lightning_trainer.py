@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphopt
-from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.examples.trainers.beside import (
+    BACKEND,
+    Run,
+    checksum,
+    compare,
+    explained,
+    timed,
+)
 
 EPOCHS = 3
 
@@ -154,7 +161,10 @@ def rank(how: How, folder: Path) -> Run:
     )
     begin = time.perf_counter()
     fitting.fit(module, loader())
-    return Run(tuple(module.losses), checksum(module.net), timed(begin), module.net)
+    seconds = timed(begin)
+    # Statistics of batch norms are each rank's own; DistributedDataParallel sends those of rank 0.
+    weights = checksum(nn.ParameterList(module.net.parameters()))
+    return Run(tuple(module.losses), weights, seconds, module.net)
 
 
 def main() -> None:
@@ -164,7 +174,7 @@ def main() -> None:
             runs = [rank(how, folder) for how in ("none", "inside", "instead")]
             for title, run in zip(("inside of DDP", "in place of DDP"), runs[1:], strict=True):
                 print(f"{title}: {'equal' if run.same(runs[0]) else 'DIFFERENT'}")
-            print(runs[2].model.explain())
+            print(explained(runs[2]))
             return
         cases = {t: partial(train, folder=folder / t, **options) for t, options in CASES.items()}
         cases["resumed"] = partial(resumed, folder=folder / "resumed")
@@ -172,7 +182,7 @@ def main() -> None:
             plain, ours = compare(title, case)
             if not plain.same(ours):
                 raise SystemExit("the two runs differ")
-        print(ours.model.explain())
+        print(explained(ours))
 
 
 if __name__ == "__main__":

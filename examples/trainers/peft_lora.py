@@ -14,7 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import graphopt
-from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.examples.trainers.beside import (
+    BACKEND,
+    Run,
+    checksum,
+    compare,
+    explained,
+    timed,
+)
 
 STEPS = 4
 
@@ -74,7 +81,8 @@ def train(optimized: bool, *, when: When = "after") -> Run:
         weights = checksum(tuned)
         merged = tuned.merge_and_unload()
         losses.append(merged(input_ids=ids, labels=ids).loss.item())
-    return Run(tuple(losses), weights, seconds, tuned, (checksum(merged),))
+    held = base if when == "before" else tuned
+    return Run(tuple(losses), weights, seconds, held, (checksum(merged),))
 
 
 def main() -> None:
@@ -82,7 +90,7 @@ def main() -> None:
         plain, ours = compare(f"optimized {when} get_peft_model", partial(train, when=when))
         if not plain.same(ours):
             raise SystemExit("the two runs differ")
-    print(ours.model.explain())
+    print(explained(ours))
 
 
 if __name__ == "__main__":
