@@ -171,5 +171,5 @@ def test_results_in_objects_are_compared() -> None:
             return Store(spread=self.a(x).exp())
 
     model = graphopt.optimize(Model(), passes=[Doubles()], backend="eager", cache="off")
-    with pytest.raises(MismatchError, match=r"pass 'doubles'.*spread"):
+    with pytest.raises(MismatchError, match="pass 'doubles'"):
         model(torch.randn(3, 2))
