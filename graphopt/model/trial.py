@@ -218,13 +218,19 @@ def named_arguments(
         return {**{str(i): a for i, a in enumerate(args)}, **kwargs}
 
 
+# A call with more tensors, such as one with a cache of keys and values, names that many.
+_NAMED = 12
+
+
 def describe_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """One line on what kind of call this is: inputs and mode."""
-    inputs = ", ".join(
+    inputs = [
         f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
         for name, t in tensors_of(named_arguments(model, args, kwargs))
-    )
+    ]
+    if len(inputs) > _NAMED:
+        inputs[_NAMED:] = [f"{len(inputs) - _NAMED} more"]
     mode = ["train" if model.training else "eval"]
     mode += [] if torch.is_grad_enabled() else ["no_grad"]
     mode += ["autocast"] if torch.is_autocast_enabled("cpu") else []
-    return f"{inputs} ({', '.join(mode)})"
+    return f"{', '.join(inputs)} ({', '.join(mode)})"

@@ -19,6 +19,7 @@ from graphopt.errors import MismatchError
 from graphopt.graph import Graph
 from graphopt.model.controller import controller_of
 from graphopt.model.tensors import tensors_of
+from graphopt.model.trial import describe_call
 from graphopt.passbase import EXACT, Applied, Numerics, Outcome, Pass, PassContext
 
 
@@ -122,6 +123,13 @@ def test_sizes_in_objects_take_two_captures(kind: Any) -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert controller_of(model).made == 2
     assert "data.x.0 2.." in model.explain()
+
+
+def test_a_call_with_many_tensors_is_described_in_a_line() -> None:
+    model, many = Graphs(), [torch.ones(1)] * 30
+    described = describe_call(model, (Store(**{f"t{n}": t for n, t in enumerate(many)}),), {})
+    assert described.startswith("data.t0: float32[1], data.t1: float32[1]")
+    assert described.endswith("data.t11: float32[1], 18 more (train)")
 
 
 def test_sizes_in_objects_are_declared() -> None:

@@ -133,4 +133,12 @@ META = Refusal(
     tested_by="tests/model/test_bad_input.py::test_model_on_meta",
 )
 
-ALL = (WRAPPED, EMPTY, NO_FORWARD, META, CHECKS, PLAIN, SPARSE)
+SCRIPT = Refusal(
+    "script",
+    "`torch.jit.script(m)` where `m`, or a module inside of it, is optimized",
+    "a script is compiled from the source of forward, and there is none of the graph's",
+    "`torch.export.export(m, inputs)`; or script a copy before `optimize`",
+    tested_by="tests/model/test_tools.py::test_a_script_is_refused",
+)
+
+ALL = (WRAPPED, EMPTY, NO_FORWARD, META, SCRIPT, CHECKS, PLAIN, SPARSE)
