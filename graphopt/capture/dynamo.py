@@ -26,6 +26,7 @@ from graphopt.capture import checkpoints, number_symbols, scalars, sizes
 from graphopt.capture.averages import cumulative_averages
 from graphopt.capture.causal import causal_masks
 from graphopt.capture.checks import checked_branches
+from graphopt.capture.cudnn import without_cudnn
 from graphopt.capture.deques import limited_deques
 from graphopt.capture.derivatives import derivatives_inside
 from graphopt.capture.encoders import refusing_nested_encoders
@@ -271,6 +272,7 @@ def dynamo_settings() -> Iterator[None]:
         limited_deques(),
         derivatives_inside(),
         leaves_of_forward(),
+        without_cudnn(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
