@@ -128,6 +128,18 @@ def commands(results: Results) -> Lines:
             yield _row(model, f"`{name}`", *sides, share)
 
 
+def first_call_cold(results: Results) -> Lines:
+    """Cold first calls of ``benchmarks.first_call cold``: seconds of the processor."""
+    yield from _head(
+        "model", "before", "after", "`aot_eager`", "after over before", "over `aot_eager`"
+    )
+    for name, found in results.items():
+        spent = found["processor seconds"]
+        seconds = (f"{statistics.median(spent[v]):.2f}" for v in ("before", "after", "aot_eager"))
+        over = f"{found['before over aot_eager']:.2f}, then {found['after over aot_eager']:.2f}"
+        yield _row(name, *seconds, f"{found['after over before']:.2f}", over)
+
+
 def overlap(results: Results) -> Lines:
     """Cells of ``benchmarks.overlap``, a table for each."""
     for cell, found in results.items():
@@ -213,6 +225,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], Iterable[str]]]] = {
     "inference": ("inference", inference),
     "first_call": ("first_call", first_call),
     "commands": ("cli", commands),
+    "first_call_cold": ("first_call_cold", first_call_cold),
     "overlap": ("overlap", overlap),
     "job_faults": ("job_faults", job_faults),
 }

@@ -7,6 +7,8 @@ stream's state, and of constants of the capture, not to matter.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -116,3 +118,16 @@ def test_comparing_by_value_takes_no_more(name: str, monkeypatch: pytest.MonkeyP
     _, share = shares(name)
     assert compared
     assert share <= SHARE
+
+
+def test_nothing_holds_what_a_first_call_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until garbage is looked for: a step's backward would have it beside its own."""
+    monkeypatch.setattr(Trial, "marks", lambda *_: object())
+    model = graphopt.optimize(Wide(), backend="eager", cache="off")
+    gc.collect()
+    gc.disable()
+    try:
+        returned = weakref.ref(model(torch.ones(2, 256)))
+        assert returned() is None
+    finally:
+        gc.enable()
