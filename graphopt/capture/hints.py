@@ -88,6 +88,10 @@ _HINTS = (
     (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
     (r"context manager|`lock\.", "enter it around the call of the model"),
     (r"numpy function", "compute it by torch"),
+    (
+        r"making fake tensor call",
+        "look at the shapes and dtypes of the inputs; PyTorch alone refuses them, too",
+    ),
     (r"inplace view", "give the view another name: y = x.t()"),
 )
 
@@ -134,6 +138,10 @@ _SAYS = (
 
 def says(message: str) -> str:
     """What forward does that cannot be captured; empty where Dynamo says it best."""
+    if error := re.search(
+        r"with fake tensors: .*: got \w+\((['\"])(.*)\1\)$", message, re.MULTILINE
+    ):
+        return f"an operator of forward refuses what it is given: {error[2].rstrip('.')}"
     return next((said for pattern, said in _SAYS if re.search(pattern, message)), "")
 
 
