@@ -88,6 +88,10 @@ _HINTS = (
     (r"(?i)sparse tensor|nested.tensor", "compute with dense tensors, or outside of the model"),
     (r"context manager|`lock\.", "enter it around the call of the model"),
     (r"numpy function", "compute it by torch"),
+    (
+        r"making fake tensor call",
+        "look at the shapes and dtypes of the inputs; PyTorch alone refuses them, too",
+    ),
     (r"inplace view", "give the view another name: y = x.t()"),
 )
 
@@ -111,8 +115,8 @@ _SAYS = (
     ),
     (
         r"(?i)could not (guard on|extract) .*data-dependent",
-        "what forward does next is data-dependent, and a graph has one way: Python asks for a "
-        "number that only values of a tensor tell",
+        "what forward does next is data-dependent: it asks for a value or a size that depends on "
+        "data, and a graph has one way",
     ),
     (
         r"Unsupported context manager",
@@ -127,10 +131,6 @@ _SAYS = (
         "forward packs sequences, and how a recurrent network runs on them depends on data",
     ),
     (
-        r"Could not guard on data-dependent",
-        "forward branches on the value of a tensor, or on a size that depends on data",
-    ),
-    (
         r"no meta kernel",
         "forward calls an operator whose results have sizes that torch cannot tell",
     ),
@@ -139,6 +139,10 @@ _SAYS = (
 
 def says(message: str) -> str:
     """What forward does that cannot be captured; empty where Dynamo says it best."""
+    if error := re.search(
+        r"with fake tensors: .*: got \w+\((['\"])(.*)\1\)$", message, re.MULTILINE
+    ):
+        return f"an operator of forward refuses what it is given: {error[2].rstrip('.')}"
     return next((said for pattern, said in _SAYS if re.search(pattern, message)), "")
 
 

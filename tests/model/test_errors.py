@@ -204,3 +204,23 @@ def _bad_batch(rank: int) -> None:
 @pytest.mark.distributed
 def test_gradients_stay_reduced_after_a_bad_batch(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _bad_batch)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "said"),
+    [
+        (nn.Linear(3, 3), torch.ones(2, 4), "a and b must have same reduction dim, but got [2, 4]"),
+        (nn.Embedding(3, 3), torch.ones(2), "Expected tensor for argument #1 'indices' to have"),
+        (nn.Conv2d(3, 3, 3), torch.ones(2, 4), "Expected 3D (unbatched) or 4D (batched) input"),
+    ],
+    ids=["linear", "embedding", "convolution"],
+)
+def test_an_operator_that_refuses_its_inputs_says_why(
+    layer: nn.Module, given: Tensor, said: str
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        graphopt.optimize(layer, (given,), backend="eager")
+    assert caught.value.message.startswith(
+        f"an operator of forward refuses what it is given: {said}"
+    )
+    assert caught.value.hint.startswith("look at the shapes and dtypes of the inputs")

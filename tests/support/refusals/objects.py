@@ -62,7 +62,7 @@ PACKED = Refusal(
         Example(
             "input",
             lambda: nn.GRU(4, 3, batch_first=True),
-            "depends on data",
+            "a value or a size that depends on data",
             hint="^pad the sequences",
             step=_packed_sentences,
             way=Way(lambda: nn.GRU(4, 3, batch_first=True), _padded_sentences, same=False),
