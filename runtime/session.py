@@ -177,19 +177,20 @@ class Session:
             if functions and not ranks.agreed_on(_FUNCTIONS):
                 ranks.agree(_FUNCTIONS, functions, lambda: "")
 
-    def complaint(self, topic: str, mine: str) -> tuple[int, str]:
+    def complaint(self, topic: str, mine: str, along: str | None = None) -> tuple[int, str]:
         """What the first rank that has a complaint says; -1 and nothing where all are content.
 
         Args:
             topic: equal on all ranks, which all come.
             mine: what this rank complains of; empty for nothing.
+            along: the only mesh dimension whose ranks come.
 
         Raises:
             RankError: a rank did not come.
         """
         found = (0, mine) if mine else (-1, "")
-        for ranks in self.ranks.values():
-            if ranks.size > 1:
+        for dimension, ranks in self.ranks.items():
+            if ranks.size > 1 and dimension == (along or dimension):
                 found = ranks.complaint(topic, found[1])
         return found
 

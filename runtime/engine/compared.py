@@ -79,7 +79,9 @@ class Pair:
         found = []
         with session.silently():
             for form in (plain, full):
-                again = replace(step, saved=list(step.saved), own=dict(step.own), ends=False)
+                # A form may add gradients to sums where these lie.
+                own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in step.own.items()}
+                again = replace(step, saved=list(step.saved), own=own, ends=False)
                 results = form(again, list(tangents), absent)
                 gradients = zip(form.returns, results, strict=True)
                 found.append(
@@ -97,7 +99,8 @@ class Pair:
         said = ""
         if error > rounding(reference, generated=generated):
             said = f"the gradient of {worst} by a relative error of {error:.2g}"
-        rank, said = session.complaint(NAME, said)
+        # Ranks along pp have other stages, which may have no such forms.
+        rank, said = session.complaint(NAME, said, along="dp")
         at, self._compared = session.steps + 1, True
         if not said:
             validation.found(self._part, NAME, at, worst, error)

@@ -322,11 +322,11 @@ class Compared:
         found: Named = {}
         received: Named = {}
         for stage, flight in zip(reversed(stages), reversed(flights), strict=True):
-            given, received = received, {}
+            arrived, received = received, {}
             for part in range(len(stage.backward_ports)):
-                sent, _, results = stage.backward(flight, tangents, given, part)
+                sent, _, results = stage.backward(flight, tangents, arrived, part)
                 received = sent if part == 0 else received
-                given = {}
+                arrived = {}
                 found.update(
                     {s.name: v for s, v in results.items() if s.role is Role.GRAD and v is not None}
                 )

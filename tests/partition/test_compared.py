@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,36 @@ def _wrong(rank: int) -> None:
 
 def test_faults_of_stages_are_found_and_named(tmp_path: Path) -> None:
     on_ranks(tmp_path, 2, _wrong)
+
+
+def _wrong_code(rank: int) -> None:
+    """What compiles the stages makes something else of them than eager's kernels."""
+    made = PipelineEngine.__init__
+
+    def init(self: Any, module: Any, plan: Any, *args: Any) -> None:
+        session, part, whole, compile, visit = args
+
+        def wrong(half: Any) -> Any:
+            run = compile(half)
+            return lambda given: [_larger(value) for value in run(given)]
+
+        other = replace(plan, backend="other")
+        made(self, module, other, session, part, whole, wrong, visit)
+
+    model = _model()
+    PipelineEngine.__init__ = init  # type: ignore[method-assign]
+    try:
+        with pytest.raises(MismatchError, match="backend 'other' computes stage 1") as caught:
+            model.step(*data(0))
+    finally:
+        PipelineEngine.__init__ = made  # type: ignore[method-assign]
+    assert caught.value.guilty == "backend other"
+    dist.barrier()
+
+
+def _larger(value: Any) -> Any:
+    return value * 1.01 if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def test_a_backend_that_is_wrong_in_stages_is_named(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, _wrong_code)
