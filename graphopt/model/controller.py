@@ -102,7 +102,7 @@ class Controller:
         if self.session.before_call is not None:
             self.session.before_call()
         if self.unrun is not None:
-            self._ran()
+            self.called()
         if self.session.ranks and not self.in_ddp:
             self._look_for_ddp()
         if self.seen.limited:
@@ -127,7 +127,7 @@ class Controller:
             f"captured, so this call runs as plain PyTorch: {error.message}"
         )
 
-    def _ran(self) -> None:
+    def called(self) -> None:
         """Note that the forward has been called."""
         if self.unrun is not None:
             self.unrun.remove()
@@ -183,7 +183,7 @@ class Controller:
 
     def variant(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Variant:
         """The variant whose conditions hold for a call, made where none does; it is not run."""
-        self._ran()
+        self.called()
         found = self._holding(model, args, kwargs)
         if found is None:
             site = self.sites.of(kind_of(model, args, kwargs).mode, model)
@@ -377,7 +377,7 @@ class Controller:
         """
         if is_tracing():
             return False
-        self._ran()
+        self.called()
         if reduces(self.session):
             raise RankError(
                 f"{BYPASSED}: gradients would not be reduced across ranks",

@@ -110,6 +110,7 @@ def _forward(controller: Controller, model: nn.Module) -> Method:
         # In a job a plain step would leave gradients unreduced; there such a call is refused.
         plainly = runs_plain() and not controller.session.ranks
         if plainly or within_another_program():
+            controller.called()
             return controller.plain(self, *args, **kwargs)
         return controller(self, args, kwargs)
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import graphopt
 from graphopt.errors import ArgumentError
@@ -52,6 +53,9 @@ def test_nothing_is_said_of_a_model_that_is_called(example: object) -> None:
         warnings.simplefilter("error")
         model(X).sum().backward()
         model.net(X).sum().backward()
+        counted = graphopt.optimize(Whole(), backend="eager")
+        with FlopCounterMode(display=False):
+            counted(X).sum().backward()
         twin = copy.deepcopy(model)
         twin(X).sum().backward()
     assert not report(model).notes
