@@ -175,7 +175,8 @@ def _forward(
     call: Call, model: nn.Module, tensors: Mapping[str, Tensor], how: str
 ) -> dict[str, Tensor]:
     try:
-        return dict(tensors_of(call(model, tensors)))
+        # Not those in objects: a cache has its positions elsewhere, those of padding among them.
+        return dict(tensors_of(call(model, tensors), in_objects=False))
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "pass arguments with which it runs"

@@ -17,14 +17,16 @@ _DEPTH = 64
 _OBJECTS = 10_000
 
 
-def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_of(
+    value: object, path: str = "", *, in_objects: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors in nested containers, dataclasses and plain objects, with their paths.
 
     No two paths are equal. Private attributes of plain objects are left out of them where that
     names one tensor: ``data.x`` for ``data._store._mapping['x']``.
     """
     taken: set[str] = set()
-    for whole, short, tensor in _Walk().tensors(value, path, path):
+    for whole, short, tensor in _Walk(in_objects).tensors(value, path, path):
         name = whole if short in taken else short
         while name in taken:
             name += "_"
@@ -35,7 +37,8 @@ def tensors_of(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
 class _Walk:
     """Goes through everything once but containers, which may be in several places."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_objects: bool) -> None:
+        self._in_objects = in_objects
         self._objects: set[int] = set()
         self._around: set[int] = set()
 
@@ -63,7 +66,8 @@ class _Walk:
             return None
         if dataclasses.is_dataclass(value):
             return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        if not is_open(value) or len(self._objects) > _OBJECTS:
+        closed = not self._in_objects or len(self._objects) > _OBJECTS
+        if closed or not is_open(value):
             return None
         self._objects.add(id(value))
         return Attributes(value).items()
