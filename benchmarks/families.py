@@ -126,7 +126,9 @@ def _keep(path: Path) -> None:
     found = _read(path)
     rows = {name: found[name] for name in sorted(families(), key=str.lower) if name in found}
     packages = {name: metadata.version(name) for name in _PACKAGES}
-    keep("families", {"packages": packages, "summary": summary(rows), "families": rows})
+    listed = len(families())
+    results = {"packages": packages, "listed": listed, "summary": summary(rows), "families": rows}
+    keep("families", results)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -189,6 +189,7 @@ def families(results: Results) -> Lines:
     counts = [results["summary"][status] for status in statuses]
     yield _row("both", *map(str, (results["summary"]["families"], *counts)))
     yield ""
+    yield f"- {len(rows)} of {results['listed']} families that are listed were run."
     taken = {name: found["CPU seconds"] for name, found in rows.items() if "CPU seconds" in found}
     if taken:
         both = {name: s["two steps with capture"] for name, s in taken.items()}

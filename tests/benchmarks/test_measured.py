@@ -97,11 +97,12 @@ def test_families_that_are_refused_are_told_with_their_reasons(tmp_path: Path) -
         },
     }
     packages = {"timm": "1.0", "transformers": "5.0"}
-    kept = {"packages": packages, "summary": summary(rows), "families": rows}
+    kept = {"packages": packages, "listed": 4, "summary": summary(rows), "families": rows}
     _keep(tmp_path, "families", kept)
     text = table("families", tmp_path)
     assert "| timm 1.0 | 2 | 1 | 0 | 0 | 0 | 1 | 0 |" in text
     assert "| both | 3 | 1 | 1 | 0 | 0 | 1 | 0 |" in text
+    assert "- 3 of 4 families that are listed were run." in text
     assert "median 3.0, most 3.0 (timm a)" in text
     assert "- Captured anew in the second step: timm a." in text
     assert "| transformers C | 2.0e-07 | 1 loss | 0.0e+00 |" in text
