@@ -65,7 +65,7 @@ BRANCHES = Refusal(
         Example("while", small(halves), "ranching", "while h.norm()", r"torch\.where"),
         Example("draw", small(drops), "ranching", "torch.rand(())", r"torch\.where"),
         Example("layers", small(drops_layers), "ranching", "self.layerdrop", "layerdrop=0"),
-        Example("asked", small(asks), "only values of a tensor tell", "if asked", r"torch\.where"),
+        Example("asked", small(asks), "depends on data", "if asked", r"torch\.where"),
         Example(
             "truncated normal",
             small(lambda s, h: h + nn.init.trunc_normal_(torch.empty(3, 4))),
