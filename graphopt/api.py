@@ -172,6 +172,7 @@ def optimize(
         if owns:
             count = owns[0].micro_batches(where.sizes)
             session.owned = _owned(model, controller, session, loss, made, count)
+            controller.called()  # by steps, not by the user
         if example is not None:
             try:
                 controller.specialise(model, *example)
