@@ -78,7 +78,7 @@ class Filed(Mapping[str, Tensor | None]):
         kept = self._kept[name]
         if not isinstance(kept, _Place):
             return kept
-        value = torch.empty(kept.shape, dtype=kept.dtype)
+        value = torch.empty(kept.shape, dtype=kept.dtype, device="cpu")  # whatever the default is
         assert self._file is not None
         self._file.seek(kept.begin)
         self._file.readinto(_bits(value))  # type: ignore[attr-defined]
