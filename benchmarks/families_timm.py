@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "efficientformer_l1": (224, {}),
     "efficientformerv2_s0": (224, {}),
     "test_efficientnet": (64, {}),
-    "efficientvim_m1": (64, {}),
+    "efficientvim_m1": (128, {}),  # smaller ones normalise two numbers in the last stage
     "efficientvit_b0": (64, {}),
     "efficientvit_m0": (64, {}),
     "vit_tiny_patch16_dinov3_qkvb": (64, _NARROW),

@@ -204,7 +204,10 @@ FAMILIES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "PegasusForConditionalGeneration": (batches.text, {}),
     "PegasusXForConditionalGeneration": (batches.text, {"block_size": 8, "num_global_tokens": 4}),
     "MarianMTModel": (batches.text, {}),
-    "M2M100ForConditionalGeneration": (batches.text, {}),
+    "M2M100ForConditionalGeneration": (
+        batches.text,
+        {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    ),
     "LEDForConditionalGeneration": (
         batches.text,
         {
