@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
@@ -96,7 +97,8 @@ class Filed(Mapping[str, Tensor | None]):
         """Write its bits behind all others; ``None`` where that cannot be."""
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is gone with the object
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+                weakref.finalize(self, self._file.close)
             begin = self._file.seek(0, 2)
             self._file.write(_bits(value))
             self._file.flush()
