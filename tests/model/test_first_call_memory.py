@@ -117,7 +117,7 @@ def test_comparing_by_value_takes_no_more(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("graphopt.model.comparison.differences", looked)
     _, share = shares(name)
     assert compared
-    assert share <= SHARE + 0.04  # with both sets in memory it would be 1.8
+    assert share <= SHARE + 0.04  # a second set would be far more
 
 
 def test_nothing_holds_what_a_first_call_returned(monkeypatch: pytest.MonkeyPatch) -> None:
