@@ -121,7 +121,7 @@ class Messages:
         """
         with arriving(self.ranks, message.what, message.source):
             for work in message.work:
-                work.wait()
+                self._wait(work)
         return dict(zip(message.names, message.values, strict=True))
 
     def release(self, values: Sequence[Tensor]) -> None:
@@ -143,7 +143,18 @@ class Messages:
         work, _, to, what = self._sent.popleft()
         with arriving(self.ranks, what, to):
             for one in work:
-                one.wait()
+                self._wait(one)
+
+    def _wait(self, work: Any) -> None:
+        """Wait as long as the job does.
+
+        Gloo would wait as long as its connections were made with, which `init_device_mesh` makes
+        with torch's half an hour. NCCL does not block here, unless it is given a time.
+        """
+        if self.ranks.device.type == "cpu":
+            work.wait(self.ranks.group.agreement.timeout)
+        else:
+            work.wait()
 
     def _memory(self, form: Form) -> Tensor:
         free = self._free.get(form)

@@ -117,7 +117,7 @@ def test_a_stage_that_fails(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("done*"))) == 2
 
 
-def _in_a_mesh(rank: int, folder: Path, frozen: bool) -> None:
+def _in_a_mesh(rank: int, folder: Path, lost: int, frozen: bool) -> None:
     """Rank 0 needs nothing of rank 3: it waits for others that wait for it."""
     model = _made(_chain(), "schedule=1f1b", "dp=2,pp=2", F.mse_loss, ",group_gradients")
     model.step(*_batch(10 * (rank // 2)))
@@ -125,20 +125,20 @@ def _in_a_mesh(rank: int, folder: Path, frozen: bool) -> None:
 
     def forward(self: Any, stage: int, task: Any, **kwargs: Any) -> None:
         forwards.append(stage)
-        if rank == 3 and len(forwards) == 3:
+        if rank == lost and len(forwards) == 3:
             time.sleep(TIMEOUT + 5 if frozen else 0)
             os._exit(0)
         real(self, stage, task, **kwargs)
 
     Work.forward = forward  # type: ignore[method-assign]
     begun = time.monotonic()
-    with pytest.raises(RankError, match="rank 3 did not answer"):
+    with pytest.raises(RankError, match=f"rank {lost} did not answer"):
         model.step(*_batch(1 + 10 * (rank // 2)))
     assert time.monotonic() - begun < TIMEOUT + 5  # the groups of a mesh know of it, too
     _done(folder, rank)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_stage_of_one_replica_that_is_lost(tmp_path: Path, frozen: bool) -> None:
-    on_ranks(tmp_path, 4, _in_a_mesh, tmp_path, frozen, timeout=TIMEOUT)
+@pytest.mark.parametrize(("lost", "frozen"), [(3, False), (3, True), (2, True)])
+def test_a_stage_of_one_replica_that_is_lost(tmp_path: Path, lost: int, frozen: bool) -> None:
+    on_ranks(tmp_path, 4, _in_a_mesh, tmp_path, lost, frozen, timeout=TIMEOUT)
     assert len(list(tmp_path.glob("done*"))) == 3
