@@ -31,8 +31,9 @@ from torch import nn
 
 import graphopt
 from benchmarks import families_timm, families_transformers
-from benchmarks.families_step import Family, row
+from benchmarks.families_step import row
 from benchmarks.harness import keep
+from benchmarks.zoo import Step
 
 LIMIT = 240
 """Seconds of the processor that one family may take; five times as many of the wall."""
@@ -41,10 +42,10 @@ _PACKAGES = ("timm", "transformers")
 _COUNTED = ("bit-equal", "within 1e-6", "within 1e-5", "different", "refused", "crashed")
 
 
-def families() -> dict[str, Callable[[], Family]]:
+def families() -> dict[str, Callable[[], Step]]:
     """What builds a model, by ``timm NAME`` or ``transformers CLASS``; the two take turns."""
     both = families_timm.families(), families_transformers.families()
-    found: dict[str, Callable[[], Family]] = {}
+    found: dict[str, Callable[[], Step]] = {}
     for at in range(max(map(len, both))):
         for package, names in zip(_PACKAGES, map(list, both), strict=True):
             if at < len(names):
@@ -67,7 +68,7 @@ def run(rows: Path, only: Sequence[str]) -> None:
         print(f"{name}: {found['status']} {reason}"[:400], flush=True)
 
 
-def _apart(build: Callable[[], Family]) -> dict[str, Any]:
+def _apart(build: Callable[[], Step]) -> dict[str, Any]:
     """A row from a fork of this process, which has imported everything and trained nothing."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,6 @@ steps, so that a second one shows whether the graph holds for it as well.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import traceback
 import warnings
@@ -16,34 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import graphopt
+from benchmarks.zoo import Step
 from graphopt.errors import GraphoptError, MismatchError
 from graphopt.model.surface import report
 
 Values = dict[str, Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One model of a family, and one batch.
-
-    Attributes:
-        model: in train mode.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        loss: of what the model returns.
-    """
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    loss: Callable[[Any], Tensor]
-
-
-def row(build: Callable[[], Family]) -> dict[str, Any]:
+def row(build: Callable[[], Step]) -> dict[str, Any]:
     """What became of one family: ``status``, and what belongs to it."""
     warnings.simplefilter("ignore")
     try:
@@ -94,12 +77,12 @@ def _status(error: float) -> str:
     return next((words for limit, words in limits.items() if error <= limit), "different")
 
 
-def _made(build: Callable[[], Family]) -> Family:
+def _made(build: Callable[[], Step]) -> Step:
     torch.manual_seed(0)
     return build()
 
 
-def _steps(family: Family) -> Values:
+def _steps(family: Step) -> Values:
     """Everything that two steps leave, by name; tensors are copies."""
     values: Values = {}
     torch.manual_seed(1)

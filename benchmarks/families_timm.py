@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.families_step import Family
+from benchmarks.zoo import Step
 
 _CLASSES = 10
 _NARROW: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -140,18 +140,18 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([F.cross_entropy(head, labels) for head in heads]).sum()
 
 
-def families() -> dict[str, Callable[[], Family]]:
+def families() -> dict[str, Callable[[], Step]]:
     """What builds a model and a batch, by its name in timm."""
     return {name: _builder(name) for name in FAMILIES}
 
 
-def _builder(name: str) -> Callable[[], Family]:
-    def build() -> Family:
+def _builder(name: str) -> Callable[[], Step]:
+    def build() -> Step:
         import timm
 
         size, options = FAMILIES[name]
         sized = {"img_size": size} if name in _FIXED else {}
         model = timm.create_model(name, num_classes=_CLASSES, **sized, **options)
-        return Family(model.train(), (torch.randn(2, 3, size, size),), {}, _loss)
+        return Step(model.train(), (torch.randn(2, 3, size, size),), {}, _loss)
 
     return build

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import families_batches as batches
 from benchmarks.families_batches import TOKENS
-from benchmarks.families_step import Family
+from benchmarks.zoo import Step
 
 _SMALL: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 128),
@@ -373,19 +373,19 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([part.float().square().mean() for part in parts]).sum()
 
 
-def families() -> dict[str, Callable[[], Family]]:
+def families() -> dict[str, Callable[[], Step]]:
     """What builds a model and a batch, by the name of its class."""
     return {name: _builder(name) for name in FAMILIES}
 
 
-def _builder(name: str) -> Callable[[], Family]:
-    def build() -> Family:
+def _builder(name: str) -> Callable[[], Step]:
+    def build() -> Step:
         import transformers
 
         inputs, given = FAMILIES[name]
         kind = getattr(transformers, name)
         config = tiny(kind.config_class, **given)
         batch = inputs(config)
-        return Family(kind(config).train(), (), batch, _loss)
+        return Step(kind(config).train(), (), batch, _loss)
 
     return build

@@ -13,10 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,6 +25,13 @@ from graphopt.examples.trainers.beside import (
     explained,
     timed,
 )
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+    from sklearn.datasets import load_digits
 
 EPOCHS = 3
 

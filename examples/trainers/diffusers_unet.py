@@ -9,12 +9,15 @@ import time
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 import graphopt
 from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from sklearn.datasets import load_digits
 
 STEPS, SAMPLED = 6, (2, 5)
 

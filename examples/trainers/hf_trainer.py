@@ -14,18 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.utils import logging
 
 import graphopt
 from graphopt.examples.trainers.beside import (
@@ -36,6 +24,21 @@ from graphopt.examples.trainers.beside import (
     explained,
     timed,
 )
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.utils import logging
 
 STEPS = 6
 HALF = 3

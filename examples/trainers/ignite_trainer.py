@@ -11,15 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
-from ignite.handlers import Checkpoint, DiskSaver
-from ignite.metrics import Accuracy, Loss
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphopt
 from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
+    from ignite.handlers import Checkpoint, DiskSaver
+    from ignite.metrics import Accuracy, Loss
+    from sklearn.datasets import load_digits
 
 EPOCHS = 3
 

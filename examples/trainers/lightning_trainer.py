@@ -13,12 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,6 +27,13 @@ from graphopt.examples.trainers.beside import (
     explained,
     timed,
 )
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    import lightning
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+    from lightning.pytorch.strategies import DDPStrategy
+    from sklearn.datasets import load_digits
 
 EPOCHS = 3
 

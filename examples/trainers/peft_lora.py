@@ -10,8 +10,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import graphopt
 from graphopt.examples.trainers.beside import (
@@ -22,6 +20,11 @@ from graphopt.examples.trainers.beside import (
     explained,
     timed,
 )
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 STEPS = 4
 

@@ -16,12 +16,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.data import Data
-from torch_geometric.loader import DataLoader
-from torch_geometric.nn import BatchNorm, GCNConv, GINConv, global_add_pool
 
 import graphopt
 from graphopt.examples.trainers.beside import BACKEND, Run, checksum, compare, timed
+from graphopt.extras import extra
+
+with extra("harness", "this example"):
+    from torch_geometric.data import Data
+    from torch_geometric.loader import DataLoader
+    from torch_geometric.nn import BatchNorm, GCNConv, GINConv, global_add_pool
 
 WIDTH = 16
 
