@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def measure(model: str, rates: Sequence[float], options: argparse.Namespace) -> 
             for rate in rates:
                 began = time.time()
                 ranks = pair.results(rate, began + LIMIT)
-                yield rate, {"link": str(pair.way), "date": _today(), **summary(ranks)}
+                told = str(replace(way, rate=rate))  # the pair may ask for the next rate by now
+                yield rate, {"link": told, "date": _today(), **summary(ranks)}
             pair.join()
         finally:
             pair.end()

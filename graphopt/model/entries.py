@@ -26,6 +26,11 @@ class BackendChoice:
     reason: str
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_first_choice(self) -> bool:
+        """Whether it is what was asked for or measured, not what runs because another cannot."""
+        return self.backend == self.requested or bool(self.seconds)
+
 
 @dataclass(frozen=True)
 class Verification:

@@ -17,6 +17,7 @@ from graphopt.analysis.parameter_roles import ParameterRole
 from graphopt.cache import fingerprint
 from graphopt.capture.kept import Store
 from graphopt.capture.plainly import has_checks
+from graphopt.errors import BackendError
 from graphopt.graph import Graph
 from graphopt.model import remembered
 from graphopt.model.entries import BackendChoice, Verification
@@ -113,11 +114,16 @@ class Steps:
         kept = STORE.read(key)
         if kept is None:
             return None
+        from graphopt.runtime.backends.kept_words import Misfit
+
         known = remembered.known(
             remembered.key_of(digest, self.pipeline, self.verify, self.backend)
         )
         try:
             return _read(kept.entry, known, self.verify, self.session)
+        except (BackendError, Misfit) as error:
+            log.info("a kept step is not taken: %s", error)
+            return None
         except Exception as error:  # what was edited by hand fails anywhere
             STORE.damaged(key, f"{type(error).__name__}: {error}")
             return None
@@ -134,7 +140,9 @@ class Steps:
         """
         if told is None or made.plan.parts or has_checks(graph.fx):
             return
-        from graphopt.runtime.backends.kept_code import Untold
+        if not made.backend.is_first_choice:
+            return
+        from graphopt.runtime.backends.kept_words import Untold
 
         try:
             entry = _written(made, ran, told())

@@ -38,6 +38,8 @@ class Backend:
 
         Raises:
             Unreadable: it is none, or not one for this plan.
+            Misfit: it was built in other surroundings.
+            BackendError: it cannot run this graph on this machine.
         """
         raise NotImplementedError
 

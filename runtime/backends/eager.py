@@ -14,19 +14,16 @@ from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import Backend
 from graphopt.runtime.backends.calls import OPERATOR, bind, unpacked
 from graphopt.runtime.backends.dropout import expand_dropout
-from graphopt.runtime.backends.kept_engine import (
-    Written,
-    engine_of,
-    inference_data,
-    training_data,
-)
+from graphopt.runtime.backends.kept_code import Code, code_data, code_of
+from graphopt.runtime.backends.kept_engine import engine_of, inference_data, training_data
+from graphopt.runtime.backends.kept_words import Unreadable, Untold
 from graphopt.runtime.backends.norms import write_statistics
 from graphopt.runtime.backends.pieces import write_in_place
 from graphopt.runtime.engine.build import inference, training
 from graphopt.runtime.engine.copies import save_sources
 from graphopt.runtime.engine.halves import copy_graph, split
 from graphopt.runtime.engine.lone_tangents import without_zeros
-from graphopt.runtime.engine.step import Executable
+from graphopt.runtime.engine.step import Executable, Source
 from graphopt.runtime.frozen.contest import Contest
 from graphopt.runtime.frozen.fusions import fuse
 from graphopt.runtime.frozen.layouts import keep_layouts
@@ -48,9 +45,9 @@ class Eager(Backend):
         if not plan.signature.names(Role.TANGENT):
             if is_marked(module):
                 return inference(plan, session, module, _contest)
-            run, written = _code(module)
+            run, told = _code(module)
             engine = inference(plan, session, module, lambda _: run)
-            engine.data = partial(inference_data, written)
+            engine.data = partial(inference_data, module, told)
             return engine
         halves = split(module, plan.signature, default_partition)
         halves = without_zeros(save_sources(write_statistics(halves, plan.signature)))
@@ -63,7 +60,7 @@ class Eager(Backend):
 
     def kept(self, data: object, plan: Plan, session: Session) -> Callable[..., Any]:
         """See `Backend.kept`."""
-        return engine_of(data, plan, session)
+        return engine_of(data, plan, session, _Readers())
 
     def function(self, module: fx.GraphModule) -> Executable:
         """See `Backend.function`."""
@@ -107,7 +104,8 @@ def boxed(module: fx.GraphModule) -> Executable:
     return _code(module)[0]
 
 
-def _code(module: fx.GraphModule) -> tuple[Executable, Written]:
+def _code(module: fx.GraphModule) -> tuple[Executable, Callable[[], Any]]:
+    """A function, and what tells it."""
     graph = copy_graph(module.graph)
     expand_dropout(graph)
     write_in_place(graph)
@@ -126,4 +124,26 @@ def _code(module: fx.GraphModule) -> tuple[Executable, Written]:
         with torch._C.DisableTorchFunction():
             return function(module, arguments)  # type: ignore[no-any-return]
 
-    return run, Written(module, graph)
+    return run, partial(_told, graph, module)
+
+
+def _told(graph: fx.Graph, module: fx.GraphModule) -> dict[str, Any]:
+    """See `code_data`; what cannot be read back is not told."""
+    data = code_data(graph, module)
+    try:
+        code_of(data)
+    except Unreadable as error:
+        raise Untold(str(error)) from error
+    return data
+
+
+class _Readers:
+    """See `kept_engine.Readers`."""
+
+    def forward(self, data: Any, saved: int) -> Code:
+        """See `Readers`."""
+        return code_of(data)
+
+    def backward(self, data: Any, sources: tuple[Source, ...]) -> Code:
+        """See `Readers`."""
+        return code_of(data)

@@ -12,32 +12,29 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.runtime.backends.calls import bind
+from graphopt.runtime.backends.kept_words import (
+    PLAIN,
+    Unreadable,
+    Untold,
+    callable_of,
+    check_call,
+    constant_data,
+    line_of,
+    looked_up,
+    plain,
+    tensor_of,
+    word_data,
+)
 from graphopt.runtime.engine.step import Executable
-from graphopt.text.elements import elements_of, inlined, restored
-from graphopt.text.names import name_of, operator_of
-from graphopt.text.operators import is_allowed, misfit, names_no_mathematics
-from graphopt.text.syntax import TensorType
+from graphopt.text.names import name_of
 
-
-class Untold(Exception):
-    """Code holds something that is no data, for this reason."""
-
-
-class Unreadable(Exception):
-    """Data that is no code."""
-
-
-_WORDS = (torch.dtype, torch.layout, torch.memory_format)
-_PLAIN = (type(None), bool, int, float, str)
 _MOST = 1 << 16  # inputs
-_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -63,15 +60,11 @@ def code_data(graph: fx.Graph, owner: torch.nn.Module) -> dict[str, Any]:
     def argument(value: object) -> Any:
         if isinstance(value, fx.Node):
             return values[value]
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN:
             return value
         if isinstance(value, list | tuple):
             return [argument(item) for item in value]
-        if isinstance(value, _WORDS):
-            return {"torch": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {"device": str(value)}
-        raise Untold(f"an operator has an argument of type {type(value).__name__}")
+        return word_data(value)
 
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -79,7 +72,7 @@ def code_data(graph: fx.Graph, owner: torch.nn.Module) -> dict[str, Any]:
             inputs += 1
         elif node.op == "get_attr":
             values[node] = {"c": len(constants)}
-            constants.append(_constant(getattr(owner, str(node.target), None)))
+            constants.append(constant_data(getattr(owner, str(node.target), None)))
         elif node.op == "output":
             returned = [argument(value) for value in node.args[0]]
         else:
@@ -97,17 +90,6 @@ def code_data(graph: fx.Graph, owner: torch.nn.Module) -> dict[str, Any]:
         "operators": list(operators),
         "lines": lines,
         "returns": returned,
-    }
-
-
-def _constant(value: object) -> dict[str, Any]:
-    if not isinstance(value, Tensor) or inlined(value) is None:
-        raise Untold("it holds a constant that is no small tensor")
-    return {
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "shape": list(value.shape),
-        "stride": list(value.stride()),
-        "bytes": elements_of(value).hex(),
     }
 
 
@@ -151,7 +133,7 @@ class _Reader:
         if not 0 <= inputs <= _MOST:
             raise Unreadable("it has no such inputs")
         for number, constant in enumerate(self.data["constants"]):
-            self.bound[f"c{number}"] = _tensor(constant)
+            self.bound[f"c{number}"] = tensor_of(constant)
         calls = [self._operator(name) for name in self.data["operators"]]
         self.known = inputs
         last: list[int] = [-1] * inputs
@@ -181,29 +163,18 @@ class _Reader:
         return Code(run, inputs, len(returned))
 
     def _operator(self, name: object) -> tuple[Any, str]:
-        target = operator_of(name) if isinstance(name, str) else None
-        if target is operator.getitem:
-            return target, ""
-        if not isinstance(target, torch._ops.OpOverload) or not _may_call(target):
-            raise Unreadable(f"code may not call {name!r:.60}")
-        return target, bind(str(target), self.bound)
+        target = callable_of(name)
+        return target, "" if target is operator.getitem else bind(str(target), self.bound)
 
     def _line(self, row: Any, calls: Sequence[tuple[Any, str]], last: list[int]) -> str:
-        index, arguments, *rest = row
-        named = rest[0] if rest else {}
-        if type(index) is not int or not 0 <= index < len(calls) or not isinstance(arguments, list):
-            raise Unreadable("a line calls nothing")
+        index, arguments, named = line_of(row, len(calls))
         target, called = calls[index]
+        check_call(target, arguments, named)
         at = len(last) - self.data["inputs"]
         if target is operator.getitem:
             value, place = arguments
-            if named or type(place) is not int or not isinstance(value, dict):
-                raise Unreadable("a line takes nothing of something")
             text = f"{self._argument(value, last, at)}[{place}]"
         else:
-            given = {key: _example(value) for key, value in named.items()}
-            if wrong := misfit(target, [_example(value) for value in arguments], given):
-                raise Unreadable(f"{target}: {wrong}")
             parts = [self._argument(value, last, at) for value in arguments]
             parts += [f"{key}={self._argument(value, last, at)}" for key, value in named.items()]
             text = f"{called}{', '.join(parts)})"
@@ -228,13 +199,11 @@ class _Reader:
             return f"[{self._arguments(value, last, at)}]"
         if kind is str:
             return self._name(value)
-        if kind not in _PLAIN or (kind is int and not _SMALLEST <= value <= _LARGEST):
-            raise Unreadable("an argument that there is not")
-        return repr(value)
+        return repr(plain(value))
 
     def _word(self, what: object, which: object) -> str:
         if (what, which) not in self.words:
-            found = _looked_up(what, which)
+            found = looked_up(what, which)
             self.words[what, which] = self._name(found)
         return self.words[what, which]
 
@@ -242,46 +211,3 @@ class _Reader:
         name = f"w{len(self.bound)}"
         self.bound[name] = value
         return name
-
-
-_ANY = torch.empty(0)  # stands for a value where arguments are compared with a schema
-
-
-def _example(value: Any) -> Any:
-    if type(value) is dict:
-        ((what, which),) = value.items()
-        return _ANY if what in ("v", "c") else _looked_up(what, which)
-    return [_example(item) for item in value] if type(value) is list else value
-
-
-@cache
-def _looked_up(what: object, which: object) -> object:
-    if what == "device" and isinstance(which, str):
-        return torch.device(which)
-    found = getattr(torch, which, None) if what == "torch" and isinstance(which, str) else None
-    if not isinstance(found, _WORDS):
-        raise Unreadable(f"there is no {which!r:.60}")
-    return found
-
-
-def _tensor(data: Any) -> Tensor:
-    dtype = _looked_up("torch", data["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise Unreadable("a constant of no type")
-    shape, stride = tuple(data["shape"]), tuple(data["stride"])
-    if len(shape) != len(stride) or math.prod(shape) > 1 << 10:
-        raise Unreadable("a constant that is none")
-    kind = TensorType(dtype, shape, stride, torch.device("cpu"))
-    return restored(kind, bytes.fromhex(data["bytes"]))
-
-
-@cache
-def _may_call(target: torch._ops.OpOverload) -> bool:
-    """Whether a text may call an operator, or it is a form of such a one that writes in place."""
-    if is_allowed(target):
-        return True
-    namespace, _, name = target._schema.name.partition("::")
-    in_place = name.endswith("_") and not name.endswith("__")
-    writes = name.startswith("_foreach_") or any(a.is_out for a in target._schema.arguments)
-    plain = name.removeprefix("_foreach_").removesuffix("_")
-    return namespace == "aten" and (writes or in_place) and not names_no_mathematics(plain)

@@ -1,7 +1,8 @@
-"""An engine of the eager backend as data, and the same engine in another process.
+"""An engine as data, and the same engine in another process.
 
-What stands behind capture and passes: code of both halves and where the arguments of the backward
-come from. Only engines that no runtime part surrounds are told; a part works on graphs.
+What stands behind capture and passes: both halves, as their backend tells them, and where the
+arguments of the backward come from. Only engines that no runtime part surrounds are told; a part
+works on graphs.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx
 
+from graphopt.errors import BackendError
 from graphopt.plan import Phase, Plan, Role
-from graphopt.runtime.backends.kept_code import Code, Unreadable, Untold, code_data, code_of
+from graphopt.runtime.backends.kept_code import Code
+from graphopt.runtime.backends.kept_words import Unreadable, Untold
 from graphopt.runtime.engine.halves import (
     Halves,
     numbers_saved,
@@ -24,27 +27,22 @@ from graphopt.runtime.engine.halves import (
 )
 from graphopt.runtime.engine.inference import InferenceEngine
 from graphopt.runtime.engine.plain import PlainBackward, PlainForward
-from graphopt.runtime.engine.step import Executable, Half
+from graphopt.runtime.engine.step import Executable, Half, Source
 from graphopt.runtime.engine.tangents import Expected
 from graphopt.runtime.engine.training import TrainingEngine
 from graphopt.runtime.session import Session
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the backend has made of one module: the graph behind its code."""
+class Readers(Protocol):
+    """How a backend makes executables of what it has told of a half."""
 
-    module: fx.GraphModule
-    graph: fx.Graph
+    def forward(self, data: Any, saved: int) -> Code:
+        """That of a forward, or of a graph without backward; the last `saved` results are saved."""
+        ...
 
-    def data(self) -> dict[str, Any]:
-        """See `code_data`; what cannot be read back is not told."""
-        data = code_data(self.graph, self.module)
-        try:
-            code_of(data)
-        except Unreadable as error:
-            raise Untold(str(error)) from error
-        return data
+    def backward(self, data: Any, sources: tuple[Source, ...]) -> Code:
+        """That of the backward, whose arguments come from these places; the forward is made."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +69,17 @@ class _KeptHalf(Half):
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def training_data(halves: Halves, forward: Written, backward: Written) -> dict[str, Any]:
+Tell = Callable[[], Any]
+"""Gives what a backend tells of a half; raises `Untold`."""
+
+
+def training_data(halves: Halves, forward: Tell, backward: Tell) -> dict[str, Any]:
     """A training engine as data.
+
+    Args:
+        halves: of its step.
+        forward: tells the forward.
+        backward: tells the backward.
 
     Raises:
         Untold: it holds something that is none.
@@ -82,8 +89,8 @@ def training_data(halves: Halves, forward: Written, backward: Written) -> dict[s
     half = Half(halves.backward, (), halves.sources)
     count = len(cast("Any", halves.backward.graph.output_node().args[0]))
     return {
-        "forward": forward.data(),
-        "backward": backward.data(),
+        "forward": forward(),
+        "backward": backward(),
         "sources": [list(source) for source in halves.sources],
         "written": sorted(halves.written),
         "writes": list(Half(halves.forward, (), ()).written),
@@ -96,26 +103,26 @@ def training_data(halves: Halves, forward: Written, backward: Written) -> dict[s
     }
 
 
-def inference_data(forward: Written) -> dict[str, Any]:
-    """An inference engine as data; see `training_data`."""
-    written = Half(forward.module, (), ()).written
-    return {"forward": forward.data(), "writes": list(written)}
+def inference_data(module: fx.GraphModule, forward: Tell) -> dict[str, Any]:
+    """An inference engine of a module as data; see `training_data`."""
+    return {"forward": forward(), "writes": list(Half(module, (), ()).written)}
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def engine_of(data: Any, plan: Plan, session: Session) -> Callable[..., Any]:
+def engine_of(data: Any, plan: Plan, session: Session, readers: Readers) -> Callable[..., Any]:
     """The engine that data is about.
 
     Raises:
         Unreadable: it is not what was written, or is not one of this plan.
+        BackendError: the backend cannot run it.
     """
     try:
         if plan.signature.names(Role.TANGENT):
-            return _training(data, plan, session)
-        return _inference(data, plan, session)
-    except Unreadable:
+            return _training(data, plan, session, readers)
+        return _inference(data, plan, session, readers)
+    except (Unreadable, BackendError):
         raise
     except Exception as error:  # what was edited by hand fails anywhere
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -128,15 +135,15 @@ def _kept(code: Code) -> Callable[[fx.GraphModule], Executable]:
     return lambda _: code.run
 
 
-def _inference(data: Any, plan: Plan, session: Session) -> InferenceEngine:
-    code, slots = code_of(data["forward"]), plan.signature.outputs
+def _inference(data: Any, plan: Plan, session: Session, readers: Readers) -> InferenceEngine:
+    code, slots = readers.forward(data["forward"], 0), plan.signature.outputs
     places = tuple(("input", i) for i in range(len(plan.signature.inputs)))
     _same(code, len(places), len(slots))
     half = _KeptHalf(_NO_GRAPH, slots, places, _indices(data["writes"], len(places)))
     return InferenceEngine(plan, session, PlainForward(_kept(code), half))
 
 
-def _training(data: Any, plan: Plan, session: Session) -> TrainingEngine:
+def _training(data: Any, plan: Plan, session: Session, readers: Readers) -> TrainingEngine:
     signature = plan.signature
     inputs = tuple(s for s in signature.inputs if s.role is not Role.TANGENT)
     tangents = len(signature.inputs) - len(inputs)
@@ -152,7 +159,8 @@ def _training(data: Any, plan: Plan, session: Session) -> TrainingEngine:
         raise Unreadable("the backward reads what there is not")
     if sorted(saved) != list(range(len(saved))):
         raise Unreadable("the backward does not take what the forward saves")
-    forward, backward = code_of(data["forward"]), code_of(data["backward"])
+    forward = readers.forward(data["forward"], len(saved))
+    backward = readers.backward(data["backward"], sources)
     _same(forward, len(inputs), len(returned) + len(saved))
     _same(backward, len(sources), len(outputs[Phase.BACKWARD]))
     expected = dict(map(_expected, data["tangents"]))

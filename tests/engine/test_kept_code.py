@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from graphopt.graph import Graph
-from graphopt.runtime.backends.kept_code import Unreadable, Untold, code_data, code_of
+from graphopt.runtime.backends.kept_code import code_data, code_of
+from graphopt.runtime.backends.kept_words import Unreadable, Untold
 from graphopt.testing import inference_graphs, inputs_for, joint_graphs
 
 aten = torch.ops.aten
