@@ -217,6 +217,7 @@ def weights_of(plan: Plan) -> list[int]:
 
 
 def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **options: Any) -> Any:
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
     output = module.graph.output_node()
@@ -224,7 +225,16 @@ def _compile(module: fx.GraphModule, values: Sequence[Any], visible: int, **opti
     output.meta["user_visible_output_idxs"] = [
         i for i, node in enumerate(returned) if i < visible and isinstance(node, fx.Node)
     ]
-    return compile_fx_inner(module, list(values), **options)
+    # To have less memory at once, Inductor puts messages after all that can be computed before.
+    waits = config.reorder_for_peak_memory and not _sends(module)
+    with config.patch(reorder_for_peak_memory=waits):
+        return compile_fx_inner(module, list(values), **options)
+
+
+def _sends(module: fx.GraphModule) -> bool:
+    """Whether there is something to hide: messages between ranks."""
+    targets = (node.target for node in module.graph.nodes)
+    return any(getattr(target, "namespace", "") == "_c10d_functional" for target in targets)
 
 
 @contextlib.contextmanager
