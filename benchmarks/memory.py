@@ -1,11 +1,10 @@
 """Bytes that a training step holds: saved for the backward, and at most at once.
 
-PyTorch eager, graphopt's eager backend, and `torch.compile` with ``aot_eager`` and with Inductor
-where they compile the model, on the models of `benchmarks.zoo`. Bytes are those of torch's
-allocator, as its profiler records them: nothing is put between the step and its operators.
+PyTorch eager, graphopt's eager backend and its Inductor, and `torch.compile` with ``aot_eager`` and
+with Inductor where they compile the model, on the models of `benchmarks.zoo`. Bytes are those of
+torch's allocator, as its profiler records them: nothing is put between the step and its operators.
 Parameters and the batch are there before and do not count; gradients do. Of the first call of an
-optimized model, which captures and
-verifies, the most at once is told as well.
+optimized model, which captures and verifies, the most at once is told as well.
 
 Counts do not depend on load. Run ``python -m benchmarks.memory [NAME ...] [--variants ...]``; what
 was not named keeps what it had in ``benchmarks/results/memory_cpu.json``.
@@ -103,6 +102,9 @@ VARIANTS: dict[str, Callable[[Step], dict[str, int]]] = {
     "graphopt": graphopt_of,
     "aot_eager": lambda made: peer(made, "aot_eager"),
     "inductor": lambda made: peer(made, "inductor"),
+    "graphopt, Inductor": lambda made: of_step(
+        replace(made, model=graphopt.optimize(copy.deepcopy(made.model), backend="inductor"))
+    ),
 }
 
 

@@ -59,9 +59,16 @@ def values_of(module: fx.GraphModule) -> list[Any]:
 
 
 def mode_of(module: fx.GraphModule) -> FakeTensorMode:
-    """That of the values of its inputs."""
+    """That of the values of its inputs.
+
+    Raises:
+        BackendError: it has none.
+    """
     mode = detect_fake_mode(values_of(module))
-    assert mode is not None
+    if mode is None:
+        raise BackendError(
+            "Inductor is not given graphs without inputs", hint="use backend='eager'"
+        )
     return mode
 
 

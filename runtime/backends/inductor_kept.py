@@ -130,7 +130,7 @@ def engine_told(data: Any, plan: Plan, session: Session) -> Callable[..., Any]:
 
 def _device(data: Any) -> str:
     try:
-        kinds = {str(form[3]).partition(":")[0] for form in data["forward"]["forms"]}
+        kinds = {str(form[-1]).partition(":")[0] for form in data["forward"]["forms"]}
     except (KeyError, IndexError, TypeError) as error:
         raise Unreadable("it has no inputs") from error
     return (kinds - {"cpu"} or kinds or {"cpu"}).pop()

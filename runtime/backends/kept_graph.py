@@ -44,13 +44,14 @@ def graph_data(module: fx.GraphModule) -> dict[str, Any]:
 def _form(value: object) -> list[Any]:
     if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
         raise Untold("an input is no plain tensor")
-    if value.storage_offset() or value.is_conj() or value.is_neg():
-        raise Untold("an input starts within a memory, or is conjugated")  # Inductor looks at it
-    sizes, strides = tuple(value.shape), tuple(value.stride())
-    if any(type(n) is not int for n in (*sizes, *strides)):
+    if value.is_conj() or value.is_neg():
+        raise Untold("an input is conjugated")
+    # Where it begins in its memory says how it is aligned.
+    sizes, strides, offset = tuple(value.shape), tuple(value.stride()), value.storage_offset()
+    if any(type(n) is not int for n in (*sizes, *strides, offset)):
         raise Untold("an input has a size that is a symbol")
     dtype = str(value.dtype).removeprefix("torch.")
-    return [list(sizes), list(strides), dtype, str(value.device)]
+    return [list(sizes), list(strides), offset, dtype, str(value.device)]
 
 
 def module_of(data: Any, mode: FakeTensorMode) -> fx.GraphModule:
@@ -126,11 +127,13 @@ def _module(data: Any, mode: FakeTensorMode) -> fx.GraphModule:
 
 
 def _fake(form: Any, mode: FakeTensorMode) -> Tensor:
-    sizes, strides, dtype, device = form
-    kind, numbers = looked_up("torch", dtype), (*sizes, *strides)
+    sizes, strides, offset, dtype, device = form
+    kind, numbers = looked_up("torch", dtype), (*sizes, *strides, offset)
     if not isinstance(kind, torch.dtype) or not all(type(n) is int and n >= 0 for n in numbers):
         raise Unreadable("an input of no form")
-    if len(sizes) != len(strides) or math.prod(sizes) * kind.itemsize >= 1 << 62:
+    reach = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if (offset + max(reach, math.prod(sizes))) * kind.itemsize >= 1 << 62:
         raise Unreadable("an input of no form")
     with mode:
-        return torch.empty_strided(sizes, strides, dtype=kind, device=torch.device(device))
+        memory = torch.empty(offset + reach, dtype=kind, device=torch.device(device))
+        return memory.as_strided(sizes, strides, offset)

@@ -77,7 +77,7 @@ def test_a_graph_is_short_data() -> None:
     data = graph_data(module)
     assert data == {
         "inputs": 1,
-        "forms": [[[2, 3], [1, 2], "float32", "cpu"]],
+        "forms": [[[2, 3], [1, 2], 0, "float32", "cpu"]],
         "constants": [{"dtype": "float32", "shape": [], "stride": [], "bytes": "00000040"}],
         "operators": ["aten.mul.Tensor", "aten.sum.dim_IntList"],
         "lines": [[0, [{"v": 0}, {"c": 0}]], [1, [{"v": 1}, [0]]]],
@@ -88,22 +88,29 @@ def test_a_graph_is_short_data() -> None:
     assert nothing is None
 
 
-def _within_a_memory(module: fx.GraphModule) -> None:
+def test_where_an_input_begins_in_its_memory_is_told() -> None:
+    module = _module(((4, 3), (3, 1)))
     node = module.graph.find_nodes(op="placeholder")[0]
-    node.meta["val"] = node.meta["val"][1:]
-
-
-def _a_number(module: fx.GraphModule) -> None:
-    module.graph.find_nodes(op="placeholder")[0].meta["val"] = 3
+    node.meta["val"] = node.meta["val"][1:, 1:]
+    data = graph_data(module)
+    assert data["forms"] == [[[3, 2], [3, 1], 4, "float32", "cpu"]]
+    (same,) = module_of(data, FakeTensorMode()).graph.find_nodes(op="placeholder")
+    assert same.meta["val"].storage_offset() == 4
+    assert same.meta["val"].stride() == (3, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_within_a_memory, "an input starts within a memory"), (_a_number, "no plain tensor")],
+    [
+        (lambda x: 3, "no plain tensor"),
+        (lambda x: x.to(torch.complex64).conj(), "an input is conjugated"),
+        (lambda x: x.to_sparse(), "no plain tensor"),
+    ],
 )
-def test_what_is_no_data_is_not_told(change: Callable[[fx.GraphModule], None], said: str) -> None:
+def test_what_is_no_data_is_not_told(change: Callable[[Any], Any], said: str) -> None:
     module = _module(((2, 3), (3, 1)))
-    change(module)
+    node = module.graph.find_nodes(op="placeholder")[0]
+    node.meta["val"] = change(node.meta["val"])
     with pytest.raises(Untold, match=said):
         graph_data(module)
 
@@ -114,10 +121,12 @@ def test_what_is_no_data_is_not_told(change: Callable[[fx.GraphModule], None], s
         ({"operators": ["os.system"]}, "code may not call 'os.system'"),
         ({"operators": ["aten.from_file.default"]}, "code may not call"),
         ({"forms": []}, "it has no such inputs"),
-        ({"forms": [[[2, -3], [1, 2], "float32", "cpu"]]}, "an input of no form"),
-        ({"forms": [[[2], [1, 2], "float32", "cpu"]]}, "an input of no form"),
-        ({"forms": [[[2**40, 2**40], [1, 2], "float32", "cpu"]]}, "an input of no form"),
-        ({"forms": [[[2], [1], "load", "cpu"]]}, "there is no 'load'"),
+        ({"forms": [[[2, -3], [1, 2], 0, "float32", "cpu"]]}, "an input of no form"),
+        ({"forms": [[[2], [1, 2], 0, "float32", "cpu"]]}, "argument 2 is longer"),
+        ({"forms": [[[2**40, 2**40], [1, 2], 0, "float32", "cpu"]]}, "an input of no form"),
+        ({"forms": [[[2], [1], -1, "float32", "cpu"]]}, "an input of no form"),
+        ({"forms": [[[2], [1], 2**60, "float32", "cpu"]]}, "an input of no form"),
+        ({"forms": [[[2], [1], 0, "load", "cpu"]]}, "there is no 'load'"),
         ({"lines": [[0, [{"v": 9}, {"v": 0}]]]}, "a value that there is not"),
         ({"lines": [[0, [{"v": 0}, "x"]]]}, "other should be Tensor, and is str x"),
         ({"lines": [[1, [{"v": 0}]]]}, "the argument dim is missing"),

@@ -16,10 +16,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch._inductor import config
 from torch._inductor.decomposition import decompositions
 
+import graphopt
 from graphopt.capture.kept import store
 from graphopt.model import surface
 from graphopt.runtime.backends import inductor, inductor_code
@@ -197,3 +198,22 @@ def test_a_compiler_that_is_gone_is_no_damage(
     assert not second.taken
     assert surface.report(second.model).specialisations[-1].backend.backend == "eager"
     assert _kept(tmp_path).read_text() == before
+
+
+class Nothing(nn.Module):
+    """No input, and a parameter that forward does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread = nn.Parameter(torch.ones(1))
+
+    def forward(self) -> Tensor:
+        """A constant."""
+        return torch.arange(3.0).sin()
+
+
+def test_a_graph_without_inputs_runs_in_eager(caplog: pytest.LogCaptureFixture) -> None:
+    model = graphopt.optimize(Nothing().eval(), backend="inductor")
+    with torch.no_grad():
+        assert torch.equal(model(), torch.arange(3.0).sin())
+    assert "Inductor is not given graphs without inputs" in caplog.text
