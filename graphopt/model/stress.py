@@ -95,6 +95,7 @@ def rounding_noise(
     inputs: Sequence[Tensor],
     trial: Trial,
     state: Callable[[str], Tensor] = no_state,
+    draws: int = 1,
 ) -> dict[str, float]:
     """How far each output, gradient and buffer may be off by rounding alone.
 
@@ -108,6 +109,8 @@ def rounding_noise(
         inputs: tensors of the captured call, one per input that is no tangent; not changed.
         trial: the call.
         state: the tensor of a ``STATE`` input, by its name; not changed.
+        draws: how many times inputs are changed. A value may jump (a ReLU at 0, the largest of
+            several), and not every change makes it.
 
     Returns:
         Absolute differences by the names of `graphopt.model.comparison.Observed`, of numbers that
@@ -118,13 +121,17 @@ def rounding_noise(
         return {}
     try:
         with trial.same_states():  # with a loss scale of 1, as cotangents are no loss's
-            return _rounding_noise(graph, inputs, trial, state)
+            return _rounding_noise(graph, inputs, trial, state, draws)
     except Exception:
         return {}
 
 
 def _rounding_noise(
-    graph: Graph, inputs: Sequence[Tensor], trial: Trial, state: Callable[[str], Tensor]
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    trial: Trial,
+    state: Callable[[str], Tensor],
+    draws: int,
 ) -> dict[str, float]:
     epsilon = coarsest(graph)
     values = _values(graph, inputs, _same, state)
@@ -136,12 +143,13 @@ def _rounding_noise(
         factor = ROUNDINGS
     else:
 
-        def nudged(index: int, slot: Slot, value: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(2 + index)
+        def nudged(draw: int, index: int, slot: Slot, value: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(2 + index + draw * 100_003)
             signs = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
             return value * (1 + epsilon * signs.to(value))
 
-        _run(graph, _values(graph, inputs, nudged, state), trial, changes)
+        for draw in range(draws):
+            _run(graph, _values(graph, inputs, partial(nudged, draw), state), trial, changes)
         factor = NOISE
     found = {}
     for slot in graph.signature.outputs:
@@ -158,7 +166,7 @@ def _rounding_noise(
 
 
 class _Changes:
-    """How far each result is from that of another run."""
+    """How far each result is from that of other runs, at most."""
 
     def __init__(self, exact: Filed) -> None:
         self._exact = exact
@@ -167,7 +175,7 @@ class _Changes:
     def __setitem__(self, name: str, value: object) -> None:
         exact = self._exact[name]
         if isinstance(exact, Tensor) and isinstance(value, Tensor):
-            self.found[name] = _change(exact, value)
+            self.found[name] = max(self.found.get(name, 0.0), _change(exact, value))
 
 
 def _change(value: Tensor, other: Tensor) -> float:
