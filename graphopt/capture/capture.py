@@ -338,7 +338,7 @@ class _Keeping:
     def of_other_sizes(
         self, varied: Named, behind: Callable[[str], Behind | None]
     ) -> Capture | None:
-        """A kept capture of a call like this one with sizes as symbols, where none has varied yet."""
+        """A kept capture of a call like this one with sizes as symbols, where none varied yet."""
         if self.store is None or self.call.dimensions:
             return None
         for names in symbols_of_earlier(self.call.form):

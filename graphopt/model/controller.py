@@ -309,9 +309,7 @@ class Controller:
         setting = Setting(self.plain, self.session, numbers, sizes, varied)
         return self.compiler.compile(model, args, kwargs, setting)
 
-    def _varied(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Named:
+    def _varied(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Named:
         """Which sizes of a call a kept capture may have as symbols, though none has varied yet."""
 
         def named(names: Collection[str]) -> Dimensions:

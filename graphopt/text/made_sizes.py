@@ -16,7 +16,6 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphopt.text.sizes import Size, Symbol, Symbols
 from graphopt.text.syntax import TensorType
 
-
 Known: TypeAlias = Callable[[Any, Mapping[str, Any]], None]
 """States what is known of symbols: told the shape environment, and its symbols by name."""
 

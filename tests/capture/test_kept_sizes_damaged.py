@@ -230,7 +230,5 @@ def test_numbers_as_inputs_are_not_kept() -> None:
 
     x = torch.ones(4, 2)
     names = Dimensions({id(x): {0: "input.0"}})
-    made = capture(
-        Scaling(2, 2), (x, 3.0), numbers=["L['gain']"], dimensions=names, store=Store()
-    )
+    made = capture(Scaling(2, 2), (x, 3.0), numbers=["L['gain']"], dimensions=names, store=Store())
     assert made.unkept == "numbers are inputs of its graph"

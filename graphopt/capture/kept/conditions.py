@@ -273,7 +273,7 @@ class Kept:
             known[self.source(place)] = {n: options.get(n, whole[n]) for n in _FORMS}
         guards, parts = list(self.guards), None
         if self.sizes:
-            guards.append(Guard(ShapeEnvSource(), GuardBuilder.SHAPE_ENV))  # type: ignore[arg-type]
+            guards.append(Guard(ShapeEnvSource(), GuardBuilder.SHAPE_ENV))
             parts = self.sizes.guard()
         state = OutputGraphGuardsState(
             local_scope=dict(self.variables),
@@ -319,7 +319,7 @@ def _rows(data: Any) -> list[Any]:
         raise Unreadable("it has no conditions")
     for place, kind, options, expected, line in rows:
         sound = type(place) is int and kind in _KINDS and isinstance(options, dict)
-        known = all(_option(*option, kind) for option in (options.items() if sound else ()))
+        known = sound and all(_option(name, value, kind) for name, value in options.items())
         said = line is None or (
             isinstance(line, list) and [type(part) for part in line] == [str, int, str, str]
         )

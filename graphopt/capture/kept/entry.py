@@ -104,16 +104,16 @@ def described(
     """
     captured = output.graph_capture_output
     state = captured.output_graph
+    reads = sum(not isinstance(value, Tensor) for value in inputs)
+    if not _only_builds(captured.bytecode, reads):
+        raise Unkept("forward does more around its graph than take inputs and return results")
     outputs = [torch.empty(()) for _ in range(results)]
     run = _Run(outputs)
     with run.counting():
         first = call(bind(run))
     second = call(bind(lambda _: tuple(outputs)))
-    reads = run.reads if varying is not None else 0
-    if not _only_builds(captured.bytecode, reads):
+    if (run.reads, run.reads_later) != (reads, 0):  # so each of the calls that were counted is one
         raise Unkept("forward does more around its graph than take inputs and return results")
-    if run.reads_later:
-        raise Unkept("forward returns sizes")
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
     scope = {"L": variables, "G": state.global_scope}
     told = (state, scope, captured.import_sources, captured.traced_code, writer)
@@ -330,7 +330,7 @@ def _bound(
 
 
 def _watch(graph: Graph, places: Sequence[Source], known: Symbolic) -> Watch | None:
-    """Of what reading the graph has asked beyond what is known, and of what is asked from now on."""
+    """Of what reading the graph has asked beyond what is known, and what others ask from now on."""
     if known.shape_env is None:
         return None
     names = {symbol: places[i].name for symbol, i in symbols_of(graph).items()}

@@ -197,9 +197,7 @@ def names_in(tree: Tree) -> set[str]:
     return {tree} if isinstance(tree, str) else set()
 
 
-def _folded(
-    tree: Tree, leaf: Callable[[int | str], T], made: Callable[[str, list[T]], T]
-) -> T:
+def _folded(tree: Tree, leaf: Callable[[int | str], T], made: Callable[[str, list[T]], T]) -> T:
     if not isinstance(tree, list):
         return leaf(tree)
     return made(tree[0], [_folded(part, leaf, made) for part in tree[1:]])

@@ -95,8 +95,9 @@ def _depends_on_data(value: object) -> bool:
         return any(map(_depends_on_data, value.shape))
     if isinstance(value, tuple | list):
         return any(map(_depends_on_data, value))
-    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return symbolic and not value.node.has_hint()  # type: ignore[union-attr]
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return False
+    return not value.node.has_hint()
 
 
 def _class(kind: object) -> str:

@@ -28,7 +28,6 @@ from graphopt.capture.kept.expressions import (
     tree_of,
     value_of,
 )
-from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
 from graphopt.capture.sizes import Size
 from graphopt.graph import Graph

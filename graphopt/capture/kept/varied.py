@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -14,14 +15,11 @@ _STORE = Store("sizes")
 _MOST = 4
 
 
-def all_sizes(
-    args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[int, dict[int, str]]:
+def all_sizes(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int, dict[int, str]]:
     """Every size of every tensor of a call as one that varies, for a key that all sizes share."""
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-    return {
-        id(leaf): dict.fromkeys(range(leaf.dim()), "?") for leaf in leaves if isinstance(leaf, Tensor)
-    }
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return {id(tensor): dict.fromkeys(range(tensor.dim()), "?") for tensor in tensors}
 
 
 def symbols_of_earlier(key: str) -> Iterator[tuple[str, ...]]:
@@ -29,7 +27,7 @@ def symbols_of_earlier(key: str) -> Iterator[tuple[str, ...]]:
     found = _STORE.read(key)
     if found is None:
         return
-    rows = found.entry if isinstance(found.entry, list) else [None]
+    rows: list[Any] = found.entry if isinstance(found.entry, list) else [None]
     if not all(isinstance(row, list) and all(map(names_size, row)) for row in rows):
         _STORE.damaged(key, "it names no sizes")
         return
