@@ -155,6 +155,8 @@ class _Builder:
             allow_non_fake_inputs=True,
             allow_fallback_kernels=False,
         )
+        if symbols:  # with symbols, looking for a result takes longer than the operator
+            self._fake.cache_enabled = False
         self._sizes = Made(self._fake.shape_env, symbols, known)
         self._symbolic = bool(symbols)
         self._kernels = symbolic_kernels if symbols else nullcontext

@@ -297,6 +297,41 @@ def test_sizes_that_were_declared_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert "by kept" in second.explain()  # type: ignore[operator]
 
 
+class Dicts(Tagger):
+    """Takes a batch as a dictionary."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        """Tags, without padding."""
+        return super().forward(batch["ids"]) * batch["mask"].unsqueeze(-1)
+
+
+def test_sizes_of_tensors_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch(length: int) -> dict[str, Tensor]:
+        return {"ids": torch.ones(3, length, dtype=torch.long), "mask": torch.ones(3, length)}
+
+    first = graphopt.optimize(Dicts(), backend="eager")
+    for length in (4, 6):
+        first(batch(length))
+    no_capture(monkeypatch)
+    second = graphopt.optimize(Dicts(), backend="eager")
+    for length in (5, 9):
+        assert second(batch(length)).shape == (3, length, 4)
+    (one,) = graphopt.model.surface.report(second).specialisations  # type: ignore[arg-type]
+    assert {size.name for size in one.sizes} == {"batch.ids.1", "batch.mask.1"}
+
+
+@pytest.mark.parametrize("passes", ["cleanup,precision", "cleanup,kfac"])
+def test_passes_make_the_same_of_it(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dims: Any = {"ids": {0: "batch", 1: "length"}}
+    found = []
+    for _ in range(2):
+        net = _tagger(dynamic=dims, passes=passes)
+        found.append([value for sizes in SIZES for value in _step(net, *sizes)])
+        no_capture(monkeypatch)
+    assert "by kept" in net.explain()  # type: ignore[operator]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_step_behind_such_a_graph_is_made_anew() -> None:
     first = _tagger()
     for sizes in SIZES:
