@@ -219,7 +219,7 @@ def _described(
     varying: Varying | None = None,
 ) -> Mapping[str, Any] | str:
     """What a later process can know the call by, or why it cannot."""
-    if any(isinstance(value, torch.SymInt) for value in returned):
+    if any(isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool) for v in returned):
         return "forward returns sizes"
     try:
         return described(output, inputs, bind, len(returned), call, variables, varying)

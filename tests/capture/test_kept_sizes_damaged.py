@@ -193,6 +193,14 @@ class Returning(nn.Linear):
         return super().forward(input), input.shape[0]
 
 
+class Dividing(nn.Linear):
+    """Returns what it computes of a size."""
+
+    def forward(self, input: Tensor) -> Any:
+        """And a tensor."""
+        return super().forward(input), input.shape[0] / 4
+
+
 class Reading(nn.Linear):
     """Reads a number off a tensor."""
 
@@ -214,6 +222,7 @@ class Rooting(nn.Linear):
     ("net", "reason"),
     [
         (Returning, "forward returns sizes"),
+        (Dividing, "forward returns sizes"),
         (Reading, "numbers that it reads off tensors are symbols of its graph"),
         (Rooting, "it has a condition on sizes with torch.sym_float(L['input'].size()[0]) ** 0.5"),
     ],
