@@ -222,7 +222,7 @@ class Rooting(nn.Linear):
     ("net", "reason"),
     [
         (Returning, "forward returns sizes"),
-        (Dividing, "forward returns sizes"),
+        (Dividing, "forward does more around its graph than take inputs and return results"),
         (Reading, "numbers that it reads off tensors are symbols of its graph"),
         (Rooting, "it has a condition on sizes with torch.sym_float(L['input'].size()[0]) ** 0.5"),
     ],
