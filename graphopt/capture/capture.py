@@ -22,26 +22,34 @@ from graphopt.capture.garbage import keeping_garbage
 from graphopt.capture.joint import SharedInputs, derive
 from graphopt.capture.kept import (
     Behind,
+    Found,
     Misfit,
     Store,
     Unkept,
     Unreadable,
+    all_sizes,
     entry_of,
     found,
     key_of,
+    note_symbols,
     own_operators_only,
+    symbols_of_earlier,
 )
 from graphopt.capture.lock import tracing_alone
+from graphopt.capture.number_symbols import NONE as NO_NUMBERS
 from graphopt.capture.number_symbols import Numbers
 from graphopt.capture.plainly import has_checks, or_plain
 from graphopt.capture.possible import is_uninitialised
-from graphopt.capture.sizes import NONE, Dimensions, Size
+from graphopt.capture.sizes import NONE, Dimensions, Named, Size
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Role
 from graphopt.supported import WANTED, supports
 
 log = logging.getLogger("graphopt")
+
+# Captures that are kept of a model with the same sizes as symbols, if it branches on them.
+_BRANCHES = 4
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ def capture(
     rewrite: Rewriter | None = None,
     symbols: bool = True,
     store: Store | None = None,
+    varied: Named = lambda _: NONE,
     behind: Callable[[str], Behind | None] = lambda _: None,
 ) -> Capture:
     """Capture one call of `model` as one graph.
@@ -135,6 +144,7 @@ def capture(
             inputs, the capture is for looking at: no call of the model has them.
         symbols: whether numbers may be symbols of the graph.
         store: where captures of earlier processes are, and where this one is kept.
+        varied: finds sizes that were symbols in an earlier process, whose capture is taken then.
         behind: looks for what an earlier process has made of a kept graph, by its digest. Where it
             finds something, the graph is not made.
 
@@ -160,7 +170,8 @@ def capture(
     wanted = Numbers(frozenset(numbers), symbols)
     keeping = _Keeping.of(call, wanted, store)
     with tracing_alone(), checkpoints.without_hooks(), keeping_garbage():
-        if (kept := keeping.found(behind)) is not None:
+        kept = keeping.found(behind) or keeping.of_other_sizes(varied, behind)
+        if kept is not None:
             return replace(kept, seconds=time.perf_counter() - start)
         made = _with_numbers(replace(call, describe=bool(keeping)), wanted)
     if checkpointed and made.state:
@@ -202,9 +213,18 @@ class _Call:
     rewrite: Rewriter | None
     describe: bool = False
 
+    def key(self, varying: Mapping[int, Mapping[int, str]]) -> str:
+        """Of a kept capture of it, with names for these sizes."""
+        return key_of(self.model, self.forward, self.args, self.kwargs, varying)
+
+    @property
+    def form(self) -> str:
+        """A key that it shares with calls of other sizes."""
+        return self.key(all_sizes(self.args, self.kwargs))
+
 
 @dataclass(frozen=True)
-class _Found:
+class _Made:
     """A call that was captured; `state` says whether it changes Python objects, or draws."""
 
     flat: FlatForward
@@ -218,7 +238,7 @@ class _Found:
     earlier: tuple[Graph, ...]
 
 
-def _with_numbers(call: _Call, wanted: Numbers) -> _Found:
+def _with_numbers(call: _Call, wanted: Numbers) -> _Made:
     """A capture with those of the numbers as inputs of which torch makes no constants."""
     try:
         return _once(call, wanted, counting=True)
@@ -240,7 +260,7 @@ def _constants(call: _Call, wanted: Numbers) -> frozenset[str]:
     return wanted.sources - tried.numbers
 
 
-def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
+def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Made:
     """A capture with these numbers as inputs, and with counters if `counting`."""
     forward, rewrite = call.forward, call.rewrite
     with _drawing_nothing() as drawn:
@@ -266,7 +286,7 @@ def _once(call: _Call, numbers: Numbers, *, counting: bool = False) -> _Found:
         if rewrite is not None:
             graph.facts |= level.facts
     inputs_of_graph = numbers.sources - flat.constants()
-    return _Found(flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier))
+    return _Made(flat, graph, aliases, inputs, bind, sizes, inputs_of_graph, state, tuple(earlier))
 
 
 @dataclass(frozen=True)
@@ -276,26 +296,28 @@ class _Keeping:
     Attributes:
         call: which one.
         store: where; ``None`` where nothing is kept.
-        key: of the call.
+        keys: of the call; several where sizes are symbols, as a model may branch on them.
         refused: why it is not kept.
     """
 
     call: _Call
     store: Store | None = None
-    key: str = ""
+    keys: tuple[str, ...] = ()
     refused: str = ""
 
     @classmethod
     def of(cls, call: _Call, numbers: Numbers, store: Store | None) -> _Keeping:
-        """For one call; nothing is kept where numbers or sizes are inputs, or passes come first."""
+        """For one call; nothing is kept where numbers are inputs, or passes come first."""
         if store is None:
             return cls(call)
-        if numbers.sources or call.dimensions:
-            return cls(call, refused="numbers or sizes are inputs of its graph")
+        if numbers.sources:
+            return cls(call, refused="numbers are inputs of its graph")
         if call.rewrite is not None:
             return cls(call, refused="a pass rewrites its forward graph")
         try:
-            return cls(call, store, key_of(call.model, call.forward, call.args, call.kwargs))
+            key = call.key(call.dimensions.names)
+            others = range(1, _BRANCHES) if call.dimensions else ()
+            return cls(call, store, (key, *(f"{key}-{number}" for number in others)))
         except Unkept as error:
             return cls(call, refused=str(error))
         except Exception as error:  # whatever an object of the user's raises
@@ -306,9 +328,30 @@ class _Keeping:
 
     def found(self, behind: Callable[[str], Behind | None]) -> Capture | None:
         """The capture that an earlier process has kept for this call."""
-        kept = self.store.read(self.key) if self.store else None
-        if kept is None:
+        for key in self.keys:
+            kept = self.store.read(key) if self.store else None
+            made = self._bound(key, kept, behind) if kept is not None else None
+            if made is not None:
+                return made
+        return None
+
+    def of_other_sizes(
+        self, varied: Named, behind: Callable[[str], Behind | None]
+    ) -> Capture | None:
+        """A kept capture of a call like this one with sizes as symbols, where none varied yet."""
+        if self.store is None or self.call.dimensions:
             return None
+        for names in symbols_of_earlier(self.call.form):
+            if dimensions := varied(names):
+                call = replace(self.call, dimensions=dimensions)
+                found = _Keeping.of(call, NO_NUMBERS, self.store).found(behind)
+                if found is not None:
+                    return found
+        return None
+
+    def _bound(
+        self, key: str, kept: Found, behind: Callable[[str], Behind | None]
+    ) -> Capture | None:
         call = self.call
         given = (call.model, call.forward, call.args, call.kwargs)
         made = behind(kept.digest)  # what it warns of is heard here
@@ -317,7 +360,7 @@ class _Keeping:
                 entry = found(kept.entry, *given, made)
         except Misfit as misfit:
             if isinstance(misfit, Unreadable) and self.store is not None:
-                self.store.damaged(self.key, str(misfit))
+                self.store.damaged(key, str(misfit))
             log.info("the kept capture is not for this call: %s", misfit)
             return None
         bind, graph = entry.bind, entry.graph
@@ -326,6 +369,11 @@ class _Keeping:
         if positions or checked is not None:
             prepare = sharing.prepared(entry.slots, entry.inputs, positions)
             bind = or_plain(bind, call.forward, prepare, checked)
+        guard, watch = entry.guard, entry.watch
+
+        def finish() -> None:
+            guard.late = watch.found() if watch else None
+
         return Capture(
             made=graph,
             aliases=entry.aliases,
@@ -333,31 +381,39 @@ class _Keeping:
             seconds=0.0,
             inputs=entry.inputs,
             bind=bind,
-            holds=entry.guard,
-            failure=entry.guard.failure,
-            changed=entry.guard.changed,
+            holds=guard,
+            failure=guard.failure,
+            changed=guard.changed,
             notes=entry.notes,
+            sizes=entry.sizes,
+            sizes_of=guard.sizes,
+            finish=finish,
             digest=kept.digest,
             functions=entry.functions,
             behind=entry.behind,
         )
 
-    def keep(self, made: _Found) -> tuple[str, str]:
+    def keep(self, made: _Made) -> tuple[str, str]:
         """Why a capture is not kept, if it is not; else its digest."""
         if self.store is None:
             return self.refused, ""
         flat = made.flat
         try:
-            if isinstance(flat.description, str):
-                raise Unkept(flat.description)
+            description = flat.description()
+            if isinstance(description, str):
+                raise Unkept(description)
             if made.state or flat.keeps or flat.counters or made.numbers:
                 raise Unkept("forward changes Python objects, or draws random numbers of Python")
             if made.inputs is not flat.inputs:
                 raise Unkept("inputs that forward writes to share memory")
             own_operators_only(flat.module, made.graph.module)
             functions = functions_of(flat.module)
-            entry = entry_of(flat.description, made.graph, made.aliases, flat.notes, functions)
-            return "", self.store.write(self.key, entry)
+            entry = entry_of(description, made.graph, made.aliases, flat.notes, functions)
+            digest = self.store.write(self.store.free(self.keys), entry)
+            names = [name for dims in self.call.dimensions.names.values() for name in dims.values()]
+            if names and not any(size.fixed for size in made.sizes):
+                note_symbols(self.call.form, names)
+            return "", digest
         except Unkept as error:
             return str(error), ""
         except (TypeError, ValueError) as error:  # no JSON

@@ -41,7 +41,7 @@ from graphopt.capture.flat import (
 )
 from graphopt.capture.frozen import refusing_frozen_values
 from graphopt.capture.guards import Constants, Guard
-from graphopt.capture.kept import Unkept, described
+from graphopt.capture.kept import Unkept, Varying, described
 from graphopt.capture.leaves import leaves_of_forward
 from graphopt.capture.messages import messages_at_the_end
 from graphopt.capture.modes import refuse_modes_of_outputs
@@ -115,14 +115,17 @@ def by_dynamo(
     fakes = [node.meta.get("example_value") for node in backend_input.graph_module.graph.nodes]
     modes = {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}
     watches: list[sizes.Watch] = []
+    settled: list[Varying] = []
 
     def settle() -> tuple[sizes.Size, ...]:
         with dynamo_settings():
             _build_guards(output, guard, forward)
         _forget_globals(scope, before, backend_input.backend_id, guard)
         watches.append(sizes.Watch(shape_env))
-        guard.reading = sizes.Reading(shape_env, found)
-        return sizes.sizes_of(shape_env, found)
+        guard.reading = reading = sizes.Reading(shape_env, found)
+        told = sizes.sizes_of(shape_env, found)
+        settled.append(Varying(shape_env, sources, told, reading.places))
+        return tuple(size for size, _ in told)
 
     def finish() -> None:
         guard.late = watches.pop().found() if watches else guard.late
@@ -152,13 +155,26 @@ def by_dynamo(
     refuse_modes_of_outputs(module)
     checkpoints.refuse_other_draws(module)
     checkpoints.without_gradient(module, inputs, backend_input.fake_mode)
-    description: Mapping[str, Any] | str = "numbers or sizes are inputs of its graph"
-    if changes.objects:
-        description = "forward changes Python objects"
-    elif describe and not (symbolic or outside):
-        description = _described(output, inputs, bind, lambda bound: bound(model, *args, **kwargs))
-    leaves = replace_leaves(module)
     placeholders = module.graph.find_nodes(op="placeholder")
+    sources = [sizes.source_of(node) for node in placeholders]
+    returned = _returned(module)
+
+    def described_now() -> Mapping[str, Any] | str:
+        variables = guard.variables((model, *args), kwargs) or {}
+        call = (lambda bound: bound(model, *args, **kwargs), variables)
+        return _described(output, inputs, bind, returned, *call, *settled[-1:])
+
+    description: Callable[[], Mapping[str, Any] | str]
+    if changes.objects or outside or not describe:
+        objects, numbers_ = "forward changes Python objects", "numbers are inputs of its graph"
+        why = objects if changes.objects else numbers_
+        description = lambda: why  # noqa: E731
+    elif symbolic:
+        description = described_now  # once it is known what is asked of the symbols
+    else:
+        told = described_now()
+        description = lambda: told  # noqa: E731
+    leaves = replace_leaves(module)
     context = TracingContext(backend_input.fake_mode)
     return FlatForward(
         module=module,
@@ -195,20 +211,29 @@ def _let_go_of_tensors(modes: Collection[Any], context: TracingContext) -> None:
 
 def _described(
     output: CaptureOutput,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     bind: Callable[[Runner], Callable[..., object]],
+    returned: Sequence[Any],
     call: Callable[[Callable[..., object]], object],
+    variables: Mapping[str, object],
+    varying: Varying | None = None,
 ) -> Mapping[str, Any] | str:
     """What a later process can know the call by, or why it cannot."""
-    assert output.backend_input is not None
-    (returned,) = output.backend_input.graph_module.graph.output_node().args
-    results = len(returned) if isinstance(returned, tuple | list) else 1
+    if any(isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool) for v in returned):
+        return "forward returns sizes"
     try:
-        return described(output, inputs, bind, results, call)
+        return described(output, inputs, bind, len(returned), call, variables, varying)
     except Unkept as error:
         return str(error)
     except Exception as error:  # whatever a property of the user's raises, the call is captured
         return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _returned(module: fx.GraphModule) -> list[Any]:
+    """Fake values of what a torch-level graph returns."""
+    (returned,) = module.graph.output_node().args
+    nodes = returned if isinstance(returned, tuple | list) else [returned]
+    return [node.meta.get("example_value") if isinstance(node, fx.Node) else node for node in nodes]
 
 
 def _in_globals_of(scope: dict[str, Any], made: Any) -> Callable[..., object]:

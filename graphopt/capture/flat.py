@@ -34,7 +34,8 @@ class FlatForward:
     complete once the graph is derived, and says what became of them, and `finish` once passes and
     backend are done. `sizes_of` reads the sizes that are symbols off a call. `constants` are the
     numbers that were to be inputs and are not, and `counters` those that forward reads and assigns
-    and are none either. `description` is what a later process can know the call by, or why not.
+    and are none either. `description` says what a later process can know the call by, or why not,
+    once `settle` was called.
     `alone` are inputs by position whose memory no other tensor may have.
     """
 
@@ -55,7 +56,7 @@ class FlatForward:
     finish: Callable[[], None] = lambda: None
     constants: Callable[[], frozenset[str]] = frozenset
     counters: frozenset[str] = frozenset()
-    description: Mapping[str, Any] | str = "it was not asked for"
+    description: Callable[[], Mapping[str, Any] | str] = lambda: "it was not asked for"
     alone: tuple[int, ...] = ()
 
     @property

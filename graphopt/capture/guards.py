@@ -11,7 +11,7 @@ from torch._dynamo.guards import get_verbose_code_part
 from torch.nn.modules import module as of_all_modules
 
 from graphopt.capture.flat import first_line
-from graphopt.capture.sizes import Conditions, Reading
+from graphopt.capture.sizes import Conditions
 
 
 class Guard:
@@ -25,7 +25,8 @@ class Guard:
     manager: Any = None  # Dynamo's own
     constants: Constants | None = None  # numbers that must be what they were
     late: Conditions | None = None  # found after Dynamo's were built
-    reading: Reading | None = None  # of the sizes that are symbols
+    # Reads the sizes that are symbols off the variables of a call.
+    reading: Callable[[dict[str, object]], tuple[int, ...]] | None = None
 
     def __init__(self, forward: Callable[..., object]) -> None:
         # The guards speak of the variables of the code itself, whatever function it wraps.

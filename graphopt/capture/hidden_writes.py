@@ -52,7 +52,8 @@ def without_gradients(flat: FlatForward) -> FlatForward:
     flat.module.recompile()
     if not alone:
         return flat
-    return replace(flat, alone=alone, description="forward assigns to the `.data` of a tensor")
+    why = "forward assigns to the `.data` of a tensor"
+    return replace(flat, alone=alone, description=lambda: why)
 
 
 def _renorm_before(graph: fx.Graph) -> None:

@@ -7,11 +7,10 @@ a symbol becomes a guard. The sizes 0 and 1 are never symbols, since broadcastin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import CodeType
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import sympy  # type: ignore[import-untyped]
@@ -113,6 +112,8 @@ def _fill(copy: Tensor, value: Tensor) -> None:
 
 
 NONE = Dimensions()
+Named: TypeAlias = Callable[[Collection[str]], Dimensions]
+"""Finds sizes of a call by their names; none where one is not there, or cannot be a symbol."""
 
 
 @contextmanager
@@ -194,7 +195,8 @@ def sizes_named_apart() -> Iterator[None]:
 # -- symbols of a torch-level graph ----------------------------------------------------------------
 
 
-def _source(node: fx.Node) -> TensorPropertySource | None:
+def source_of(node: fx.Node) -> TensorPropertySource | None:
+    """Where an input of a torch-level graph is that is a size, stride or offset of a tensor."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.SymInt):
         return None
@@ -205,7 +207,7 @@ def _source(node: fx.Node) -> TensorPropertySource | None:
 
 def is_size(node: fx.Node) -> bool:
     """Whether an input of a torch-level graph is a size (or stride) of a tensor."""
-    return _source(node) is not None
+    return source_of(node) is not None
 
 
 def in_terms_of(inputs: Sequence[Any]) -> Callable[[Any], int | str]:
@@ -238,23 +240,35 @@ def in_terms_of(inputs: Sequence[Any]) -> Callable[[Any], int | str]:
 
 def name_of(node: fx.Node, found: Mapping[str, Names]) -> str:
     """What an input that is a size is called; ``""`` for other inputs and for strides."""
-    source = _source(node)
+    source = source_of(node)
     if source is None or source.prop is not TensorProperty.SIZE:
         return ""
     return found.get(source.base.name, {}).get(source.idx or 0, "")
 
 
-def sizes_of(shape_env: Any, found: Mapping[str, Names]) -> tuple[Size, ...]:
-    """What became of the sizes that were to be symbols, once nothing more is asked of them."""
+def sizes_of(
+    shape_env: Any, found: Mapping[str, Names]
+) -> tuple[tuple[Size, TensorPropertySource], ...]:
+    """What became of the sizes that were to be symbols, once nothing more is asked of them.
+
+    Each comes with where it is.
+    """
     sizes = {}
+    for symbol, source, name in _sizes(shape_env, found):
+        if name:
+            sizes[name] = _size(shape_env, symbol, name), source
+    return tuple(sizes.values())
+
+
+def _sizes(
+    shape_env: Any, found: Mapping[str, Names]
+) -> Iterator[tuple[Any, TensorPropertySource, str]]:
+    """Sizes of tensors that have symbols: symbol, where it is, and what it was named, if it was."""
     for symbol, sources in shape_env.var_to_sources.items():
         for source in sources:
-            if not isinstance(source, TensorPropertySource):
-                continue
-            name = found.get(source.base.name, {}).get(source.idx or 0, "")
-            if source.prop is TensorProperty.SIZE and name:
-                sizes[name] = _size(shape_env, symbol, name)
-    return tuple(sizes.values())
+            of_size = isinstance(source, TensorPropertySource) and source.base.name in found
+            if of_size and source.prop is TensorProperty.SIZE:
+                yield symbol, source, found[source.base.name].get(source.idx or 0, "")
 
 
 def _size(shape_env: Any, symbol: Any, name: str) -> Size:
@@ -298,17 +312,19 @@ class Reading:
     Args:
         shape_env: of the capture, once nothing more is asked of it.
         found: names of the sizes that were to be symbols.
+
+    Attributes:
+        places: where they are.
     """
 
     def __init__(self, shape_env: Any, found: Mapping[str, Names]) -> None:
-        codes: dict[Any, CodeType] = {}
-        for symbol, sources in shape_env.var_to_sources.items():
+        places: dict[Any, TensorPropertySource] = {}
+        for symbol, source, _ in _sizes(shape_env, found):
             now = shape_env.simplify(symbol)
-            for source in sources:
-                of_size = isinstance(source, TensorPropertySource) and source.base.name in found
-                if of_size and source.prop is TensorProperty.SIZE and not now.is_number:
-                    codes.setdefault(now, compile(source.name, "<a size>", "eval"))
-        self._codes = tuple(codes.values())
+            if not now.is_number:
+                places.setdefault(now, source)
+        self.places = tuple(places.values())
+        self._codes = tuple(compile(place.name, "<a size>", "eval") for place in self.places)
 
     def __call__(self, variables: dict[str, object]) -> tuple[int, ...]:
         """Sizes of a call."""
@@ -321,22 +337,29 @@ class Watch:
 
     Args:
         shape_env: whose guards have been built just now.
+        known: how many of what was asked is known to hold; by default all.
+        sources: Python code that reads symbols off a call; by default where torch has them from.
     """
 
-    def __init__(self, shape_env: Any) -> None:
+    def __init__(
+        self, shape_env: Any, known: int | None = None, sources: Mapping[Any, str] | None = None
+    ) -> None:
         self._shape_env = shape_env
-        self._known = len(shape_env.guards)
+        self._known = len(shape_env.guards) if known is None else known
+        self._sources = sources
         shape_env.frozen = False  # else it would forget what is asked
 
     def found(self) -> Conditions | None:
         """The conditions that came up, if any; nothing is watched any more."""
         env = self._shape_env
-        conditions = [guard.expr for guard in env.guards[self._known :]]
+        known = {guard.expr for guard in env.guards[: self._known]}  # and is asked again
+        asked = dict.fromkeys(guard.expr for guard in env.guards[self._known :])
+        conditions = [condition for condition in asked if condition not in known]
         env.freeze()
         if not conditions:
             return None
-        sources = {symbol: found[0].name for symbol, found in env.var_to_sources.items() if found}
-        return Conditions(conditions, sources)
+        own = {symbol: found[0].name for symbol, found in env.var_to_sources.items() if found}
+        return Conditions(conditions, own if self._sources is None else self._sources)
 
 
 def _values(shape_env: Any) -> Mapping[Any, Any]:

@@ -155,7 +155,7 @@ class Making:
             found,
             roles,
         )
-        keeps = self._steps and captured.digest and chosen.bands is None
+        keeps = self._steps and captured.digest and not captured.symbolic
         if self._steps and keeps and (ran or not compares):
             self._steps.keep(captured.digest, captured.graph, behind, told, ran)
         captured.finish()
@@ -174,6 +174,7 @@ class Making:
                 rewrite=self._early.rewriter,
                 symbols=not recipe.constant_sizes(),
                 store=Store() if recipe.cache != "off" else None,
+                varied=setting.varied,
                 behind=self._steps.found if self._steps else lambda _: None,
             )
         if captured.keeps and captured.made and captured.graph.level is Level.JOINT:

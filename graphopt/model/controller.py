@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from graphopt.capture import is_uninitialised
 from graphopt.capture.checkpoints import within_checkpoint
 from graphopt.capture.flat import first_line
 from graphopt.capture.lock import is_tracing, one_at_a_time
-from graphopt.capture.sizes import NONE, Dimensions
+from graphopt.capture.sizes import NONE, Dimensions, Named
 from graphopt.errors import GraphoptError, RankError
 from graphopt.model.dimensions import Seen
 from graphopt.model.kinds import Kind, PlainKinds, kind_of
@@ -221,7 +221,7 @@ class Controller:
             made = self._compile(model, args, kwargs, tuple(changing))
             entry = replace(made.entry, because=", ".join(map(str, changes)))
             variant = replace(made, entry=entry, mode=mode)
-            self.seen.captured(model, args, kwargs)
+            self.seen.captured(entry.sizes, model, args, kwargs)
             self.made += 1
             self._untold += variant.warnings
             symbols = {size.name for size in entry.sizes if not size.fixed}
@@ -293,7 +293,7 @@ class Controller:
             else:
                 self.varying.learn(tried, variant.numbers)
                 return variant
-        variant = self._make(model, args, kwargs)
+        variant = self._make(model, args, kwargs, varied=self._varied(model, args, kwargs))
         self.varying.learn(_NO_NUMBERS, variant.numbers)
         return variant
 
@@ -304,9 +304,18 @@ class Controller:
         kwargs: Mapping[str, Any],
         numbers: frozenset[str] = _NO_NUMBERS,
         sizes: Dimensions = NONE,
+        varied: Named = lambda _: NONE,
     ) -> Variant:
-        setting = Setting(self.plain, self.session, numbers, sizes)
+        setting = Setting(self.plain, self.session, numbers, sizes, varied)
         return self.compiler.compile(model, args, kwargs, setting)
+
+    def _varied(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Named:
+        """Which sizes of a call a kept capture may have as symbols, though none has varied yet."""
+
+        def named(names: Collection[str]) -> Dimensions:
+            return self.seen.named(names, model, args, kwargs)
+
+        return (lambda _: NONE) if self.compiler.constant_sizes() else named
 
     def _causes(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]

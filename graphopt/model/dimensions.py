@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,9 +60,19 @@ class Seen:
         self._pending = set(nearest) if self.declared.automatic else set()
         return {f"{p}.{number}": (before[p][number], shapes[p][number]) for p, number in nearest}
 
-    def captured(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note that a call was captured: it was no mistake, and what differs in it varies."""
+    def captured(
+        self,
+        sizes: Sequence[Size],
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Note that a call was captured: it was no mistake, and what differs in it varies.
+
+        So do sizes that are symbols of its graph.
+        """
         self._varied |= self._pending
+        self._varied |= {_parts(size.name) for size in sizes if not size.fixed}
         self._calls.append((kind_of(model, args, kwargs).mode, _shapes(model, args, kwargs)))
         del self._calls[:-_REMEMBERED]
 
@@ -84,6 +94,25 @@ class Seen:
                 if wanted and (path, number) not in self._fixed and tensor.shape[number] > 1:
                     names.setdefault(id(tensor), {})[number] = f"{path}.{number}"
         return Dimensions(names) if names else NONE
+
+    def named(
+        self,
+        names: Collection[str],
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Dimensions:
+        """Sizes of a call by their names, as symbols; none where they cannot all be."""
+        if not self.declared.automatic or kind_of(model, args, kwargs).mode in self._refused:
+            return NONE
+        left = {_parts(name) for name in names}
+        found: dict[int, dict[int, str]] = {}
+        for path, tensor in tensors_of(named_arguments(model, args, kwargs)):
+            for number, size in enumerate(tensor.shape):
+                if (path, number) in left - self._fixed and size > 1:
+                    found.setdefault(id(tensor), {})[number] = f"{path}.{number}"
+                    left.discard((path, number))
+        return NONE if left else Dimensions(found)
 
     def made(
         self,
@@ -116,8 +145,7 @@ class Seen:
                 )
             if size.hint in constants:  # it may have to equal one that has not varied yet
                 continue
-            path, _, number = size.name.rpartition(".")
-            self._fixed.add((path, int(number)))
+            self._fixed.add(_parts(size.name))
             at = f" (at: {size.line.strip()})" if size.line else ""
             self.notes[size.name] = (
                 f"{size.name} varies, and each of its sizes has a graph of its own, because the "
@@ -157,6 +185,11 @@ class Seen:
 
 
 _REMEMBERED = 8
+
+
+def _parts(name: str) -> tuple[str, int]:
+    path, _, number = name.rpartition(".")
+    return path, int(number)
 
 
 def _shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:

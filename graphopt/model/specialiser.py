@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from graphopt.capture.forward import Rewriter
-from graphopt.capture.sizes import NONE, Dimensions
+from graphopt.capture.sizes import NONE, Dimensions, Named
 from graphopt.model.declared import Declared
 from graphopt.model.report import Report
 from graphopt.model.variant import Variant
@@ -32,12 +32,14 @@ class Setting:
         session: of the model.
         numbers: those that shall be inputs of the graph, by where Dynamo finds them.
         dimensions: sizes that shall be symbols of the graph.
+        varied: finds sizes that were symbols in an earlier process.
     """
 
     forward: Callable[..., object]
     session: Session
     numbers: frozenset[str] = frozenset()
     dimensions: Dimensions = NONE
+    varied: Named = lambda _: NONE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ from graphopt.graph import Graph
 from graphopt.text.build import build_graph
 from graphopt.text.header import FORMAT_VERSION
 from graphopt.text.lift import lift_graph
+from graphopt.text.made_sizes import Known, nothing_known
 from graphopt.text.reader import read_program
 from graphopt.text.source import Source
 from graphopt.text.writer import write_program
@@ -67,7 +68,11 @@ def print_graph(graph: Graph, *, sources: bool = False) -> str:
 
 
 def parse_graph(
-    text: str, constants: Mapping[str, Tensor] | None = None, *, typed: bool = False
+    text: str,
+    constants: Mapping[str, Tensor] | None = None,
+    *,
+    typed: bool = False,
+    known: Known = nothing_known,
 ) -> Graph:
     """The graph that a text says: the inverse of `print_graph`.
 
@@ -80,9 +85,11 @@ def parse_graph(
             ``dict(graph.module.named_buffers())``); names that the text does not use are ignored.
         typed: take the types that are written for those of the results, and run no operator; for a
             text that `print_graph` has written on this torch.
+        known: told torch's shape environment and its symbols by the names of the text before
+            anything is made of them, to state there what holds for them beyond their ranges.
 
     Raises:
         TextError: the text cannot be read, or says something that is not so; shows the line.
     """
     source = Source(text)
-    return build_graph(read_program(source), source, constants or {}, typed=typed)
+    return build_graph(read_program(source), source, constants or {}, typed=typed, known=known)

@@ -25,7 +25,7 @@ from graphopt.plan import Phase, Role, Signature
 from graphopt.text.elements import elements_of, restored
 from graphopt.text.functions import Method, function_of, may_call
 from graphopt.text.lift import type_of
-from graphopt.text.made_sizes import Made
+from graphopt.text.made_sizes import Known, Made, nothing_known
 from graphopt.text.names import GETITEM, operator_hint, operator_of
 from graphopt.text.operators import is_allowed, misfit
 from graphopt.text.sizes import Symbol
@@ -51,7 +51,12 @@ from graphopt.text.writer import write_type
 
 
 def build_graph(
-    program: Program, source: Source, constants: Mapping[str, Tensor], *, typed: bool = False
+    program: Program,
+    source: Source,
+    constants: Mapping[str, Tensor],
+    *,
+    typed: bool = False,
+    known: Known = nothing_known,
 ) -> Graph:
     """The graph that a program means; errors point into `source`, the text it was read from.
 
@@ -59,7 +64,9 @@ def build_graph(
     """
     functions = program.level == Level.FORWARD
     try:
-        builder = _Builder(source, constants, program.symbols, functions=functions, typed=typed)
+        builder = _Builder(
+            source, constants, program.symbols, functions=functions, typed=typed, known=known
+        )
     except Exception as error:  # a shape environment refuses some ranges by assertions
         raise TextError(f"torch has no such symbols: {_first_line(error)}") from error
     frame = _Frame("")
@@ -134,9 +141,10 @@ class _Builder:
         *,
         functions: bool,
         typed: bool,
+        known: Known,
     ) -> None:
         self._source = source
-        self._typed = typed and not symbols and not functions
+        self._typed = typed and not functions
         self._functions = functions
         self._constants = constants
         # With a shape environment, as in capture; sub-graphs hold constants that are not fake.
@@ -147,7 +155,10 @@ class _Builder:
             allow_non_fake_inputs=True,
             allow_fallback_kernels=False,
         )
-        self._sizes = Made(self._fake.shape_env, symbols)
+        if symbols:  # with symbols, looking for a result takes longer than the operator
+            self._fake.cache_enabled = False
+        self._sizes = Made(self._fake.shape_env, symbols, known)
+        self._symbolic = bool(symbols)
         self._kernels = symbolic_kernels if symbols else nullcontext
 
     def add(self, statement: Statement, frame: _Frame) -> None:
@@ -175,7 +186,7 @@ class _Builder:
                 node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
             elif what.body:
                 frame.attributes[what.target] = self._sub_graph(what, what.body, frame)
-        if "val" in node.meta and not self._typed:
+        if "val" in node.meta and (self._symbolic or not self._typed):
             self._check(statement, node.meta["val"])
         frame.nodes[statement.name] = node
         _annotate(node, statement)
@@ -263,7 +274,7 @@ class _Builder:
             node.meta["val"] = self._written(statement.type, target)
             return node
         try:
-            if self._typed and isinstance(target, torch._ops.OpOverload):
+            if self._typed and not self._symbolic and isinstance(target, torch._ops.OpOverload):
                 node.meta["val"] = self._view(statement, target, node, frame)
                 return node
             with self._fake, torch.no_grad(), self._kernels():

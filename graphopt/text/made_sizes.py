@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -16,6 +16,13 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphopt.text.sizes import Size, Symbol, Symbols
 from graphopt.text.syntax import TensorType
 
+Known: TypeAlias = Callable[[Any, Mapping[str, Any]], None]
+"""States what is known of symbols: told the shape environment, and its symbols by name."""
+
+
+def nothing_known(shape_env: Any, symbols: Mapping[str, Any]) -> None:
+    """Of symbols of which no more is known than their ranges."""
+
 
 class Made:
     """Sizes of one text.
@@ -23,12 +30,15 @@ class Made:
     Args:
         shape_env: of the fake tensors.
         symbols: that the text declares.
+        known: states what else is known of them.
 
     Attributes:
         symbols: torch's own by the names of the text.
     """
 
-    def __init__(self, shape_env: Any, symbols: Sequence[Symbol]) -> None:
+    def __init__(
+        self, shape_env: Any, symbols: Sequence[Symbol], known: Known = nothing_known
+    ) -> None:
         self.symbols = Symbols()
         self._shape_env = shape_env
         self._own: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -43,6 +53,7 @@ class Made:
             self.symbols.add(own, symbol)
             self._own[symbol.expression] = own
             self._hints[symbol.expression] = symbol.hint
+        known(shape_env, {symbol.name: self._own[symbol.expression] for symbol in symbols})
 
     def number(self, size: Size) -> torch.SymInt | int:
         """A size of the text as torch has it."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._sympy.functions import Mod
 
 from graphopt.analysis.cost import cost
 from graphopt.analysis.gradient_sources import gradient_sources
@@ -16,6 +19,7 @@ from graphopt.analysis.linearity import linear_in_tangents
 from graphopt.analysis.liveness import liveness
 from graphopt.capture import Capture, capture
 from graphopt.capture.sizes import Dimensions
+from graphopt.errors import TextError
 from graphopt.plan import Plan, Role
 from graphopt.runtime.backends import build
 from graphopt.text import parse_graph, print_graph
@@ -136,9 +140,10 @@ def test_texts_and_the_verifier_know_symbols(name: str) -> None:
     text = print_graph(graph)
     assert "symbol s0 = " in text
     assert "[s0," in text
-    read = parse_graph(text, dict(graph.module.named_buffers()))
-    assert print_graph(read) == text
-    verify(read, full=True)
+    for typed in (False, True):
+        read = parse_graph(text, dict(graph.module.named_buffers()), typed=typed)
+        assert print_graph(read) == text
+        verify(read, full=True)
     # Analyses work with the sizes of the captured call.
     assert liveness(graph).saved_bytes == liveness(static).saved_bytes
     assert cost(graph).of(graph.operators).flops == cost(static).of(static.operators).flops
@@ -270,3 +275,24 @@ def test_the_verifier_finds_a_wrong_symbol() -> None:
     graph.changed()
     with pytest.raises(InvariantError, match="true-values"):
         verify(graph, full=True)
+
+
+def test_what_is_known_of_symbols_is_told_before_anything_is_made_of_them() -> None:
+    graph = _captured(Dense(), torch.randn(4, 8), 0).graph
+    text = print_graph(graph)
+
+    def even(shape_env: Any, symbols: Mapping[str, Any]) -> None:
+        assert list(symbols) == ["s0"]
+        assert shape_env.evaluate_expr(sympy.Eq(Mod(symbols["s0"], 2), 0))
+
+    read = parse_graph(text, known=even)
+    size = read.inputs[[slot.role for slot in read.signature.inputs].index(Role.SIZE)].meta["val"]
+    asked = len(size.node.shape_env.guards)
+    assert size % 2 == 0
+    assert len(size.node.shape_env.guards) == asked
+
+    def odd(shape_env: Any, symbols: Mapping[str, Any]) -> None:
+        raise ValueError("it is odd")
+
+    with pytest.raises(TextError, match="torch has no such symbols: it is odd"):
+        parse_graph(text, known=odd)

@@ -9,19 +9,26 @@ from graphopt.capture.kept.entry import Behind, Entry, described, entry_of, foun
 from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.key import key_of
 from graphopt.capture.kept.operators import own_operators_only
+from graphopt.capture.kept.sizes import Varying
 from graphopt.capture.kept.sources import Misfit, Unreadable
-from graphopt.capture.kept.store import Store
+from graphopt.capture.kept.store import Found, Store
+from graphopt.capture.kept.varied import all_sizes, note_symbols, symbols_of_earlier
 
 __all__ = [
     "Behind",
     "Entry",
+    "Found",
     "Misfit",
     "Store",
     "Unkept",
     "Unreadable",
+    "Varying",
+    "all_sizes",
     "described",
     "entry_of",
     "found",
     "key_of",
+    "note_symbols",
     "own_operators_only",
+    "symbols_of_earlier",
 ]

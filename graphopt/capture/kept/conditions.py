@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch._dynamo.guards import CheckFunctionManager, GuardBuilder
 from torch._dynamo.output_graph import OutputGraphGuardsState
+from torch._dynamo.source import ShapeEnvSource
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, Guard, GuardsSet, Source, compile_context
 from torch.utils.weak import TensorWeakRef
 
 from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
+from graphopt.capture.kept.sizes import Sizes, form_of
 from graphopt.capture.kept.sources import BUILTINS, Misfit, Unreadable, Writer, read_sources, reader
 
 # Of the state of the process, which is part of the key of a capture.
@@ -42,18 +44,27 @@ _KINDS = _GLOBAL | _WHOLE | {
     "DICT_NOT_CONTAINS", "DUPLICATE_INPUT",
 }  # fmt: skip
 _OPTIONS: dict[str, tuple[type, ...]] = {"attr": (str,), "key": (str, int), "invert": (bool,)}
+_FORMS = ("size", "stride")  # of tensors of which some are symbols
 
 
 def conditions_of(
-    state: Any, imports: Mapping[str, str], traced: Sequence[types.CodeType], writer: Writer
+    state: Any,
+    variables: Mapping[str, Any],
+    imports: Mapping[str, str],
+    traced: Sequence[types.CodeType],
+    writer: Writer,
+    *,
+    symbolic: bool,
 ) -> dict[str, Any]:
     """All conditions of a capture as data, without the table of places that `writer` makes.
 
     Args:
-        state: of Dynamo, with its guards and the variables of the captured call.
+        state: of Dynamo, with its guards.
+        variables: of the captured call, local ones (``L``) and global ones (``G``).
         imports: modules that guards find under names of Dynamo's own.
         traced: the code that Dynamo went through.
         writer: of places.
+        symbolic: whether sizes may be symbols, which have conditions of their own.
 
     Raises:
         Unkept: something that it depends on cannot be told.
@@ -62,10 +73,10 @@ def conditions_of(
         raise Unkept("it is called within a mode, or under a transform of torch.func")
     if state.current_device is not None:
         raise Unkept("there is a default device")
-    if state.aotautograd_guards or state.shape_env is None or state.shape_env.guards:
+    asked = state.shape_env is None or (state.shape_env.guards and not symbolic)
+    if state.aotautograd_guards or asked:
         raise Unkept("it has conditions on sizes")
     of = Fingerprints()
-    variables = {"L": state.local_scope, "G": state.global_scope}
     guards = sorted(guard for guard in state.guards if guard.create_fn_name() != "SHAPE_ENV")
     lines = [(guard, *written(guard, writer)) for guard in guards]
     sources = {g.originating_source: None for g in guards if g.create_fn_name() not in _GLOBAL}
@@ -75,6 +86,8 @@ def conditions_of(
     rows = []
     for guard, place, kind, options in lines:
         value = values.get(guard.originating_source)
+        if kind == "TENSOR_MATCH" and symbolic:
+            options |= forms(state.input_source_to_sizes_strides[guard.originating_source])
         if kind == "DUPLICATE_INPUT":
             told = str(value is values[guard.create_fn.keywords["source_b"]])
         else:
@@ -90,6 +103,12 @@ def conditions_of(
         "conditions": rows,
         "sharing": sharing(tensors),
     }
+
+
+def forms(known: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Sizes and strides of a tensor without symbols, if some of them are symbols."""
+    found = {name: form_of(known[name]) for name in _FORMS}
+    return found if any(None in form for form in found.values()) else {}
 
 
 def _is_pair(guard: Guard) -> bool:
@@ -137,7 +156,7 @@ def fingerprint(kind: str, value: Any, options: Mapping[str, Any], of: Fingerpri
     if kind == "TYPE_MATCH":
         return of.kind(value)
     if kind == "TENSOR_MATCH":
-        return of.tensor(value)
+        return of.tensor(value, *(options.get(name) for name in _FORMS))
     if kind == "DICT_KEYS_MATCH":
         return str([of.value(key) for key in dict.keys(value)])
     if kind in ("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"):
@@ -185,7 +204,11 @@ class Kept:
         self.sources = read_sources(data["places"], self.builtins)
         self._sharing = _listed(data, "sharing")
         rows = _rows(data)
+        self._rows = {row[0]: row for row in rows if row[1] == "TENSOR_MATCH"}
+        tensors = frozenset(self.source(place) for place in self._rows)
+        self.sizes = Sizes(data["sizes"], self.source, tensors) if "sizes" in data else None
         wanted = list(dict.fromkeys(index for row in rows for index in _places(row)))
+        wanted += self.sizes.places if self.sizes else ()
         try:
             values = reader([self.source(i) for i in wanted if not self._of_process(i)])(
                 variables, scope
@@ -195,6 +218,8 @@ class Kept:
         places = [i for i in wanted if not self._of_process(i)]
         self.values = dict(zip(places, values, strict=True))
         self._compare(rows)
+        if self.sizes:
+            self.sizes.compare(self.values)
         self.guards = [self._guard(row[0], row[1], row[2], row[4]) for row in rows]
         self.ordered = {self.source(index) for index in _listed(data, "ordered")}
 
@@ -226,7 +251,7 @@ class Kept:
 
     def _guard(self, place: int, kind: str, options: dict[str, Any], line: Any) -> Guard:
         made = getattr(GuardBuilder, kind)
-        given = dict(options)
+        given = {name: value for name, value in options.items() if name not in _FORMS}
         if "source_b" in given:
             given["source_b"] = self.source(given["source_b"])
         if kind == "TENSOR_MATCH":
@@ -241,27 +266,32 @@ class Kept:
     def manager(self, code: types.CodeType, owner: object) -> Any:
         """Dynamo's guards for calls like this one; `owner` needs Python's builtins found."""
         weakref.finalize(owner, self.scope.pop, self.builtins, None)
-        tensors = [g for g in self.guards if g.create_fn_name() == "TENSOR_MATCH"]
-        forms = {}
-        for guard in tensors:
-            value = guard.create_fn.keywords["value"]()  # type: ignore[attr-defined]
-            forms[guard.originating_source] = {"size": value.size(), "stride": value.stride()}
+        known = {}
+        for place, row in self._rows.items():
+            value, options = self.values[place], row[2]
+            whole = {"size": value.size(), "stride": value.stride()}
+            known[self.source(place)] = {n: options.get(n, whole[n]) for n in _FORMS}
+        guards, parts = list(self.guards), None
+        if self.sizes:
+            guards.append(Guard(ShapeEnvSource(), GuardBuilder.SHAPE_ENV))
+            parts = self.sizes.guard()
         state = OutputGraphGuardsState(
             local_scope=dict(self.variables),
             global_scope=self.scope,
             torch_function_mode_stack=[],
             guard_on_key_order=self.ordered,
-            input_source_to_sizes_strides=forms,  # type: ignore[arg-type]
+            input_source_to_sizes_strides=known,  # type: ignore[arg-type]
             dual_level=-1,
             functorch_layers=[],
             current_device=None,
             global_state_guard=torch._C._dynamo.guards.GlobalStateGuard(),
             name_of_builtins_dict_key_in_fglobals=self.builtins,
-            _guards=GuardsSet(torch.utils._ordered_set.OrderedSet(self.guards)),
+            _guards=GuardsSet(torch.utils._ordered_set.OrderedSet(guards)),
             _aotautograd_guards=[],
         )
         with get_metrics_context(), compile_context(CompileContext(None)):
-            return CheckFunctionManager(code, state).guard_manager  # type: ignore[arg-type]
+            made = CheckFunctionManager(code, state, shape_code_parts=parts)  # type: ignore[arg-type]
+            return made.guard_manager
 
 
 @functools.lru_cache(maxsize=1024)
@@ -289,16 +319,21 @@ def _rows(data: Any) -> list[Any]:
         raise Unreadable("it has no conditions")
     for place, kind, options, expected, line in rows:
         sound = type(place) is int and kind in _KINDS and isinstance(options, dict)
-        known = all(
-            type(value) is int if name == "source_b" else isinstance(value, _OPTIONS.get(name, ()))
-            for name, value in (options.items() if sound else ())
-        )
+        known = sound and all(_option(name, value, kind) for name, value in options.items())
         said = line is None or (
             isinstance(line, list) and [type(part) for part in line] == [str, int, str, str]
         )
         if not (sound and known and said and type(expected) is str):
             raise Unreadable("a condition that cannot be read")
     return rows
+
+
+def _option(name: str, value: object, kind: str) -> bool:
+    """Whether a condition of a kind may have an option."""
+    if name in _FORMS:
+        numbers = isinstance(value, list) and all(n is None or type(n) is int for n in value)
+        return kind == "TENSOR_MATCH" and numbers
+    return type(value) is int if name == "source_b" else isinstance(value, _OPTIONS.get(name, ()))
 
 
 def _places(row: Sequence[Any]) -> list[int]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dis
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import utils
+from torch._guards import Source
 
 from graphopt.capture.flat import Bind, Runner, name_inputs
 from graphopt.capture.guards import Constants, Guard
@@ -18,11 +22,20 @@ from graphopt.capture.kept.conditions import Kept, conditions_of
 from graphopt.capture.kept.fingerprints import Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
 from graphopt.capture.kept.results import containers, maker, result_of
+from graphopt.capture.kept.sizes import (
+    Symbolic,
+    Varying,
+    fits,
+    relations,
+    sizes_data,
+    symbols_of,
+)
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
+from graphopt.capture.sizes import Size, Watch
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Plan, Role, Signature, Slot
 
-_PRIMAL = (Role.PARAM, Role.BUFFER, Role.INPUT)
+_PRIMAL = (Role.PARAM, Role.BUFFER, Role.INPUT, Role.SIZE)
 
 
 class Behind(Protocol):
@@ -48,63 +61,132 @@ class Entry:
         guard: whether a call is one that it is for.
         notes: what the user should know about how it was captured.
         functions: what forward calls; see `Capture`.
+        sizes: those that were to be symbols, and what became of them.
+        watch: of what is asked of symbols from now on; ``None`` where there are none.
     """
 
     graph: Graph | None
     behind: Behind | None
     signature: Signature
     aliases: tuple[OutputAlias, ...]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
     slots: tuple[Slot, ...]
     bind: Bind
     guard: Guard
     notes: tuple[str, ...]
     functions: str
+    sizes: tuple[Size, ...]
+    watch: Watch | None
 
 
 def described(
     output: Any,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     bind: Bind,
     results: int,
     call: Callable[[Callable[..., object]], object],
+    variables: Mapping[str, object],
+    varying: Varying | None = None,
 ) -> dict[str, Any]:
     """A call that Dynamo has captured, as data without its graph.
 
     Args:
         output: Dynamo's.
-        inputs: the tensors of the call.
+        inputs: the tensors of the call, and the sizes that are symbols.
         bind: makes a call of the model out of a runner.
         results: how many results the runner has.
         call: makes the captured call with another function.
+        variables: of the code of forward in that call.
+        varying: the symbols; ``None`` where there are none.
 
     Raises:
         Unkept: it depends on something that cannot be told.
     """
     captured = output.graph_capture_output
-    if not _only_builds(captured.bytecode):
-        raise Unkept("forward does more around its graph than take inputs and return results")
     state = captured.output_graph
+    reads = sum(not isinstance(value, Tensor) for value in inputs)
+    if not _only_builds(captured.bytecode, reads):
+        raise Unkept("forward does more around its graph than take inputs and return results")
+    outputs = [torch.empty(()) for _ in range(results)]
+    run = _Run(outputs)
+    with run.counting():
+        first = call(bind(run))
+    second = call(bind(lambda _: tuple(outputs)))
+    if (run.reads, run.reads_later) != (reads, 0):  # so each of the calls that were counted is one
+        raise Unkept("forward does more around its graph than take inputs and return results")
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
-    conditions = conditions_of(state, captured.import_sources, captured.traced_code, writer)
+    scope = {"L": variables, "G": state.global_scope}
+    told = (state, scope, captured.import_sources, captured.traced_code, writer)
+    conditions = conditions_of(*told, symbolic=varying is not None)
     tensors = [
         g.originating_source for g in state.guards if g.create_fn_name() == "TENSOR_MATCH"
     ]  # fmt: skip
-    values = reader(tensors)(state.local_scope, state.global_scope)
+    values = reader(tensors)(scope["L"], scope["G"])
     at = {id(v): writer.add(s) for s, v in zip(tensors, values, strict=True)}
-    if missing := [tensor for tensor in inputs if id(tensor) not in at]:
-        raise Unkept(f"a tensor of shape {tuple(missing[0].shape)} has no place of its own")
-    outputs = [torch.empty(()) for _ in range(results)]
-    first, second = (call(bind(lambda _: tuple(outputs))) for _ in range(2))
+    if varying is not None:
+        conditions["sizes"] = sizes_data(varying, writer)
+    places = [_place(i, value, at, varying, writer) for i, value in enumerate(inputs)]
     if {*map(id, containers(first))} & {*map(id, containers(second))}:
         raise Unkept("forward returns a list or a dictionary that was there before")
+    given = {id(value): at[id(value)] for value in inputs if isinstance(value, Tensor)}
     return {
         **conditions,
-        "inputs": [at[id(tensor)] for tensor in inputs],
-        "returns": result_of(first, outputs, {id(t): at[id(t)] for t in inputs}),
+        "inputs": places,
+        "returns": result_of(first, outputs, given),
         "results": results,
         "places": writer.rows,
     }
+
+
+def _place(
+    position: int, value: Any, at: Mapping[int, int], varying: Varying | None, writer: Writer
+) -> int:
+    """Where an input of the graph is in a call."""
+    if isinstance(value, Tensor):
+        if id(value) not in at:
+            raise Unkept(f"a tensor of shape {tuple(value.shape)} has no place of its own")
+        return at[id(value)]
+    source = varying.inputs[position] if varying is not None else None
+    if source is None:
+        raise Unkept("a number that is an input of its graph has no place of its own")
+    return writer.add(source)
+
+
+class _Run:
+    """Stands for a graph in a call, and counts what the call reads off tensors.
+
+    Attributes:
+        reads: how often it has read a size, a stride or an offset.
+        reads_later: how often behind the graph.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self.reads = self.reads_later = 0
+        self._outputs = outputs
+        self._ran = False
+
+    def __call__(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """The results."""
+        self._ran = True
+        return tuple(self._outputs)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within, count what Dynamo's code reads."""
+
+        def counted(function: Callable[..., int]) -> Callable[..., int]:
+            def read(*args: Any) -> int:
+                self.reads += 1
+                self.reads_later += self._ran
+                return function(*args)
+
+            return read
+
+        with ExitStack() as stack:
+            for name in _READS:
+                own = counted(getattr(utils, name))
+                stack.enter_context(mock.patch.object(utils, name, own))
+            yield
 
 
 _WRITES = frozenset({
@@ -112,15 +194,23 @@ _WRITES = frozenset({
     "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_DEREF",
 })  # fmt: skip
 _READY = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
+_READS = ("call_size", "call_stride", "call_storage_offset")
 
 
-def _only_builds(code: CodeType) -> bool:
-    """Whether bytecode of Dynamo's calls the graph and nothing else: no message, no class."""
+def _only_builds(code: CodeType, reads: int) -> bool:
+    """Whether bytecode of Dynamo's calls the graph and nothing else: no message, no class.
+
+    Args:
+        code: it.
+        reads: how often it reads a size, by a call each.
+    """
     steps = list(dis.get_instructions(code))
     calls = sum(step.opname.startswith("CALL") for step in steps)
     ready = sum(step.argval in _READY for step in steps)
     writes = any(step.opname in _WRITES for step in steps)
-    return calls == ready + 1 and not writes
+    # What was counted in a run is all there is where each step runs once.
+    branches = reads > 0 and any("JUMP" in step.opname or "ITER" in step.opname for step in steps)
+    return calls == ready + 1 + reads and not writes and not branches
 
 
 def entry_of(
@@ -135,9 +225,12 @@ def entry_of(
     Raises:
         Unkept: its graph holds something that is no text.
     """
+    sizes, known = description.get("sizes"), []
+    if sizes is not None:
+        known = relations(sizes, description["inputs"], graph)
     return {
         **description,
-        "graph": json.dumps(graph_data(graph, aliases)),  # read only where it is needed
+        "graph": json.dumps(graph_data(graph, aliases, known)),  # read only where it is needed
         "notes": list(notes),
         "functions": functions,
     }
@@ -198,10 +291,11 @@ def _bound(
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
     make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
-    graph = None
+    graph, watch = None, None
     if behind is None:
-        graph, aliases = read_graph(data.get("graph"))
+        graph, aliases, known = read_graph(data.get("graph"))
         signature = graph.signature
+        watch = _watch(graph, [kept.source(place) for place in places], known)
     else:
         signature, aliases = behind.plan.signature, behind.plan.aliases
     slots = tuple(slot for slot in signature.inputs if slot.role in _PRIMAL)
@@ -210,14 +304,15 @@ def _bound(
     ) == len(inputs) else ()  # fmt: skip
     if names != slots:
         raise Unreadable("the inputs of its graph are others")
-    for node, tensor in zip(graph.inputs if graph is not None else (), inputs, strict=False):
-        value = node.meta["val"]
-        if (value.shape, value.stride(), value.dtype) != (
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        ):
+    if graph is not None:
+        values = {symbol: inputs[i] for symbol, i in symbols_of(graph).items()}
+        pairs = zip(graph.inputs, inputs, strict=False)
+        if not all(fits(node.meta["val"], value, values) for node, value in pairs):
             raise Unreadable("the inputs of its graph have other forms")
+    sizes: tuple[Size, ...] = ()
+    if kept.sizes is not None:
+        sizes = kept.sizes.named(kept.values)
+        guard.reading = kept.sizes.reading(kept.scope)
     guard.manager = kept.manager(forward.__code__, guard)
     guard.constants = Constants(kept.guards, {"L": kept.variables, "G": kept.scope})
     scope = kept.scope
@@ -230,4 +325,13 @@ def _bound(
         return call
 
     told = tuple(map(str, notes))
-    return Entry(graph, behind, signature, aliases, inputs, slots, bind, guard, told, functions)
+    found = (graph, behind, signature, aliases, inputs, slots, bind, guard, told, functions)
+    return Entry(*found, sizes, watch)
+
+
+def _watch(graph: Graph, places: Sequence[Source], known: Symbolic) -> Watch | None:
+    """Of what reading the graph has asked beyond what is known, and what others ask from now on."""
+    if known.shape_env is None:
+        return None
+    names = {symbol: places[i].name for symbol, i in symbols_of(graph).items()}
+    return Watch(known.shape_env, known.stated, names)

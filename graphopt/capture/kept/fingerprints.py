@@ -11,9 +11,9 @@ import enum
 import functools
 import hashlib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ _NATIVE = (
     types.MethodWrapperType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )  # fmt: skip
+
+
+Form: TypeAlias = Sequence[int | None]
+"""Sizes or strides, ``None`` for those that vary."""
 
 
 class Unkept(Exception):
@@ -66,8 +70,13 @@ class Fingerprints:
         """Of the class of a value, by what is in it."""
         return self._of_class(type(value))
 
-    def tensor(self, value: object) -> str:
+    def tensor(self, value: object, size: Form | None = None, stride: Form | None = None) -> str:
         """Of everything but the elements of a tensor.
+
+        Args:
+            value: the tensor.
+            size: where sizes are ``None`` that are left out; by default none is.
+            stride: the same of strides.
 
         Raises:
             Unkept: it is not a plain one.
@@ -80,9 +89,9 @@ class Fingerprints:
         if value.layout is not torch.strided or value.is_quantized:
             raise Unkept(f"it depends on a tensor with layout {value.layout}")
         return digest([
-            type(value).__qualname__, value.dtype, value.device, tuple(value.shape),
-            value.stride(), value.requires_grad, value.is_leaf, value.is_inference(),
-            torch._C._dispatch_keys(value),
+            type(value).__qualname__, value.dtype, value.device, _of_form(value.shape, size),
+            _of_form(value.stride(), stride), value.requires_grad, value.is_leaf,
+            value.is_inference(), torch._C._dispatch_keys(value),
         ])  # fmt: skip
 
     def code(self, code: CodeType) -> str:
@@ -192,6 +201,13 @@ class Fingerprints:
                 parts += [f"{name} {self._loose(value)}" for name, value in named]
             self._class[kind] = digest(parts)
         return self._class[kind]
+
+
+def _of_form(numbers: Sequence[int], form: Form | None) -> tuple[int | None, ...]:
+    if form is None:
+        return tuple(numbers)
+    pairs = zip(numbers, form, strict=True)
+    return tuple(None if left_out is None else number for number, left_out in pairs)
 
 
 def _contents(cell: types.CellType) -> object:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.capture.kept.expressions import Tree
 from graphopt.capture.kept.fingerprints import Unkept
+from graphopt.capture.kept.sizes import Symbolic
 from graphopt.capture.kept.sources import Unreadable
 from graphopt.errors import TextError
 from graphopt.graph import Graph, Level
-from graphopt.plan import OutputAlias
+from graphopt.plan import OutputAlias, Role
 from graphopt.plan.part import from_data, to_data
 from graphopt.text import parse_graph, print_graph
 from graphopt.text.elements import inlined
@@ -35,14 +37,21 @@ class _Table:
         return self._at[key]
 
 
-def graph_data(graph: Graph, aliases: tuple[OutputAlias, ...]) -> dict[str, Any]:
+def graph_data(
+    graph: Graph, aliases: tuple[OutputAlias, ...], known: Sequence[Tree] = ()
+) -> dict[str, Any]:
     """The graph as data.
+
+    Args:
+        graph: it.
+        aliases: outputs of the model that are no outputs of the graph.
+        known: conditions on its symbols, by the names that its text has for them.
 
     Raises:
         Unkept: it holds something that is no text.
     """
-    if any(_is_symbolic(node.meta.get("val")) for node in graph.nodes):
-        raise Unkept("numbers that it reads off tensors, or sizes, are symbols of its graph")
+    if any(_depends_on_data(node.meta.get("val")) for node in graph.nodes):
+        raise Unkept("numbers that it reads off tensors are symbols of its graph")
     for node in graph.fx.find_nodes(op="get_attr"):
         value = getattr(graph.module, str(node.target), None)
         if not isinstance(value, Tensor):
@@ -72,6 +81,7 @@ def graph_data(graph: Graph, aliases: tuple[OutputAlias, ...]) -> dict[str, Any]
         nodes.append(row)
     return {
         "text": text,
+        "known": list(known),
         "traces": traces.rows,
         "stacks": stacks.rows,
         "nodes": nodes,
@@ -79,28 +89,31 @@ def graph_data(graph: Graph, aliases: tuple[OutputAlias, ...]) -> dict[str, Any]
     }
 
 
-def _is_symbolic(value: object) -> bool:
-    """Whether a value is a symbol, or a tensor with one in its shape."""
+def _depends_on_data(value: object) -> bool:
+    """Whether a value is a number that depends on data, or a tensor with one in its shape."""
     if isinstance(value, Tensor):
-        return any(isinstance(size, torch.SymInt) for size in value.shape)
+        return any(map(_depends_on_data, value.shape))
     if isinstance(value, tuple | list):
-        return any(map(_is_symbolic, value))
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+        return any(map(_depends_on_data, value))
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return False
+    return not value.node.has_hint()
 
 
 def _class(kind: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
 
 
-def read_graph(data: Any) -> tuple[Graph, tuple[OutputAlias, ...]]:
-    """The inverse of `graph_data`.
+def read_graph(data: Any) -> tuple[Graph, tuple[OutputAlias, ...], Symbolic]:
+    """The inverse of `graph_data`, and what is known of its symbols.
 
     Raises:
         Unreadable: it is no graph.
     """
     try:
         data = json.loads(data)
-        graph = parse_graph(data["text"], typed=True)
+        known = Symbolic(data["known"])
+        graph = parse_graph(data["text"], typed=True, known=known)
         nodes = graph.nodes
         if graph.level not in (Level.JOINT, Level.INFERENCE) or len(nodes) != len(data["nodes"]):
             raise Unreadable("it has another graph")
@@ -114,10 +127,13 @@ def read_graph(data: Any) -> tuple[Graph, tuple[OutputAlias, ...]]:
         raise
     except Exception as error:  # what was edited by hand fails anywhere
         raise Unreadable(f"its graph cannot be read: {error}") from error
-    count = len(graph.signature.inputs)
-    if any(not 0 <= alias.input < count for alias in aliases):
-        raise Unreadable("it returns an input that there is not")
-    return graph, aliases
+    roles = [slot.role for slot in graph.signature.inputs]
+    for alias in aliases:
+        if not 0 <= alias.input < len(roles):
+            raise Unreadable("it returns an input that there is not")
+        if any(i >= len(roles) or roles[i] is not Role.SIZE for i in alias.reads()):
+            raise Unreadable("it returns a view whose size is none")
+    return graph, aliases, known
 
 
 def _annotate(node: fx.Node, row: Any, traces: Any, stacks: Any) -> None:

@@ -24,6 +24,7 @@ from graphopt.capture.kept.fingerprints import Fingerprints, Unkept, digest
 from graphopt.capture.kept.operators import kernels_of_torch_only
 
 _PLAIN = (type(None), bool, int, float, str)
+_NOTHING: Mapping[int, str] = {}
 
 
 def key_of(
@@ -31,8 +32,16 @@ def key_of(
     forward: Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],
+    varying: Mapping[int, Mapping[int, str]] | None = None,
 ) -> str:
     """The key of one call in this process.
+
+    Args:
+        model: of the call.
+        forward: its function.
+        args: of the call.
+        kwargs: of the call.
+        varying: names of the sizes that are symbols, by the identity of a tensor and its dimension.
 
     Raises:
         Unkept: of calls in this mode none is kept.
@@ -47,9 +56,12 @@ def key_of(
     of = Fingerprints()
     code = getattr(forward, "__code__", None)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    names = varying or {}
+    given = [_leaf(leaf, names.get(id(leaf), {})) for leaf in leaves]
+    symbols = sorted(name for dims in names.values() for name in dims.values())
     return digest([
         _environment(), _state(), of.code(code) if code is not None else "",
-        of.kind(model), spec, *(_leaf(leaf) for leaf in leaves), *_modules(model),
+        of.kind(model), spec, *given, *_modules(model), *symbols,
     ])  # fmt: skip
 
 
@@ -59,15 +71,24 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def _leaf(leaf: object) -> str:
+def _leaf(leaf: object, varying: Mapping[int, str] = _NOTHING) -> str:
     if isinstance(leaf, Tensor):
+        shape = tuple(varying.get(number, size) for number, size in enumerate(leaf.shape))
+        form: object = leaf.layout
+        if leaf.layout is torch.strided:
+            form = _order(leaf.stride()) if varying else leaf.stride()
         return str((
-            type(leaf).__name__, tuple(leaf.shape), leaf.stride() if leaf.layout is torch.strided
-            else leaf.layout, leaf.dtype, str(leaf.device), leaf.requires_grad,
+            type(leaf).__name__, shape, form, leaf.dtype, str(leaf.device), leaf.requires_grad,
         ))  # fmt: skip
     return (
         f"{type(leaf).__qualname__} {leaf!r}" if type(leaf) in _PLAIN else type(leaf).__qualname__
     )
+
+
+def _order(strides: Sequence[int]) -> list[int]:
+    """Which dimensions lie within which others, as far as that is the same at all sizes."""
+    steps = sorted({*strides, 0, 1})
+    return [steps.index(stride) for stride in strides]
 
 
 def _modules(model: nn.Module) -> list[str]:

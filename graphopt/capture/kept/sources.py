@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch._dynamo import source as of_dynamo
+from torch._dynamo.source import TensorProperty
 from torch._guards import Source
 
 from graphopt.capture.kept.fingerprints import Unkept
@@ -49,7 +51,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "CodeSource": (),
     "ClosureSource": (),
     "GlobalStateSource": (),
+    "TensorPropertySource": ("prop", "idx"),
 }
+_PROPERTIES = {p.method_name(): p for p in TensorProperty}
+# Of tensors alone: an object may have a method of such a name that does something.
+_OF_TENSORS = {name: getattr(Tensor, name) for name in _PROPERTIES}
 _IDENTIFIERS = ("member", "local_name", "global_name", "freevar_name")
 _ROOTS = ("LocalSource", "GlobalSource", "GlobalStateSource")
 
@@ -105,6 +111,8 @@ class Writer:
             value = getattr(source, name)
             if isinstance(value, Source):
                 value = {"at": self.add(value)}
+            if isinstance(value, TensorProperty):
+                value = value.method_name()
             if not _sound(name, value, kind):
                 raise Unkept(f"it depends on {source.name}")
             row.append(BUILTINS if kind == "GlobalSource" and value == self._builtins else value)
@@ -127,6 +135,10 @@ def _sound(name: str, value: object, kind: str) -> bool:
         return kind == "DictGetItemSource" and list(value) == ["at"] and type(value["at"]) is int
     if name == "idx_key" and type(value) is str:
         return value.isidentifier()
+    if name == "prop":
+        return type(value) is str and value in _PROPERTIES
+    if name == "idx":
+        return value is None or (type(value) is int and value >= 0)
     return type(value) in (int, str)
 
 
@@ -163,6 +175,8 @@ def _source(row: Any, made: Sequence[Source], builtins: str) -> Source:
         given[name] = _at(made, value["at"]) if isinstance(value, dict) else value
     if kind == "GlobalSource" and given["global_name"] == BUILTINS:
         given["global_name"] = builtins
+    if "prop" in given:
+        given["prop"] = _PROPERTIES[given["prop"]]
     if kind not in _ROOTS:
         given["base"] = _at(made, base)
     try:
@@ -191,7 +205,7 @@ def reader(sources: Sequence[Source]) -> Callable[[Any, Any], tuple[Any, ...]]:
 
     wanted = [place(source) for source in sources]
     text = f"def read(L, G):\n{''.join(lines)}    return ({''.join(f'{v}, ' for v in wanted)})\n"
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = dict(_OF_TENSORS)
     exec(compile(text, "<the inputs of a kept capture>", "exec"), scope)
     return scope["read"]  # type: ignore[no-any-return]
 
@@ -207,6 +221,9 @@ def _written(source: Any, place: Callable[[Source], str]) -> str:
         where = "__kwdefaults__" if source.is_kw else "__defaults__"
         return f"{base}.{where}[{source.idx_key!r}]"
     names = [getattr(source, name) for name in _NAMES[kind]]
+    if kind == "TensorPropertySource":
+        index = "" if source.idx is None else f", {source.idx}"
+        return f"{source.prop.method_name()}({base}{index})"
     if names and isinstance(names[0], Source):
         return f"{base}[{place(names[0])}]"
     return _STEPS[kind].format(base, *names)

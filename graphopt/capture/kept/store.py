@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,19 @@ class Store:
             why = getattr(error, "strerror", None) or error  # without the name of the file
             self.warn(f"captures cannot be kept for later processes: {why} ({_root()})")
         return told
+
+    def free(self, keys: Sequence[str]) -> str:
+        """The first of these keys that has no entry, else the one that was written longest ago."""
+        try:
+            written = {key: self._file(key).stat().st_mtime for key in keys}
+        except (OSError, RuntimeError):
+            return next((key for key in keys if not self._there(key)), keys[0])
+        return min(keys, key=written.__getitem__)
+
+    def _there(self, key: str) -> bool:
+        with contextlib.suppress(OSError, RuntimeError):
+            return self._file(key).exists()
+        return False
 
     def damaged(self, key: str, reason: str) -> None:
         """Say that an entry cannot be used, and take it away."""
