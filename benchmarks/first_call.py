@@ -176,26 +176,35 @@ def share(one: Mapping[str, Any], clock: str) -> float:
     return round(warm / one["cold"]["first"][clock], 3)
 
 
+def kept(times: Any, variants: Sequence[str], *, quiet: bool) -> dict[str, Any]:
+    """What is kept of a model; the wall says nothing where others have the machine, too."""
+    clocks = CLOCKS if quiet else CLOCKS[1:]
+    for one in times.values():
+        for run in (one["cold"], *one["warm"]):
+            for step in ("first", "second"):
+                run[step] = {clock: run[step][clock] for clock in clocks}
+    ours, peer = (times[variant]["cold"]["first"] for variant in variants)
+    return {
+        "threads": torch.get_num_threads(),
+        "quiet": quiet,
+        "warm over cold": {
+            variant: {clock: share(one, clock) for clock in clocks}
+            for variant, one in times.items()
+        },
+        "cold over the peer's cold": {
+            clock: round(ours[clock] / peer[clock], 3) for clock in clocks
+        },
+        "runs": times,
+    }
+
+
 def main(backend: str, names: Sequence[str]) -> None:
     """Measure some models; results of others that are there stay."""
     file = RESULTS / "first_call.json"
     results: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
     for name in names:
         times = measured(name, VARIANTS[backend])
-        ours, peer = (times[variant] for variant in VARIANTS[backend])
-        entry = {
-            "threads": torch.get_num_threads(),
-            "quiet": os.nice(0) == 0,
-            "warm over cold": {
-                variant: {clock: share(one, clock) for clock in CLOCKS}
-                for variant, one in times.items()
-            },
-            "cold over the peer's cold": {
-                clock: round(ours["cold"]["first"][clock] / peer["cold"]["first"][clock], 3)
-                for clock in CLOCKS
-            },
-            "runs": times,
-        }
+        entry = kept(times, VARIANTS[backend], quiet=os.nice(0) == 0)
         results.setdefault(backend, {})[name] = entry
         shown = {key: value for key, value in entry.items() if key != "runs"}
         print(backend, name, json.dumps(shown), flush=True)

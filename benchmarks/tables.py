@@ -103,18 +103,17 @@ def inference(results: Results) -> Lines:
 
 
 def first_call(results: Results) -> Lines:
-    """First calls of ``benchmarks.first_call``: seconds of the wall."""
-    yield from _head("model", "", "later step", "cold", "warm", "warm over cold")
+    """First calls of ``benchmarks.first_call``, in seconds of the wall where that was measured."""
+    yield from _head("model", "", "seconds of the", "later step", "cold", "warm", "warm over cold")
     for backend in results.values():
         for name, found in backend.items():
             for variant, runs in found["runs"].items():
-                later = statistics.median(run["second"]["wall"] for run in runs["warm"])
-                warm = statistics.median(run["first"]["wall"] for run in runs["warm"])
-                share = found["warm over cold"][variant]["wall"]
-                cold = runs["cold"]["first"]["wall"]
-                yield _row(
-                    name, variant, f"{later:.2f}", f"{cold:.2f}", f"{warm:.2f}", f"{share:.2f}"
-                )
+                clock = "wall" if "wall" in runs["cold"]["first"] else "processor"
+                later = statistics.median(run["second"][clock] for run in runs["warm"])
+                warm = statistics.median(run["first"][clock] for run in runs["warm"])
+                share, cold = found["warm over cold"][variant][clock], runs["cold"]["first"][clock]
+                seconds = (f"{s:.2f}" for s in (later, cold, warm, share))
+                yield _row(name, variant, clock, *seconds)
 
 
 def commands(results: Results) -> Lines:
