@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import functools
 import os
+import re
 import sys
 import traceback
 import types
@@ -24,7 +25,8 @@ from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, Guard, GuardsSet, Source, compile_context
 from torch.utils.weak import TensorWeakRef
 
-from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
+from graphopt.capture.kept.fingerprints import NAMED_TUPLE, Fingerprints, Unkept
+from graphopt.capture.kept.library import library_of, same_library
 from graphopt.capture.kept.sources import BUILTINS, Misfit, Unreadable, Writer, read_sources, reader
 
 # Of the state of the process, which is part of the key of a capture.
@@ -41,11 +43,17 @@ _KINDS = _GLOBAL | _WHOLE | {
     "EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR", "DICT_CONTAINS",
     "DICT_NOT_CONTAINS", "DUPLICATE_INPUT",
 }  # fmt: skip
+# How Dynamo names what it puts into the global variables of forward.
+_BY_ADDRESS = re.compile(r"\w*_\d+_c\d+")
 _OPTIONS: dict[str, tuple[type, ...]] = {"attr": (str,), "key": (str, int), "invert": (bool,)}
 
 
 def conditions_of(
-    state: Any, imports: Mapping[str, str], traced: Sequence[types.CodeType], writer: Writer
+    state: Any,
+    imports: Mapping[str, str],
+    traced: Sequence[types.CodeType],
+    writer: Writer,
+    of: Fingerprints,
 ) -> dict[str, Any]:
     """All conditions of a capture as data, without the table of places that `writer` makes.
 
@@ -54,6 +62,7 @@ def conditions_of(
         imports: modules that guards find under names of Dynamo's own.
         traced: the code that Dynamo went through.
         writer: of places.
+        of: fingerprints; what was met is known, too.
 
     Raises:
         Unkept: something that it depends on cannot be told.
@@ -64,9 +73,13 @@ def conditions_of(
         raise Unkept("there is a default device")
     if state.aotautograd_guards or state.shape_env is None or state.shape_env.guards:
         raise Unkept("it has conditions on sizes")
-    of = Fingerprints()
     variables = {"L": state.local_scope, "G": state.global_scope}
-    guards = sorted(guard for guard in state.guards if guard.create_fn_name() != "SHAPE_ENV")
+    guards = sorted(
+        guard
+        for guard in state.guards
+        if guard.create_fn_name() != "SHAPE_ENV"
+        and not in_a_named_tuple(guard.originating_source, state.global_scope)
+    )
     lines = [(guard, *written(guard, writer)) for guard in guards]
     sources = {g.originating_source: None for g in guards if g.create_fn_name() not in _GLOBAL}
     others = {g.create_fn.keywords["source_b"] for g in guards if _is_pair(g)}
@@ -80,16 +93,44 @@ def conditions_of(
         else:
             told = fingerprint(kind, value, options, of)
         rows.append([place, kind, options, told, last_line(guard)])
+    traced = [code for code in traced if not _of_torch(code)]
+    library = library_of((code for code in traced if code not in of.codes), of)
     for code in traced:
-        if code not in of.codes and not _of_torch(code):
+        if code not in of.codes:
             raise Unkept(f"it goes through {code.co_qualname}, which no condition leads to")
     tensors = [values[g.originating_source] for g in guards if g.create_fn_name() == "TENSOR_MATCH"]
     return {
-        "imports": dict(imports),
+        "imports": {**imports, **_modules(writer, state.global_scope)},
+        "library": library,
         "ordered": [writer.add(source) for source in state.guard_on_key_order],
         "conditions": rows,
         "sharing": sharing(tensors),
     }
+
+
+def _modules(writer: Writer, scope: Mapping[str, Any]) -> dict[str, str]:
+    """Modules among the global variables that Dynamo has named by an address.
+
+    Raises:
+        Unkept: another object is among them, which no other process finds.
+    """
+    names = [row[2] for row in writer.rows if row[0] == "GlobalSource"]
+    found = {name: scope.get(name) for name in names if _BY_ADDRESS.fullmatch(name)}
+    if not all(isinstance(value, types.ModuleType) for value in found.values()):
+        raise Unkept("it depends on an object that is in no module")
+    return {name: value.__name__ for name, value in found.items() if value is not None}
+
+
+def in_a_named_tuple(source: Any, scope: Mapping[str, Any]) -> bool:
+    """Whether a place is in the variables that `collections.namedtuple` gives to a class.
+
+    They are in no module; what they hold is told with the class.
+    """
+    while hasattr(source, "base"):
+        source = source.base
+    found = scope.get(getattr(source, "global_name", ""))
+    own = isinstance(found, dict) and _BY_ADDRESS.fullmatch(source.global_name)
+    return bool(own) and str(found.get("__name__")).startswith(NAMED_TUPLE)
 
 
 def _is_pair(guard: Guard) -> bool:
@@ -194,7 +235,7 @@ class Kept:
             raise Misfit(f"a value is not there: {error}") from error
         places = [i for i in wanted if not self._of_process(i)]
         self.values = dict(zip(places, values, strict=True))
-        self._compare(rows)
+        self._compare(rows, data.get("library"))
         self.guards = [self._guard(row[0], row[1], row[2], row[4]) for row in rows]
         self.ordered = {self.source(index) for index in _listed(data, "ordered")}
 
@@ -207,8 +248,9 @@ class Kept:
     def _of_process(self, index: int) -> bool:
         return type(self.source(index)).__name__ == "GlobalStateSource"
 
-    def _compare(self, rows: Sequence[Sequence[Any]]) -> None:
+    def _compare(self, rows: Sequence[Sequence[Any]], library: object) -> None:
         of = Fingerprints()
+        same_library(library, of)
         tensors = [self.values[row[0]] for row in rows if row[1] == "TENSOR_MATCH"]
         for place, kind, options, expected, _ in rows:
             value = self.values.get(place)

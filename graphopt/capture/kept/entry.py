@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dis
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +12,13 @@ from torch import Tensor, nn
 
 from graphopt.capture.flat import Bind, Runner, name_inputs
 from graphopt.capture.guards import Constants, Guard
+from graphopt.capture.kept.building import only_builds
+from graphopt.capture.kept.classes import read_classes
 from graphopt.capture.kept.conditions import Kept, conditions_of
-from graphopt.capture.kept.fingerprints import Unkept
+from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
-from graphopt.capture.kept.results import containers, maker, result_of
+from graphopt.capture.kept.results import Make, maker
+from graphopt.capture.kept.returned import Returned, objects, same
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
 from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Plan, Role, Signature, Slot
@@ -82,45 +83,49 @@ def described(
         Unkept: it depends on something that cannot be told.
     """
     captured = output.graph_capture_output
-    if not _only_builds(captured.bytecode):
+    graph = output.backend_input.backend_id
+    if not only_builds(captured.bytecode, graph, captured.f_globals):
         raise Unkept("forward does more around its graph than take inputs and return results")
     state = captured.output_graph
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
-    conditions = conditions_of(state, captured.import_sources, captured.traced_code, writer)
+    of = Fingerprints()
     tensors = [
         g.originating_source for g in state.guards if g.create_fn_name() == "TENSOR_MATCH"
     ]  # fmt: skip
     values = reader(tensors)(state.local_scope, state.global_scope)
     at = {id(v): writer.add(s) for s, v in zip(tensors, values, strict=True)}
-    if missing := [tensor for tensor in inputs if id(tensor) not in at]:
-        raise Unkept(f"a tensor of shape {tuple(missing[0].shape)} has no place of its own")
     outputs = [torch.empty(()) for _ in range(results)]
     first, second = (call(bind(lambda _: tuple(outputs))) for _ in range(2))
-    if {*map(id, containers(first))} & {*map(id, containers(second))}:
-        raise Unkept("forward returns a list or a dictionary that was there before")
-    return {
+    returned = Returned(first, outputs, {id(t): at[id(t)] for t in inputs if id(t) in at}, of)
+    if {*map(id, objects(first))} & {*map(id, objects(second))}:
+        raise Unkept("forward returns a list, a dictionary or an object that was there before")
+    conditions = conditions_of(state, captured.import_sources, captured.traced_code, writer, of)
+    if missing := [tensor for tensor in inputs if id(tensor) not in at]:
+        raise Unkept(f"a tensor of shape {tuple(missing[0].shape)} has no place of its own")
+    description = {
         **conditions,
         "inputs": [at[id(tensor)] for tensor in inputs],
-        "returns": result_of(first, outputs, {id(t): at[id(t)] for t in inputs}),
+        "classes": returned.classes,
+        "returns": returned.data,
         "results": results,
         "places": writer.rows,
     }
+    again = _maker(description)(outputs, inputs)
+    if not same(first, again) or not same(second, again):
+        raise Unkept(f"forward returns a {type(first).__qualname__} that data does not hold")
+    return description
 
 
-_WRITES = frozenset({
-    "STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE",
-    "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_DEREF",
-})  # fmt: skip
-_READY = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
+def _maker(data: Mapping[str, Any]) -> Make:
+    """What makes the result of a call of those of the graph and of its inputs.
 
-
-def _only_builds(code: CodeType) -> bool:
-    """Whether bytecode of Dynamo's calls the graph and nothing else: no message, no class."""
-    steps = list(dis.get_instructions(code))
-    calls = sum(step.opname.startswith("CALL") for step in steps)
-    ready = sum(step.argval in _READY for step in steps)
-    writes = any(step.opname in _WRITES for step in steps)
-    return calls == ready + 1 and not writes
+    Raises:
+        Misfit: a class in it has changed.
+        Unreadable: the data says nothing of the kind.
+    """
+    places, results = data["inputs"], data["results"]
+    known = read_classes(data.get("classes"), Fingerprints())
+    return maker(data.get("returns"), results, {place: i for i, place in enumerate(places)}, known)
 
 
 def entry_of(
@@ -197,7 +202,7 @@ def _bound(
         raise Unreadable("it does not say what forward calls")
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
-    make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
+    make = _maker(data)
     graph = None
     if behind is None:
         graph, aliases = read_graph(data.get("graph"))

@@ -1,0 +1,145 @@
+"""Whether Dynamo's bytecode around a graph does nothing but build what forward returns.
+
+The bytecode takes inputs out of the call, calls the graph and makes objects of its results: tuples,
+named tuples, dataclasses, dictionaries. A print, a hook or a generator is another call in it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dis
+import sys
+from collections.abc import Mapping
+from types import CodeType, MethodType, ModuleType
+
+from torch.utils._pytree import is_structseq_class
+
+# Of existing lists, dictionaries and variables. Attributes of existing objects are looked at where
+# Dynamo notes them (`checkpoints.Changes`), so these here are those of new ones.
+_WRITES = frozenset({
+    "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE",
+    "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_DEREF",
+})  # fmt: skip
+_OTHER_CALLS = ("CALL_FUNCTION", "CALL_KW", "CALL_INTRINSIC", "KW_NAMES", "IMPORT", "SEND", "YIELD")
+_BUILDERS = frozenset({
+    "torch._dynamo.utils.record_pregraph_bytecode_enter",
+    "torch._dynamo.utils.record_pregraph_bytecode_exit",
+    "torch._dynamo.utils.object_setattr_ignore_descriptor",
+    "builtins.object.__setattr__",
+    "collections.OrderedDict",
+    "type",
+    # On values of the bytecode itself: it fills the dictionary of a new object.
+    "?.clear", "?.items", "?.__setitem__",
+})  # fmt: skip
+_UNKNOWN = "?"
+_MAKE = next(
+    constant
+    for constant in collections.namedtuple.__code__.co_consts
+    if isinstance(constant, CodeType) and constant.co_name == "_make"
+)
+_KEEP = ("POP", "STORE", "RETURN", "NOP", "RESUME", "MAKE_CELL", "COPY_FREE", "END_FOR", "JUMP")
+
+
+def only_builds(code: CodeType, graph: str, scope: Mapping[str, object]) -> bool:
+    """Whether bytecode of Dynamo's calls the graph once and nothing else that does anything.
+
+    Args:
+        code: the bytecode.
+        graph: the name of the global variable with the graph.
+        scope: global variables of the bytecode.
+    """
+    try:
+        called = _called(code)
+    except (IndexError, ValueError):  # of a Python whose bytecode is another one
+        return False
+    return called.count(graph) == 1 and all(
+        callee == graph or _is_builder(callee, scope) for callee in called
+    )
+
+
+def _is_builder(callee: object, scope: Mapping[str, object]) -> bool:
+    if isinstance(callee, str):
+        first, dot, rest = callee.partition(".")
+        module = scope.get(first)
+        name = f"{module.__name__}{dot}{rest}" if isinstance(module, ModuleType) else callee
+        return name in _BUILDERS or name.endswith(".__new__")
+    if isinstance(callee, MethodType):
+        return getattr(callee.__func__, "__code__", None) == _MAKE
+    return isinstance(callee, type) and is_structseq_class(callee)
+
+
+def _called(code: CodeType) -> list[object]:
+    """What each call of the bytecode calls: a constant, or the name it was read under.
+
+    Raises:
+        ValueError: it is no such bytecode.
+    """
+    stack: list[object] = []
+    variables: dict[str, object] = {}
+    called: list[object] = []
+    for step in dis.get_instructions(code):
+        name = step.opname
+        if name in _WRITES or name.startswith(_OTHER_CALLS):
+            raise ValueError(name)
+        if name == "CALL":
+            assert step.arg is not None
+            callee, bound = stack[-2 - step.arg], stack[-1 - step.arg]
+            called.append(bound if callee is None else callee)
+            del stack[-2 - step.arg :]
+            stack.append(_UNKNOWN)
+        else:
+            _follow(step, stack, variables)
+    return called
+
+
+def _follow(step: dis.Instruction, stack: list[object], variables: dict[str, object]) -> None:
+    """Carry out what an instruction does with names."""
+    name, arg = step.opname, step.arg or 0
+    if name.startswith(("LOAD_FAST", "STORE_FAST")):
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        kinds = [part for part in name.split("_") if part in ("LOAD", "STORE")]
+        for variable, kind in zip(names, kinds * len(names), strict=False):
+            if kind == "STORE":
+                variables[variable] = stack.pop()
+            else:
+                stack.append(variables.get(variable, variable))
+    elif name == "LOAD_GLOBAL":
+        null = [None] if arg & 1 else []
+        stack += [step.argval, *null] if step.argrepr.endswith("+ NULL") else [*null, step.argval]
+    elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+        base = stack.pop()
+        stack.append(f"{base if isinstance(base, str) else _UNKNOWN}.{step.argval}")
+        if name == "LOAD_METHOD" or "NULL" in step.argrepr:
+            stack.append(base)
+    elif name == "LOAD_CONST":
+        stack.append(step.argval if callable(step.argval) else _UNKNOWN)
+    elif name == "PUSH_NULL":
+        stack.append(None)
+    elif name == "COPY":
+        stack.append(stack[-arg])
+    elif name == "SWAP":
+        stack[-1], stack[-arg] = stack[-arg], stack[-1]
+    else:
+        _count(step, stack)
+
+
+def _count(step: dis.Instruction, stack: list[object]) -> None:
+    """Let the stack grow or shrink as an instruction does whose values have no names."""
+    name = step.opname
+    if name in ("PRECALL", "CACHE"):
+        return
+    if name == "JUMP_BACKWARD" and sys.version_info < (3, 12):  # behind a loop, its iterator goes
+        change = -1
+    elif name == "END_FOR":
+        change = -1 if sys.version_info < (3, 13) else 0
+    else:
+        arg = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+        change = dis.stack_effect(step.opcode, arg, jump=False)
+    if change < 0:
+        del stack[change:]
+    else:
+        stack += [_UNKNOWN] * change
+    if stack and not name.startswith(_KEEP):
+        stack[-1] = _UNKNOWN
+        if not name.startswith(("LOAD", "BUILD")) and change > 0:
+            stack[-1 - change] = _UNKNOWN
