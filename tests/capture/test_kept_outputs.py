@@ -146,7 +146,7 @@ class Net(nn.Module):
 # What is returned, by what it is.
 RETURNS = {
     "output": "return Output(loss=y.sum(), logits=y)",
-    "output in an output": "return Output(y, states=(y, x), inner=Output(logits=y, states={'x': x}))",
+    "nested": "return Output(y, states=(y, x), inner=Output(logits=y, states={'x': x}))",
     "assigned": "out = Output(logits=y); out['states'] = (y + 1,); out.loss = y.sum(); return out",
     "dataclass": "return Plain(y)",
     "frozen": "return Frozen(y, x)",
@@ -355,23 +355,26 @@ def test_a_poisoned_class_is_a_miss_and_imports_nothing(
         assert capture(net(folder, returned), (X,), store=Store()).route == "kept"
 
 
+OBJECT = "forward returns an object of class"
 AROUND = "forward does more around its graph than take inputs and return results"
 
 
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        ("return Extra(y)", "forward returns a Extra with 'hidden', which is no plain field"),
-        ("return Closing(y)", "forward returns a Closing"),
+        ("return Extra(y)", f"{OBJECT} Extra with 'hidden', which is no plain field"),
+        ("return Closing(y)", f"{OBJECT} Closing"),
+        ("return Counted(out=y)", f"{OBJECT} Counted"),
+        ("return Inner(y)", "forward returns an object of _made.<locals>.Inner, which is in no "
+         "module"),
         ("return Talking(y)", AROUND),
         ("return Noting(y)", "forward changes Python objects"),
-        ("return Inner(y)", "forward returns a _made.<locals>.Inner, a class without a place in a "
-         "module"),
         ("return y, self.old", "forward returns a list, a dictionary or an object that was there "
          "before"),
         ("z = [y]; return z, z", "forward returns the same list twice"),
         ("z = Plain(y); return z, z", "forward returns the same Plain twice"),
-        ("return Counted(out=y)", "forward returns a Counted"),
+        ("out = Output(y); OrderedDict.__setitem__(out, 'x', y); return out",
+         f"{OBJECT} Output with items that are no fields"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_object_says_why(folder: Path, returned: str, reason: str) -> None:

@@ -91,9 +91,9 @@ def row_of(cls: type, of: Fingerprints) -> list[Any]:
         Unkept: it is of no known kind, or cannot be found by its name.
     """
     if kind_of(cls) is None:
-        raise Unkept(f"forward returns a {cls.__qualname__}")
+        raise Unkept(f"forward returns an object of class {cls.__qualname__}")
     if found(cls.__module__, cls.__qualname__) is not cls:
-        raise Unkept(f"forward returns a {cls.__qualname__}, a class without a place in a module")
+        raise Unkept(f"forward returns an object of {cls.__qualname__}, which is in no module")
     return [cls.__module__, cls.__qualname__, fields_of(cls), of.value(cls)]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch._dynamo.guards import CheckFunctionManager, GuardBuilder
 from torch._dynamo.output_graph import OutputGraphGuardsState
+from torch._dynamo.source import is_from_skip_guard_source
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, Guard, GuardsSet, Source, compile_context
 from torch.utils.weak import TensorWeakRef
@@ -102,7 +103,11 @@ def conditions_of(
     return {
         "imports": {**imports, **_modules(writer, state.global_scope)},
         "library": library,
-        "ordered": [writer.add(source) for source in state.guard_on_key_order],
+        "ordered": [
+            writer.add(source)
+            for source in state.guard_on_key_order
+            if not is_from_skip_guard_source(source)  # on which there are no conditions
+        ],
         "conditions": rows,
         "sharing": sharing(tensors),
     }

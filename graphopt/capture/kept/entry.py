@@ -112,7 +112,8 @@ def described(
     }
     again = _maker(description)(outputs, inputs)
     if not same(first, again) or not same(second, again):
-        raise Unkept(f"forward returns a {type(first).__qualname__} that data does not hold")
+        name = type(first).__qualname__
+        raise Unkept(f"forward returns an object of class {name} that no data holds")
     return description
 
 

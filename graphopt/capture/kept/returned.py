@@ -67,7 +67,9 @@ class Returned:
         number = self._class(kind)
         if isinstance(value, tuple):
             if getattr(value, "__dict__", None):
-                raise Unkept(f"forward returns a {kind.__qualname__} with attributes")
+                raise Unkept(
+                    f"forward returns an object of class {kind.__qualname__} with attributes"
+                )
             return {"fields": [number, [self._data(item) for item in value]]}
         return {"object": [number, *self._object(value)]}
 
@@ -90,10 +92,11 @@ class Returned:
         cls, name = type(value), type(value).__qualname__
         attributes = classes.attributes_of(value)
         if others := [a for a in attributes if not classes.is_attribute(cls, a)]:
-            raise Unkept(f"forward returns a {name} with {others[0]!r}, which is no plain field")
+            why = f"with {others[0]!r}, which is no plain field"
+            raise Unkept(f"forward returns an object of class {name} {why}")
         items = _items(value)
         if any(attributes.get(key, items) is not item for key, item in items):
-            raise Unkept(f"forward returns a {name} with items that are no fields of it")
+            raise Unkept(f"forward returns an object of class {name} with items that are no fields")
         pairs = [[key, self._data(item)] for key, item in attributes.items()]
         return [pairs, [key for key, _ in items]]
 
