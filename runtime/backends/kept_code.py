@@ -37,6 +37,7 @@ class Unreadable(Exception):
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)
 _PLAIN = (type(None), bool, int, float, str)
 _MOST = 1 << 16  # inputs
+_MOST_ELEMENTS = 1 << 14  # of a constant: a mask, or positions
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 
 
@@ -101,8 +102,8 @@ def code_data(graph: fx.Graph, owner: torch.nn.Module) -> dict[str, Any]:
 
 
 def _constant(value: object) -> dict[str, Any]:
-    if not isinstance(value, Tensor) or inlined(value) is None:
-        raise Untold("it holds a constant that is no small tensor")
+    if not isinstance(value, Tensor) or inlined(value, _MOST_ELEMENTS) is None:
+        raise Untold("it holds a constant that is large, or no plain tensor")
     return {
         "dtype": str(value.dtype).removeprefix("torch."),
         "shape": list(value.shape),
@@ -269,7 +270,7 @@ def _tensor(data: Any) -> Tensor:
     if not isinstance(dtype, torch.dtype):
         raise Unreadable("a constant of no type")
     shape, stride = tuple(data["shape"]), tuple(data["stride"])
-    if len(shape) != len(stride) or math.prod(shape) > 1 << 10:
+    if len(shape) != len(stride) or math.prod(shape) > _MOST_ELEMENTS:
         raise Unreadable("a constant that is none")
     kind = TensorType(dtype, shape, stride, torch.device("cpu"))
     return restored(kind, bytes.fromhex(data["bytes"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import warnings
 from collections import OrderedDict
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.capture import capture
 from graphopt.capture.kept import Misfit, Store, classes, store
-from graphopt.capture.kept.building import only_builds
+from graphopt.capture.kept.building import logs_around
 from graphopt.capture.kept.fingerprints import Fingerprints
+from graphopt.capture.kept.logs import read_logs
 from graphopt.model.surface import report
 from tests.capture.test_kept import Process, route
 from tests.capture.test_kept_damaged import body, signed
@@ -28,6 +30,8 @@ from tests.capture.test_kept_damaged import body, signed
 CLASSES = """
 import collections
 import dataclasses
+import inspect
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +39,7 @@ import torch
 from torch import nn
 
 NOTES = []
+LOGGER = logging.getLogger("kept_outputs")
 
 class Base(OrderedDict):
     def __post_init__(self):
@@ -382,6 +387,51 @@ def test_what_is_no_such_object_says_why(folder: Path, returned: str, reason: st
     assert (made.route, made.unkept) == ("dynamo", reason)
 
 
+def test_what_is_logged_is_logged_by_a_kept_call(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    returned = "LOGGER.warning('use %s', 'another'); return Plain(y)"
+    said = []
+    for route in ("dynamo", "kept"):
+        model = net(folder, returned)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="kept_outputs"):
+            graphopt.optimize(model, backend="eager", cache="captures", verify="off")
+            for _ in range(2):
+                model(X)
+        assert report(model).specialisations[-1].route == route
+        said.append(caplog.messages)
+    assert said == [["use another"] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (["kept_outputs", "setLevel", [0]], "a message of no logger"),
+        (["kept_outputs", "warning", [["x"]]], "a message of no logger"),
+        (["nobody", "warning", ["x"]], "a message of no logger"),
+        (["kept_outputs", "warning"], "a message that cannot be read"),
+    ],
+)
+def test_only_loggers_log(row: list[Any], reason: str) -> None:
+    logging.getLogger("kept_outputs")
+    with pytest.raises(Misfit, match=reason):
+        read_logs([row])
+    assert "nobody" not in logging.root.manager.loggerDict
+
+
+def test_functions_of_python_are_the_same_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo has no conditions on them."""
+    returned = "return y * len(inspect.signature(self.linear.forward).parameters)"
+    assert capture(net(folder, returned), (X,), store=Store()).unkept == ""
+    assert route(net(folder, returned), X) == "kept"
+    model = net(folder, returned)
+    monkeypatch.setattr("inspect.isfunction", lambda value: True)
+    assert route(model, X) == "dynamo"
+
+
 def _code(text: str) -> CodeType:
     scope: dict[str, Any] = {}
     exec(f"def f(x):\n    {text}", scope)
@@ -407,4 +457,4 @@ def _code(text: str) -> CodeType:
     ],
 )
 def test_bytecode_that_does_more_is_seen(text: str, builds: bool) -> None:
-    assert only_builds(_code(text), "graph", {}) is builds
+    assert logs_around(_code(text), "graph", {}) == ([] if builds else None)

@@ -1,4 +1,4 @@
-"""Whether Dynamo's bytecode around a graph does nothing but build what forward returns.
+"""Whether Dynamo's bytecode around a graph does nothing but build what forward returns, and log.
 
 The bytecode takes inputs out of the call, calls the graph and makes objects of its results: tuples,
 named tuples, dataclasses, dictionaries. A print, a hook or a generator is another call in it.
@@ -10,9 +10,13 @@ import collections
 import dis
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import CodeType, MethodType, ModuleType
+from typing import Any
 
 from torch.utils._pytree import is_structseq_class
+
+from graphopt.capture.kept.logs import log_of
 
 # Of existing lists, dictionaries and variables. Attributes of existing objects are looked at where
 # Dynamo notes them (`checkpoints.Changes`), so these here are those of new ones.
@@ -32,6 +36,15 @@ _BUILDERS = frozenset({
     "?.clear", "?.items", "?.__setitem__",
 })  # fmt: skip
 _UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A value that stands in the bytecode."""
+
+    value: object
+
+
 _MAKE = next(
     constant
     for constant in collections.namedtuple.__code__.co_consts
@@ -40,21 +53,25 @@ _MAKE = next(
 _KEEP = ("POP", "STORE", "RETURN", "NOP", "RESUME", "MAKE_CELL", "COPY_FREE", "END_FOR", "JUMP")
 
 
-def only_builds(code: CodeType, graph: str, scope: Mapping[str, object]) -> bool:
-    """Whether bytecode of Dynamo's calls the graph once and nothing else that does anything.
+def logs_around(code: CodeType, graph: str, scope: Mapping[str, object]) -> list[list[Any]] | None:
+    """What bytecode of Dynamo's logs, as data; ``None`` if it does more than build and log.
 
     Args:
         code: the bytecode.
-        graph: the name of the global variable with the graph.
+        graph: the name of the global variable with the graph, which it has to call once.
         scope: global variables of the bytecode.
     """
     try:
         called = _called(code)
     except (IndexError, ValueError):  # of a Python whose bytecode is another one
-        return False
-    return called.count(graph) == 1 and all(
-        callee == graph or _is_builder(callee, scope) for callee in called
-    )
+        return None
+    others = [(callee, args) for callee, args in called if callee != graph]
+    others = [(callee, args) for callee, args in others if not _is_builder(callee, scope)]
+    if len([callee for callee, _ in called if callee == graph]) != 1:
+        return None
+    logs = [log_of(callee, args, scope) for callee, args in others if isinstance(callee, str)]
+    found = [row for row in logs if row is not None]
+    return found if len(found) == len(others) else None
 
 
 def _is_builder(callee: object, scope: Mapping[str, object]) -> bool:
@@ -68,15 +85,15 @@ def _is_builder(callee: object, scope: Mapping[str, object]) -> bool:
     return isinstance(callee, type) and is_structseq_class(callee)
 
 
-def _called(code: CodeType) -> list[object]:
-    """What each call of the bytecode calls: a constant, or the name it was read under.
+def _called(code: CodeType) -> list[tuple[object, list[object]]]:
+    """What each call of the bytecode calls, and its arguments: constants, or names they have.
 
     Raises:
         ValueError: it is no such bytecode.
     """
     stack: list[object] = []
     variables: dict[str, object] = {}
-    called: list[object] = []
+    called: list[tuple[object, list[object]]] = []
     for step in dis.get_instructions(code):
         name = step.opname
         if name in _WRITES or name.startswith(_OTHER_CALLS):
@@ -84,7 +101,9 @@ def _called(code: CodeType) -> list[object]:
         if name == "CALL":
             assert step.arg is not None
             callee, bound = stack[-2 - step.arg], stack[-1 - step.arg]
-            called.append(bound if callee is None else callee)
+            args = stack[len(stack) - step.arg :]
+            known = [arg.value if isinstance(arg, _Constant) else stack for arg in args]
+            called.append((bound if callee is None else callee, known))
             del stack[-2 - step.arg :]
             stack.append(_UNKNOWN)
         else:
@@ -112,7 +131,7 @@ def _follow(step: dis.Instruction, stack: list[object], variables: dict[str, obj
         if name == "LOAD_METHOD" or "NULL" in step.argrepr:
             stack.append(base)
     elif name == "LOAD_CONST":
-        stack.append(step.argval if callable(step.argval) else _UNKNOWN)
+        stack.append(step.argval if callable(step.argval) else _Constant(step.argval))
     elif name == "PUSH_NULL":
         stack.append(None)
     elif name == "COPY":

@@ -134,8 +134,9 @@ def in_a_named_tuple(source: Any, scope: Mapping[str, Any]) -> bool:
     while hasattr(source, "base"):
         source = source.base
     found = scope.get(getattr(source, "global_name", ""))
-    own = isinstance(found, dict) and _BY_ADDRESS.fullmatch(source.global_name)
-    return bool(own) and str(found.get("__name__")).startswith(NAMED_TUPLE)
+    if not isinstance(found, dict) or not _BY_ADDRESS.fullmatch(source.global_name):
+        return False
+    return str(found.get("__name__")).startswith(NAMED_TUPLE)
 
 
 def _is_pair(guard: Guard) -> bool:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from graphopt.capture.flat import Bind, Runner, name_inputs
 from graphopt.capture.guards import Constants, Guard
-from graphopt.capture.kept.building import only_builds
+from graphopt.capture.kept.building import logs_around
 from graphopt.capture.kept.classes import read_classes
 from graphopt.capture.kept.conditions import Kept, conditions_of
 from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
+from graphopt.capture.kept.logs import read_logs
 from graphopt.capture.kept.results import Make, maker
 from graphopt.capture.kept.returned import Returned, objects, same
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
@@ -84,7 +85,8 @@ def described(
     """
     captured = output.graph_capture_output
     graph = output.backend_input.backend_id
-    if not only_builds(captured.bytecode, graph, captured.f_globals):
+    logs = logs_around(captured.bytecode, graph, captured.f_globals)
+    if logs is None:
         raise Unkept("forward does more around its graph than take inputs and return results")
     state = captured.output_graph
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
@@ -105,6 +107,7 @@ def described(
     description = {
         **conditions,
         "inputs": [at[id(tensor)] for tensor in inputs],
+        "logs": logs,
         "classes": returned.classes,
         "returns": returned.data,
         "results": results,
@@ -226,12 +229,15 @@ def _bound(
             raise Unreadable("the inputs of its graph have other forms")
     guard.manager = kept.manager(forward.__code__, guard)
     guard.constants = Constants(kept.guards, {"L": kept.variables, "G": kept.scope})
-    scope = kept.scope
+    scope, logs = kept.scope, read_logs(data.get("logs"))
 
     def bind(runner: Runner) -> Callable[..., object]:
         def call(*args: Any, **kwargs: Any) -> object:
             given = read(guard.variables(args, kwargs), scope)
-            return make(runner(given), given)
+            outputs = runner(given)
+            for log in logs:
+                log()
+            return make(outputs, given)
 
         return call
 
