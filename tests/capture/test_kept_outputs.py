@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.capture.kept import Misfit, Store, classes, store
+from graphopt.capture.kept import Misfit, Store, Unreadable, classes, store
 from graphopt.capture.kept.building import logs_around
 from graphopt.capture.kept.fingerprints import Fingerprints
 from graphopt.capture.kept.logs import read_logs
+from graphopt.capture.kept.results import maker
 from graphopt.model.surface import report
 from tests.capture.test_kept import Process, route
 from tests.capture.test_kept_damaged import body, signed
@@ -360,6 +361,19 @@ def test_a_poisoned_class_is_a_miss_and_imports_nothing(
         assert capture(net(folder, returned), (X,), store=Store()).route == "kept"
 
 
+@dataclasses.dataclass
+class Failed(Exception):
+    """Not made by `object.__new__`."""
+
+    out: Any = None
+
+
+def test_an_object_that_is_made_otherwise_is_seen_before_a_call() -> None:
+    data = {"object": [0, [["out", ONE]], []]}
+    with pytest.raises(Unreadable, match="it returns a Failed, which is not made so"):
+        maker(data, 0, {}, [Failed])
+
+
 OBJECT = "forward returns an object of class"
 AROUND = "forward does more around its graph than take inputs and return results"
 
@@ -392,14 +406,14 @@ def test_what_is_logged_is_logged_by_a_kept_call(
 ) -> None:
     returned = "LOGGER.warning('use %s', 'another'); return Plain(y)"
     said = []
-    for route in ("dynamo", "kept"):
+    for wanted in ("dynamo", "kept"):
         model = net(folder, returned)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="kept_outputs"):
             graphopt.optimize(model, backend="eager", cache="captures", verify="off")
             for _ in range(2):
                 model(X)
-        assert report(model).specialisations[-1].route == route
+        assert report(model).specialisations[-1].route == wanted
         said.append(caplog.messages)
     assert said == [["use another"] * 2] * 2
 

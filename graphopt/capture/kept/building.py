@@ -36,6 +36,7 @@ _BUILDERS = frozenset({
     "?.clear", "?.items", "?.__setitem__",
 })  # fmt: skip
 _UNKNOWN = "?"
+_OTHER = object()  # an argument that is no constant
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def logs_around(code: CodeType, graph: str, scope: Mapping[str, object]) -> list
     except (IndexError, ValueError):  # of a Python whose bytecode is another one
         return None
     others = [(callee, args) for callee, args in called if callee != graph]
-    others = [(callee, args) for callee, args in others if not _is_builder(callee, scope)]
-    if len([callee for callee, _ in called if callee == graph]) != 1:
+    if len(others) != len(called) - 1:
         return None
+    others = [(callee, args) for callee, args in others if not _is_builder(callee, scope)]
     logs = [log_of(callee, args, scope) for callee, args in others if isinstance(callee, str)]
     found = [row for row in logs if row is not None]
     return found if len(found) == len(others) else None
@@ -86,7 +87,7 @@ def _is_builder(callee: object, scope: Mapping[str, object]) -> bool:
 
 
 def _called(code: CodeType) -> list[tuple[object, list[object]]]:
-    """What each call of the bytecode calls, and its arguments: constants, or names they have.
+    """What each call of the bytecode calls, a constant or a name, and its constant arguments.
 
     Raises:
         ValueError: it is no such bytecode.
@@ -102,7 +103,7 @@ def _called(code: CodeType) -> list[tuple[object, list[object]]]:
             assert step.arg is not None
             callee, bound = stack[-2 - step.arg], stack[-1 - step.arg]
             args = stack[len(stack) - step.arg :]
-            known = [arg.value if isinstance(arg, _Constant) else stack for arg in args]
+            known = [arg.value if isinstance(arg, _Constant) else _OTHER for arg in args]
             called.append((bound if callee is None else callee, known))
             del stack[-2 - step.arg :]
             stack.append(_UNKNOWN)

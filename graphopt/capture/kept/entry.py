@@ -17,7 +17,7 @@ from graphopt.capture.kept.classes import read_classes
 from graphopt.capture.kept.conditions import Kept, conditions_of
 from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
-from graphopt.capture.kept.logs import read_logs
+from graphopt.capture.kept.logs import read_logs, silent
 from graphopt.capture.kept.results import Make, maker
 from graphopt.capture.kept.returned import Returned, objects, same
 from graphopt.capture.kept.sources import Misfit, Unreadable, Writer, reader
@@ -97,7 +97,8 @@ def described(
     values = reader(tensors)(state.local_scope, state.global_scope)
     at = {id(v): writer.add(s) for s, v in zip(tensors, values, strict=True)}
     outputs = [torch.empty(()) for _ in range(results)]
-    first, second = (call(bind(lambda _: tuple(outputs))) for _ in range(2))
+    with silent(logs):
+        first, second = (call(bind(lambda _: tuple(outputs))) for _ in range(2))
     returned = Returned(first, outputs, {id(t): at[id(t)] for t in inputs if id(t) in at}, of)
     if {*map(id, objects(first))} & {*map(id, objects(second))}:
         raise Unkept("forward returns a list, a dictionary or an object that was there before")

@@ -6,9 +6,11 @@ Libraries warn of settings in this way, most of them once per process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MethodType, ModuleType
 from typing import Any
+from unittest import mock
 
 from graphopt.capture.kept.sources import Unreadable
 from graphopt.capture.messages import METHODS
@@ -34,6 +36,15 @@ def log_of(callee: str, args: Sequence[object], scope: Mapping[str, object]) -> 
     logger, method = at.__self__, names[-1]
     row = [logger.name, method, list(args)]
     return row if _bound(logger.name, method) == at and _are_constants(args) else None
+
+
+@contextmanager
+def silent(rows: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """Within, these messages are not given out, nor do those of once per process count as given."""
+    with ExitStack() as stack:
+        for name, method, _ in rows:
+            stack.enter_context(mock.patch.object(_logger(name), method, return_value=None))
+        yield
 
 
 def read_logs(rows: object) -> list[Callable[[], object]]:
@@ -63,8 +74,12 @@ def _are_constants(args: Sequence[object]) -> bool:
 
 def _bound(name: str, method: str) -> MethodType | None:
     """The method of a logger that is there; none is made."""
-    logger = logging.root if name == "root" else logging.root.manager.loggerDict.get(name)
-    if method not in METHODS or type(logger) not in (logging.Logger, logging.RootLogger):
+    logger = _logger(name)
+    if method not in METHODS or type(logger) is not logging.Logger:
         return None
     found = getattr(logger, method, None)
     return found if isinstance(found, MethodType) else None
+
+
+def _logger(name: str) -> object:
+    return logging.root.manager.loggerDict.get(name)

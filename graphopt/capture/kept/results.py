@@ -117,6 +117,10 @@ class _Reader:
         if not listed or (items and not issubclass(cls, dict)):
             raise Unreadable(f"it returns a {cls.__qualname__} with other items")
         made = classes.object_maker(cls, names, items)
+        try:
+            made([None] * len(names))
+        except (TypeError, AttributeError) as error:
+            raise Unreadable(f"it returns a {cls.__qualname__}, which is not made so") from error
         return lambda outputs, given: made([part(outputs, given) for part in parts])
 
 
