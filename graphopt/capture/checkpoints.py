@@ -32,6 +32,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.gradients import leaf_of
+from graphopt.capture.restored import puts_back
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph, Level, source_of
 from graphopt.plan import Role
@@ -86,7 +87,8 @@ def noting_changes() -> Iterator[Changes]:
 
     def noting(effects: SideEffects, *args: Any, **kwargs: Any) -> None:
         for variable in list(effects.id_to_variable.values()):
-            if effects.is_modified(variable) and not isinstance(variable.mutation_type, _NEW):
+            new = isinstance(variable.mutation_type, _NEW)
+            if effects.is_modified(variable) and not (new or puts_back(effects, variable)):
                 changes.objects.append(variable)
                 changes.kept += _kept(effects, variable)
         generate(effects, *args, **kwargs)

@@ -31,7 +31,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 # Methods that transformers adds are cached, hence opaque to Dynamo.
 _ONCE = ("warning_once", "info_once", "warning_advice")
-_METHODS = frozenset([*_LEVELS, "log", *_ONCE])
+METHODS = frozenset([*_LEVELS, "log", *_ONCE])
 # Left out where they cannot come later: library code logs a lot, and nothing depends on it.
 _IGNORED = frozenset(["debug", "info", "warning", *_ONCE])
 
@@ -128,7 +128,7 @@ def _kept(tx: Any, value: Any) -> VariableTracker:
 
 def _log(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if name not in _METHODS:
+        if name not in METHODS:
             return original(self, tx, name, args, kwargs)
         if self.source is not None:
             method = DebuggingVariable(

@@ -17,13 +17,15 @@ _NUMBERS = frozenset({
 Elements = tuple[bool | int | float, ...] | bytes
 
 
-def inlined(tensor: Tensor) -> Elements | None:
+def inlined(tensor: Tensor, most: int = MOST_INLINED) -> Elements | None:
     """The elements to write; ``None`` for a tensor that a text holds by reference.
+
+    That are those with more elements than `most`, and those that are not plain and dense.
 
     Numbers where they give the same bits back, else the bytes (as for a NaN with a payload).
     """
     plain = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    if not plain or tensor.numel() > MOST_INLINED or tensor.device.type != "cpu":
+    if not plain or tensor.numel() > most or tensor.device.type != "cpu":
         return None
     if tensor.layout is not torch.strided or tensor.is_quantized or not _is_dense(tensor):
         return None

@@ -33,6 +33,7 @@ class Misfit(Exception):
 
 PLAIN = (type(None), bool, int, float, str)
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)
+_MOST = 1 << 14  # elements of a constant: a mask, or positions
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 _ANY = torch.empty(0)  # stands for a value where arguments are compared with a schema
 
@@ -59,8 +60,8 @@ def constant_data(value: object) -> dict[str, Any]:
     Raises:
         Untold: it is something else, or large.
     """
-    if not isinstance(value, Tensor) or inlined(value) is None:
-        raise Untold("it holds a constant that is no small tensor")
+    if not isinstance(value, Tensor) or inlined(value, _MOST) is None:
+        raise Untold("it holds a constant that is large, or no plain tensor")
     return {
         "dtype": str(value.dtype).removeprefix("torch."),
         "shape": list(value.shape),
@@ -105,7 +106,7 @@ def tensor_of(data: Any) -> Tensor:
     if not isinstance(dtype, torch.dtype):
         raise Unreadable("a constant of no type")
     shape, stride = tuple(data["shape"]), tuple(data["stride"])
-    if len(shape) != len(stride) or math.prod(shape) > 1 << 10:
+    if len(shape) != len(stride) or math.prod(shape) > _MOST:
         raise Unreadable("a constant that is none")
     kind = TensorType(dtype, shape, stride, torch.device("cpu"))
     return restored(kind, bytes.fromhex(data["bytes"]))

@@ -128,7 +128,7 @@ class Selecting(nn.Linear):
         (Squaring, "it calls kept_operators::squared, an operator whose code is not known"),
         (Counting, "forward changes Python objects"),
         (Printing, "forward does more around its graph than take inputs and return results"),
-        (Classy, "forward does more around its graph than take inputs and return results"),
+        (Classy, "forward returns an object of class Output"),
     ],
 )
 def test_what_cannot_be_kept_says_why(net: type[nn.Linear], reason: str) -> None:

@@ -113,8 +113,18 @@ def test_what_is_no_data_is_not_told() -> None:
         code_data(graph, torch.nn.Module())
     graph = fx.Graph()
     graph.output((graph.get_attr("weight"),))
-    with pytest.raises(Untold, match="a constant that is no small tensor"):
-        code_data(graph, torch.nn.Linear(100, 100))
+    with pytest.raises(Untold, match="it holds a constant that is large, or no plain tensor"):
+        code_data(graph, torch.nn.Linear(200, 200))
+
+
+def test_constants_are_the_same_bits() -> None:
+    """As a mask has them."""
+    graph, module = fx.Graph(), torch.nn.Module()
+    module.mask = torch.randn(64, 64).t()
+    graph.output((graph.get_attr("mask"),))
+    (found,) = code_of(json.loads(json.dumps(code_data(graph, module)))).run([])
+    assert torch.equal(found, module.mask)
+    assert found.stride() == (1, 64)
 
 
 @pytest.mark.parametrize(

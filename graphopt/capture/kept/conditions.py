@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import functools
 import os
+import re
 import sys
 import traceback
 import types
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch._dynamo.guards import CheckFunctionManager, GuardBuilder
 from torch._dynamo.output_graph import OutputGraphGuardsState
-from torch._dynamo.source import ShapeEnvSource
+from torch._dynamo.source import ShapeEnvSource, is_from_skip_guard_source
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, Guard, GuardsSet, Source, compile_context
 from torch.utils.weak import TensorWeakRef
 
-from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
+from graphopt.capture.kept.fingerprints import NAMED_TUPLE, Fingerprints, Unkept
+from graphopt.capture.kept.library import library_of, same_library
 from graphopt.capture.kept.sizes import Sizes, form_of
 from graphopt.capture.kept.sources import BUILTINS, Misfit, Unreadable, Writer, read_sources, reader
 
@@ -43,6 +45,8 @@ _KINDS = _GLOBAL | _WHOLE | {
     "EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR", "DICT_CONTAINS",
     "DICT_NOT_CONTAINS", "DUPLICATE_INPUT",
 }  # fmt: skip
+# How Dynamo names what it puts into the global variables of forward.
+_BY_ADDRESS = re.compile(r"\w*_\d+_c\d+")
 _OPTIONS: dict[str, tuple[type, ...]] = {"attr": (str,), "key": (str, int), "invert": (bool,)}
 _FORMS = ("size", "stride")  # of tensors of which some are symbols
 
@@ -53,6 +57,7 @@ def conditions_of(
     imports: Mapping[str, str],
     traced: Sequence[types.CodeType],
     writer: Writer,
+    of: Fingerprints,
     *,
     symbolic: bool,
 ) -> dict[str, Any]:
@@ -64,6 +69,7 @@ def conditions_of(
         imports: modules that guards find under names of Dynamo's own.
         traced: the code that Dynamo went through.
         writer: of places.
+        of: fingerprints; what was met is known, too.
         symbolic: whether sizes may be symbols, which have conditions of their own.
 
     Raises:
@@ -76,8 +82,12 @@ def conditions_of(
     asked = state.shape_env is None or (state.shape_env.guards and not symbolic)
     if state.aotautograd_guards or asked:
         raise Unkept("it has conditions on sizes")
-    of = Fingerprints()
-    guards = sorted(guard for guard in state.guards if guard.create_fn_name() != "SHAPE_ENV")
+    guards = sorted(
+        guard
+        for guard in state.guards
+        if guard.create_fn_name() != "SHAPE_ENV"
+        and not in_a_named_tuple(guard.originating_source, state.global_scope)
+    )
     lines = [(guard, *written(guard, writer)) for guard in guards]
     sources = {g.originating_source: None for g in guards if g.create_fn_name() not in _GLOBAL}
     others = {g.create_fn.keywords["source_b"] for g in guards if _is_pair(g)}
@@ -93,13 +103,20 @@ def conditions_of(
         else:
             told = fingerprint(kind, value, options, of)
         rows.append([place, kind, options, told, last_line(guard)])
+    traced = [code for code in traced if not _of_torch(code)]
+    library = library_of((code for code in traced if code not in of.codes), of)
     for code in traced:
-        if code not in of.codes and not _of_torch(code):
+        if code not in of.codes:
             raise Unkept(f"it goes through {code.co_qualname}, which no condition leads to")
     tensors = [values[g.originating_source] for g in guards if g.create_fn_name() == "TENSOR_MATCH"]
     return {
-        "imports": dict(imports),
-        "ordered": [writer.add(source) for source in state.guard_on_key_order],
+        "imports": {**imports, **_modules(writer, state.global_scope)},
+        "library": library,
+        "ordered": [
+            writer.add(source)
+            for source in state.guard_on_key_order
+            if not is_from_skip_guard_source(source)  # on which there are no conditions
+        ],
         "conditions": rows,
         "sharing": sharing(tensors),
     }
@@ -109,6 +126,32 @@ def forms(known: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Sizes and strides of a tensor without symbols, if some of them are symbols."""
     found = {name: form_of(known[name]) for name in _FORMS}
     return found if any(None in form for form in found.values()) else {}
+
+
+def _modules(writer: Writer, scope: Mapping[str, Any]) -> dict[str, str]:
+    """Modules among the global variables that Dynamo has named by an address.
+
+    Raises:
+        Unkept: another object is among them, which no other process finds.
+    """
+    names = [row[2] for row in writer.rows if row[0] == "GlobalSource"]
+    found = {name: scope.get(name) for name in names if _BY_ADDRESS.fullmatch(name)}
+    if not all(isinstance(value, types.ModuleType) for value in found.values()):
+        raise Unkept("it depends on an object that is in no module")
+    return {name: value.__name__ for name, value in found.items() if value is not None}
+
+
+def in_a_named_tuple(source: Any, scope: Mapping[str, Any]) -> bool:
+    """Whether a place is in the variables that `collections.namedtuple` gives to a class.
+
+    They are in no module; what they hold is told with the class.
+    """
+    while hasattr(source, "base"):
+        source = source.base
+    found = scope.get(getattr(source, "global_name", ""))
+    if not isinstance(found, dict) or not _BY_ADDRESS.fullmatch(source.global_name):
+        return False
+    return str(found.get("__name__")).startswith(NAMED_TUPLE)
 
 
 def _is_pair(guard: Guard) -> bool:
@@ -217,7 +260,7 @@ class Kept:
             raise Misfit(f"a value is not there: {error}") from error
         places = [i for i in wanted if not self._of_process(i)]
         self.values = dict(zip(places, values, strict=True))
-        self._compare(rows)
+        self._compare(rows, data.get("library"))
         if self.sizes:
             self.sizes.compare(self.values)
         self.guards = [self._guard(row[0], row[1], row[2], row[4]) for row in rows]
@@ -232,8 +275,9 @@ class Kept:
     def _of_process(self, index: int) -> bool:
         return type(self.source(index)).__name__ == "GlobalStateSource"
 
-    def _compare(self, rows: Sequence[Sequence[Any]]) -> None:
+    def _compare(self, rows: Sequence[Sequence[Any]], library: object) -> None:
         of = Fingerprints()
+        same_library(library, of)
         tensors = [self.values[row[0]] for row in rows if row[1] == "TENSOR_MATCH"]
         for place, kind, options, expected, _ in rows:
             value = self.values.get(place)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dis
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -18,10 +16,14 @@ from torch._guards import Source
 
 from graphopt.capture.flat import Bind, Runner, name_inputs
 from graphopt.capture.guards import Constants, Guard
+from graphopt.capture.kept.building import branches, logs_around
+from graphopt.capture.kept.classes import read_classes
 from graphopt.capture.kept.conditions import Kept, conditions_of
-from graphopt.capture.kept.fingerprints import Unkept
+from graphopt.capture.kept.fingerprints import Fingerprints, Unkept
 from graphopt.capture.kept.graphs import graph_data, read_graph
-from graphopt.capture.kept.results import containers, maker, result_of
+from graphopt.capture.kept.logs import read_logs, silent
+from graphopt.capture.kept.results import Make, maker
+from graphopt.capture.kept.returned import Returned, objects, same
 from graphopt.capture.kept.sizes import (
     Symbolic,
     Varying,
@@ -36,6 +38,8 @@ from graphopt.graph import Graph
 from graphopt.plan import OutputAlias, Plan, Role, Signature, Slot
 
 _PRIMAL = (Role.PARAM, Role.BUFFER, Role.INPUT, Role.SIZE)
+_AROUND = "forward does more around its graph than take inputs and return results"
+_READS = ("call_size", "call_stride", "call_storage_offset")
 
 
 class Behind(Protocol):
@@ -103,39 +107,61 @@ def described(
         Unkept: it depends on something that cannot be told.
     """
     captured = output.graph_capture_output
-    state = captured.output_graph
+    graph = output.backend_input.backend_id
+    logs = logs_around(captured.bytecode, graph, captured.f_globals)
     reads = sum(not isinstance(value, Tensor) for value in inputs)
-    if not _only_builds(captured.bytecode, reads):
-        raise Unkept("forward does more around its graph than take inputs and return results")
+    # What is read off tensors in a run is all there is where each step runs once.
+    if logs is None or (reads and branches(captured.bytecode)):
+        raise Unkept(_AROUND)
     outputs = [torch.empty(()) for _ in range(results)]
     run = _Run(outputs)
-    with run.counting():
-        first = call(bind(run))
-    second = call(bind(lambda _: tuple(outputs)))
+    with silent(logs):
+        with run.counting():
+            first = call(bind(run))
+        second = call(bind(lambda _: tuple(outputs)))
     if (run.reads, run.reads_later) != (reads, 0):  # so each of the calls that were counted is one
-        raise Unkept("forward does more around its graph than take inputs and return results")
+        raise Unkept(_AROUND)
+    state, of = captured.output_graph, Fingerprints()
     writer = Writer(state.name_of_builtins_dict_key_in_fglobals)
     scope = {"L": variables, "G": state.global_scope}
-    told = (state, scope, captured.import_sources, captured.traced_code, writer)
-    conditions = conditions_of(*told, symbolic=varying is not None)
     tensors = [
         g.originating_source for g in state.guards if g.create_fn_name() == "TENSOR_MATCH"
     ]  # fmt: skip
     values = reader(tensors)(scope["L"], scope["G"])
     at = {id(v): writer.add(s) for s, v in zip(tensors, values, strict=True)}
+    returned = Returned(first, outputs, {id(t): at[id(t)] for t in inputs if id(t) in at}, of)
+    if {*map(id, objects(first))} & {*map(id, objects(second))}:
+        raise Unkept("forward returns a list, a dictionary or an object that was there before")
+    told = (state, scope, captured.import_sources, captured.traced_code, writer, of)
+    conditions = conditions_of(*told, symbolic=varying is not None)
     if varying is not None:
         conditions["sizes"] = sizes_data(varying, writer)
-    places = [_place(i, value, at, varying, writer) for i, value in enumerate(inputs)]
-    if {*map(id, containers(first))} & {*map(id, containers(second))}:
-        raise Unkept("forward returns a list or a dictionary that was there before")
-    given = {id(value): at[id(value)] for value in inputs if isinstance(value, Tensor)}
-    return {
+    description = {
         **conditions,
-        "inputs": places,
-        "returns": result_of(first, outputs, given),
+        "inputs": [_place(i, value, at, varying, writer) for i, value in enumerate(inputs)],
+        "logs": logs,
+        "classes": returned.classes,
+        "returns": returned.data,
         "results": results,
         "places": writer.rows,
     }
+    again = _maker(description)(outputs, inputs)
+    if not same(first, again) or not same(second, again):
+        name = type(first).__qualname__
+        raise Unkept(f"forward returns an object of class {name} that no data holds")
+    return description
+
+
+def _maker(data: Mapping[str, Any]) -> Make:
+    """What makes the result of a call of those of the graph and of its inputs.
+
+    Raises:
+        Misfit: a class in it has changed.
+        Unreadable: the data says nothing of the kind.
+    """
+    places, results = data["inputs"], data["results"]
+    known = read_classes(data.get("classes"), Fingerprints())
+    return maker(data.get("returns"), results, {place: i for i, place in enumerate(places)}, known)
 
 
 def _place(
@@ -187,30 +213,6 @@ class _Run:
                 own = counted(getattr(utils, name))
                 stack.enter_context(mock.patch.object(utils, name, own))
             yield
-
-
-_WRITES = frozenset({
-    "STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE",
-    "DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_DEREF",
-})  # fmt: skip
-_READY = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
-_READS = ("call_size", "call_stride", "call_storage_offset")
-
-
-def _only_builds(code: CodeType, reads: int) -> bool:
-    """Whether bytecode of Dynamo's calls the graph and nothing else: no message, no class.
-
-    Args:
-        code: it.
-        reads: how often it reads a size, by a call each.
-    """
-    steps = list(dis.get_instructions(code))
-    calls = sum(step.opname.startswith("CALL") for step in steps)
-    ready = sum(step.argval in _READY for step in steps)
-    writes = any(step.opname in _WRITES for step in steps)
-    # What was counted in a run is all there is where each step runs once.
-    branches = reads > 0 and any("JUMP" in step.opname or "ITER" in step.opname for step in steps)
-    return calls == ready + 1 + reads and not writes and not branches
 
 
 def entry_of(
@@ -290,7 +292,7 @@ def _bound(
         raise Unreadable("it does not say what forward calls")
     read = reader([kept.source(place) for place in places])
     inputs = read(kept.variables, kept.scope)
-    make = maker(data.get("returns"), results, {place: i for i, place in enumerate(places)})
+    make = _maker(data)
     graph, watch = None, None
     if behind is None:
         graph, aliases, known = read_graph(data.get("graph"))
@@ -315,12 +317,15 @@ def _bound(
         guard.reading = kept.sizes.reading(kept.scope)
     guard.manager = kept.manager(forward.__code__, guard)
     guard.constants = Constants(kept.guards, {"L": kept.variables, "G": kept.scope})
-    scope = kept.scope
+    scope, logs = kept.scope, read_logs(data.get("logs"))
 
     def bind(runner: Runner) -> Callable[..., object]:
         def call(*args: Any, **kwargs: Any) -> object:
             given = read(guard.variables(args, kwargs), scope)
-            return make(runner(given), given)
+            outputs = runner(given)
+            for log in logs:
+                log()
+            return make(outputs, given)
 
         return call
 

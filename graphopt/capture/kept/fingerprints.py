@@ -7,6 +7,7 @@ lines, defaults and what it closes over, a class by everything in it and in its 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -23,6 +24,10 @@ _PASSED = frozenset({
     "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__",
     "_abc_impl", "__slotnames__", "__parameters__", "__orig_bases__", "__firstlineno__",
 })  # fmt: skip
+# What makes a field of a dataclass another one.
+_OF_FIELD = ("name", "default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
+# The module that `collections.namedtuple` says functions are from that it makes.
+NAMED_TUPLE = "namedtuple_"
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _OF_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _NATIVE = (
@@ -130,6 +135,8 @@ class Fingerprints:
             return f"{type(value).__name__} {value}"
         if isinstance(value, type):
             return self._of_class(value)
+        if isinstance(value, CodeType):
+            return self.code(value)
         if isinstance(value, types.ModuleType):
             return f"module {value.__name__} {getattr(value, '__file__', '')}"
         if isinstance(value, _NATIVE):
@@ -152,6 +159,8 @@ class Fingerprints:
             # What a function closes over has conditions of its own where it is read.
             given = (value.__defaults__ or (), sorted((value.__kwdefaults__ or {}).items()))
             parts = [self.code(value.__code__), *map(self._loose, (*given, *cells))]
+            if str(value.__globals__.get("__name__")).startswith(NAMED_TUPLE):
+                parts.append(self._loose(value.__globals__.get("_tuple_new")))
             return digest([value.__module__, value.__qualname__, *parts])
         if isinstance(value, types.MethodType):
             return self._all([value.__func__, type(value.__self__)])
@@ -159,6 +168,8 @@ class Fingerprints:
             return self._all([type(value).__name__, value.__func__])
         if isinstance(value, property):
             return self._all(["property", value.fget, value.fset, value.fdel])
+        if isinstance(value, dataclasses.Field):
+            return digest(self._loose(getattr(value, name)) for name in _OF_FIELD)
         if isinstance(value, functools.partial):
             return self._all(["partial", value.func, value.args, value.keywords])
         if type(value) in (torch._ops.OpOverload, torch._ops.OpOverloadPacket):

@@ -37,6 +37,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "UnspecializedParamBufferSource": ("member",),
     "ParamBufferSource": ("member",),
     "DictGetItemSource": ("index",),
+    "DictSubclassGetItemSource": ("index",),
     "GetItemSource": ("index",),
     "ListGetItemSource": ("index",),
     "ConstDictKeySource": ("index",),
@@ -56,6 +57,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _PROPERTIES = {p.method_name(): p for p in TensorProperty}
 # Of tensors alone: an object may have a method of such a name that does something.
 _OF_TENSORS = {name: getattr(Tensor, name) for name in _PROPERTIES}
+# Where an index may be a place itself.
+_KEYED = ("DictGetItemSource", "DictSubclassGetItemSource")
 _IDENTIFIERS = ("member", "local_name", "global_name", "freevar_name")
 _ROOTS = ("LocalSource", "GlobalSource", "GlobalStateSource")
 
@@ -67,6 +70,7 @@ _STEPS: dict[str, str] = {
     "ParamBufferSource": "{0}.{1}",
     "CellContentsSource": "{0}.{1}",
     "DictGetItemSource": "{0}[{1!r}]",
+    "DictSubclassGetItemSource": "dict.__getitem__({0}, {1!r})",
     "GetItemSource": "{0}[{1!r}]",
     "ListGetItemSource": "list.__getitem__({0}, {1!r})",
     "ConstDictKeySource": "list(dict.keys({0}))[{1!r}]",
@@ -132,7 +136,7 @@ def _sound(name: str, value: object, kind: str) -> bool:
     if name.startswith("is_"):
         return type(value) is bool
     if isinstance(value, dict):
-        return kind == "DictGetItemSource" and list(value) == ["at"] and type(value["at"]) is int
+        return kind in _KEYED and list(value) == ["at"] and type(value["at"]) is int
     if name == "idx_key" and type(value) is str:
         return value.isidentifier()
     if name == "prop":
@@ -225,5 +229,5 @@ def _written(source: Any, place: Callable[[Source], str]) -> str:
         index = "" if source.idx is None else f", {source.idx}"
         return f"{source.prop.method_name()}({base}{index})"
     if names and isinstance(names[0], Source):
-        return f"{base}[{place(names[0])}]"
+        return _STEPS[kind].replace("{1!r}", "{1}").format(base, place(names[0]))
     return _STEPS[kind].format(base, *names)
