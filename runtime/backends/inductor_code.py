@@ -166,8 +166,8 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
 class _Retracing(fx.Interpreter):
     """Copies where a view is none any more.
 
-    Operators in parts may lay their result out otherwise than the kernel that a view was traced
-    behind: a product with a number keeps the order of dimensions that a kernel changes.
+    A decomposition may lay its result out otherwise than the kernel that a view was traced behind:
+    a concatenation with nothing keeps the order of dimensions, where the kernel makes rows.
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
