@@ -37,6 +37,9 @@ FACTOR = 64.0
 # How many times more than by a change of the inputs' last digits a gradient may move, where many
 # values were rounded and not only the inputs.
 NOISE = 64.0
+# By how many last digits inputs are changed, draw by draw: where a value jumps (a ReLU at 0), many
+# roundings on the way reach what one of an input does not.
+STEPS = (1, 1, 4, 4, 16, 16, 64, 64)
 # Types with a relative spacing above this are short; two graphs that both round to one may be this
 # many times further apart than one of them is from what it would be without rounding.
 SHORT = 1e-4
@@ -109,8 +112,8 @@ def rounding_noise(
         inputs: tensors of the captured call, one per input that is no tangent; not changed.
         trial: the call.
         state: the tensor of a ``STATE`` input, by its name; not changed.
-        draws: how many times inputs are changed. A value may jump (a ReLU at 0, the largest of
-            several), and not every change makes it.
+        draws: how many times inputs are changed, by `STEPS`. A value may jump (a ReLU at 0, the
+            largest of several), and not every change makes it.
 
     Returns:
         Absolute differences by the names of `graphopt.model.comparison.Observed`, of numbers that
@@ -146,9 +149,11 @@ def _rounding_noise(
         def nudged(draw: int, index: int, slot: Slot, value: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(2 + index + draw * 100_003)
             signs = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
-            return value * (1 + epsilon * signs.to(value))
+            return value * (1 + epsilon * STEPS[draw] * signs.to(value))
 
         for draw in range(draws):
+            # What is smooth moves as many times as far; what jumps does not.
+            changes.share = 1.0 / STEPS[draw]
             _run(graph, _values(graph, inputs, partial(nudged, draw), state), trial, changes)
         factor = NOISE
     found = {}
@@ -171,11 +176,13 @@ class _Changes:
     def __init__(self, exact: Filed) -> None:
         self._exact = exact
         self.found: dict[str, float] = {}
+        self.share = 1.0  # of a change that counts
 
     def __setitem__(self, name: str, value: object) -> None:
         exact = self._exact[name]
         if isinstance(exact, Tensor) and isinstance(value, Tensor):
-            self.found[name] = max(self.found.get(name, 0.0), _change(exact, value))
+            change = self.share * _change(exact, value)
+            self.found[name] = max(self.found.get(name, 0.0), change)
 
 
 def _change(value: Tensor, other: Tensor) -> float:

@@ -30,6 +30,7 @@ from graphopt.model.comparison import (
 from graphopt.model.entries import Verification
 from graphopt.model.stress import (
     SHORT,
+    STEPS,
     coarsest,
     first_difference,
     no_state,
@@ -43,7 +44,6 @@ from graphopt.plan import PlanPart
 
 # How far generated code may be off: relative, and in multiples of what rounding the inputs makes.
 GENERATED, GENERATED_NOISE = 1e-2, 64.0
-DRAWS = 8  # of such changes, before generated code counts as wrong
 REPORT_IT = "run the pipeline without this pass, and report it to its author"
 
 
@@ -233,7 +233,7 @@ class Check:
         beyond = partial(
             self._beyond, reference, actual, bound, stages, GENERATED_NOISE, 0.5, floor
         )
-        return beyond() and beyond(draws=DRAWS)
+        return beyond() and beyond(draws=len(STEPS))
 
     def _beyond(
         self,

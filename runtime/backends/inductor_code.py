@@ -148,7 +148,7 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     def run(*arguments: Any) -> Any:
-        return fx.Interpreter(module).run(*arguments)
+        return _Retracing(module).run(*arguments)
 
     fake_mode, values = mode_of(module), values_of(module)
     with (
@@ -161,6 +161,23 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
     for node in decomposed.graph.nodes:
         node.meta.setdefault("partitioner_tag", "is_forward")
     return decomposed
+
+
+class _Retracing(fx.Interpreter):
+    """Copies where a view is none any more.
+
+    A decomposition may lay its result out otherwise than the kernel that a view was traced behind:
+    a concatenation with nothing keeps the order of dimensions, where the kernel makes rows.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `fx.Interpreter`."""
+        try:
+            return super().call_function(target, args, kwargs)
+        except (ValueError, RuntimeError):
+            if target not in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                raise
+            return torch.reshape(*args, **kwargs)
 
 
 def prepare_inference(module: fx.GraphModule) -> fx.GraphModule:
