@@ -79,8 +79,11 @@ def retold(module: fx.GraphModule, data: Any, mode: FakeTensorMode) -> fx.GraphM
         module: whose data it is.
         data: of `graph_data`.
         mode: of the values in `module`.
+
+    Raises:
+        Unreadable: its data cannot be read back.
     """
-    made = _module(data, mode)
+    made = module_of(data, mode)
     nodes = sorted(module.graph.nodes, key=lambda node: _ORDER.index(node.op))
     for node, same in zip(nodes, made.graph.nodes, strict=True):
         same.meta = {**node.meta, **same.meta}
@@ -132,6 +135,8 @@ def _fake(form: Any, mode: FakeTensorMode) -> Tensor:
     if not isinstance(kind, torch.dtype) or not all(type(n) is int and n >= 0 for n in numbers):
         raise Unreadable("an input of no form")
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if 0 in sizes:
+        reach = 0
     if (offset + max(reach, math.prod(sizes))) * kind.itemsize >= 1 << 62:
         raise Unreadable("an input of no form")
     with mode:

@@ -99,6 +99,16 @@ def test_where_an_input_begins_in_its_memory_is_told() -> None:
     assert same.meta["val"].stride() == (3, 1)
 
 
+@pytest.mark.parametrize("form", [((0, 3), (3, 1)), ((2, 3), (0, 1)), ((), ())])
+def test_forms_are_those_of_the_inputs(form: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    module = _module(((2, 3), (3, 1)))
+    node = module.graph.find_nodes(op="placeholder")[0]
+    with FakeTensorMode():
+        node.meta["val"] = torch.empty_strided(*form)
+    (same,) = module_of(graph_data(module), FakeTensorMode()).graph.find_nodes(op="placeholder")
+    assert (same.meta["val"].shape, same.meta["val"].stride()) == form
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
