@@ -17,6 +17,8 @@ from hypothesis.internal.conjecture import providers
 from hypothesis.internal.constants_ast import Constants
 from torch.distributions import Distribution
 
+from graphopt.capture.kept import store
+
 # The suite tries the same examples every time; `make explore` tries new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=500)
@@ -45,6 +47,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     # Not `mktemp`, which looks through the folders of all tests so far; the cache makes its own.
     cache = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(store, "_warned", set())  # of which folders and entries a process was told
 
 
 @pytest.fixture(autouse=True)

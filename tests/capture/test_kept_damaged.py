@@ -30,13 +30,6 @@ class Net(nn.Sequential):
 X = torch.ones(2, 3)
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    store._warned.clear()
-    yield
-    store._warned.clear()
-
-
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one kept capture."""

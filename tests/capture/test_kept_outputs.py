@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.capture.kept import Misfit, Store, Unreadable, classes, store
+from graphopt.capture.kept import Misfit, Store, Unreadable, classes
 from graphopt.capture.kept.building import logs_around
 from graphopt.capture.kept.fingerprints import Fingerprints
 from graphopt.capture.kept.logs import read_logs
@@ -182,11 +182,9 @@ def called(model: nn.Module) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    store._warned.clear()
-    yield tmp_path
-    store._warned.clear()
+    return tmp_path
 
 
 def described(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphopt.capture import capture
-from graphopt.capture.kept import Entry, Misfit, Store, found, store
+from graphopt.capture.kept import Entry, Misfit, Store, found
 from graphopt.capture.sizes import Dimensions
 from tests.capture.test_kept_damaged import _places, body, signed
 from tests.capture.test_kept_sizes import Halves, captured
 
 X = torch.ones(4, 8)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    store._warned.clear()
-    yield
-    store._warned.clear()
 
 
 @pytest.fixture

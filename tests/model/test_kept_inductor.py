@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch._inductor import config
 from torch._inductor.decomposition import decompositions
 
 import graphopt
-from graphopt.capture.kept import store
 from graphopt.model import surface
 from graphopt.runtime.backends import inductor, inductor_code
 from tests.capture.test_kept_damaged import body, signed
@@ -29,11 +28,8 @@ from tests.model.test_kept_steps import Ran, step
 
 
 @pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "graphs"))
-    store._warned.clear()
-    yield
-    store._warned.clear()
 
 
 def compiled(**options: Any) -> Ran:
